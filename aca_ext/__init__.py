@@ -1,0 +1,47 @@
+"""Neural ODEs in PyTorch with exact gradients at checkpoint memory, on fused C++/CUDA kernels."""
+
+import importlib.util
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+if importlib.util.find_spec("aca_ext._C") is None:
+    # This is the source folder, found first because Python was started in the repository's root: hand over to the
+    # installed package, whole, if there is one.
+    here = Path(__file__).resolve().parent.parent
+    spec = PathFinder.find_spec("aca_ext", [p for p in sys.path if Path(p).resolve() != here])
+    if spec is None or spec.loader is None or PathFinder.find_spec("_C", spec.submodule_search_locations) is None:
+        from aca_ext.errors import NotCompiledError
+
+        raise NotCompiledError(
+            f"{Path(__file__).parent} is the source of aca_ext; its compiled extension aca_ext._C is missing and no "
+            "installed aca_ext was found. Install it: run `pip install .` in the repository's root."
+        )
+    sys.modules["aca_ext"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+else:
+    import torch as _torch  # noqa: F401  loads the OpenMP runtime that the kernels then share
+
+    from aca_ext import errors
+    from aca_ext.gradients import GRADIENTS
+    from aca_ext.methods import METHODS
+    from aca_ext.neural_ode import NeuralODE
+    from aca_ext.odeint import Solution, odeint, solve
+    from aca_ext.ops import config, show_config
+    from aca_ext.solver import Stats
+
+    __version__ = config()["aca_ext"]
+
+    __all__ = [
+        "GRADIENTS",
+        "METHODS",
+        "NeuralODE",
+        "Solution",
+        "Stats",
+        "__version__",
+        "config",
+        "errors",
+        "odeint",
+        "show_config",
+        "solve",
+    ]

@@ -1,0 +1,101 @@
+"""Every exception of the package; each message says what was given, what is allowed and what to change."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AcaError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "NonFiniteError",
+    "NotCompiledError",
+    "OptionError",
+    "ReplayError",
+    "SlopeError",
+    "SolveError",
+    "StepLimitError",
+    "StepSizeError",
+    "TimeError",
+    "ToleranceError",
+    "UnknownNameError",
+]
+
+
+class AcaError(Exception):
+    """Base of every exception that aca_ext raises itself."""
+
+
+class ArgumentTypeError(AcaError, TypeError):
+    """An argument has a type that is not accepted, for example an integer state."""
+
+
+class ArgumentValueError(AcaError, ValueError):
+    """An argument has the right type and a value that is not accepted."""
+
+
+class UnknownNameError(ArgumentValueError):
+    """A method, gradient or option that does not exist."""
+
+
+class OptionError(ArgumentValueError):
+    """An entry of ``options`` with a value that is not accepted."""
+
+
+class TimeError(ArgumentValueError):
+    """``t`` is empty, of the wrong rank, not finite, or not strictly monotonic."""
+
+
+class ToleranceError(ArgumentValueError):
+    """``rtol`` or ``atol`` is negative, not finite, zero everywhere, or does not broadcast to the state."""
+
+
+class SlopeError(AcaError, TypeError, ValueError):
+    """``func`` returned something that is not the derivative of the state it was given."""
+
+
+class ReplayError(AcaError, RuntimeError):
+    """The backward pass could not repeat the forward pass, so its gradient would be wrong."""
+
+
+class SolveError(AcaError, RuntimeError):
+    """A solve that could not reach its end.
+
+    Attributes:
+        t: time that was reached.
+        h: step size of the last trial.
+        error_ratio: error norm of the last trial in units of the tolerance (accepted where at most 1).
+        n_accepted, n_rejected, n_f_evals: counts up to there.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        t: float,
+        h: float,
+        error_ratio: float,
+        n_accepted: int,
+        n_rejected: int,
+        n_f_evals: int,
+    ) -> None:
+        super().__init__(
+            f"{message} (t={t:.17g}, h={h:.6g}, error ratio={error_ratio:.6g}, "
+            f"{n_accepted} steps accepted, {n_rejected} rejected, {n_f_evals} evaluations of func)"
+        )
+        self.t, self.h, self.error_ratio = t, h, error_ratio
+        self.n_accepted, self.n_rejected, self.n_f_evals = n_accepted, n_rejected, n_f_evals
+
+
+class NonFiniteError(SolveError):
+    """``func`` or the solution became NaN or infinite and stayed so however small the step."""
+
+
+class StepSizeError(SolveError):
+    """The step fell below ``min_step`` or the spacing of floats: the problem is too stiff, or singular."""
+
+
+class StepLimitError(SolveError):
+    """``max_num_steps`` trial steps were not enough."""
+
+
+class NotCompiledError(ImportError):
+    """The package was imported from a source folder that holds no compiled extension."""

@@ -1,0 +1,181 @@
+"""The adaptive checkpoint adjoint (Zhuang et al., ICML 2020): replay every accepted step and transpose it.
+
+Forward: no graph; checkpoints (t, h, y) of accepted steps. Backward, last step to first: replay the step from its
+checkpoint, pull the cotangent back through it, drop its graph. The gradient is that of the discrete solution with its
+step sizes held constant. Memory: the graph of one step's evaluations and N_t + 1 states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord, rows
+from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.ops import operations_for
+from aca_ext.outputs import empty_rows, stack_rows
+from aca_ext.runge_kutta import check_replay, interpolate, scheme_of, stage_times, step, step_vjp
+from aca_ext.solver import Solver, Stats
+from aca_ext.vector_field import AutocastState, Replay
+
+
+def solve(task: Task) -> Result:
+    k0, params = first_slope_and_params(task)
+    args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
+    if not any(x.requires_grad for x in (task.problem.y0, *params, *args)):
+        return solve_without_graph(task, k0)
+    record, stats = StepRecord(), Stats()
+    ys = _Aca.apply(task, k0, len(params), record, stats, task.problem.y0, *params, *args)
+    return Result(ys, record, stats)
+
+
+def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:
+    """The forward pass; ``checkpoints`` receives what a backward pass needs."""
+    problem = task.problem
+    with torch.no_grad():
+        y0 = problem.y0.detach()
+        ys = empty_rows(len(problem.times), y0)
+        ops = operations_for(y0, problem.tolerance)
+        solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
+        solver.run(y0)
+    return Result(ys, solver.record, solver.stats)
+
+
+class _Aca(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        task: Task,
+        k0: Tensor | None,
+        n_params: int,
+        record: StepRecord,
+        stats: Stats,
+        y0: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:
+        field = task.field
+        checkpoints = Checkpoints(y0.detach())
+        random_state = field.random_state()
+        result = solve_without_graph(task, k0, checkpoints)
+        record.steps = result.record.steps
+        vars(stats).update(vars(result.stats))
+        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, record, stats
+        ctx.autocast = AutocastState(y0.device.type)
+        # A replay may go astray where func moves state that its first evaluation did not show: compare then.
+        drew_later = not field.draws_random_numbers and field.has_drawn_since(random_state)
+        ctx.must_check = drew_later or bool(field.moving_buffers)
+        ctx.n_states, ctx.n_blocks = checkpoints.count, len(checkpoints.blocks)
+        ctx.has_y0 = y0.requires_grad
+        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
+        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *inputs)
+        return result.ys
+
+    @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        states = list(rows(saved[: ctx.n_blocks], ctx.n_states))
+        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
+        if torch.is_grad_enabled():
+            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
+            grads = _differentiable_backward(ctx, grad_ys, y0, states, inputs)
+        else:
+            grads = _replay_backward(ctx, grad_ys, states, inputs)
+        needed = ctx.needs_input_grad[5:]
+        return None, None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+
+
+def _replay_backward(
+    ctx: Any, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    task: Task = ctx.task
+    problem, steps = task.problem, ctx.record.steps
+    ops = operations_for(states[0], problem.tolerance)
+    scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
+    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+    g: Tensor | None = None  # cotangent of the state at the end of the step
+    with replay.repeating():
+        for n in reversed(range(len(steps))):
+            s: AcceptedStep = steps[n]
+            outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
+            outputs += [(_weights(problem, scheme.solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
+            replay.begin_step(s.random_states)
+            if outputs:
+                y_next = states[n + 1] if ctx.must_check else None
+                times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, states[0].dtype)
+                g = step_vjp(replay, ops, scheme, times, states[n], s.h, outputs, y_next)
+    ctx.stats.n_f_evals_backward = replay.n_evals
+    grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
+    return grad_y0, *replay.grads
+
+
+def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[float]:
+    return solution if theta == 1.0 else problem.tableau.dense_weights(theta)
+
+
+def _differentiable_backward(
+    ctx: Any, grad_ys: Tensor, y0: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""
+    task: Task = ctx.task
+    problem = task.problem
+    ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
+    scheme = scheme_of(problem.tableau, estimate_error=False)
+    gate = _Gate()
+    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
+    start = gate.of(y0)
+    y, outputs = start, [start]
+    with replay.repeating():
+        for n, s in enumerate(ctx.record.steps):
+            replay.begin_step(s.random_states)
+            times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
+            trial = step(replay, ops, scheme, times, y, s.h)
+            if ctx.must_check:
+                check_replay(s.t, trial.y1, states[n + 1])
+            for _, theta in s.outputs:
+                y_i = trial.y1 if theta == 1.0 else interpolate(ops, problem.tableau, y, s.h, trial.k, theta)
+                outputs.append(y_i)
+            y = trial.y1
+    ctx.stats.n_f_evals_backward = replay.n_evals
+    wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
+    ys = stack_rows(outputs, y0)
+    with gate.closed():
+        found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+
+
+class _Gate:
+    """Lets a tensor into a graph such that, while the gate is closed, gradients do not flow on into its history.
+
+    A gradient with respect to the tensor is wanted while other tensors that are wanted too may be part of its history;
+    what flows there is for the graph outside to add. The graph of that gradient, though, goes on into the history.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = True
+
+    def of(self, x: Tensor) -> Tensor:
+        return _Gated.apply(x, self) if x.requires_grad else x
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        self.is_open = False
+        try:
+            yield
+        finally:
+            self.is_open = True
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: _Gate) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+        return g if ctx.gate.is_open else None, None

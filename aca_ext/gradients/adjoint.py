@@ -1,0 +1,129 @@
+"""The continuous adjoint (Chen et al., NeurIPS 2018): a second ODE, solved backward in time from the outputs alone.
+
+Least memory and no exactness: the backward solve meets other states than the forward one did, so the gradient is right
+to the tolerances of both at best. Kept as the baseline that the ACA paper compares with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aca_ext.checkpoints import StepRecord
+from aca_ext.errors import SolveError
+from aca_ext.gradients.aca import solve_without_graph
+from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.ops import operations_for
+from aca_ext.problem import problem_of
+from aca_ext.solver import Solver, Stats
+from aca_ext.vector_field import AutocastState, Replay, VectorField
+
+
+def solve(task: Task) -> Result:
+    k0, params = first_slope_and_params(task)
+    args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
+    record, stats = StepRecord(), Stats()
+    ys = _Adjoint.apply(task, k0, len(params), record, stats, task.problem.y0, *params, *args)
+    return Result(ys, record, stats)
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        task: Task,
+        k0: Tensor | None,
+        n_params: int,
+        record: StepRecord,
+        stats: Stats,
+        y0: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:
+        result = solve_without_graph(task, k0)
+        record.steps = result.record.steps
+        vars(stats).update(vars(result.stats))
+        ctx.task, ctx.n_params, ctx.stats = task, n_params, stats
+        ctx.autocast = AutocastState(y0.device.type)
+        ctx.save_for_backward(result.ys, *inputs)
+        return result.ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+        ys, *inputs = ctx.saved_tensors
+        task: Task = ctx.task
+        times = task.problem.times
+        replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+        a = grad_ys[-1]
+        grads = ys.new_zeros(sum(_flat(x.detach()).numel() for x in inputs))
+        with replay.repeating():
+            for i in range(len(times) - 1, 0, -1):
+                a, grads = _interval(task, replay, (times[i], times[i - 1]), ys[i], a, grads)
+                a = a + grad_ys[i - 1]
+        ctx.stats.n_f_evals_backward = replay.n_evals
+        return None, None, None, None, None, a, *_unflatten(grads, inputs)
+
+
+def _interval(
+    task: Task, replay: Replay, times: tuple[float, float], y: Tensor, a: Tensor, grads: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Carries the adjoint state and the parameters' gradients from one output back to the one before."""
+    forward_ops = operations_for(task.problem.y0.detach(), task.problem.tolerance)
+
+    def augmented(t: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        y_t, a_t, _ = state
+        replay.begin_step(None)
+        with torch.enable_grad():
+            leaf = forward_ops.admit(y_t.detach()).requires_grad_()
+            k = replay(t, leaf)
+            wanted = (leaf, *replay.inputs)
+            found: Sequence[Tensor | None] = (None,) * len(wanted)
+            if k.requires_grad:
+                found = torch.autograd.grad(k, wanted, -a_t, allow_unused=True)
+        minus_a_fy, *rest = [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
+        flat = torch.cat([_flat(g).to(y_t.dtype) for g in rest]) if rest else y_t.new_zeros(0)
+        return k.detach(), minus_a_fy, flat
+
+    how = task.adjoint
+    options = dict(how.options)
+    if options.get("norm") == "seminorm":  # the parameters' gradients do not steer the steps (Kidger et al., 2021)
+        options["norm"] = lambda state: max(part.square().mean().sqrt() for part in state[:2])
+    problem = problem_of(
+        augmented,
+        (y.contiguous(), a.contiguous(), grads),
+        times,
+        rtol=how.rtol,
+        atol=how.atol,
+        method=how.method,
+        options=options,
+        args=(),
+    )
+    ops = operations_for(problem.y0, problem.tolerance)
+    field = VectorField(augmented, (), problem.packing, ops)
+    k0 = Task(problem, field, (), how).first_slope(problem.y0)
+    try:
+        end = Solver(problem, field, ops, k0=k0).run(problem.y0)[-1]
+    except SolveError as error:
+        error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {error}',)
+        raise
+    _, a_end, grads_end = problem.packing.unpack(end)
+    return a_end, grads_end
+
+
+def _flat(x: Tensor) -> Tensor:
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(-1)
+
+
+def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([_flat(x.detach()).numel() for x in like])
+    result: list[Tensor] = []
+    for part, x in zip(parts, like, strict=True):
+        if x.is_complex():
+            part = torch.view_as_complex(part.to(x.real.dtype).view(*x.shape, 2))
+        result.append(part.to(x.dtype).view(x.shape))
+    return result

@@ -1,0 +1,62 @@
+"""What every gradient method is given and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from aca_ext.checkpoints import StepRecord
+from aca_ext.problem import Problem
+from aca_ext.solver import Stats
+from aca_ext.vector_field import VectorField
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem together with what its gradient is to reach.
+
+    Attributes:
+        field: func with its checks.
+        params: tensors that func depends on by itself, where the user named them, else None.
+        adjoint: how ``gradient="adjoint"`` solves backward.
+    """
+
+    problem: Problem
+    field: VectorField
+    params: Sequence[Tensor] | None
+    adjoint: AdjointOptions
+
+    def first_slope(self, y0: Tensor) -> Tensor | None:
+        """f(t0, y0), None where the solve has no step."""
+        problem = self.problem
+        if len(problem.times) == 1:
+            return None
+        t0 = torch.tensor(problem.times[0], dtype=y0.dtype, device=y0.device)
+        return self.field.first(t0, y0)
+
+
+@dataclass(frozen=True)
+class AdjointOptions:
+    """Tolerances, method and options of the backward solve."""
+
+    rtol: float | Tensor
+    atol: float | Tensor
+    method: str | None
+    options: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outputs stacked, (T, \\*packed shape), with what is known of the solve."""
+
+    ys: Tensor
+    record: StepRecord
+    stats: Stats
+
+
+class Gradient(Protocol):
+    def __call__(self, task: Task) -> Result: ...

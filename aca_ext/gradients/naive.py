@@ -1,0 +1,21 @@
+"""Backpropagation through everything the solver did, the search for the step size and rejected trials included.
+
+The baseline of the ACA paper (Zhuang et al., ICML 2020, section 3.3). Its gradient holds, besides ACA's, what flows
+through the controller: noise of the size of the tolerance, at the cost of the longest graph. Hairer's first step is a
+constant, as in the paper's code.
+"""
+
+from __future__ import annotations
+
+from aca_ext.gradients.base import Result, Task
+from aca_ext.ops import TorchOperations
+from aca_ext.outputs import stack_rows
+from aca_ext.solver import Solver
+
+
+def solve(task: Task) -> Result:
+    problem = task.problem
+    ops = TorchOperations(problem.y0.detach(), problem.tolerance)
+    solver = Solver(problem, task.field, ops, k0=task.first_slope(problem.y0), differentiable_steps=True)
+    ys = stack_rows(solver.run(problem.y0), problem.y0)
+    return Result(ys, solver.record, solver.stats)

@@ -1,0 +1,208 @@
+"""``odeint`` and ``solve``: dy/dt = func(t, y, \\*args) with the signature that torchdiffeq users know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import ArgumentValueError
+from aca_ext.gradients import GRADIENTS
+from aca_ext.gradients.aca import solve_without_graph
+from aca_ext.gradients.base import AdjointOptions, Result, Task
+from aca_ext.gradients.parameters import checked_params
+from aca_ext.ops import TorchOperations
+from aca_ext.outputs import stack_rows
+from aca_ext.problem import lookup, problem_of
+from aca_ext.solver import Stats
+from aca_ext.state import State
+from aca_ext.vector_field import VectorField
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What ``solve`` returns.
+
+    Attributes:
+        t: the requested times as given, (T,).
+        y: the state at them, (T, \\*y0.shape), or a tuple of such for a tuple state. Differentiable.
+        steps: start and end of every accepted step, (n_accepted, 2), float64 on the CPU.
+        stats: counts of evaluations and steps, and the backend that ran.
+    """
+
+    t: Tensor
+    y: State
+    steps: Tensor
+    stats: Stats
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _compiled_around(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Keeps torch.compile out of a function, so that a model which holds a solve is compiled around it."""
+    kept_out = torch.compiler.disable(function)
+
+    @wraps(function)
+    def either(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return (kept_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return either
+
+
+def odeint(
+    func: Callable[..., State],
+    y0: State,
+    t: Tensor | Sequence[float],
+    *,
+    rtol: float | Tensor = 1e-7,
+    atol: float | Tensor = 1e-9,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    gradient: str = "aca",
+    args: Sequence[Any] = (),
+    params: Sequence[Tensor] | None = None,
+    adjoint_rtol: float | Tensor | None = None,
+    adjoint_atol: float | Tensor | None = None,
+    adjoint_method: str | None = None,
+    adjoint_options: Mapping[str, Any] | None = None,
+    adjoint_params: Sequence[Tensor] | None = None,
+) -> State:
+    """Solves dy/dt = func(t, y, \\*args) from y(t[0]) = y0 and returns y at the times t.
+
+    Args:
+        func: callable or nn.Module. Receives t as a 0-d tensor of the state's real dtype and device, and y like y0;
+            returns the derivative, of y's shape, dtype and device. Must not change y in place.
+        y0: initial state, a tensor of any shape or a tuple of tensors; float32, float64, complex64 or complex128.
+        t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in whatever unit func uses.
+        rtol, atol: relative and absolute tolerance per step, a number or a tensor that broadcasts to y0 (for a tuple
+            state also a tuple of one for each). A step is accepted if the norm of
+            error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
+        method: "dopri5" (default) or another key of ``aca_ext.METHODS``.
+        options: of adaptive steps ``first_step, min_step, max_step, max_num_steps`` (100 000), ``safety`` (0.9),
+            ``ifactor`` (10), ``dfactor`` (0.2), the PID coefficients ``pcoeff`` (0), ``icoeff`` (1), ``dcoeff`` (0),
+            ``step_t`` and ``jump_t`` (times to land on, and where func jumps) and ``norm`` (a function of a tensor
+            like the state; default RMS, for a tuple the largest of its components'). ``step_size`` or
+            ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point. A
+            fixed-step solve on a GPU returns what it finds, NaN included: looking would stop the host.
+        gradient: how the backward pass works. "aca" (default): exact gradient of the discrete solution, from
+            checkpoints of the accepted steps. "direct": the same gradient from a stored graph. "naive": also
+            differentiates the search for the step size. "adjoint": the continuous adjoint, approximate.
+        args: further arguments of func; tensors among them receive gradients.
+        params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
+            its first evaluation uses. Name them where func uses some only later.
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: how gradient="adjoint" solves backward; by default
+            as forward; adjoint_options={"norm": "seminorm"} leaves the parameters out of its error norm. The other
+            gradients solve nothing backward and have no use for them.
+        adjoint_params: torchdiffeq's name for ``params``.
+
+    Returns:
+        (T, \\*y0.shape), or for a tuple state a tuple of such; the first row is y0. Differentiable with respect to y0,
+        args, what func depends on, and t; in "aca", "direct" and "naive" to second order and beyond.
+
+    Raises:
+        aca_ext.errors.ArgumentTypeError, ArgumentValueError: an argument is not accepted (with TimeError,
+            ToleranceError, OptionError and UnknownNameError among them).
+        aca_ext.errors.SlopeError: func returned something that is no derivative of the state.
+        aca_ext.errors.SolveError: the end could not be reached (NonFiniteError, StepSizeError, StepLimitError).
+        aca_ext.errors.ReplayError: in the backward pass, where func did not repeat its forward pass.
+
+    Adaptive steps follow Hairer, Nørsett & Wanner, Solving ODEs I, II.4; the gradient Zhuang et al., ICML 2020.
+    """
+    return solve(
+        func,
+        y0,
+        t,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options,
+        gradient=gradient,
+        args=args,
+        params=params,
+        adjoint_rtol=adjoint_rtol,
+        adjoint_atol=adjoint_atol,
+        adjoint_method=adjoint_method,
+        adjoint_options=adjoint_options,
+        adjoint_params=adjoint_params,
+    ).y
+
+
+@_compiled_around
+def solve(
+    func: Callable[..., State],
+    y0: State,
+    t: Tensor | Sequence[float],
+    *,
+    rtol: float | Tensor = 1e-7,
+    atol: float | Tensor = 1e-9,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    gradient: str = "aca",
+    args: Sequence[Any] = (),
+    params: Sequence[Tensor] | None = None,
+    adjoint_rtol: float | Tensor | None = None,
+    adjoint_atol: float | Tensor | None = None,
+    adjoint_method: str | None = None,
+    adjoint_options: Mapping[str, Any] | None = None,
+    adjoint_params: Sequence[Tensor] | None = None,
+) -> Solution:
+    """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
+    problem = problem_of(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, args=args)
+    if params is not None and adjoint_params is not None:
+        raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
+    task = Task(
+        problem=problem,
+        field=VectorField(func, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)),
+        params=checked_params(adjoint_params if params is None else params),
+        adjoint=AdjointOptions(
+            rtol=rtol if adjoint_rtol is None else adjoint_rtol,
+            atol=atol if adjoint_atol is None else adjoint_atol,
+            method=method if adjoint_method is None else adjoint_method,
+            options=_adjoint_options(options, adjoint_options),
+        ),
+    )
+    method_of_gradient = GRADIENTS[lookup("gradient", gradient, GRADIENTS)]
+    if not torch.is_grad_enabled():
+        result = solve_without_graph(task, task.first_slope(problem.y0.detach()))
+    elif isinstance(t, Tensor) and t.requires_grad:
+        result = _with_time_gradient(task, t, method_of_gradient)
+    else:
+        result = method_of_gradient(task)
+    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
+    return Solution(times, problem.packing.unpack_rows(result.ys), result.record.bounds(), result.stats)
+
+
+def _with_time_gradient(task: Task, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
+    """The solve with a graph to every element of t, right to second order.
+
+    A step of the midpoint rule, of a length that is zero and has the graph of t, moves each output from its time to its
+    time, and the start back: it leaves the solution as it is and gives it the derivatives of moving along it.
+    """
+    problem, field = task.problem, task.field
+    like = problem.y0
+    times = t.to(like)
+    now = times.detach()
+
+    def move(time: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+        with field.aside():
+            k = field(time, field.admit(y))
+            return y + delta * field(time + delta / 2, field.admit(y + delta / 2 * k))
+
+    start = move(times[0], like, now[0] - times[0])
+    result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
+    moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, len(times))]
+    result.stats.n_f_evals = field.n_evals
+    return replace(result, ys=stack_rows([like, *moved], like))
+
+
+def _adjoint_options(options: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    if given is not None:
+        return dict(given)
+    # The norm and the grid of the forward solve speak of its state and its times, not of the augmented ones.
+    return {name: value for name, value in (options or {}).items() if name not in ("norm", "grid_constructor")}

@@ -1,0 +1,47 @@
+"""The operations of a Runge-Kutta step in plain PyTorch: the specification of the kernels, their fallback on devices
+that have none, and, being differentiable in every operand, what the naive gradient is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A float, or a 0-d tensor where the step size is differentiated.
+Number = Any
+
+
+def weighted_sum(base: Tensor | None, h: Number, x: Sequence[Tensor], w: Sequence[float]) -> Tensor:
+    """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]."""
+    total: Tensor = x[0] * w[0]
+    for x_j, w_j in zip(x[1:], w[1:], strict=True):
+        total = total + x_j * w_j
+    if isinstance(h, Tensor):
+        h = h.to(total.dtype)
+    return total * h if base is None else base + total * h
+
+
+def squared_error_ratios(
+    partial: Tensor,
+    k: Tensor | None,
+    w: Number,
+    y0: Tensor,
+    y1: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    segments: Sequence[int],
+) -> Tensor:
+    """Per segment the float64 sum of ((partial + w·k) / (atol + rtol·max(|y0|, |y1|)))².
+
+    An element without error counts 0 even where its tolerance is 0; a y1 that is not finite makes the sum NaN.
+    """
+    if isinstance(w, Tensor):
+        w = w.to(partial.dtype)
+    error = partial if k is None else partial + w * k
+    ratio = error / (atol + rtol * torch.maximum(y0.abs(), y1.abs()))
+    ratio = torch.where(error == 0, torch.zeros_like(ratio), ratio).double().square() + (y1 - y1).detach().double()
+    flat = ratio.reshape(-1) if len(segments) == 2 else ratio
+    return torch.stack([flat[lo:hi].sum() for lo, hi in pairwise(segments)])

@@ -1,0 +1,259 @@
+"""The loop of a solve: adaptive, or over a fixed grid. Knows nothing of gradients.
+
+Storage is in checkpoints, arithmetic in the step, decisions in the controller, where outputs fall in outputs; what is
+left here is their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord
+from aca_ext.controller import Controller
+from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
+from aca_ext.ops import TorchOperations
+from aca_ext.outputs import OutputTimes
+from aca_ext.problem import Problem
+from aca_ext.reference import Number
+from aca_ext.runge_kutta import Trial, error_norm, interpolate, scheme_of, stage_times, stepper
+from aca_ext.vector_field import RandomState, VectorField
+
+
+@dataclass
+class Stats:
+    """Counts of one solve.
+
+    Attributes:
+        n_f_evals: evaluations of func in the forward pass.
+        n_steps: trial steps, n_accepted + n_rejected.
+        n_accepted: steps that became part of the solution.
+        n_rejected: steps whose error was too large.
+        backend: what did the arithmetic: "cpu" or "cuda" kernels, or "reference", plain PyTorch.
+        n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
+    """
+
+    n_f_evals: int = 0
+    n_steps: int = 0
+    n_accepted: int = 0
+    n_rejected: int = 0
+    backend: str = ""
+    n_f_evals_backward: int | None = None
+
+
+class Solver:
+    """One solve of a problem with the given operations.
+
+    Args:
+        k0: the first slope where it is known, f(t0, y0) as ``field.first`` returned it.
+        rows: tensors to write the outputs into, or None to return tensors with whatever graph the operations make.
+        checkpoints: storage for the states of accepted steps, or None where no replay is to come.
+        differentiable_steps: make the step size a tensor, so that the graph reaches through the controller.
+
+    Attributes:
+        record: the accepted steps.
+        stats: the counts.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        field: VectorField,
+        ops: TorchOperations,
+        *,
+        k0: Tensor | None,
+        rows: Sequence[Tensor] | None = None,
+        checkpoints: Checkpoints | None = None,
+        differentiable_steps: bool = False,
+    ) -> None:
+        self.problem, self.field, self.ops = problem, field, ops
+        self.record = StepRecord()
+        self.stats = Stats(backend=ops.backend)
+        self.scheme = scheme_of(problem.tableau, problem.adaptive)
+        self._step = stepper(field, ops, self.scheme)
+        self._k, self._rows, self._checkpoints = k0, rows, checkpoints
+        self._differentiable_steps = differentiable_steps
+        self._output_times = OutputTimes(problem.times)
+        self._outputs: list[Tensor] = []
+        # Random states behind the first slope of the step to come, where func draws random numbers.
+        self._first_random_state: RandomState | None = field.random_trail[-1] if field.random_trail else None
+
+    def run(self, y0: Tensor) -> list[Tensor]:
+        """Solves from ``y0`` and returns the outputs, one for each requested time.
+
+        Raises:
+            SolveError: the end could not be reached.
+        """
+        self._outputs = [y0 if self._rows is None else self._rows[0].copy_(y0)]
+        if self.problem.controller is None:
+            self._run_fixed(y0)
+        elif len(self.problem.times) > 1:
+            self._run_adaptive(self.problem.controller, y0)
+        self.stats.n_f_evals = self.field.n_evals
+        return self._outputs
+
+    def _run_fixed(self, y: Tensor) -> None:
+        grid = self.problem.grid or ()
+        for t, t_next in pairwise(grid):
+            trial = self._try(t, y, t_next - t, t_next)
+            self.stats.n_steps += 1
+            self._accept(t, y, t_next - t, t_next, trial)
+            y = trial.y1
+            del trial  # its slopes
+        # One look at the end, and only where it costs no wait for a device.
+        if y.device.type == "cpu" and len(grid) > 1 and not bool(torch.isfinite(y).all()):
+            h = grid[-1] - grid[-2]
+            message = (
+                "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
+            )
+            raise self._failure(NonFiniteError, grid[-1], h, math.nan, message)
+
+    def _run_adaptive(self, controller: Controller, y: Tensor) -> None:
+        problem, stats = self.problem, self.stats
+        t: Number = problem.times[0]
+        end = problem.times[-1]
+        sign = math.copysign(1.0, end - t)
+        stops = [*problem.stops, end]
+        h: Number = self._initial_step(controller, t, y, sign)
+        if self._differentiable_steps:
+            h = torch.tensor(h, dtype=torch.float64)
+        ratios: list[Number] = []  # of the last accepted steps, newest first
+        while True:
+            if stats.n_steps >= problem.max_num_steps:
+                raise self._failure(StepLimitError, t, h, ratios[0] if ratios else math.nan)
+            is_cut = sign * (t + sign * h) >= sign * stops[0] or abs(stops[0] - t) <= h * (1 + 1e-12)
+            t_next, h_now = (stops[0], abs(stops[0] - t)) if is_cut else (t + sign * h, h)
+            if t_next == t:
+                raise self._failure(StepSizeError, t, h, ratios[0] if ratios else math.nan)
+            buffers = self.field.buffer_values()
+            trial = self._try(t, y, sign * h_now, t_next)
+            ratio = error_norm(self.ops, self.scheme, y, sign * h_now, trial)
+            stats.n_steps += 1
+            if ratio <= 1:
+                self._accept(t, y, sign * h_now, t_next, trial)
+                if is_cut and stops.pop(0) == end:
+                    return
+                t, y = t_next, trial.y1
+                ratios = [ratio, *ratios[:2]]
+                grown = controller.grow(h_now, ratios)
+                h = max(grown, h) if is_cut else grown  # a step cut short says little about the size to come
+            else:
+                self._reject(trial, buffers)
+                h = controller.shrink(h_now, ratio)
+                if h < controller.min_step < h_now:
+                    h = controller.min_step
+                self._check_progress(controller, t, y, h, sign, ratio)
+            del trial  # its slopes are not to live beside those of the next
+
+    def _initial_step(self, controller: Controller, t: float, y: Tensor, sign: float) -> float:
+        """Hairer's first step, or the user's; an evaluation that it takes is no part of the solution."""
+        if controller.first_step is not None:
+            return controller.first_step
+        field, ops, k = self.field, self.ops, self._k
+        assert k is not None
+        with torch.no_grad():
+            norm_f = float(ops.error_norm(k, None, 0.0, y, y))
+            if not math.isfinite(norm_f):
+                self._check_finite(t, y, k, math.nan, norm_f)
+
+            def change_of_slope(h: float) -> float:
+                euler = ops.weighted_sum(y, sign * h, [k], (1.0,))
+                with field.aside():
+                    change = field(ops.scalars([t + sign * h])[0], euler)
+                return float(ops.error_norm(change, k, -1.0, y, y))
+
+            norm_y = float(ops.error_norm(y, None, 0.0, y, y))
+            length = abs(self.problem.times[-1] - t)
+            return controller.initial(length, norm_y, norm_f, change_of_slope)
+
+    def _try(self, t: Number, y: Tensor, h: Number, t_next: Number) -> Trial:
+        self.field.random_trail = []
+        out = self._checkpoints.slot() if self._checkpoints is not None else None
+        times = stage_times(self.scheme, t, h, t_next, self.problem.jumps, y.dtype)
+        return self._step(times, y, h, self._k, out)
+
+    def _accept(self, t: Number, y: Tensor, h: Number, t_next: Number, trial: Trial) -> None:
+        """Makes a trial part of the solution: outputs, record, checkpoint, and the first slope of the next step."""
+        due = self._output_times.within(t, t_next)
+        for i, theta in due:
+            out = None if self._rows is None else self._rows[i]
+            if theta != 1.0:
+                y_i = interpolate(self.ops, self.problem.tableau, y, h, trial.k, theta, out)
+            else:
+                y_i = trial.y1 if out is None else out.copy_(trial.y1)
+            self._outputs.append(y_i)
+        random_states = self._random_states()
+        self.record.steps.append(AcceptedStep(_float(t), _float(h), _float(t_next), due, random_states))
+        if self._checkpoints is not None:
+            self._checkpoints.accept()
+        self.stats.n_accepted += 1
+        reusable = self.scheme.fsal and t_next not in self.problem.jumps
+        self._k = trial.k[-1] if reusable else None
+        self._first_random_state = random_states[-1] if reusable and random_states else None
+
+    def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
+        """Leaves no trace of a trial but its first slope, which the next one shares."""
+        self.stats.n_rejected += 1
+        self.field.restore_buffers(buffers)
+        random_states = self._random_states()
+        self._k = trial.k[0]
+        self._first_random_state = random_states[0] if random_states else None
+
+    def _random_states(self) -> Sequence[RandomState] | None:
+        """The random states behind each stage of the last trial, where func draws random numbers."""
+        trail, first = self.field.random_trail, self._first_random_state
+        if not trail:
+            return None
+        return trail if first is None else [first, *trail]
+
+    def _check_progress(
+        self, controller: Controller, t: Number, y: Tensor, h: Number, sign: float, ratio: Number
+    ) -> None:
+        """Raises where a smaller step cannot help."""
+        is_finite = math.isfinite(_float(ratio))
+        if not is_finite and self._k is not None:
+            self._check_finite(t, y, self._k, h, ratio)
+        if h >= controller.min_step and t + sign * h * 0.5 != t:
+            return
+        raise self._failure(StepSizeError if is_finite else NonFiniteError, t, h, ratio)
+
+    def _check_finite(self, t: Number, y: Tensor, k: Tensor, h: Number, ratio: Number) -> None:
+        if bool(torch.isfinite(y).all()) and bool(torch.isfinite(k).all()):
+            return
+        what = (
+            "func returned NaN or infinity at" if bool(torch.isfinite(y).all()) else "the state is NaN or infinite at"
+        )
+        raise self._failure(NonFiniteError, t, h, ratio, f"{what} t={_float(t):.17g}; look at func there.")
+
+    def _failure(
+        self, kind: type[SolveError], t: Number, h: Number, ratio: Number, message: str | None = None
+    ) -> SolveError:
+        stats, problem = self.stats, self.problem
+        reason = {
+            StepLimitError: f"the {problem.max_num_steps} trial steps of option max_num_steps did not reach "
+            f"t={problem.times[-1]:.17g}. Raise max_num_steps, loosen rtol or atol, or look for stiffness or blow-up.",
+            StepSizeError: "the step became too small: the problem is too stiff for an explicit method here, has a "
+            "singularity or a jump, or the tolerance is below rounding. Loosen rtol or atol, use float64, lower "
+            "min_step, or end the solve earlier.",
+            NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
+            "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",
+        }[kind]
+        stats.n_f_evals = self.field.n_evals
+        return kind(
+            f"The solve with {problem.tableau.name} stopped: {message or reason}",
+            t=_float(t),
+            h=_float(h),
+            error_ratio=_float(ratio),
+            n_accepted=stats.n_accepted,
+            n_rejected=stats.n_rejected,
+            n_f_evals=stats.n_f_evals,
+        )
+
+
+def _float(x: Number) -> float:
+    return x.item() if isinstance(x, Tensor) else x

@@ -1,0 +1,125 @@
+"""Tuple and complex states packed into one real tensor, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError
+
+# What users hold: a tensor, or a tuple of tensors.
+State = Tensor | tuple[Tensor, ...]
+
+_FLOATING = "float32, float64, complex64 or complex128 (float16 and bfloat16 run without fused kernels)"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a user's state becomes the one dense real tensor that the solver works on.
+
+    A real tensor is taken as it is and keeps its memory format; a complex one is viewed as real with a last dimension
+    of 2; a tuple is flattened and concatenated.
+    """
+
+    shapes: tuple[torch.Size, ...]  # of the packed components, the 2 of complex ones included
+    is_tuple: bool
+    is_complex: bool
+
+    @classmethod
+    def of(cls, y0: object) -> Packing:
+        if isinstance(y0, Tensor):
+            parts: tuple[Tensor, ...] = (y0,)
+        elif isinstance(y0, tuple):
+            if not y0:
+                raise ArgumentValueError("y0 is an empty tuple; give at least one tensor.")
+            for i, part in enumerate(y0):
+                if not isinstance(part, Tensor):
+                    raise ArgumentTypeError(
+                        f"y0[{i}] is {_type_name(part)}; every component of a tuple state is a tensor."
+                    )
+            parts = y0
+        else:
+            raise ArgumentTypeError(f"y0 is {_type_name(y0)}; give a tensor or a tuple of tensors.")
+        first = parts[0]
+        for i, part in enumerate(parts):
+            where = f"y0[{i}]" if len(parts) > 1 else "y0"
+            if not (part.is_floating_point() or part.is_complex()):
+                raise ArgumentTypeError(
+                    f"{where} has dtype {part.dtype}; a state is {_FLOATING}. Convert it, for example with y0.float()."
+                )
+            if part.layout is not torch.strided:
+                raise ArgumentTypeError(f"{where} has layout {part.layout}; give a dense tensor, y0.to_dense().")
+            if part.dtype != first.dtype or part.device != first.device:
+                raise ArgumentTypeError(
+                    f"{where} is {part.dtype} on {part.device} and y0[0] is {first.dtype} on {first.device}; all "
+                    "components of a tuple state share dtype and device. Convert them with .to()."
+                )
+        shapes = tuple(torch.Size((*p.shape, 2)) if p.is_complex() else p.shape for p in parts)
+        return cls(shapes, isinstance(y0, tuple), first.is_complex())
+
+    @property
+    def is_trivial(self) -> bool:
+        """The user's state is the packed tensor itself."""
+        return not self.is_tuple and not self.is_complex
+
+    @property
+    def sizes(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes]
+
+    @property
+    def segments(self) -> list[int]:
+        """Where each component of the packed tensor starts, and the end."""
+        bounds = [0]
+        for size in self.sizes:
+            bounds.append(bounds[-1] + size)
+        return bounds
+
+    def pack(self, y: State) -> Tensor:
+        """The user's state as one real tensor; differentiable."""
+        if not self.is_tuple:
+            assert isinstance(y, Tensor)
+            return _as_real(y)
+        return torch.cat([_as_real(part).reshape(-1) for part in y])
+
+    def unpack(self, y: Tensor) -> State:
+        """The user's form of a packed state: views of it; differentiable."""
+        if not self.is_tuple:
+            return torch.view_as_complex(y) if self.is_complex else y
+        parts = (part.view(shape) for part, shape in zip(y.split(self.sizes), self.shapes, strict=True))
+        return tuple(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+
+    def unpack_rows(self, ys: Tensor) -> State:
+        """The same for a stack of packed states, (T, \\*packed shape)."""
+        if not self.is_tuple:
+            return torch.view_as_complex(ys) if self.is_complex else ys
+        count = ys.shape[0]
+        parts = [p.reshape(count, *s) for p, s in zip(ys.split(self.sizes, dim=1), self.shapes, strict=True)]
+        return tuple(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+
+    def describe(self) -> str:
+        kind = "complex " if self.is_complex else ""
+        shapes = [tuple(s[:-1] if self.is_complex else s) for s in self.shapes]
+        return f"a tuple of {len(shapes)} {kind}tensors of shapes {shapes}" if self.is_tuple else f"shape {shapes[0]}"
+
+
+def dense(y: Tensor) -> Tensor:
+    """``y`` itself where its elements fill one block of memory, in whatever order; else a copy that does."""
+    layout = torch.empty_like(y, device="meta").stride()
+    if y.stride() == layout and not y.is_neg():
+        return y
+    return torch.empty_strided(y.shape, layout, dtype=y.dtype, device=y.device).copy_(y)
+
+
+def tensors(y: State) -> Sequence[Tensor]:
+    return (y,) if isinstance(y, Tensor) else y
+
+
+def _as_real(y: Tensor) -> Tensor:
+    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+
+
+def _type_name(x: object) -> str:
+    return f"of type {type(x).__name__}"

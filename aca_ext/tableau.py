@@ -1,0 +1,212 @@
+"""What an explicit Runge-Kutta method is, as data: a tableau parsed from rationals, checked, evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+Row = tuple[Fraction, ...]
+
+# Published rationals may stand for irrational numbers: those of dopri8 miss their row sums by up to 1.04e-17.
+# What is exact beyond this is for the order conditions in the tests to show.
+_ROUNDING = Fraction(1, 10**16)
+
+
+def _parse_row(what: str, text: str) -> Row:
+    """The whitespace-separated rationals of ``text``: ``1/3``, ``-2``, ``0.161``."""
+    try:
+        return tuple(Fraction(entry) for entry in text.split())
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{what}: {error}; write each entry as 1/3, -2 or 0.161") from None
+
+
+def _differ(left: Fraction, right: Fraction | int) -> bool:
+    return abs(left - right) > _ROUNDING
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: there is one of each
+class Tableau:
+    """An explicit Runge-Kutta method with s stages, in the notation of Hairer, Norsett & Wanner, vol. I.
+
+    ``k_i = f(t + c_i h, y + h sum_{j<i} a_ij k_j)``, ``y_new = y + h sum_i b_i k_i``, error estimate
+    ``h sum_i error_i k_i`` and, for theta in [0, 1], ``y(t + theta h) ~ y + h sum_i b_i(theta) k_i``.
+
+    Attributes:
+        name: the key of the method in ``METHODS``.
+        order: order of the solution weights ``b``.
+        c: s nodes; the first is 0.
+        a: s rows; row i has i entries.
+        b: s solution weights.
+        error: s weights ``b - b_hat``; None where the method has no error estimate (fixed steps only).
+        embedded_order: order of ``b_hat``; None exactly where ``error`` is.
+        dense: s rows; row i holds the coefficients of theta, theta^2, ... in b_i(theta); None: fixed steps.
+        dense_order: order of b(theta) for every theta; None exactly where ``dense`` is.
+        source: where the coefficients were published.
+
+    Raises:
+        ValueError: the parts do not fit together (shapes, or a sum that every consistent method must have).
+    """
+
+    name: str
+    order: int
+    c: Row
+    a: tuple[Row, ...]
+    b: Row
+    error: Row | None = None
+    embedded_order: int | None = None
+    dense: tuple[Row, ...] | None = None
+    dense_order: int | None = None
+    source: str = ""
+
+    @classmethod
+    def parse(
+        cls,
+        name: str,
+        *,
+        order: int,
+        c: str,
+        a: str,
+        source: str,
+        b: str | None = None,
+        b_hat: str | None = None,
+        embedded_order: int | None = None,
+        dense: str | None = None,
+        dense_order: int | None = None,
+    ) -> Tableau:
+        """Build a tableau from whitespace-separated rationals; how they are broken into lines is free.
+
+        Args:
+            a: rows 2 to s below the diagonal, one after the other: a_21, a_31, a_32, a_41, ...
+            b: None makes the last stage the first of the next step: b is the last row of ``a``, then 0.
+            b_hat: weights of the embedded solution; stored as ``error = b - b_hat``.
+            dense: the coefficients of theta, theta^2, ... in b_1(theta), then those in b_2(theta), and so on.
+
+        Raises:
+            ValueError: an entry is no rational, or a count is wrong, or the parts do not fit together.
+        """
+        what = f"tableau {name}:"
+        nodes = _parse_row(f"{what} c", c)
+        if not nodes:
+            raise ValueError(f"{what} c is empty; give one node per stage, the first of them 0")
+        rows = _below_diagonal(f"{what} a", _parse_row(f"{what} a", a), len(nodes))
+        weights = (*rows[-1], Fraction(0)) if b is None else _parse_row(f"{what} b", b)
+        error = None
+        if b_hat is not None:
+            embedded = _parse_row(f"{what} b_hat", b_hat)
+            if len(embedded) != len(weights):
+                raise ValueError(f"{what} b_hat has as many entries as b; given {len(embedded)}")
+            error = tuple(w - v for w, v in zip(weights, embedded, strict=True))
+        polynomials = None
+        if dense is not None:
+            polynomials = _equal_rows(f"{what} dense", _parse_row(f"{what} dense", dense), len(nodes))
+        return cls(
+            name=name,
+            order=order,
+            c=nodes,
+            a=rows,
+            b=weights,
+            error=error,
+            embedded_order=embedded_order,
+            dense=polynomials,
+            dense_order=dense_order,
+            source=source,
+        )
+
+    def __post_init__(self) -> None:
+        self._check_shapes()
+        self._check_orders()
+        self._check_sums()
+
+    def _check_shapes(self) -> None:
+        s = len(self.c)
+        if s == 0 or self.c[0] != 0:
+            raise self._invalid("the nodes c of an explicit method start with 0", [str(c) for c in self.c])
+        if [len(row) for row in self.a] != list(range(s)):
+            raise self._invalid(f"a has {s} rows of 0 to {s - 1} entries", [len(row) for row in self.a])
+        if len(self.b) != s:
+            raise self._invalid(f"b has one entry for each of the {s} nodes", len(self.b))
+        if self.error is not None and len(self.error) != s:
+            raise self._invalid(f"error has one entry for each of the {s} nodes", len(self.error))
+        if self.dense is not None:
+            lengths = [len(row) for row in self.dense]
+            if len(lengths) != s or len(set(lengths)) != 1 or lengths[0] == 0:
+                raise self._invalid(f"dense has {s} rows of equal length", lengths)
+
+    def _check_orders(self) -> None:
+        if self.order < 1:
+            raise self._invalid("order is at least 1", self.order)
+        for what, weights, order in (
+            ("embedded_order", self.error, self.embedded_order),
+            ("dense_order", self.dense, self.dense_order),
+        ):
+            if weights is None and order is not None:
+                raise self._invalid(f"{what} is None without the weights it describes", order)
+            if weights is not None and (order is None or order < 1):
+                raise self._invalid(f"{what} is at least 1", order)
+
+    def _check_sums(self) -> None:
+        for i, (row, node) in enumerate(zip(self.a, self.c, strict=True), start=1):
+            if _differ(sum(row, Fraction(0)), node):
+                raise self._invalid(f"row {i} of a sums to c_{i} = {node}", sum(row))
+        if _differ(sum(self.b, Fraction(0)), 1):
+            raise self._invalid("b sums to 1", sum(self.b))
+        if self.error is not None and _differ(sum(self.error, Fraction(0)), 0):
+            raise self._invalid("error sums to 0", sum(self.error))
+        if self.dense is not None:
+            for i, (row, weight) in enumerate(zip(self.dense, self.b, strict=True), start=1):
+                if _differ(sum(row, Fraction(0)), weight):
+                    raise self._invalid(f"row {i} of dense sums to b_{i} = {weight}", sum(row))
+
+    def _invalid(self, rule: str, given: object) -> ValueError:
+        return ValueError(f"tableau {self.name}: {rule}; given {given}")
+
+    @property
+    def stages(self) -> int:
+        """Number of slopes k_i that a step uses."""
+        return len(self.c)
+
+    @property
+    def fsal(self) -> bool:
+        """First same as last: the last slope is f(t + h, y_new), hence the first slope of the next step."""
+        return self.b[-1] == 0 and self.a[-1] == self.b[:-1]
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method estimates its error, so that a controller can choose the steps."""
+        return self.error is not None
+
+    @cached_property
+    def _dense_highest_first(self) -> tuple[tuple[float, ...], ...]:
+        if self.dense is None:
+            raise ValueError(f"{self.name} has no dense output: end a step at each time asked for")
+        # A stage that dense output never uses has no coefficients here, and costs nothing in dense_weights.
+        return tuple(tuple(float(p) for p in reversed(row)) if any(row) else () for row in self.dense)
+
+    def dense_weights(self, theta: float) -> list[float]:
+        """b_1(theta), ..., b_s(theta) in float64, at the position ``theta`` in [0, 1] of a step.
+
+        Raises:
+            ValueError: the method has no dense output.
+        """
+        weights: list[float] = []
+        for row in self._dense_highest_first:
+            weight = 0.0
+            for coefficient in row:
+                weight = (weight + coefficient) * theta
+            weights.append(weight)
+        return weights
+
+
+def _below_diagonal(what: str, entries: Row, stages: int) -> tuple[Row, ...]:
+    wanted = stages * (stages - 1) // 2
+    if len(entries) != wanted:
+        raise ValueError(f"{what} has {wanted} entries for {stages} nodes; given {len(entries)}")
+    return tuple(entries[i * (i - 1) // 2 : i * (i + 1) // 2] for i in range(stages))
+
+
+def _equal_rows(what: str, entries: Row, stages: int) -> tuple[Row, ...]:
+    degree, rest = divmod(len(entries), stages)
+    if rest or not degree:
+        raise ValueError(f"{what} has equally many entries for each of {stages} nodes; given {len(entries)}")
+    return tuple(entries[i * degree : (i + 1) * degree] for i in range(stages))

@@ -1,0 +1,51 @@
+"""The command line: runs all benchmarks or one, prints their tables and writes one JSON file for each."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import equal_accuracy, kernels, large_state, step_throughput
+from benchmarks.harness import Settings, print_table, write_json
+
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module for module in (step_throughput, equal_accuracy, large_state, kernels)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS, help="run this one")
+    parser.add_argument("--list", action="store_true", help="print each name and question, run nothing")
+    parser.add_argument("--quick", action="store_true", help="a short run; its numbers mean nothing")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    args = parser.parse_args()
+
+    if args.list:
+        for name, module in BENCHMARKS.items():
+            print(f"{name:16} {question_of(module)}")
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here.")
+    settings = Settings(device=args.device, quick=args.quick)
+    for name in [args.only] if args.only else BENCHMARKS:
+        module = BENCHMARKS[name]
+        print(f"== {name}: {question_of(module)}", flush=True)
+        start = time.perf_counter()
+        result = module.run(settings)
+        for note in result.notes:
+            print(note)
+        for table in result.tables:
+            print_table(table)
+        path = write_json(args.output, name, question_of(module), settings, result)
+        print(f"\n{time.perf_counter() - start:.0f} s, written to {path}\n", flush=True)
+
+
+def question_of(module) -> str:
+    return module.__doc__.split("\n\n")[0].replace("\n", " ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+// Python's view of the operations: integers and floats in, C++ types out. The only file that includes pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+#include "stepper.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace aca;
+
+constexpr int64_t kReleaseGilAbove = 1 << 14;  // elements; below, releasing costs more than it gives
+constexpr int kMaxSegments = 64;
+
+BoundTarget make_target(const std::string& backend, const std::string& dtype, int threads, int device, uintptr_t stream,
+                        uintptr_t workspace) {
+    BoundTarget bound{};
+    if (dtype != "float32" && dtype != "float64") throw std::invalid_argument("no kernels for dtype " + dtype);
+    if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+    bound.target = {dtype == "float32" ? DType::f32 : DType::f64, threads, device, stream, workspace};
+    if (backend == "cpu") {
+        bound.backend = &cpu_backend();
+#ifdef ACA_CUDA
+    } else if (backend == "cuda") {
+        bound.backend = &cuda_backend();
+#endif
+    } else {
+        throw std::invalid_argument("this build has no backend " + backend);
+    }
+    return bound;
+}
+
+// Reads up to `limit` numbers from a list or tuple without an allocation.
+template <typename T, typename Convert>
+int read(py::handle sequence, T* to, int limit, const char* what, Convert convert) {
+    const bool list = PyList_CheckExact(sequence.ptr());
+    if (!list && !PyTuple_CheckExact(sequence.ptr()))
+        throw py::type_error(std::string(what) + " must be a list or a tuple");
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
+    if (count < 1 || count > limit)
+        throw std::invalid_argument(std::string(what) + " takes 1 to " + std::to_string(limit) + " entries, not " +
+                                    std::to_string(count));
+    for (Py_ssize_t i = 0; i < count; ++i) to[i] = convert(PySequence_Fast_GET_ITEM(sequence.ptr(), i));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return int(count);
+}
+
+int read_doubles(py::handle sequence, double* to, int limit, const char* what) {
+    return read(sequence, to, limit, what, PyFloat_AsDouble);
+}
+
+Sum read_sum(py::handle x, py::handle w) {
+    Sum sum{};
+    sum.count = read(x, sum.x, kMaxTerms, "x", [](PyObject* o) { return uintptr_t(PyLong_AsSize_t(o)); });
+    if (read_doubles(w, sum.w, kMaxTerms, "w") != sum.count) throw std::invalid_argument("x and w differ in length");
+    return sum;
+}
+
+template <typename F>
+void run(int64_t n, F&& f) {
+    if (n < 0) throw std::invalid_argument("n must not be negative");
+    if (n > kReleaseGilAbove) {
+        const py::gil_scoped_release release;
+        f();
+    } else {
+        f();
+    }
+}
+
+void weighted_sum(const BoundTarget& on, int64_t n, uintptr_t out, uintptr_t base, double h, py::handle x,
+                  py::handle w) {
+    const Sum sum = read_sum(x, w);
+    run(n, [&] { on.backend->weighted_sum(on.target, n, out, base, h, sum); });
+}
+
+void solution_and_error(const BoundTarget& on, int64_t n, uintptr_t y1, uintptr_t error, uintptr_t y, double h,
+                        py::handle x, py::handle b, py::handle error_weight) {
+    const Sum sum = read_sum(x, b);
+    double weight[kMaxTerms];
+    if (read_doubles(error_weight, weight, kMaxTerms, "error_weight") != sum.count)
+        throw std::invalid_argument("x and error_weight differ in length");
+    run(n, [&] { on.backend->solution_and_error(on.target, n, y1, error, y, h, sum, weight); });
+}
+
+void squared_error_ratio(const BoundTarget& on, py::handle bounds, uintptr_t out, uintptr_t partial, uintptr_t k,
+                         double w, uintptr_t y0, uintptr_t y1, double rtol, double atol, uintptr_t rtol_each,
+                         uintptr_t atol_each) {
+    if ((rtol_each == 0) != (atol_each == 0))
+        throw std::invalid_argument("rtol_each and atol_each are given both or neither");
+    int64_t bound[kMaxSegments + 1];
+    const int segments = read(bounds, bound, kMaxSegments + 1, "bounds", PyLong_AsLongLong) - 1;
+    for (int s = 0; s < segments; ++s)
+        if (bound[s] < 0 || bound[s + 1] < bound[s]) throw std::invalid_argument("bounds must not decrease");
+    const ErrorRatio ratio{partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each};
+    run(bound[segments], [&] { on.backend->squared_error_ratio(on.target, segments, bound, out, ratio); });
+}
+
+void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
+    double value[kMaxTerms];
+    const int n = read_doubles(values, value, kMaxTerms, "values");
+    on.backend->write_scalars(on.target, n, out, value);
+}
+
+int device_count() {
+#ifdef ACA_CUDA
+    return cuda_device_count();
+#else
+    return 0;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Kernels of aca_ext on raw addresses; aca_ext.ops is the only caller.";
+    m.attr("VERSION") = ACA_VERSION;
+    m.attr("CUDA_ARCHITECTURES") = ACA_CUDA_ARCHITECTURES;
+    m.attr("HAS_CUDA") = py::bool_(sizeof(ACA_CUDA_ARCHITECTURES) > 1);
+    m.attr("HAS_OPENMP") = py::bool_(
+#ifdef _OPENMP
+        true
+#else
+        false
+#endif
+    );
+    m.attr("MAX_TERMS") = kMaxTerms;
+    m.attr("MAX_SEGMENTS") = kMaxSegments;
+    m.attr("WORKSPACE_BYTES") = kWorkspaceBytes;
+    m.def("cpu_instruction_set", &cpu_instruction_set);
+    m.def("cuda_device_count", &device_count);
+
+    py::class_<BoundTarget>(m, "Target")
+        .def(py::init(&make_target), py::arg("backend"), py::arg("dtype"), py::arg("threads"), py::arg("device"),
+             py::arg("stream"), py::arg("workspace"));
+    py::class_<Stepper>(m, "Stepper")
+        .def(py::init<const BoundTarget&, int64_t, const py::tuple&, const py::tuple&, bool, py::object, py::object>())
+        .def("step", &Stepper::step);
+    m.def("weighted_sum", &weighted_sum);
+    m.def("solution_and_error", &solution_and_error);
+    m.def("squared_error_ratio", &squared_error_ratio);
+    m.def("write_scalars", &write_scalars);
+}

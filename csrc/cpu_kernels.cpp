@@ -1,0 +1,54 @@
+// The CPU backend for one instruction set: loops that the compiler vectorises, shared among threads.
+// CMake compiles this file once per instruction set, with ACA_ISA naming the namespace it lands in.
+#include "ops_impl.h"
+
+namespace aca::ACA_ISA {
+namespace {
+
+constexpr int64_t kChunk = 4096;  // elements that one thread handles at a time
+
+// One chunk of a loop. The functor comes by value: its operands' addresses then stay in registers, which the
+// compiler needs to see before it vectorises.
+template <typename F>
+void apply(int64_t start, int64_t end, F f) {
+#pragma omp simd
+    for (int64_t i = start; i < end; ++i) f.template operator()<1>(i);
+}
+
+template <typename F>
+double add_up(int64_t start, int64_t end, F f) {
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = start; i < end; ++i) total += f.template operator()<1>(i);
+    return total;
+}
+
+struct Cpu {
+    template <typename F>
+    static void for_each(const Target& target, int64_t n, bool, F f) {
+        const int64_t chunks = (n + kChunk - 1) / kChunk;
+#pragma omp parallel for schedule(static) num_threads(target.threads) if (target.threads > 1)
+        for (int64_t c = 0; c < chunks; ++c) apply(c * kChunk, c + 1 < chunks ? (c + 1) * kChunk : n, f);
+    }
+
+    // The chunks depend on n alone and their sums are added in order: the same bits at any number of threads.
+    template <typename F>
+    static void sum(const Target& target, int64_t n, bool, F f, double* out) {
+        const int64_t share = (n + kMaxPartials - 1) / kMaxPartials;
+        const int64_t chunk = share > kChunk ? (share + 63) / 64 * 64 : kChunk;
+        const int64_t chunks = (n + chunk - 1) / chunk;
+        double partial[kMaxPartials];
+#pragma omp parallel for schedule(static) num_threads(target.threads) if (target.threads > 1)
+        for (int64_t c = 0; c < chunks; ++c) partial[c] = add_up(c * chunk, c + 1 < chunks ? (c + 1) * chunk : n, f);
+        double total = 0;
+        for (int64_t c = 0; c < chunks; ++c) total += partial[c];
+        *out = total;
+    }
+};
+
+}  // namespace
+
+extern const Backend backend;
+const Backend backend = make_backend<Cpu>("cpu");
+
+}  // namespace aca::ACA_ISA

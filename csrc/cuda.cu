@@ -1,0 +1,151 @@
+// The CUDA backend: grid-stride loops over 16-byte packs and a repeatable one-launch sum, on the caller's stream.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "ops_impl.h"
+
+namespace aca {
+namespace {
+
+using namespace ACA_ISA;
+
+constexpr int kThreads = 256;
+
+void check(cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // reported here: it must not surface again at the next launch
+    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorName(status) + ": " +
+                             cudaGetErrorString(status));
+}
+
+// Makes the tensor's device current for one launch, whichever the caller had.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) {
+        check(cudaGetDevice(&previous_), "cudaGetDevice");
+        if (previous_ != device) {
+            check(cudaSetDevice(device), "cudaSetDevice");
+            changed_ = true;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+// Blocks for `items` items, a function of the count alone so that sums repeat bitwise.
+int grid(int64_t items, int64_t limit) {
+    const int64_t blocks = (items + kThreads - 1) / kThreads;
+    return int(blocks < limit ? blocks : limit);
+}
+
+template <int V, typename F>
+__global__ void __launch_bounds__(kThreads) for_each_kernel(int64_t packs, F f) {
+    const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+    for (int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < packs; p += stride)
+        f.template operator()<V>(p * V);
+}
+
+// The last n % V elements of a vectorised loop.
+template <typename F>
+__global__ void tail_kernel(int64_t start, F f) {
+    f.template operator()<1>(start + threadIdx.x);
+}
+
+__device__ double sum_of_block(double value) {
+    __shared__ double warp_sum[kThreads / 32];
+    for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_down_sync(~0u, value, offset);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = value;
+    __syncthreads();
+    double total = 0;
+    for (int w = 0; w < kThreads / 32; ++w) total += warp_sum[w];
+    return total;
+}
+
+// Each block leaves its partial sum; the block that finishes last adds them up in order, so the result does not
+// depend on which block that is.
+template <int V, typename F>
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(int64_t n, F f, double* partial, unsigned* finished, double* out) {
+    const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+    const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t packs = n / V, tail = packs * V + thread;
+    double value = V > 1 && tail < n ? f.template operator()<1>(tail) : 0;
+#pragma unroll 1  // a pack keeps enough loads in flight; more spill registers around the division
+    for (int64_t p = thread; p < packs; p += stride) value += f.template operator()<V>(p * V);
+    value = sum_of_block(value);
+
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        partial[blockIdx.x] = value;
+        __threadfence();
+        last = atomicAdd(finished, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!last) return;
+
+    __threadfence();
+    value = 0;
+    for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) value += static_cast<volatile double*>(partial)[b];
+    value = sum_of_block(value);
+    if (threadIdx.x == 0) {
+        *out = value;
+        *finished = 0;
+    }
+}
+
+struct Cuda {
+    template <typename F>
+    static void for_each(const Target& target, int64_t n, bool vectorisable, F f) {
+        if (n == 0) return;
+        const DeviceGuard guard(target.device);
+        const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+        constexpr int64_t kMaxBlocks = 1 << 20;
+        if (vectorisable) {
+            constexpr int V = 16 / sizeof(typename F::value_type);
+            const int64_t packs = n / V, tail = n % V;
+            if (packs) for_each_kernel<V><<<grid(packs, kMaxBlocks), kThreads, 0, stream>>>(packs, f);
+            if (tail) tail_kernel<<<1, unsigned(tail), 0, stream>>>(packs * V, f);
+        } else {
+            for_each_kernel<1><<<grid(n, kMaxBlocks), kThreads, 0, stream>>>(n, f);
+        }
+        check(cudaGetLastError(), "kernel launch");
+    }
+
+    template <typename F>
+    static void sum(const Target& target, int64_t n, bool vectorisable, F f, double* out) {
+        const DeviceGuard guard(target.device);
+        const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+        auto* const partial = reinterpret_cast<double*>(target.workspace);
+        auto* const finished = reinterpret_cast<unsigned*>(partial + kMaxPartials);
+        constexpr int V = 16 / sizeof(typename F::value_type);
+        if (vectorisable)
+            sum_kernel<V><<<grid(n / V + 1, kMaxPartials), kThreads, 0, stream>>>(n, f, partial, finished, out);
+        else
+            sum_kernel<1><<<grid(n + 1, kMaxPartials), kThreads, 0, stream>>>(n, f, partial, finished, out);
+        check(cudaGetLastError(), "kernel launch");
+    }
+};
+
+}  // namespace
+
+const Backend& cuda_backend() {
+    static const Backend backend = make_backend<Cuda>("cuda");
+    return backend;
+}
+
+int cuda_device_count() {
+    int count = 0;
+    return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+}  // namespace aca

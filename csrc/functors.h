@@ -1,0 +1,184 @@
+// The arithmetic of a Runge-Kutta step and of its transpose, for a pack of V neighbouring elements.
+// Both backends instantiate these functors; no formula is written anywhere else.
+#pragma once
+#include <cstdint>
+
+#include "ops.h"
+
+#ifdef __CUDACC__
+#define ACA_HD __host__ __device__ __forceinline__
+#else
+#define ACA_HD inline
+#endif
+
+#ifndef ACA_ISA  // the CPU kernels are compiled once per instruction set, each into a namespace of its own
+#define ACA_ISA portable
+#endif
+
+namespace aca::ACA_ISA {
+
+// V elements that travel together: 16 bytes on a GPU, one element on the CPU, where the compiler vectorises the loop.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+    T v[V];
+    ACA_HD T& operator[](int i) { return v[i]; }
+    ACA_HD const T& operator[](int i) const { return v[i]; }
+};
+
+template <int V, typename T>
+ACA_HD Pack<T, V> load(const T* x, int64_t i) {
+    return *reinterpret_cast<const Pack<T, V>*>(x + i);
+}
+
+template <int V, typename T>
+ACA_HD void store(T* x, int64_t i, const Pack<T, V>& value) {
+    *reinterpret_cast<Pack<T, V>*>(x + i) = value;
+}
+
+template <typename T>
+ACA_HD T magnitude(T x) {
+    return x < T(0) ? -x : x;
+}
+
+// Σ_j w[j]·x[j], always added up in the order of j: every path through the code rounds alike.
+template <typename T, int N>
+struct Terms {
+    const T* x[N];
+    T w[N];
+
+    template <int V>
+    ACA_HD Pack<T, V> sum(int64_t i) const {
+        Pack<T, V> total = load<V>(x[0], i);
+        for (int e = 0; e < V; ++e) total[e] *= w[0];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (int j = 1; j < N; ++j) {
+            const Pack<T, V> term = load<V>(x[j], i);
+            for (int e = 0; e < V; ++e) total[e] += w[j] * term[e];
+        }
+        return total;
+    }
+};
+
+// out = base + h·Σ_j w_j·x_j, or without base: stage states, solutions, dense output, and every sum of the transpose.
+template <typename T, int N, bool HasBase>
+struct WeightedSum {
+    using value_type = T;
+    Terms<T, N> terms;
+    const T* base;
+    T h;
+    T* out;
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        Pack<T, V> total = terms.template sum<V>(i);
+        if constexpr (HasBase) {
+            const Pack<T, V> start = load<V>(base, i);
+            for (int e = 0; e < V; ++e) total[e] = start[e] + h * total[e];
+        } else {
+            for (int e = 0; e < V; ++e) total[e] *= h;
+        }
+        store<V>(out, i, total);
+    }
+};
+
+// y1 = y + h·Σ_j b_j·k_j and error = h·Σ_j e_j·k_j from one read of the slopes.
+template <typename T, int N>
+struct SolutionAndError {
+    using value_type = T;
+    Terms<T, N> terms;  // the slopes, weighted by b
+    T error_weight[N];
+    const T* y;
+    T h;
+    T *y1, *error;
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        Pack<T, V> k = load<V>(terms.x[0], i), advance, deviation;
+        for (int e = 0; e < V; ++e) advance[e] = terms.w[0] * k[e], deviation[e] = error_weight[0] * k[e];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (int j = 1; j < N; ++j) {
+            k = load<V>(terms.x[j], i);
+            for (int e = 0; e < V; ++e) advance[e] += terms.w[j] * k[e], deviation[e] += error_weight[j] * k[e];
+        }
+        const Pack<T, V> start = load<V>(y, i);
+        for (int e = 0; e < V; ++e) advance[e] = start[e] + h * advance[e], deviation[e] *= h;
+        store<V>(y1, i, advance);
+        store<V>(error, i, deviation);
+    }
+};
+
+template <typename T>
+struct ScalarTolerance {
+    T rtol, atol;
+    template <int V>
+    ACA_HD Pack<T, V> scale(int64_t, const Pack<T, V>& size) const {
+        Pack<T, V> result;
+        for (int e = 0; e < V; ++e) result[e] = atol + rtol * size[e];
+        return result;
+    }
+};
+
+template <typename T>
+struct ElementTolerance {
+    const T *rtol, *atol;
+    template <int V>
+    ACA_HD Pack<T, V> scale(int64_t i, const Pack<T, V>& size) const {
+        const Pack<T, V> relative = load<V>(rtol, i);
+        Pack<T, V> result = load<V>(atol, i);
+        for (int e = 0; e < V; ++e) result[e] += relative[e] * size[e];
+        return result;
+    }
+};
+
+// (error / (atol + rtol·max(|y0|, |y1|)))² with error = partial + w·k, the summand of the squared RMS error ratio.
+// A y1 that is not finite makes the sum NaN, so a step to infinity is never accepted.
+template <typename T, typename Tolerance, bool HasSlope>
+struct SquaredErrorRatio {
+    using value_type = T;
+    const T *partial, *k;
+    T w;
+    const T *y0, *y1;
+    Tolerance tolerance;
+
+    template <int V>
+    ACA_HD double operator()(int64_t i) const {
+        Pack<T, V> error = load<V>(partial, i), size = load<V>(y0, i);
+        const Pack<T, V> end = load<V>(y1, i);
+        if constexpr (HasSlope) {
+            const Pack<T, V> slope = load<V>(k, i);
+            for (int e = 0; e < V; ++e) error[e] += w * slope[e];
+        }
+        for (int e = 0; e < V; ++e) {
+            const T before = magnitude(size[e]), after = magnitude(end[e]);
+            size[e] = before < after ? after : before;
+        }
+        const Pack<T, V> scale = tolerance.template scale<V>(i, size);
+        double total = 0;
+        for (int e = 0; e < V; ++e) {
+            const T divisor = error[e] == T(0) ? T(1) : scale[e];  // no error counts 0 where the tolerance is 0, too
+            const T ratio = error[e] / divisor;
+            const T not_finite = end[e] - end[e];  // 0, or NaN at an infinity or NaN
+            total += double(ratio) * double(ratio) + double(not_finite);
+        }
+        return total;
+    }
+};
+
+// out[i] = value[i]: the few numbers of a step, its stage times, written on the device without a copy from the host.
+template <typename T>
+struct Scalars {
+    using value_type = T;
+    T value[kMaxTerms];
+    T* out;
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        out[i] = value[i];
+    }
+};
+
+}  // namespace aca::ACA_ISA

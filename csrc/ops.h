@@ -1,0 +1,59 @@
+// What the extension computes, independent of where: every operation, its operands and its contract.
+// Addresses point to memory laid out alike, of the target's dtype; sizes are int64 and may be zero.
+#pragma once
+#include <cstdint>
+
+namespace aca {
+
+constexpr int kMaxTerms = 16;
+constexpr int kMaxPartials = 1024;  // partial sums of one reduction, a function of the size alone
+constexpr int64_t kWorkspaceBytes = kMaxPartials * sizeof(double) + 64;
+
+enum class DType { f32, f64 };
+
+// Where and how an operation runs. The CPU uses `threads`; a GPU uses the rest.
+struct Target {
+    DType dtype;
+    int threads;
+    int device;
+    uintptr_t stream;
+    uintptr_t workspace;  // kWorkspaceBytes, zero before the first use, owned by one stream at a time
+};
+
+// Σ_j w[j]·x[j]
+struct Sum {
+    int count;
+    uintptr_t x[kMaxTerms];
+    double w[kMaxTerms];
+};
+
+// Each element's share of the error norm: (partial + w·k) / (atol + rtol·max(|y0|, |y1|)).
+struct ErrorRatio {
+    uintptr_t partial;
+    uintptr_t k;  // 0: none
+    double w;
+    uintptr_t y0, y1;
+    double rtol, atol;               // used where the next two are 0
+    uintptr_t rtol_each, atol_each;  // one tolerance per element; both or neither
+};
+
+// The operations of one backend.
+struct Backend {
+    const char* name;
+    // out = base + h·sum; without base (0), out = h·sum.
+    void (*weighted_sum)(const Target&, int64_t n, uintptr_t out, uintptr_t base, double h, const Sum&);
+    // y1 = y + h·sum and error = h·Σ_j error_weight[j]·x[j].
+    void (*solution_and_error)(const Target&, int64_t n, uintptr_t y1, uintptr_t error, uintptr_t y, double h,
+                               const Sum&, const double* error_weight);
+    // out[s] (double) = sum over elements bounds[s] ≤ i < bounds[s+1] of the squared ratio. Bitwise repeatable.
+    void (*squared_error_ratio)(const Target&, int segments, const int64_t* bounds, uintptr_t out, const ErrorRatio&);
+    // out[i] = value[i], i < n ≤ kMaxTerms.
+    void (*write_scalars)(const Target&, int n, uintptr_t out, const double* value);
+};
+
+const Backend& cpu_backend();  // for the best instruction set this processor has
+const char* cpu_instruction_set();
+const Backend& cuda_backend();  // defined in CUDA builds only
+int cuda_device_count();        // 0 without a GPU or driver
+
+}  // namespace aca

@@ -1,0 +1,223 @@
+"""The import rules of the package and the include rules of its C++ sources, read off the sources themselves."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, CSRC = ROOT / "aca_ext", ROOT / "csrc"
+
+# What each module may import of the package. Modules that are not listed are free but for the rules below.
+ALLOWED = {
+    "aca_ext.errors": set(),
+    "aca_ext.tableau": set(),
+    "aca_ext.controller": set(),
+    "aca_ext.reference": set(),
+    "aca_ext.methods": {"aca_ext.tableau"},
+    "aca_ext.ops": {"aca_ext._C", "aca_ext.reference", "aca_ext.errors"},
+    "aca_ext.runge_kutta": {"aca_ext.ops", "aca_ext.tableau", "aca_ext.reference", "aca_ext.errors"},
+}
+# What each module must not reach, by whatever way.
+UNREACHABLE = {
+    "aca_ext.controller": ("torch", "numpy"),
+    "aca_ext.tableau": ("torch", "numpy"),
+    "aca_ext.methods": ("torch", "numpy"),
+    "aca_ext.errors": ("torch", "numpy"),
+    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.odeint"),
+    "aca_ext.runge_kutta": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem", "aca_ext.controller"),
+    "aca_ext.checkpoints": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
+    "aca_ext.outputs": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
+    "aca_ext.problem": ("aca_ext.solver", "aca_ext.gradients"),
+}
+# Includes, and the names of the files that alone may have them.
+INCLUDES = {
+    r"(torch|ATen|c10)\b.*|Python\.h": r"(?!)",
+    r"pybind11/.*": r"bindings\.cpp|stepper\.h",
+    r"(cuda|cu_|cub/|cooperative_groups|device_|thrust/|nv|mma).*|sm_\d+.*": r".*\.cu",
+}
+
+Imports = dict[str, set[str]]
+
+
+def module_name(path: Path, package: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_by(source: str, module: str, is_package: bool, modules: set[str]) -> Iterator[str]:
+    """Full names of what a module imports, wherever in it; names imported from a package count as its modules."""
+    parents = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = parents[: len(parents) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            inner = [f"{origin}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else origin for name in inner)
+
+
+def imports_of(package: Path) -> Imports:
+    paths = {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
+    modules = {*paths, f"{package.name}._C"}
+    return {
+        module: set(imported_by(path.read_text(), module, path.name == "__init__.py", modules))
+        for module, path in paths.items()
+    }
+
+
+def is_within(module: str, part: str) -> bool:
+    return module == part or module.startswith(f"{part}.")
+
+
+def reached_from(module: str, imports: Imports) -> set[str]:
+    """All that importing ``module`` imports, the package's own __init__ aside."""
+    reached: set[str] = set()
+    waiting = [module]
+    while waiting:
+        new = imports.get(waiting.pop(), set()) - reached
+        reached |= new
+        waiting += new
+    return reached
+
+
+def cycle_in(imports: Imports) -> list[str] | None:
+    internal = {module: {name for name in names if name in imports} for module, names in imports.items()}
+    try:
+        TopologicalSorter(internal).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def includes_of(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def wrong_includes(path: Path) -> list[str]:
+    return [
+        include
+        for include in includes_of(path)
+        for pattern, files in INCLUDES.items()
+        if re.fullmatch(pattern, include) and not re.fullmatch(files, path.name)
+    ]
+
+
+IMPORTS = imports_of(PACKAGE)
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
+
+
+class TestPackage:
+    def test_was_found(self) -> None:
+        assert {"aca_ext", "aca_ext.ops", "aca_ext.gradients.aca"} <= set(IMPORTS)
+        assert IMPORTS["aca_ext.ops"] >= {"torch", "aca_ext._C", "aca_ext.reference"}
+
+    def test_rules_name_modules_that_exist(self) -> None:
+        assert {*ALLOWED, *UNREACHABLE} <= set(IMPORTS)
+
+    def test_ops_alone_imports_the_extension(self) -> None:
+        assert [module for module, names in IMPORTS.items() if "aca_ext._C" in names] == ["aca_ext.ops"]
+
+    def test_the_package_alone_looks_for_the_extension_by_name(self) -> None:
+        names = {
+            module_name(path, PACKAGE)
+            for path in PACKAGE.rglob("*.py")
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and node.value in ("_C", "._C", "aca_ext._C")
+        }
+        assert names <= {"aca_ext"}
+
+    @pytest.mark.parametrize("module", ALLOWED)
+    def test_imports_only_what_it_may(self, module: str) -> None:
+        internal = {name for name in IMPORTS[module] if is_within(name, "aca_ext")}
+        assert internal <= ALLOWED[module]
+
+    @pytest.mark.parametrize("module", UNREACHABLE)
+    def test_does_not_reach_what_it_must_not(self, module: str) -> None:
+        reached = reached_from(module, IMPORTS)
+        wrong = {name for name in reached for part in UNREACHABLE[module] if is_within(name, part)}
+        assert not wrong
+
+    def test_has_no_cycles(self) -> None:
+        assert cycle_in(IMPORTS) is None
+
+    def test_modules_import_one_another_not_the_package(self) -> None:
+        importers = {module for module, names in IMPORTS.items() if "aca_ext" in names}
+        assert importers <= {"aca_ext.__main__"}
+
+
+class TestSources:
+    def test_were_found(self) -> None:
+        assert {"bindings.cpp", "ops.h", "cuda.cu"} <= {path.name for path in SOURCES}
+        assert "pybind11/pybind11.h" in includes_of(CSRC / "bindings.cpp")
+
+    @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+    def test_include_only_what_they_may(self, path: Path) -> None:
+        assert wrong_includes(path) == []
+
+    @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+    def test_name_no_torch(self, path: Path) -> None:
+        assert not re.search(r"\b(at|c10|torch)::", path.read_text())
+
+
+class TestRulesCanFail:
+    """The rules applied to a package that breaks them."""
+
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        package = tmp_path / "pkg"
+        (package / "sub").mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "sub" / "__init__.py").write_text("from pkg.sub import two\n")
+        (package / "one.py").write_text("def f():\n    from pkg import _C, two\n    import torch.nn\n")
+        (package / "two.py").write_text("if True:\n    from .three import x\n")
+        (package / "three.py").write_text("from . import one\n")
+        (package / "sub" / "two.py").write_text("from ..three import x\nfrom .. import one as other\n")
+        return package
+
+    def test_finds_imports_of_every_form(self, package: Path) -> None:
+        assert imports_of(package) == {
+            "pkg": set(),
+            "pkg.one": {"pkg._C", "pkg.two", "torch.nn"},
+            "pkg.two": {"pkg.three"},
+            "pkg.three": {"pkg.one"},
+            "pkg.sub": {"pkg.sub.two"},
+            "pkg.sub.two": {"pkg.three", "pkg.one"},
+        }
+
+    def test_follows_imports(self, package: Path) -> None:
+        assert reached_from("pkg.sub", imports_of(package)) >= {"pkg.sub.two", "pkg.three", "torch.nn"}
+
+    def test_finds_cycles(self, package: Path) -> None:
+        cycle = cycle_in(imports_of(package))
+        assert cycle is not None
+        assert set(cycle) == {"pkg.one", "pkg.two", "pkg.three"}
+        (package / "three.py").write_text("")
+        assert cycle_in(imports_of(package)) is None
+
+    @pytest.mark.parametrize(
+        ("name", "include", "is_wrong"),
+        [
+            ("ops.h", "<torch/extension.h>", True),
+            ("bindings.cpp", "<ATen/ATen.h>", True),
+            ("cuda.cu", '"c10/cuda/CUDAStream.h"', True),
+            ("bindings.cpp", "<pybind11/stl.h>", False),
+            ("cpu.cpp", "<pybind11/stl.h>", True),
+            ("cuda.cu", "<cuda_runtime.h>", False),
+            ("graph.cu", "<cub/cub.cuh>", False),
+            ("bindings.cpp", "<cuda_runtime.h>", True),
+            ("ops.h", "<cuda.h>", True),
+            ("ops.h", "<cstdint>", False),
+            ("cuda.cu", '"ops_impl.h"', False),
+        ],
+    )
+    def test_finds_includes(self, tmp_path: Path, name: str, include: str, is_wrong: bool) -> None:
+        path = tmp_path / name
+        path.write_text(f"// a file\n  # include {include}\n")
+        assert bool(wrong_includes(path)) == is_wrong

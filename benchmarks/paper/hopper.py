@@ -2,11 +2,11 @@
 
 Data and task are those of the latent ODE's code (Rubanova et al., NeurIPS 2019): 100 of a rollout's 200 points are
 asked for, and 10, 20 or 50 % of them shown, anew at each iteration; MSE over all 100 on rollouts never trained on, in
-that code's units, (x - min) / max of each dimension. Different from there: the encoder is a GRU over the shown points alone,
-with the gaps between them, not an ODE-RNN; networks see standardized states; Adam instead of Adamax. The RNNs predict a
-point from those shown before it, as there, but read their own prediction only where none is shown. The default trains
-on a tenth of the rollouts, narrower, on a hundredth of the iterations, and an iteration's loss takes 10 random ones of
-the 100 points, for the adjoint solves anew from each; --full takes all.
+that code's units, (x - min) / max of each dimension. Different from there: the encoder is a GRU over the shown points
+alone, with the gaps between them, not an ODE-RNN; networks see standardized states; Adam instead of Adamax. The RNNs
+predict a point from those shown before it, as there, but read their own prediction only where none is shown. The
+default trains on a tenth of the rollouts, narrower, on a hundredth of the iterations, and an iteration's loss takes
+10 random ones of the 100 points, for the adjoint solves anew from each; --full takes all.
 
 At the default size the paper's order ACA ≤ naive ≤ adjoint is not to be seen. The three start from equal weights and
 get equal batches, so they differ by their gradients alone, and that is a few percent, about what another seed changes:

@@ -355,10 +355,10 @@ def _comparison(images: Images, results: dict[Model, list[dict[str, Any]]]) -> T
     )
     note = (
         f"{len(images.train[1])} training and {len(images.test[1])} test images; "
-        f"medians of {len(results[ADJOINT])} seeds ({len(results[ACA])} of ResNet and ACA).\nSeconds of the whole training; CPU seconds are the process's, "
-        "which other load does not stretch.\nf evaluations: forward + backward per batch, last epoch; naive keeps "
-        "graphs, so none backward. Gradient error:\nrelative to backpropagation through the accepted steps, in "
-        "float64, of the trained net.\n"
+        f"medians of {len(results[ADJOINT])} seeds ({len(results[ACA])} of ResNet and ACA).\n"
+        "Seconds of the whole training; CPU seconds are the process's, which other load does not stretch.\n"
+        "f evaluations: forward + backward per batch, last epoch; naive keeps graphs, so none backward.\n"
+        "Gradient error: relative to backpropagation through the accepted steps, in float64, of the trained net.\n"
     )
     return Table(f"{images.name}: NODE against ResNet", columns, rows, "\n".join([note + PAPER_NOTE, *failures]))
 

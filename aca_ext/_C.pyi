@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -13,16 +14,46 @@ WORKSPACE_BYTES: int
 class Target:
     def __init__(self, backend: str, dtype: str, threads: int, device: int, stream: int, workspace: int) -> None: ...
 
+class Slope:
+    n_evals: int
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        like: Tensor,
+        checked: Callable[[Any], Tensor],
+        changed: Callable[[], None],
+        is_grad_enabled: Callable[[], bool],
+        versioned: bool,
+    ) -> None: ...
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
+
+class Controller:
+    def __init__(
+        self,
+        order: int,
+        safety: float,
+        ifactor: float,
+        dfactor: float,
+        pcoeff: float,
+        icoeff: float,
+        dcoeff: float,
+        min_step: float,
+        max_step: float,
+    ) -> None: ...
+
 class Stepper:
     def __init__(
         self,
         on: Target,
         n: int,
+        c: Sequence[float],
         rows: tuple[tuple[Sequence[int], Sequence[float]], ...],
-        solution: tuple[Sequence[int], Sequence[float], Sequence[float] | None],
+        solution: tuple[Sequence[int], Sequence[float], Sequence[float] | None, float],
         fsal: bool,
-        empty_state: Callable[[], Tensor],
-        empty_times: Callable[[], Tensor],
+        states: Callable[[], Sequence[Tensor]],
+        times: Callable[[], Sequence[Tensor]],
+        norm: tuple[Sequence[int], int, float, float, int, int] | None,
     ) -> None: ...
     def step(
         self,
@@ -34,6 +65,35 @@ class Stepper:
         out: Tensor | None,
         /,
     ) -> tuple[Tensor, list[Tensor], Tensor | None]: ...
+    def leap(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        controller: Controller,
+        error_norm: Callable[[], float],
+        slot: Callable[[], Tensor] | None,
+        accept: Callable[[], None] | None,
+        start: tuple[float, float, Tensor, Tensor | None, Sequence[float]],
+        until: float,
+        trials: int,
+        /,
+    ) -> tuple[
+        tuple[float, float, Tensor, Tensor | None, list[float]],
+        list[tuple[float, float, float]],
+        int,
+        float | None,
+    ]: ...
+    def vjp(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        pull_back: Callable[[Tensor, Tensor, Tensor], Tensor | None],
+        admit: Callable[[Tensor], Tensor],
+        check: Callable[[Tensor], None] | None,
+        t: Sequence[float],
+        y: Tensor,
+        h: float,
+        outputs: Sequence[tuple[Sequence[float], Tensor]],
+        /,
+    ) -> Tensor: ...
 
 def cpu_instruction_set() -> str: ...
 def cuda_device_count() -> int: ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aca_ext.outputs import empty_rows
+from aca_ext.ops import empty_rows
 
 _BLOCK_BYTES = 1 << 20  # small states share blocks up to this size; it bounds what is allocated and not used
 _BLOCK_ROWS = 64
@@ -37,7 +37,7 @@ class StepRecord:
 
     def bounds(self) -> Tensor:
         """(n_accepted, 2) float64: start and end of every accepted step."""
-        return torch.tensor([(s.t, s.t_next) for s in self.steps], dtype=torch.float64).reshape(-1, 2)
+        return torch.tensor([t for s in self.steps for t in (s.t, s.t_next)], dtype=torch.float64).view(-1, 2)
 
 
 class Checkpoints:

@@ -36,14 +36,20 @@ class Controller:
     first_step: float | None = None
 
     @property
+    def coefficients(self) -> dict[str, float]:
+        """What ``grow`` and ``shrink`` depend on."""
+        return {name: value for name, value in vars(self).items() if name != "first_step"}
+
+    @property
     def has_memory(self) -> bool:
         return self.pcoeff != 0 or self.dcoeff != 0
 
     def grow(self, h: Number, ratios: list[Number]) -> Number:
         """The step after an accepted one of size ``h``; ``ratios`` belong to the last ones, newest first."""
         p, i, d, k = self.pcoeff, self.icoeff, self.dcoeff, self.order
+        exponents = (-(p + i + d) / k, (p + 2 * d) / k, -d / k) if self.has_memory else (-i / k,)
         factor = self.safety
-        for ratio, exponent in zip(ratios, (-(p + i + d) / k, (p + 2 * d) / k, -d / k), strict=False):
+        for ratio, exponent in zip(ratios, exponents, strict=False):
             if exponent == 0:
                 continue
             if ratio == 0:

@@ -20,6 +20,8 @@ from aca_ext.reference import Number
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _THREADS_FROM = 1 << 15  # elements; below, waking threads costs more than they save
+_ALIGNMENT = 64  # bytes
+_SHARED_BYTES = 1 << 15  # stage states below this size share allocations up to it
 
 # Norm of an error ratio given by the user: tensor in, number out.
 Norm = Callable[[Tensor], Any]
@@ -201,17 +203,59 @@ class KernelOperations(TorchOperations):
             )
         return self.tolerance.norm_of_sums(self._sums.tolist())
 
-    def stepper(self, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
-        """A whole step in one call; ``runge_kutta.step`` says what it does."""
-        like = self.like
-        state = partial(torch.empty_like, like)
-        times = partial(torch.empty, len(rows), dtype=like.dtype, device=like.device)
-        return _C.Stepper(self._on, self._n, rows, solution, fsal, state, times)
+    def stepper(self, c: Any, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
+        """A whole step, its transpose, or many steps in one call; ``runge_kutta`` and ``solver`` say what they do."""
+        like, tolerance, stages = self.like, self.tolerance, len(c)
+        states = partial(_aligned_rows, max(1, min(16, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
+        times = partial(_times, 2 * stages, like)
+        norm = None
+        if tolerance.norm is None:
+            norm = (tolerance.segments, self._sums.data_ptr(), *self._tolerances)
+        return _C.Stepper(self._on, self._n, c, rows, solution, fsal, states, times, norm)
+
+    def norm_of_step(self) -> float:
+        """The error norm of the last step that a ``stepper`` made."""
+        return self.tolerance.norm_of_sums(self._sums.tolist())
 
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
         out = torch.empty(len(values), dtype=self.like.dtype, device=self.like.device)
         _C.write_scalars(self._on, out.data_ptr(), list(values))
         return out.unbind(0)
+
+
+def empty_rows(count: int, like: Tensor) -> Tensor:
+    """Uninitialised (count, \\*like.shape), each row laid out in memory like ``like``."""
+    return torch.empty_strided(
+        (count, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
+    )
+
+
+def _aligned_rows(count: int, like: Tensor) -> Sequence[Tensor]:
+    """``count`` uninitialised tensors laid out in memory like ``like``, each aligned like an allocation of its own."""
+    alignment = _ALIGNMENT // like.element_size()
+    pitch = -(-like.numel() // alignment) * alignment
+    rows = torch.empty_strided((count, *like.shape), (pitch, *like.stride()), dtype=like.dtype, device=like.device)
+    return rows.unbind(0)
+
+
+def _times(count: int, like: Tensor) -> Sequence[Tensor]:
+    return torch.empty(count, dtype=like.dtype, device=like.device).unbind(0)
+
+
+def compiled_controller(**coefficients: Any) -> _C.Controller:
+    """``controller.Controller`` with the same coefficients, for steps that do not go through Python."""
+    return _C.Controller(**coefficients)
+
+
+def slope_function(
+    func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, checked: Any, changed: Any, versioned: bool
+) -> _C.Slope:
+    """f(t, y) = func(t, y, \\*args) with its result checked, which the kernels call without Python in between.
+
+    A result laid out unlike ``like`` becomes ``checked(result)``. If ``versioned``, ``changed()`` is called where func
+    changed its state in place. The result has a graph only where gradients are enabled. ``n_evals`` counts.
+    """
+    return _C.Slope(func, args, like, checked, changed, torch.is_grad_enabled, versioned)
 
 
 class DifferentiableKernels(KernelOperations):

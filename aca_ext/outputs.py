@@ -16,6 +16,11 @@ class OutputTimes:
         self._sign = -1.0 if len(times) > 1 and times[1] < times[0] else 1.0
         self._next = 1  # the first time is the start
 
+    @property
+    def next(self) -> float:
+        """The first time not passed yet, the end where all are."""
+        return self._times[min(self._next, len(self._times) - 1)]
+
     def within(self, t: float, t_next: float) -> list[tuple[int, float]]:
         """(index, theta) of the requested times in (t, t_next]; theta is exactly 1 at t_next."""
         times, i, due = self._times, self._next, list[tuple[int, float]]()
@@ -25,13 +30,6 @@ class OutputTimes:
             i += 1
         self._next = i
         return due
-
-
-def empty_rows(count: int, like: Tensor) -> Tensor:
-    """Uninitialised (count, \\*like.shape), each row laid out in memory like ``like``."""
-    return torch.empty_strided(
-        (count, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
-    )
 
 
 def stack_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,11 +80,15 @@ def _nonzero(weights: Sequence[float]) -> Weights:
 
 @dataclass(slots=True)
 class Trial:
-    """A computed step, not yet accepted: the solution at its end, all slopes, and the error but for its last slope."""
+    """A computed step, not yet accepted: the solution at its end, all slopes, and the error but for its last slope.
+
+    ``error_norm`` is known where the step took it along.
+    """
 
     y1: Tensor
     k: list[Tensor]
     partial_error: Tensor | None
+    error_norm: Number | None = None
 
 
 def stage_times(
@@ -136,22 +140,54 @@ def step(
     return Trial(y1, k, partial_error)
 
 
-def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme) -> Callable[..., Trial]:
-    """``step`` with its first three arguments given; outside autograd, compiled code calls f and forms the sums."""
+def compiled_stepper(ops: TorchOperations, scheme: Scheme) -> Any | None:
+    """What calls f and forms the sums of a step in compiled code; None where they run otherwise."""
     if type(ops) is not KernelOperations:
+        return None
+    return ops.stepper(
+        scheme.c, scheme.stages, (scheme.indices, scheme.b, scheme.error, scheme.error_last), scheme.fsal
+    )
+
+
+def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme, compiled: Any | None) -> Callable[..., Trial]:
+    """``step`` with its first three arguments given, in compiled code where there is."""
+    if compiled is None:
         return partial(step, f, ops, scheme)
-    compiled = ops.stepper(scheme.stages, (scheme.indices, scheme.b, scheme.error), scheme.fsal)
+    assert isinstance(ops, KernelOperations)
+    takes_norm = scheme.error is not None and ops.tolerance.norm is None
 
     def compiled_step(
         times: Sequence[float], y: Tensor, h: float, k_first: Tensor | None = None, out: Tensor | None = None
     ) -> Trial:
-        return Trial(*compiled.step(f, times, y, h, k_first, out))
+        y1, k, error = compiled.step(f, times, y, h, k_first, out)
+        return Trial(y1, k, error, ops.norm_of_step() if takes_norm else None)
 
     return compiled_step
 
 
+def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) -> Callable[..., Tensor]:
+    """``step_vjp`` with its first three arguments given, in compiled code where there is."""
+    compiled = compiled_stepper(ops, scheme)
+    if compiled is None:
+        return partial(step_vjp, f, ops, scheme)
+
+    def compiled_step_vjp(
+        times: Sequence[float],
+        y: Tensor,
+        h: float,
+        outputs: Sequence[tuple[Sequence[float], Tensor]],
+        y_next: Tensor | None = None,
+    ) -> Tensor:
+        check = None if y_next is None else partial(check_replay, times[0], y_next)
+        return compiled.vjp(f, f.pull_back, ops.admit, check, times, y, h, outputs)
+
+    return compiled_step_vjp
+
+
 def error_norm(ops: TorchOperations, scheme: Scheme, y: Tensor, h: Number, trial: Trial) -> Number:
     """The error of a trial in units of the tolerance."""
+    if trial.error_norm is not None:
+        return trial.error_norm
     assert trial.partial_error is not None
     k_last = trial.k[-1] if scheme.error_last != 0 else None
     return ops.error_norm(trial.partial_error, k_last, scheme.error_last * h, y, trial.y1)
@@ -208,7 +244,7 @@ def step_vjp(
         slopes.append(f(t[i], y_i))
         k.append(slopes[i].detach())
     if y_next is not None and count > max(scheme.indices):
-        check_replay(times[0], ops.weighted_sum(y, h, [k[i] for i in scheme.indices], scheme.b), y_next)
+        check_replay(times[0], y_next, ops.weighted_sum(y, h, [k[i] for i in scheme.indices], scheme.b))
 
     pulled: dict[int, Tensor] = {}  # v_i, stages that y does not reach left out
     a = scheme.a
@@ -227,7 +263,7 @@ def step_vjp(
     return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
 
 
-def check_replay(t: float, y1: Tensor, y_next: Tensor) -> None:
+def check_replay(t: float, y_next: Tensor, y1: Tensor) -> None:
     """Raises ReplayError where a replayed step from ``t`` does not end in what the forward pass found, bit for bit."""
     if not torch.equal(y1, y_next):
         raise ReplayError(

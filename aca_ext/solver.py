@@ -7,9 +7,11 @@ left here is their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +19,22 @@ from torch import Tensor
 from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.controller import Controller
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.ops import TorchOperations
+from aca_ext.ops import KernelOperations, TorchOperations, compiled_controller
 from aca_ext.outputs import OutputTimes
 from aca_ext.problem import Problem
 from aca_ext.reference import Number
-from aca_ext.runge_kutta import Trial, error_norm, interpolate, scheme_of, stage_times, stepper
+from aca_ext.runge_kutta import (
+    Trial,
+    compiled_stepper,
+    error_norm,
+    interpolate,
+    scheme_of,
+    stage_times,
+    stepper,
+)
 from aca_ext.vector_field import RandomState, VectorField
+
+Leap = Callable[..., Any]  # ``_C.Stepper.leap`` but for where it starts and ends
 
 
 @dataclass
@@ -75,7 +87,8 @@ class Solver:
         self.record = StepRecord()
         self.stats = Stats(backend=ops.backend)
         self.scheme = scheme_of(problem.tableau, problem.adaptive)
-        self._step = stepper(field, ops, self.scheme)
+        self._compiled = compiled_stepper(ops, self.scheme)
+        self._step = stepper(field.fastest, ops, self.scheme, self._compiled)
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
         self._output_times = OutputTimes(problem.times)
@@ -123,7 +136,10 @@ class Solver:
         if self._differentiable_steps:
             h = torch.tensor(h, dtype=torch.float64)
         ratios: list[Number] = []  # of the last accepted steps, newest first
+        leaps = self._leaps(controller)
         while True:
+            if leaps is not None:
+                t, h, y, ratios = self._leap(leaps, controller, t, h, y, ratios, stops[0])
             if stats.n_steps >= problem.max_num_steps:
                 raise self._failure(StepLimitError, t, h, ratios[0] if ratios else math.nan)
             is_cut = sign * (t + sign * h) >= sign * stops[0] or abs(stops[0] - t) <= h * (1 + 1e-12)
@@ -170,6 +186,37 @@ class Solver:
             norm_y = float(ops.error_norm(y, None, 0.0, y, y))
             length = abs(self.problem.times[-1] - t)
             return controller.initial(length, norm_y, norm_f, change_of_slope)
+
+    def _leaps(self, controller: Controller) -> Leap | None:
+        """Compiled code for the steps between outputs; None where something has to happen at every step."""
+        problem, field, ops, checkpoints = self.problem, self.field, self.ops, self._checkpoints
+        is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
+        if (
+            self._compiled is None
+            or is_watched
+            or not isinstance(ops, KernelOperations)
+            or ops.tolerance.norm is not None
+        ):
+            return None
+        keep = (None, None) if checkpoints is None else (checkpoints.slot, checkpoints.accept)
+        coefficients = compiled_controller(**controller.coefficients)
+        return partial(self._compiled.leap, field.fastest, coefficients, ops.norm_of_step, *keep)
+
+    def _leap(
+        self, leap: Leap, controller: Controller, t: float, h: float, y: Tensor, ratios: list[float], stop: float
+    ) -> tuple[float, float, Tensor, list[float]]:
+        """The steps that end before the next output and the next stop, as ``_run_adaptive`` would make them."""
+        stats, sign = self.stats, math.copysign(1.0, stop - t)
+        until = min(stop, self._output_times.next, key=lambda time: sign * time)
+        trials = self.problem.max_num_steps - stats.n_steps
+        (t, h, y, self._k, ratios), steps, n_rejected, alarm = leap((t, h, y, self._k, ratios), until, trials)
+        self.record.steps += [AcceptedStep(t_n, h_n, t_next, []) for t_n, h_n, t_next in steps]
+        stats.n_steps += len(steps) + n_rejected
+        stats.n_accepted += len(steps)
+        stats.n_rejected += n_rejected
+        if alarm is not None:
+            self._check_progress(controller, t, y, h, sign, alarm)
+        return t, h, y, ratios
 
     def _try(self, t: Number, y: Tensor, h: Number, t_next: Number) -> Trial:
         self.field.random_trail = []

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import SlopeError
-from aca_ext.ops import TorchOperations
+from aca_ext.ops import TorchOperations, slope_function
+from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.state import Packing, State
 
 Func = Callable[..., State]
@@ -39,42 +41,35 @@ class VectorField:
 
     def __init__(self, func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations) -> None:
         self.func, self.args, self.packing = func, tuple(args), packing
-        self.n_evals = 0
         self.draws_random_numbers = False
         self.random_trail: list[RandomState] = []
         self.moving_buffers: list[Tensor] = []
+        self._has_been_watched = False
         self._ops = ops
-        like = ops.like
-        self._shape, self._dtype, self._device, self._stride = like.shape, like.dtype, like.device, like.stride()
-        self._trivial = packing.is_trivial and type(like) is Tensor
-        self._versioned = not like.is_inference() and not torch.is_inference_mode_enabled()
+        self._device = ops.like.device
+        self._call = self._bound()
+
+    def _bound(self) -> Any:
+        """func with its args, checks and count. It holds no reference to this object, which would be a cycle."""
+        like, packing = self._ops.like, self.packing
+        check = _SlopeCheck(packing, self._ops)
+        func = self.func if packing.is_trivial else partial(_unpacked, self.func, packing, check)
+        versioned = not like.is_inference() and not torch.is_inference_mode_enabled()
+        return slope_function(func, self.args, like, check, _changed_in_place, versioned)
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        self.n_evals += 1
         if self.draws_random_numbers:
             self.random_trail.append(self.random_state())
-        version = y._version if self._versioned else 0
-        if self._trivial:
-            k: Any = self.func(t, y, *self.args)
-            if not (
-                type(k) is Tensor
-                and k.shape == self._shape
-                and k.dtype is self._dtype
-                and k.device == self._device
-                and k.stride() == self._stride
-                and not k.is_neg()
-            ):
-                k = self._checked(k)
-        else:
-            k = self._checked(self.func(t, self.packing.unpack(y), *self.args))
-        if self._versioned and y._version != version:
-            raise SlopeError(
-                "func changed its state argument in place, which would corrupt the solution. "
-                "Work on a copy: y = y.clone(), or use the out-of-place operation."
-            )
-        if k.requires_grad and not torch.is_grad_enabled():
-            k = k.detach()  # func enabled gradients for itself; its graph ends here
-        return k
+        return self._call(t, y)
+
+    @property
+    def n_evals(self) -> int:
+        return self._call.n_evals
+
+    @property
+    def fastest(self) -> SlopeFunction:
+        """What evaluates func with the least in between."""
+        return self if self.draws_random_numbers else self._call
 
     def admit(self, y: Tensor) -> Tensor:
         """``y`` laid out in memory like the state."""
@@ -84,6 +79,7 @@ class VectorField:
         """The same f with other args."""
         other = copy.copy(self)
         other.args = tuple(args)
+        other._call = other._bound()
         return other
 
     def first(self, t: Tensor, y: Tensor) -> Tensor:
@@ -97,17 +93,23 @@ class VectorField:
         # Batch normalisation moves its statistics without a new version, but counts its batches with one.
         moved = [owned for owned in used if any(b.tensor._version != b.version for b in owned)]
         self.moving_buffers = [b.tensor for owned in moved for b in owned]
+        self._has_been_watched = True
         return k
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """For evaluations that are no part of the solution: they leave no trace but in ``n_evals``."""
         trail = list(self.random_trail)
-        with _buffers_used_by(self.func) as used:
+        watch: AbstractContextManager[list[list[_Buffer]]] = (
+            nullcontext([]) if self._has_been_watched else _buffers_used_by(self.func)
+        )
+        values = self.buffer_values()
+        with watch as used:
             try:
                 yield
             finally:
                 self.random_trail = trail
+                self.restore_buffers(values)
                 for owned in used:
                     _restore([b.tensor for b in owned], [b.value for b in owned])
 
@@ -133,8 +135,15 @@ class VectorField:
         if values is not None:
             _restore(self.moving_buffers, values)
 
-    def _checked(self, k: Any) -> Tensor:
-        """The packed slope of what func returned, converted in layout and, under autocast, in dtype alone."""
+
+class _SlopeCheck:
+    """Makes the packed slope of what func returned, converted in layout and, under autocast, in dtype alone."""
+
+    def __init__(self, packing: Packing, ops: TorchOperations) -> None:
+        self.packing, self._ops = packing, ops
+        self._dtype, self._device = ops.like.dtype, ops.like.device
+
+    def __call__(self, k: Any) -> Tensor:
         packing = self.packing
         parts = self._parts(k)
         given: list[Tensor] = []
@@ -181,6 +190,17 @@ class VectorField:
             f"{where} has dtype {part.dtype}; the state has {expected}. Convert y0 or the output, for example with "
             f".to({expected}). (Under torch.autocast a lower precision is converted for you.)"
         )
+
+
+def _unpacked(func: Func, packing: Packing, check: _SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:
+    return check(func(t, packing.unpack(y), *args))
+
+
+def _changed_in_place() -> None:
+    raise SlopeError(
+        "func changed its state argument in place, which would corrupt the solution. "
+        "Work on a copy: y = y.clone(), or use the out-of-place operation."
+    )
 
 
 class Replay:
@@ -333,7 +353,8 @@ def _buffers_used_by(func: Any) -> Iterator[list[list[_Buffer]]]:
 
     if isinstance(func, nn.Module):
         for module in func.modules():
-            note(module)
+            if module._buffers:  # most have none
+                note(module)
         yield used
         return
     handle = register_module_forward_pre_hook(note)

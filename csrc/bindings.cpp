@@ -14,7 +14,6 @@ namespace {
 
 using namespace aca;
 
-constexpr int64_t kReleaseGilAbove = 1 << 14;  // elements; below, releasing costs more than it gives
 constexpr int kMaxSegments = 64;
 
 BoundTarget make_target(const std::string& backend, const std::string& dtype, int threads, int device, uintptr_t stream,
@@ -61,17 +60,6 @@ Sum read_sum(py::handle x, py::handle w) {
     return sum;
 }
 
-template <typename F>
-void run(int64_t n, F&& f) {
-    if (n < 0) throw std::invalid_argument("n must not be negative");
-    if (n > kReleaseGilAbove) {
-        const py::gil_scoped_release release;
-        f();
-    } else {
-        f();
-    }
-}
-
 void weighted_sum(const BoundTarget& on, int64_t n, uintptr_t out, uintptr_t base, double h, py::handle x,
                   py::handle w) {
     const Sum sum = read_sum(x, w);
@@ -106,6 +94,21 @@ void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
     on.backend->write_scalars(on.target, n, out, value);
 }
 
+// Lets the garbage collector see what a Slope holds: func may hold a result whose graph holds the Slope.
+void make_collectable(PyHeapTypeObject* heap_type) {
+    PyTypeObject& type = heap_type->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+        Py_VISIT(Py_TYPE(self));
+        const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+        return held.holder_constructed() ? held.value_ptr<Slope>()->traverse(visit, arg) : 0;
+    };
+    type.tp_clear = [](PyObject* self) {
+        py::cast<Slope&>(py::handle(self)).clear();
+        return 0;
+    };
+}
+
 int device_count() {
 #ifdef ACA_CUDA
     return cuda_device_count();
@@ -137,9 +140,23 @@ PYBIND11_MODULE(_C, m) {
     py::class_<BoundTarget>(m, "Target")
         .def(py::init(&make_target), py::arg("backend"), py::arg("dtype"), py::arg("threads"), py::arg("device"),
              py::arg("stream"), py::arg("workspace"));
+    py::class_<Controller>(m, "Controller")
+        .def(py::init([](int order, double safety, double ifactor, double dfactor, double pcoeff, double icoeff,
+                         double dcoeff, double min_step, double max_step) {
+                 return Controller{order, safety, ifactor, dfactor, pcoeff, icoeff, dcoeff, min_step, max_step};
+             }),
+             py::arg("order"), py::arg("safety"), py::arg("ifactor"), py::arg("dfactor"), py::arg("pcoeff"),
+             py::arg("icoeff"), py::arg("dcoeff"), py::arg("min_step"), py::arg("max_step"));
+    py::class_<Slope>(m, "Slope", py::custom_type_setup(&make_collectable))
+        .def(py::init<py::object, py::tuple, const py::object&, py::object, py::object, py::object, bool>())
+        .def_readonly("n_evals", &Slope::n_evals)
+        .def("__call__", [](Slope& f, py::handle t, py::handle y) { return f(t.ptr(), y.ptr()); });
     py::class_<Stepper>(m, "Stepper")
-        .def(py::init<const BoundTarget&, int64_t, const py::tuple&, const py::tuple&, bool, py::object, py::object>())
-        .def("step", &Stepper::step);
+        .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
+                      py::object, py::object, const py::object&>())
+        .def("step", &Stepper::step)
+        .def("leap", &Stepper::leap)
+        .def("vjp", &Stepper::vjp);
     m.def("weighted_sum", &weighted_sum);
     m.def("solution_and_error", &solution_and_error);
     m.def("squared_error_ratio", &squared_error_ratio);

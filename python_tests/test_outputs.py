@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from aca_ext.outputs import OutputTimes, empty_rows, stack_rows
+from aca_ext.ops import empty_rows
+from aca_ext.outputs import OutputTimes, stack_rows
 
 LAYOUTS = {
     "0-d": torch.tensor(2.0),

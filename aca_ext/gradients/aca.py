@@ -17,9 +17,9 @@ from torch import Tensor
 from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord, rows
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
-from aca_ext.ops import operations_for
-from aca_ext.outputs import empty_rows, stack_rows
-from aca_ext.runge_kutta import check_replay, interpolate, scheme_of, stage_times, step, step_vjp
+from aca_ext.ops import empty_rows, operations_for
+from aca_ext.outputs import stack_rows
+from aca_ext.runge_kutta import check_replay, interpolate, scheme_of, stage_times, step, transposed_stepper
 from aca_ext.solver import Solver, Stats
 from aca_ext.vector_field import AutocastState, Replay
 
@@ -97,6 +97,7 @@ def _replay_backward(
     ops = operations_for(states[0], problem.tolerance)
     scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+    pull_back = transposed_stepper(replay, ops, scheme)
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
         for n in reversed(range(len(steps))):
@@ -107,7 +108,7 @@ def _replay_backward(
             if outputs:
                 y_next = states[n + 1] if ctx.must_check else None
                 times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, states[0].dtype)
-                g = step_vjp(replay, ops, scheme, times, states[n], s.h, outputs, y_next)
+                g = pull_back(times, states[n], s.h, outputs, y_next)
     ctx.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
@@ -135,7 +136,7 @@ def _differentiable_backward(
             times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
             trial = step(replay, ops, scheme, times, y, s.h)
             if ctx.must_check:
-                check_replay(s.t, trial.y1, states[n + 1])
+                check_replay(s.t, states[n + 1], trial.y1)
             for _, theta in s.outputs:
                 y_i = trial.y1 if theta == 1.0 else interpolate(ops, problem.tableau, y, s.h, trial.k, theta)
                 outputs.append(y_i)

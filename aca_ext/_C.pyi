@@ -82,6 +82,16 @@ class Stepper:
         int,
         float | None,
     ]: ...
+    def walk(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        slot: Callable[[], Tensor] | None,
+        accept: Callable[[], None] | None,
+        start: tuple[Tensor, Tensor | None],
+        grid: Sequence[float],
+        outputs: Sequence[Tensor | None],
+        /,
+    ) -> tuple[Tensor, Tensor | None]: ...
     def vjp(
         self,
         f: Callable[[Tensor, Tensor], Tensor],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ _BLOCK_BYTES = 1 << 20  # small states share blocks up to this size; it bounds w
 _BLOCK_ROWS = 64
 
 
-@dataclass(slots=True)
-class AcceptedStep:
+class AcceptedStep(NamedTuple):
     """One accepted step from ``t`` to ``t_next`` and the outputs inside it.
 
     ``h`` is what the step was computed with; ``t_next`` is t + h, or exactly the time the step was cut to land on.

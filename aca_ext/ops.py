@@ -232,6 +232,8 @@ def empty_rows(count: int, like: Tensor) -> Tensor:
 
 def _aligned_rows(count: int, like: Tensor) -> Sequence[Tensor]:
     """``count`` uninitialised tensors laid out in memory like ``like``, each aligned like an allocation of its own."""
+    if count == 1:
+        return (torch.empty_like(like),)
     alignment = _ALIGNMENT // like.element_size()
     pitch = -(-like.numel() // alignment) * alignment
     rows = torch.empty_strided((count, *like.shape), (pitch, *like.stride()), dtype=like.dtype, device=like.device)

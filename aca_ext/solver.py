@@ -112,12 +112,16 @@ class Solver:
 
     def _run_fixed(self, y: Tensor) -> None:
         grid = self.problem.grid or ()
-        for t, t_next in pairwise(grid):
-            trial = self._try(t, y, t_next - t, t_next)
-            self.stats.n_steps += 1
-            self._accept(t, y, t_next - t, t_next, trial)
-            y = trial.y1
-            del trial  # its slopes
+        compiled = self._runs_of_steps()
+        if compiled is not None and self._rows is not None:
+            y = self._walk(compiled, grid, y, self._rows)
+        else:
+            for t, t_next in pairwise(grid):
+                trial = self._try(t, y, t_next - t, t_next)
+                self._accept(t, y, t_next - t, t_next, trial)
+                y = trial.y1
+                del trial  # its slopes
+        self.stats.n_steps = self.stats.n_accepted = len(self.record.steps)
         # One look at the end, and only where it costs no wait for a device.
         if y.device.type == "cpu" and len(grid) > 1 and not bool(torch.isfinite(y).all()):
             h = grid[-1] - grid[-2]
@@ -136,10 +140,10 @@ class Solver:
         if self._differentiable_steps:
             h = torch.tensor(h, dtype=torch.float64)
         ratios: list[Number] = []  # of the last accepted steps, newest first
-        leaps = self._leaps(controller)
+        leap = self._leaps(controller)
         while True:
-            if leaps is not None:
-                t, h, y, ratios = self._leap(leaps, controller, t, h, y, ratios, stops[0])
+            if leap is not None:
+                t, h, y, ratios = self._leap(leap, controller, t, h, y, ratios, stops[0])
             if stats.n_steps >= problem.max_num_steps:
                 raise self._failure(StepLimitError, t, h, ratios[0] if ratios else math.nan)
             is_cut = sign * (t + sign * h) >= sign * stops[0] or abs(stops[0] - t) <= h * (1 + 1e-12)
@@ -187,20 +191,36 @@ class Solver:
             length = abs(self.problem.times[-1] - t)
             return controller.initial(length, norm_y, norm_f, change_of_slope)
 
-    def _leaps(self, controller: Controller) -> Leap | None:
-        """Compiled code for the steps between outputs; None where something has to happen at every step."""
-        problem, field, ops, checkpoints = self.problem, self.field, self.ops, self._checkpoints
+    def _runs_of_steps(self) -> Any | None:
+        """Compiled code for several steps at a time; None where something has to happen at each of them."""
+        problem, field = self.problem, self.field
         is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
-        if (
-            self._compiled is None
-            or is_watched
-            or not isinstance(ops, KernelOperations)
-            or ops.tolerance.norm is not None
-        ):
+        return None if is_watched or problem.tolerance.norm is not None else self._compiled
+
+    @property
+    def _keep(self) -> tuple[Callable[[], Tensor] | None, Callable[[], None] | None]:
+        """Where the solution of a step belongs, and how it is kept."""
+        checkpoints = self._checkpoints
+        return (None, None) if checkpoints is None else (checkpoints.slot, checkpoints.accept)
+
+    def _walk(self, compiled: Any, grid: Sequence[float], y: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """The steps of a fixed grid, as ``_run_fixed`` would make them."""
+        row_of = {time: i for i, time in enumerate(self.problem.times)}  # each of them is a node
+        due = [row_of.get(node) for node in grid[1:]]
+        outputs = [None if i is None else rows[i] for i in due]
+        y, self._k = compiled.walk(self.field.fastest, *self._keep, (y, self._k), grid, outputs)
+        self.record.steps = [
+            AcceptedStep(t, t_next - t, t_next, [] if i is None else [(i, 1.0)])
+            for t, t_next, i in zip(grid, grid[1:], due, strict=False)
+        ]
+        return y
+
+    def _leaps(self, controller: Controller) -> Leap | None:
+        compiled = self._runs_of_steps()
+        if compiled is None or not isinstance(self.ops, KernelOperations):
             return None
-        keep = (None, None) if checkpoints is None else (checkpoints.slot, checkpoints.accept)
         coefficients = compiled_controller(**controller.coefficients)
-        return partial(self._compiled.leap, field.fastest, coefficients, ops.norm_of_step, *keep)
+        return partial(compiled.leap, self.field.fastest, coefficients, self.ops.norm_of_step, *self._keep)
 
     def _leap(
         self, leap: Leap, controller: Controller, t: float, h: float, y: Tensor, ratios: list[float], stop: float

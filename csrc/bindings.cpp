@@ -156,6 +156,7 @@ PYBIND11_MODULE(_C, m) {
                       py::object, py::object, const py::object&>())
         .def("step", &Stepper::step)
         .def("leap", &Stepper::leap)
+        .def("walk", &Stepper::walk)
         .def("vjp", &Stepper::vjp);
     m.def("weighted_sum", &weighted_sum);
     m.def("solution_and_error", &solution_and_error);

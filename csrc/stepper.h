@@ -121,7 +121,7 @@ class Stepper {
         };
         for (; trials > 0 && ends_before(until); --trials) {
             const double t_next = t + sign * h;
-            for (size_t i = 0; i < times.size(); ++i) times[i] = c_[i] == 1 ? t_next : t + c_[i] * (sign * h);
+            set_times(times, t, sign * h, t_next);
             Trial trial = attempt(f, times, y, sign * h, k, slot.is_none() ? slot : slot());
             const double ratio = error_norm().cast<double>();
             if (ratio <= 1) {
@@ -144,6 +144,30 @@ class Stepper {
             }
         }
         return py::make_tuple(py::make_tuple(t, h, y, k, ratios), accepted, n_rejected, alarm);
+    }
+
+    // Makes the steps of a fixed grid. `start` is (y, f(t, y) or None) at its first node; `outputs` holds, for each
+    // further node, where a copy of its state belongs, or None. `slot` and `accept` are those of leap. Returns (y,
+    // slope or None) at the last node.
+    py::tuple walk(const py::object& f, const py::object& slot, const py::object& accept, const py::tuple& start,
+                   const std::vector<double>& grid, const py::list& outputs) {
+        if (outputs.size() + 1 != grid.size()) throw std::invalid_argument("each node but the first has its output");
+        py::object y = start[0], k = start[1];
+        std::vector<double> times(rows_.size());
+        for (size_t n = 0; n + 1 < grid.size(); ++n) {
+            const double t = grid[n], t_next = grid[n + 1], h = t_next - t;
+            set_times(times, t, h, t_next);
+            const py::object output = outputs[n];
+            Trial trial = attempt(f, times, y, h, k, slot.is_none() ? output : slot());
+            if (!slot.is_none()) {
+                if (!output.is_none()) output.attr("copy_")(trial.y1);
+                accept();
+            }
+            y = std::move(trial.y1);
+            k = py::none();
+            if (fsal_) k = trial.slopes[rows_.size() - 1];
+        }
+        return py::make_tuple(y, k);
     }
 
     // Replays the step with graphs and returns the cotangent of y, given `outputs`, a list of (weights, cotangent).
@@ -224,6 +248,11 @@ class Stepper {
     static const Names& names() {
         static const Names all;
         return all;
+    }
+
+    // Those of the stages; at the end of the step they are t_next exactly, which rounding may keep from t + h.
+    void set_times(std::vector<double>& times, double t, double h, double t_next) const {
+        for (size_t i = 0; i < times.size(); ++i) times[i] = c_[i] == 1 ? t_next : t + c_[i] * h;
     }
 
     Trial attempt(const py::object& f, const std::vector<double>& t, const py::object& y, double h,

@@ -1,0 +1,191 @@
+"""Steps made in compiled code, several at a time and transposed, against the same steps seen one by one in Python."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import aca_ext
+from aca_ext import runge_kutta
+from aca_ext.methods import METHODS
+from aca_ext.solver import Solver
+
+ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
+FORWARD, BACKWARD = (0.0, 1.3, 4.0), (4.0, 3.9, 1.3, 0.0)
+
+
+class Oscillator(nn.Module):
+    """Two frequencies and a wall at y = 2, which makes steps fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 7.0], dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        q, v = y.unbind(-1)
+        return torch.stack((self.w * v, -self.w * q - torch.tanh(20 * (q - 0.5)) + torch.sin(3 * t)), -1)
+
+
+def y0() -> Tensor:
+    return torch.tensor([[1.0, 0.0], [0.3, -0.2]], dtype=torch.float64, requires_grad=True)
+
+
+def solved(func: Callable[..., Tensor], t: tuple[float, ...], **settings: Any) -> tuple[aca_ext.Solution, list[Tensor]]:
+    start = y0()
+    solution = aca_ext.solve(func, start, t, **{"rtol": 1e-6, "atol": 1e-6, **settings})
+    inputs = [start, *(func.parameters() if isinstance(func, nn.Module) else ())]
+    return solution, list(torch.autograd.grad(solution.y.square().sum(), inputs))
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Sends every step, and its transpose, through Python from then on."""
+
+    def patch() -> None:
+        monkeypatch.setattr(Solver, "_runs_of_steps", lambda self: None)
+        monkeypatch.setattr(runge_kutta, "compiled_stepper", lambda ops, scheme: None)
+
+    return patch
+
+
+class TestSameBits:
+    def check(self, one_by_one: Callable[[], None], t: tuple[float, ...], **settings: Any) -> aca_ext.Solution:
+        func = Oscillator()
+        compiled, grads = solved(func, t, **settings)
+        one_by_one()
+        seen, seen_grads = solved(func, t, **settings)
+        assert torch.equal(compiled.steps, seen.steps)
+        assert torch.equal(compiled.y, seen.y)
+        assert vars(compiled.stats) == vars(seen.stats)
+        assert all(map(torch.equal, grads, seen_grads))
+        return compiled
+
+    @pytest.mark.parametrize("t", [FORWARD, BACKWARD])
+    @pytest.mark.parametrize("method", ADAPTIVE)
+    def test_adaptive(self, one_by_one: Callable[[], None], method: str, t: tuple[float, ...]) -> None:
+        tolerance = 1e-3 if METHODS[method].order < 3 else 1e-6
+        solution = self.check(one_by_one, t, method=method, rtol=tolerance, atol=tolerance)
+        assert solution.stats.n_accepted > 20
+        assert solution.stats.n_rejected > 0
+
+    @pytest.mark.parametrize("t", [FORWARD, BACKWARD])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_fixed(self, one_by_one: Callable[[], None], method: str, t: tuple[float, ...]) -> None:
+        self.check(one_by_one, t, method=method, options={"step_size": 0.05})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"pcoeff": 0.2, "icoeff": 0.7},
+            {"pcoeff": 0.1, "icoeff": 0.6, "dcoeff": 0.1},
+            {"max_step": 0.03},
+            {"min_step": 1e-4, "first_step": 1.0},
+            {"safety": 0.5, "ifactor": 1.5, "dfactor": 0.6, "first_step": 3.0},
+            {"step_t": [0.5, 1.0, 2.0]},
+        ],
+    )
+    def test_controller(self, one_by_one: Callable[[], None], options: dict[str, Any]) -> None:
+        self.check(one_by_one, FORWARD, options=options)
+
+    def test_many_outputs_inside_one_step(self, one_by_one: Callable[[], None]) -> None:
+        self.check(one_by_one, tuple(torch.linspace(0, 0.4, 200).tolist()), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("limit", [1, 7, 30])
+    def test_step_limit(self, one_by_one: Callable[[], None], limit: int) -> None:
+        def failure() -> dict[str, Any]:
+            with pytest.raises(aca_ext.errors.StepLimitError) as caught:
+                solved(Oscillator(), (0.0, 50.0), options={"max_num_steps": limit})
+            return vars(caught.value)
+
+        compiled = failure()
+        assert compiled["n_accepted"] + compiled["n_rejected"] == limit
+        one_by_one()
+        assert failure() == compiled
+
+    @pytest.mark.parametrize("blow_up", [lambda t, y: y * y, lambda t, y: torch.sqrt(1 - t) * y])
+    def test_failure(self, one_by_one: Callable[[], None], blow_up: Callable[..., Tensor]) -> None:
+        def failure() -> tuple[type, dict[str, Any]]:
+            with pytest.raises(aca_ext.errors.SolveError) as caught:
+                solved(blow_up, (0.0, 4.0))
+            return caught.type, {name: str(value) for name, value in vars(caught.value).items()}
+
+        compiled = failure()
+        one_by_one()
+        assert failure() == compiled
+
+
+class TestWhatFuncIsGiven:
+    @pytest.mark.parametrize("options", [{}, {"step_size": 0.05}])
+    def test_stays_as_it_was(self, options: dict[str, float]) -> None:
+        seen: list[tuple[Tensor, Tensor, float, Tensor]] = []
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            seen.append((t, y, t.item(), y.clone()))
+            return torch.sin(3 * t) - y
+
+        with torch.no_grad():
+            aca_ext.odeint(func, y0(), FORWARD, options=options)
+        assert len(seen) > 60
+        assert all(t.item() == time and torch.equal(y, state) for t, y, time, state in seen)
+
+    def test_is_aligned(self) -> None:
+        addresses: list[int] = []
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            addresses.append(y.data_ptr())
+            return -y
+
+        with torch.no_grad():
+            aca_ext.odeint(func, torch.ones(3, 5), (0.0, 3.0))
+        assert all(address % 16 == 0 for address in addresses)
+
+
+def test_a_func_that_holds_its_result_is_collected() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.p * y
+
+    func = Keeps()
+    func.result = aca_ext.odeint(func, y0(), (0.0, 1.0))  # type: ignore[assignment]
+    dead = weakref.ref(func)
+    del func
+    gc.collect()
+    assert dead() is None
+
+
+def test_transposed_step_checks_its_replay() -> None:
+    calls = [0]
+
+    class Forgets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            calls[0] += 1
+            self.n.add_(1)
+            return -y * (1 + calls[0] % 7)
+
+    y = aca_ext.odeint(Forgets(), y0(), (0.0, 1.0), method="rk4", options={"step_size": 0.25})
+    with pytest.raises(aca_ext.errors.ReplayError):
+        y.sum().backward()
+
+
+def test_the_step_is_compiled_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[float] = []
+    original = runge_kutta.stage_times
+    monkeypatch.setattr("aca_ext.solver.stage_times", lambda *args: steps.append(args[1]) or original(*args))
+    with torch.no_grad():
+        solution = aca_ext.solve(Oscillator(), y0(), (0.0, math.pi))
+    assert len(steps) < 0.1 * solution.stats.n_steps

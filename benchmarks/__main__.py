@@ -1,4 +1,4 @@
-"""The command line: runs all benchmarks or one, prints their tables and writes one JSON file for each."""
+"""The command line: runs all benchmarks or one, prints their tables, writes a JSON file and draws a picture."""
 
 import argparse
 import time
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import equal_accuracy, kernels, large_state, step_throughput
+from benchmarks import equal_accuracy, kernels, large_state, memory, sampling, state_size, step_throughput
 from benchmarks.harness import Settings, print_table, write_json
 
 BENCHMARKS = {
-    module.__name__.rpartition(".")[2]: module for module in (step_throughput, equal_accuracy, large_state, kernels)
+    module.__name__.rpartition(".")[2]: module
+    for module in (step_throughput, equal_accuracy, sampling, state_size, large_state, memory, kernels)
 }
 
 
@@ -39,8 +40,11 @@ def main() -> None:
             print(note)
         for table in result.tables:
             print_table(table)
-        path = write_json(args.output, name, question_of(module), settings, result)
-        print(f"\n{time.perf_counter() - start:.0f} s, written to {path}\n", flush=True)
+        paths = [write_json(args.output, name, question_of(module), settings, result)]
+        if hasattr(module, "draw"):
+            paths.append(args.output / f"{name}.png")
+            module.draw(result).savefig(paths[-1], dpi=150)
+        print(f"\n{time.perf_counter() - start:.0f} s, written to {', '.join(map(str, paths))}\n", flush=True)
 
 
 def question_of(module) -> str:

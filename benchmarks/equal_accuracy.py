@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import Result, Settings, Table, interleave
+from benchmarks.harness import Result, Settings, Table, interleave, new_figure
 from benchmarks.workloads import Network, flat, networks, reference, relative_error
 
 TOLERANCES = [1e-3, 1e-4, 1e-5, 1e-6, 1e-7]
@@ -120,3 +120,19 @@ def _doubt(workload: Network) -> float:
     y = odeint(problem.func, problem.y0, t, rtol=1e-12, atol=1e-12, method="dopri8", options=options)[-1]
     exact = reference(workload)
     return max(relative_error(flat((y,)), exact[0]), relative_error(flat(problem.gradient(y)), exact[1]))
+
+
+def draw(result: Result):
+    """Work-precision: the error of the gradient against the time it took, a line per solver over its tolerances."""
+    sweeps = [table for table in result.tables if table.columns is SWEEP]
+    figure = new_figure(4 * len(sweeps), 4)
+    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
+        for name in dict.fromkeys(row["solver"] for row in sweep.rows):
+            own = [row for row in sweep.rows if row["solver"] == name]
+            style = "o-" if name.startswith("aca_ext") else "x--"
+            axes.loglog([row["both_ms"] for row in own], [row["gradient_error"] for row in own], style, label=name)
+        axes.set(xlabel="forward and backward [ms]", title=sweep.title.partition(",")[0])
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("relative error of the gradient")
+    figure.axes[0].legend(fontsize=8)
+    return figure

@@ -106,6 +106,16 @@ def torch_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def new_figure(width: float = 8.0, height: float = 4.0) -> Any:
+    """An empty matplotlib figure in inches that needs no display; its axes: ``figure.subplots(rows, columns)``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def print_table(table: Table) -> None:
     lines = [list(table.columns)]
     for row in table.rows:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -112,13 +111,6 @@ class Progress:
 def bar(total: int, description: str) -> tqdm:
     """A progress bar on stderr; a context manager with ``update(n)``."""
     return tqdm(total=total, desc=description, file=sys.stderr, dynamic_ncols=True)
-
-
-def new_figure(width: float = 8.0, height: float = 4.0) -> Figure:
-    """An empty figure in inches that needs no display; its axes: ``figure.subplots(rows, columns)``."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def save_figure(settings: Settings, figure: Figure, name: str) -> Path:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import aca_ext
 from aca_ext.memory import TensorMemory
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, new_figure, save_figure
+from benchmarks.harness import new_figure
+from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure
 
 S = 6
 H = 0.01  # length of an accepted step

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import aca_ext
-from benchmarks.harness import torch_threads
+from benchmarks.harness import new_figure, torch_threads
 from benchmarks.paper.common import (
     MissingError,
     Progress,
@@ -38,7 +38,6 @@ from benchmarks.paper.common import (
     Settings,
     Table,
     bar,
-    new_figure,
     save_figure,
     three_gradients,
 )

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import aca_ext
 from benchmarks import harness
+from benchmarks.harness import new_figure
 from benchmarks.paper.cifar import Images
 from benchmarks.paper.common import (
     Progress,
@@ -35,7 +36,6 @@ from benchmarks.paper.common import (
     Settings,
     Table,
     bar,
-    new_figure,
     save_figure,
     three_gradients,
 )
@@ -450,8 +450,9 @@ def _draw(settings: Settings, images: Images, results: dict[Model, list[dict[str
         over_time.plot(seconds, middle, **style)
     for axes, label in ((over_epochs, "epoch"), (over_time, "training time [s]")):
         axes.set(xlabel=label, ylabel="test error [%]", yscale="log", title=f"{images.name}, median of the seeds")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks("{x:g}")
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.legend(fontsize=8)
     over_epochs.xaxis.get_major_locator().set_params(integer=True)
     for axes, solvers, label in ((steps, FIXED_STEPS, "step"), (tolerances, TOLERANCES, "tolerance")):

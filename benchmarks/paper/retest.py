@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import new_figure
 from benchmarks.paper.cifar import Images
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, new_figure, save_figure
+from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure
 from benchmarks.paper.image import ACA, RESNET, Training, final_error, repeatable, seed_of, trained
 
 MEASURES = {"correct": "right or wrong", "probability": "probability of the true class"}

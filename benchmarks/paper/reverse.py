@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import aca_ext
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, new_figure, save_figure
+from benchmarks.harness import new_figure
+from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure
 
 TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}  # ode45's defaults
 GRADIENTS = ("aca", "adjoint", "naive", "direct")

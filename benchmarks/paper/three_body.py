@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import aca_ext
-from benchmarks.harness import torch_threads
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, new_figure, save_figure, three_gradients
+from benchmarks.harness import new_figure, torch_threads
+from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure, three_gradients
 
 K1, K2 = 0.20048437269236737, 7.2393238693203154
 MASSES = (1.1, 1.1, 0.9)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import aca_ext
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, new_figure, save_figure, three_gradients
+from benchmarks.harness import new_figure
+from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure, three_gradients
 
 K, TOLERANCE = 0.2, 1e-4
 Gradients = tuple[float, float, Tensor | None]  # dL/dy0, dL/dk, bounds of the accepted steps where known

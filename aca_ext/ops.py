@@ -207,7 +207,7 @@ class KernelOperations(TorchOperations):
         """A whole step, its transpose, or many steps in one call; ``runge_kutta`` and ``solver`` say what they do."""
         like, tolerance, stages = self.like, self.tolerance, len(c)
         states = partial(_aligned_rows, max(1, min(16, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
-        times = partial(_times, 2 * stages, like)
+        times = partial(_times, max(2 * stages, 16), like)
         norm = None
         if tolerance.norm is None:
             norm = (tolerance.segments, self._sums.data_ptr(), *self._tolerances)

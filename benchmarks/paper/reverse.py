@@ -252,7 +252,7 @@ def _draw_trajectories(settings: Settings, found: dict, y0: Tensor, errors: dict
 
 
 def _draw_pictures(settings: Settings, found: dict, picture: Tensor):
-    figure = new_figure(11, 2.9)
+    figure = new_figure(11, 3.2)
     shown = {
         "y(0)": picture,
         f"y({PICTURE_END:g}), forward": found["aca"]["end"],

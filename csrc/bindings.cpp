@@ -6,6 +6,7 @@
 #include <string>
 
 #include "ops.h"
+#include "runs.h"
 #include "stepper.h"
 
 namespace py = pybind11;
@@ -155,8 +156,8 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
                       py::object, py::object, const py::object&>())
         .def("step", &Stepper::step)
-        .def("leap", &Stepper::leap)
-        .def("walk", &Stepper::walk)
+        .def("leap", &leap)
+        .def("walk", &walk)
         .def("vjp", &Stepper::vjp);
     m.def("weighted_sum", &weighted_sum);
     m.def("solution_and_error", &solution_and_error);

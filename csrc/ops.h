@@ -51,6 +51,12 @@ struct Backend {
     void (*write_scalars)(const Target&, int n, uintptr_t out, const double* value);
 };
 
+// A target together with its backend, so that a call names both by one object.
+struct BoundTarget {
+    Target target;
+    const Backend* backend;
+};
+
 const Backend& cpu_backend();  // for the best instruction set this processor has
 const char* cpu_instruction_set();
 const Backend& cuda_backend();  // defined in CUDA builds only

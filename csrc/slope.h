@@ -1,29 +1,11 @@
 // f called straight from C++, and a first look at what it returned: most results are laid out like the state.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <utility>
 #include <vector>
 
+#include "tensors.h"
+
 namespace aca {
-
-namespace py = pybind11;
-
-// The attribute of a tensor, without the temporary string that a literal would make.
-class Attribute {
-  public:
-    explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
-    py::object of(PyObject* x) const { return owned(PyObject_GetAttr(x, name_)); }
-    py::object call(PyObject* x) const { return owned(PyObject_VectorcallMethod(name_, &x, 1, nullptr)); }
-
-    static py::object owned(PyObject* result) {
-        if (!result) throw py::error_already_set();
-        return py::reinterpret_steal<py::object>(result);
-    }
-
-  private:
-    PyObject* name_;
-};
 
 class Slope {
   public:

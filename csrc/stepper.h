@@ -1,71 +1,16 @@
 // A trial step and its transpose without Python between their sums: what aca_ext.runge_kutta.step and step_vjp do.
 #pragma once
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "controller.h"
 #include "ops.h"
 #include "slope.h"
+#include "tensors.h"
 
 namespace aca {
-
-constexpr int64_t kReleaseGilAbove = 1 << 14;  // elements; below, releasing costs more than it gives
-
-// A target together with its backend, so that a call names both by one object.
-struct BoundTarget {
-    Target target;
-    const Backend* backend;
-};
-
-template <typename F>
-void run(int64_t n, F&& f) {
-    if (n < 0) throw std::invalid_argument("n must not be negative");
-    if (n > kReleaseGilAbove) {
-        const py::gil_scoped_release release;
-        f();
-    } else {
-        f();
-    }
-}
-
-inline uintptr_t address_of(const py::object& tensor) {
-    static const Attribute data_ptr("data_ptr");
-    return uintptr_t(PyLong_AsSize_t(data_ptr.call(tensor.ptr()).ptr()));
-}
-
-// Tensors of one layout, handed out one after another and allocated many at a time. None is handed out twice.
-class Rows {
-  public:
-    // `allocate()` returns a tuple of tensors, equally far apart in memory.
-    explicit Rows(py::object allocate) : allocate_(std::move(allocate)) {}
-
-    // `count` neighbours; operator[] and address() then speak of them.
-    void take(size_t count) {
-        first_ += taken_;
-        taken_ = count;
-        if (block_ && first_ + count <= size_) return;
-        block_ = allocate_();
-        first_ = 0;
-        size_ = size_t(PyTuple_GET_SIZE(block_.ptr()));
-        if (size_ < count) throw std::invalid_argument("allocate() returned too few tensors");
-        start_ = address_of((*this)[0]);
-        pitch_ = size_ > 1 ? address_of((*this)[1]) - start_ : 0;
-    }
-    py::object operator[](size_t i) const {
-        return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(block_.ptr(), Py_ssize_t(first_ + i)));
-    }
-    uintptr_t address() const { return start_ + first_ * pitch_; }
-
-  private:
-    py::object allocate_, block_;
-    size_t first_ = 0, taken_ = 0, size_ = 0;
-    uintptr_t start_ = 0, pitch_ = 0;
-};
 
 class Stepper {
   public:
@@ -79,17 +24,73 @@ class Stepper {
         if (rows.size() > size_t(kMaxTerms) || rows.size() != c_.size())
             throw std::invalid_argument("a step has at most 16 stages, each with its c");
         for (py::handle row : rows) {
-            rows_.push_back(read_row(row.cast<py::tuple>()));
+            rows_.push_back(read_weights(row.cast<py::tuple>()));
             a_.emplace_back(rows.size());
             for (size_t j = 0; j < rows_.back().index.size(); ++j)
                 a_.back().at(size_t(rows_.back().index[j])) = rows_.back().weight[j];
         }
-        solution_ = read_row(solution);
+        solution_ = read_weights(solution);
         estimates_error_ = !solution[2].is_none();
         if (!estimates_error_) return;
         error_ = solution[2].cast<std::vector<double>>();
         error_last_ = solution[3].cast<double>();
         if (!norm.is_none()) read_norm(norm.cast<py::tuple>());
+    }
+
+    size_t n_stages() const { return rows_.size(); }
+    bool fsal() const { return fsal_; }
+
+    // A step not yet accepted.
+    struct Trial {
+        py::object y1, error;
+        py::list slopes;
+    };
+
+    // Times of the stages; at the end of the step they are t_next exactly, which rounding may keep from t + h.
+    std::vector<double> stage_times(double t, double h, double t_next) const {
+        std::vector<double> times(c_.size());
+        for (size_t i = 0; i < times.size(); ++i) times[i] = c_[i] == 1 ? t_next : t + c_[i] * h;
+        return times;
+    }
+
+    Trial attempt(const py::object& f, const std::vector<double>& t, const py::object& y, double h,
+                  const py::object& k_first, const py::object& out) {
+        const size_t stages = rows_.size();
+        if (t.size() != stages) throw std::invalid_argument("a step takes one time for each stage");
+        Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
+        write_times(t, stages);
+        const uintptr_t y_address = address_of(y);
+        Trial trial{out, py::none(), py::list()};
+        std::vector<uintptr_t> k;
+        const auto add = [&](py::object k_i) {
+            k.push_back(address_of(k_i));
+            trial.slopes.append(std::move(k_i));
+        };
+        add(k_first.is_none() ? call(f, slope, 0, y) : k_first);
+        for (size_t i = 1; i < stages - fsal_; ++i) add(call(f, slope, i, weighted(rows_[i], y_address, h, k)));
+
+        const Sum sum = select(solution_, k);
+        if (out.is_none()) trial.y1 = states_.take_one().tensor;
+        const uintptr_t y1 = address_of(trial.y1);
+        uintptr_t error = 0;
+        if (estimates_error_) {
+            if (!error_estimate_) error_estimate_ = states_.take_one().tensor;  // read before the next step only
+            trial.error = error_estimate_;
+            error = address_of(error_estimate_);
+            run(n_,
+                [&] { on_.backend->solution_and_error(on_.target, n_, y1, error, y_address, h, sum, error_.data()); });
+        } else {
+            run(n_, [&] { on_.backend->weighted_sum(on_.target, n_, y1, y_address, h, sum); });
+        }
+        if (fsal_) add(call(f, slope, stages - 1, trial.y1));
+        if (!bounds_.empty()) {
+            const uintptr_t k_last = error_last_ != 0 ? k[stages - 1] : 0;
+            const ErrorRatio ratio{error, k_last, error_last_ * h, y_address, y1, rtol_, atol_, rtol_each_, atol_each_};
+            run(n_, [&] {
+                on_.backend->squared_error_ratio(on_.target, int(bounds_.size()) - 1, bounds_.data(), sums_, ratio);
+            });
+        }
+        return trial;
     }
 
     // Returns (y1, slopes, error but for its last slope or None). `t` are the times of the stages, `k_first` is f(t, y)
@@ -98,76 +99,6 @@ class Stepper {
                    const py::object& k_first, const py::object& out) {
         Trial trial = attempt(f, t, y, h, k_first, out);
         return py::make_tuple(std::move(trial.y1), std::move(trial.slopes), std::move(trial.error));
-    }
-
-    // Makes steps as long as they end before `until` and need no decision but the controller's: at most `trials`, and
-    // none after one whose error is not finite or that no smaller step could follow. `start` is (t, h, y, f(t, y) or
-    // None, up to three last error ratios, newest first); h counts in the direction of `until`. `error_norm()` is that
-    // of the last step. `slot()` is where a solution belongs and `accept()` keeps it, or both are None.
-    // Returns (start of the step to come, (t, h, t_next) of each accepted step, number of rejected ones, error ratio of
-    // the last trial if it was rejected and the caller has to look, else None).
-    py::tuple leap(const py::object& f, const Controller& controller, const py::object& error_norm,
-                   const py::object& slot, const py::object& accept, const py::tuple& start, double until,
-                   int64_t trials) {
-        double t = start[0].cast<double>(), h = start[1].cast<double>();
-        py::object y = start[2], k = start[3], alarm = py::none();
-        auto ratios = start[4].cast<std::vector<double>>();
-        const double sign = until < t ? -1 : 1;
-        py::list accepted;
-        int64_t n_rejected = 0;
-        std::vector<double> times(rows_.size());
-        const auto ends_before = [&](double time) {  // a step that moves at all
-            return sign * (t + sign * h) < sign * time && std::abs(time - t) > h * (1 + 1e-12) && t + sign * h != t;
-        };
-        for (; trials > 0 && ends_before(until); --trials) {
-            const double t_next = t + sign * h;
-            set_times(times, t, sign * h, t_next);
-            Trial trial = attempt(f, times, y, sign * h, k, slot.is_none() ? slot : slot());
-            const double ratio = error_norm().cast<double>();
-            if (ratio <= 1) {
-                accepted.append(py::make_tuple(t, sign * h, t_next));
-                if (!accept.is_none()) accept();
-                t = t_next;
-                y = std::move(trial.y1);
-                k = py::none();
-                if (fsal_) k = trial.slopes[rows_.size() - 1];
-                ratios.insert(ratios.begin(), ratio);
-                if (ratios.size() > 3) ratios.pop_back();
-                h = controller.grow(h, ratios.data(), int(ratios.size()));
-            } else {
-                ++n_rejected;
-                k = trial.slopes[0];
-                h = controller.shrink(h, ratio);
-                if (std::isfinite(ratio) && h >= controller.min_step && t + sign * h * 0.5 != t) continue;
-                alarm = py::float_(ratio);
-                break;
-            }
-        }
-        return py::make_tuple(py::make_tuple(t, h, y, k, ratios), accepted, n_rejected, alarm);
-    }
-
-    // Makes the steps of a fixed grid. `start` is (y, f(t, y) or None) at its first node; `outputs` holds, for each
-    // further node, where a copy of its state belongs, or None. `slot` and `accept` are those of leap. Returns (y,
-    // slope or None) at the last node.
-    py::tuple walk(const py::object& f, const py::object& slot, const py::object& accept, const py::tuple& start,
-                   const std::vector<double>& grid, const py::list& outputs) {
-        if (outputs.size() + 1 != grid.size()) throw std::invalid_argument("each node but the first has its output");
-        py::object y = start[0], k = start[1];
-        std::vector<double> times(rows_.size());
-        for (size_t n = 0; n + 1 < grid.size(); ++n) {
-            const double t = grid[n], t_next = grid[n + 1], h = t_next - t;
-            set_times(times, t, h, t_next);
-            const py::object output = outputs[n];
-            Trial trial = attempt(f, times, y, h, k, slot.is_none() ? output : slot());
-            if (!slot.is_none()) {
-                if (!output.is_none()) output.attr("copy_")(trial.y1);
-                accept();
-            }
-            y = std::move(trial.y1);
-            k = py::none();
-            if (fsal_) k = trial.slopes[rows_.size() - 1];
-        }
-        return py::make_tuple(y, k);
     }
 
     // Replays the step with graphs and returns the cotangent of y, given `outputs`, a list of (weights, cotangent).
@@ -198,10 +129,9 @@ class Stepper {
             for (const Output& output : given) terms.add(output.weight[i], output.address);
             for (const auto& [j, v_j] : pulled) terms.add(a_[j][i], v[j]);
             if (terms.x.empty() || names().requires_grad.of(k_i.ptr()).ptr() == Py_False) continue;
-            states_.take(1);
-            const py::object grad_k = states_[0];
-            sum_up(states_.address(), 0, h, terms);
-            py::object v_i = pull_back(y_i, k_i, grad_k);
+            const Row grad_k = states_.take_one();
+            sum_up(grad_k.address, 0, h, terms);
+            py::object v_i = pull_back(y_i, k_i, grad_k.tensor);
             if (v_i.is_none()) continue;
             v_i = admit(v_i);
             v[i] = address_of(v_i);
@@ -212,17 +142,13 @@ class Stepper {
         for (size_t o = 1; o < given.size(); ++o) terms.add(1, given[o].address);
         for (const auto& [j, v_j] : pulled) terms.add(1, v[j]);
         if (terms.x.empty()) return given[0].g;
-        states_.take(1);
-        sum_up(states_.address(), given[0].address, 1, terms);
-        return states_[0];
+        const Row grad_y = states_.take_one();
+        sum_up(grad_y.address, given[0].address, 1, terms);
+        return grad_y.tensor;
     }
 
   private:
-    struct Trial {
-        py::object y1, error;
-        py::list slopes;
-    };
-    struct Row {
+    struct Weights {
         std::vector<int> index;
         std::vector<double> weight;
     };
@@ -250,53 +176,8 @@ class Stepper {
         return all;
     }
 
-    // Those of the stages; at the end of the step they are t_next exactly, which rounding may keep from t + h.
-    void set_times(std::vector<double>& times, double t, double h, double t_next) const {
-        for (size_t i = 0; i < times.size(); ++i) times[i] = c_[i] == 1 ? t_next : t + c_[i] * h;
-    }
-
-    Trial attempt(const py::object& f, const std::vector<double>& t, const py::object& y, double h,
-                  const py::object& k_first, const py::object& out) {
-        const size_t stages = rows_.size();
-        if (t.size() != stages) throw std::invalid_argument("a step takes one time for each stage");
-        Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
-        write_times(t, stages);
-        const uintptr_t y_address = address_of(y);
-        Trial trial{out, py::none(), py::list()};
-        std::vector<uintptr_t> k;
-        const auto add = [&](py::object k_i) {
-            k.push_back(address_of(k_i));
-            trial.slopes.append(std::move(k_i));
-        };
-        add(k_first.is_none() ? call(f, slope, 0, y) : k_first);
-        for (size_t i = 1; i < stages - fsal_; ++i) add(call(f, slope, i, weighted(rows_[i], y_address, h, k)));
-
-        const Sum sum = select(solution_, k);
-        if (out.is_none()) states_.take(1), trial.y1 = states_[0];
-        const uintptr_t y1 = address_of(trial.y1);
-        uintptr_t error = 0;
-        if (estimates_error_) {
-            if (!error_estimate_) states_.take(1), error_estimate_ = states_[0];  // read before the next step only
-            trial.error = error_estimate_;
-            error = address_of(error_estimate_);
-            run(n_,
-                [&] { on_.backend->solution_and_error(on_.target, n_, y1, error, y_address, h, sum, error_.data()); });
-        } else {
-            run(n_, [&] { on_.backend->weighted_sum(on_.target, n_, y1, y_address, h, sum); });
-        }
-        if (fsal_) add(call(f, slope, stages - 1, trial.y1));
-        if (!bounds_.empty()) {
-            const uintptr_t k_last = error_last_ != 0 ? k[stages - 1] : 0;
-            const ErrorRatio ratio{error, k_last, error_last_ * h, y_address, y1, rtol_, atol_, rtol_each_, atol_each_};
-            run(n_, [&] {
-                on_.backend->squared_error_ratio(on_.target, int(bounds_.size()) - 1, bounds_.data(), sums_, ratio);
-            });
-        }
-        return trial;
-    }
-
-    static Row read_row(const py::tuple& row) {
-        Row result{row[0].cast<std::vector<int>>(), row[1].cast<std::vector<double>>()};
+    static Weights read_weights(const py::tuple& row) {
+        Weights result{row[0].cast<std::vector<int>>(), row[1].cast<std::vector<double>>()};
         if (result.index.size() != result.weight.size() || result.index.size() > size_t(kMaxTerms))
             throw std::invalid_argument("a row holds as many indices as weights, at most 16");
         return result;
@@ -351,11 +232,11 @@ class Stepper {
     }
 
     // y + h·Σ_j weight_j·k_j
-    py::object weighted(const Row& row, uintptr_t y, double h, const std::vector<uintptr_t>& k) {
-        states_.take(1);
+    py::object weighted(const Weights& row, uintptr_t y, double h, const std::vector<uintptr_t>& k) {
+        const Row out = states_.take_one();
         const Sum sum = select(row, k);
-        run(n_, [&] { on_.backend->weighted_sum(on_.target, n_, states_.address(), y, h, sum); });
-        return states_[0];
+        run(n_, [&] { on_.backend->weighted_sum(on_.target, n_, out.address, y, h, sum); });
+        return out.tensor;
     }
 
     // out = base + h·Σ terms, through the kernel kMaxTerms at a time.
@@ -369,7 +250,7 @@ class Stepper {
         }
     }
 
-    static Sum select(const Row& row, const std::vector<uintptr_t>& k) {
+    static Sum select(const Weights& row, const std::vector<uintptr_t>& k) {
         Sum sum{};
         sum.count = int(row.index.size());
         for (int j = 0; j < sum.count; ++j) {
@@ -382,9 +263,9 @@ class Stepper {
     BoundTarget on_;
     int64_t n_;
     std::vector<double> c_;
-    std::vector<Row> rows_;
+    std::vector<Weights> rows_;
     std::vector<std::vector<double>> a_;  // the rows with their zeros
-    Row solution_;
+    Weights solution_;
     bool fsal_, estimates_error_;
     std::vector<double> error_;
     double error_last_ = 0;

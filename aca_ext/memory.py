@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from aca_ext.state import tensors_in
 
 
 class TensorMemory(TorchDispatchMode):
@@ -27,9 +27,9 @@ class TensorMemory(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {x.untyped_storage()._cdata for x in _tensors((args, kwargs or {}))}
+        known = {x.untyped_storage()._cdata for x in tensors_in((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
-        for x in _tensors(result):
+        for x in tensors_in(result):
             storage = x.untyped_storage()
             key = storage._cdata
             if key not in known and key not in self._alive:  # new memory, not a view of an operand
@@ -41,13 +41,3 @@ class TensorMemory(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._alive.pop(key, None)
         self.current -= size
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for item in x:
-            yield from _tensors(item)
-    elif isinstance(x, dict):
-        yield from _tensors(list(x.values()))

@@ -23,7 +23,7 @@ from aca_ext.errors import (
 )
 from aca_ext.methods import ALIASES, METHODS
 from aca_ext.ops import Tolerance
-from aca_ext.state import Packing, State, dense
+from aca_ext.state import Packing, State, dense, tensors_in
 from aca_ext.tableau import Tableau
 
 _FIXED_OPTIONS = ("step_size", "grid_constructor")
@@ -351,8 +351,4 @@ def _args(args: object) -> tuple[Any, ...]:
 
 
 def _holds_grad(x: Any) -> bool:
-    if isinstance(x, Tensor):
-        return x.requires_grad
-    if isinstance(x, Mapping):
-        return any(_holds_grad(v) for v in x.values())
-    return isinstance(x, (list, tuple)) and any(_holds_grad(v) for v in x)
+    return any(tensor.requires_grad for tensor in tensors_in(x))

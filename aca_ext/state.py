@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,8 +114,15 @@ def dense(y: Tensor) -> Tensor:
     return torch.empty_strided(y.shape, layout, dtype=y.dtype, device=y.device).copy_(y)
 
 
-def tensors(y: State) -> Sequence[Tensor]:
-    return (y,) if isinstance(y, Tensor) else y
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """The tensors in a value: itself, or those in its tuples, lists and dicts, however deep."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for item in x:
+            yield from tensors_in(item)
+    elif isinstance(x, Mapping):
+        yield from tensors_in(tuple(x.values()))
 
 
 def _as_real(y: Tensor) -> Tensor:

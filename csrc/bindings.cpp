@@ -1,4 +1,4 @@
-// Python's view of the operations: integers and floats in, C++ types out. The only file that includes pybind11.
+// Python's view of the operations: integers and floats in, C++ types out.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -8,7 +8,7 @@ modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ArgumentTypeError
 from aca_ext.gradients.base import Task
+from aca_ext.state import tensors_in
 
 
 def first_slope_and_params(task: Task) -> tuple[Tensor | None, list[Tensor]]:
@@ -76,12 +77,12 @@ class _Watch(TorchFunctionMode):
         self._made: list[Any] = []  # keeps results alive, so that an id stays that of one tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in _tensors((args, kwargs or {})):
+        for x in tensors_in((args, kwargs or {})):
             if x.requires_grad and id(x) not in self._ids:
                 self._ids.add(id(x))
                 self.captured.append(x)
         result = func(*args, **(kwargs or {}))
-        for x in _tensors(result):
+        for x in tensors_in(result):
             if x.requires_grad and id(x) not in self._ids:
                 self._ids.add(id(x))
                 self._made.append(x)
@@ -98,16 +99,6 @@ class _NoWatch:
 
     def __exit__(self, *_: object) -> None:
         return None
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for item in x:
-            yield from _tensors(item)
-    elif isinstance(x, dict):
-        yield from _tensors(list(x.values()))
 
 
 def _leaves(root: Any, stops: set[Any]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aca_ext.errors import ArgumentValueError
 from aca_ext.odeint import solve
+from aca_ext.problem import times_of
 from aca_ext.solver import Stats
 from aca_ext.state import State
 
@@ -27,7 +28,8 @@ class NeuralODE(nn.Module):
         stats: ``Stats`` of the last forward pass, None before it.
 
     Raises:
-        ArgumentValueError: ``output`` is neither "end" nor "all". Errors of a solve are those of ``odeint``.
+        ArgumentValueError: ``output`` is neither "end" nor "all".
+        TimeError: ``t`` is no sequence of times. Errors of a solve are those of ``odeint``.
     """
 
     stats: Stats | None
@@ -47,7 +49,7 @@ class NeuralODE(nn.Module):
         if isinstance(t, nn.Parameter):
             self.t: Tensor | tuple[float, ...] = t
         else:
-            self.t = t if isinstance(t, Tensor) else tuple(float(x) for x in t)  # float64 whatever .to() says
+            self.t = t if isinstance(t, Tensor) else times_of(t)  # float64 whatever .to() says
         self.output = output
         self.settings = settings
         self.stats = None

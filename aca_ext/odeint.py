@@ -64,6 +64,7 @@ def odeint(
     atol: float | Tensor = 1e-9,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
+    event_fn: None = None,
     gradient: str = "aca",
     args: Sequence[Any] = (),
     params: Sequence[Tensor] | None = None,
@@ -90,6 +91,7 @@ def odeint(
             like the state; default RMS, for a tuple the largest of its components'). ``step_size`` or
             ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point. A
             fixed-step solve on a GPU returns what it finds, NaN included: looking would stop the host.
+        event_fn: torchdiffeq's; None alone, as there are no events here.
         gradient: how the backward pass works. "aca" (default): exact gradient of the discrete solution, from
             checkpoints of the accepted steps. "direct": the same gradient from a stored graph. "naive": also
             differentiates the search for the step size. "adjoint": the continuous adjoint, approximate.
@@ -114,6 +116,10 @@ def odeint(
 
     Adaptive steps follow Hairer, Nørsett & Wanner, Solving ODEs I, II.4; the gradient Zhuang et al., ICML 2020.
     """
+    if event_fn is not None:
+        raise ArgumentValueError(
+            "event_fn is given, but events are not there. Solve to given times and look for the event between them."
+        )
     return solve(
         func,
         y0,
@@ -168,12 +174,16 @@ def solve(
         ),
     )
     method_of_gradient = GRADIENTS[lookup("gradient", gradient, GRADIENTS)]
-    if not torch.is_grad_enabled():
-        result = solve_without_graph(task, task.first_slope(problem.y0.detach()))
-    elif isinstance(t, Tensor) and t.requires_grad:
-        result = _with_time_gradient(task, t, method_of_gradient)
-    else:
-        result = method_of_gradient(task)
+    try:
+        if not torch.is_grad_enabled():
+            result = solve_without_graph(task, task.first_slope(problem.y0.detach()))
+        elif isinstance(t, Tensor) and t.requires_grad:
+            result = _with_time_gradient(task, t, method_of_gradient)
+        else:
+            result = method_of_gradient(task)
+    except TypeError:
+        task.field.check_signature()
+        raise
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
     return Solution(times, problem.packing.unpack_rows(result.ys), result.record.bounds(), result.stats)
 

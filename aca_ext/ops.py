@@ -37,6 +37,10 @@ class Tolerance:
         self.segments = list(segments)
         self.sizes = [hi - lo for lo, hi in pairwise(segments)]
 
+    def forbids_error(self) -> bool:
+        """Whether some element may have no error at all: its rtol and atol are both zero."""
+        return bool((torch.as_tensor(self.rtol) + torch.as_tensor(self.atol) == 0).any())
+
     def norm_of_sums(self, sums: Sequence[float]) -> float:
         """The largest RMS over the segments; NaN where any is."""
         if len(sums) == 1 and self.sizes[0]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def problem_of(
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
     packing = Packing.of(y0)
     packed = dense(packing.pack(y0))
-    times = _times(t)
+    times = times_of(t)
     tableau = _tableau(method)
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentTypeError(f"options is of type {type(options).__name__}; give a dict of option names and values.")
@@ -100,7 +101,7 @@ def problem_of(
         _tolerance("rtol", rtol, packed, packing), _tolerance("atol", atol, packed, packing), packing.segments, norm
     )
     if not is_fixed:
-        _check_not_both_zero(tolerance)
+        _check_within_reach(tolerance, packed.dtype)
     stops = () if is_fixed else _inner_times("step_t", given.get("step_t"), times)
     jumps = () if is_fixed else _inner_times("jump_t", given.get("jump_t"), times)
     return Problem(
@@ -140,10 +141,20 @@ def _tableau(method: object) -> Tableau:
     return METHODS[ALIASES.get(name, name)]
 
 
-def _times(t: object) -> tuple[float, ...]:
+def times_of(t: object) -> tuple[float, ...]:
+    """The times in ``t``, a 1-d tensor or a sequence of numbers.
+
+    Raises:
+        TimeError: ``t`` is empty, unsorted, of another rank, not finite, or would lose a gradient.
+    """
     if not isinstance(t, Tensor):
-        if not isinstance(t, (list, tuple)) and not hasattr(t, "__array__"):
+        if isinstance(t, str) or not (isinstance(t, Sequence) or hasattr(t, "__array__")):
             raise TimeError(f"t is of type {type(t).__name__}; give a 1-d tensor of times, torch.tensor([0., 1.]).")
+        if _holds_grad(t):
+            raise TimeError(
+                f"t is a {type(t).__name__} holding a tensor that requires grad, which would be lost; give one 1-d "
+                "tensor of times, torch.stack(t)."
+            )
         try:
             t = torch.as_tensor(t, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -170,6 +181,13 @@ def _times(t: object) -> tuple[float, ...]:
     return tuple(times)
 
 
+def _number(value: object) -> float | None:
+    """A number of Python's, NumPy's or in a tensor of one element; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.detach().item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
 def _inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[float, ...]:
     """The given times strictly inside the solve."""
     if given is None:
@@ -187,12 +205,11 @@ def _inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[fl
 
 def _tolerance(name: str, value: object, y0: Tensor, packing: Packing) -> float | Tensor:
     """A number, or a tensor of the packed state's shape, dtype and device."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value) or value < 0:
-            raise ToleranceError(f"{name} is {value}; it must be a finite number, at least 0.")
-        return float(value)
+    number = _number(value)
+    if number is not None:
+        if not math.isfinite(number) or number < 0:
+            raise ToleranceError(f"{name} is {number:g}; it must be a finite number, at least 0.")
+        return number
     if isinstance(value, (tuple, list)) and packing.is_tuple:
         return _tolerance_of_tuple(name, value, y0, packing)
     if not isinstance(value, Tensor):
@@ -227,8 +244,15 @@ def _tolerance_of_tuple(name: str, value: Sequence[Any], y0: Tensor, packing: Pa
     return torch.cat(parts)
 
 
-def _check_not_both_zero(tolerance: Tolerance) -> None:
+def _check_within_reach(tolerance: Tolerance, dtype: torch.dtype) -> None:
     rtol, atol = tolerance.rtol, tolerance.atol
+    # Steps that small would round to nothing, and the solution stand still without an error. float32 has room enough.
+    rounding = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
+    if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and 0 < max(rtol, atol) < rounding:
+        raise ToleranceError(
+            f"rtol is {rtol:g} and atol is {atol:g}, below the rounding of {dtype}, {rounding:g}. Loosen one of them, "
+            "or convert y0 to float32."
+        )
     if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
         if bool((torch.as_tensor(rtol) + torch.as_tensor(atol) > 0).any()) or torch.as_tensor(rtol + atol).numel() == 0:
             return
@@ -257,11 +281,10 @@ def _controller(given: _Options, tableau: Tableau) -> Controller:
         value = given.get(name)
         if value is None:
             continue
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
+        number = _number(value)
+        if number is None or math.isnan(number):
             raise OptionError(f"option {name} is {value!r}; it must be a number.")
-        values[name] = float(value)
+        values[name] = number
     checks = (
         *((name, math.isfinite, "finite") for name in ("pcoeff", "icoeff", "dcoeff")),
         ("first_step", lambda x: 0 < x < math.inf, "positive and finite"),
@@ -282,9 +305,10 @@ def _controller(given: _Options, tableau: Tableau) -> Controller:
 def _max_num_steps(value: object) -> int:
     if value is None:
         return _DEFAULT_MAX_NUM_STEPS
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value < 1:
+    number = _number(value)
+    if number is None or number < 1 or (number % 1 != 0 and number != math.inf):
         raise OptionError(f"option max_num_steps is {value!r}; it must be an integer of at least 1.")
-    return int(min(value, 2**63))
+    return int(min(number, 2**63))
 
 
 def _norm(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:
@@ -292,7 +316,15 @@ def _norm(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:
         return None
     if not callable(norm):
         raise OptionError(f"option norm is of type {type(norm).__name__}; give a function from the state to a number.")
-    return lambda ratio: norm(packing.unpack(ratio))
+
+    def checked(ratio: Tensor) -> Any:
+        value = norm(packing.unpack(ratio))
+        number = _number(value)
+        if number is None or number < 0:
+            raise OptionError(f"the function of option norm returned {value!r}; it must return one number, at least 0.")
+        return value.reshape(()) if isinstance(value, Tensor) else value
+
+    return checked
 
 
 def _grid(given: _Options, func: Any, y0: State, times: tuple[float, ...]) -> tuple[float, ...]:
@@ -303,15 +335,14 @@ def _grid(given: _Options, func: Any, y0: State, times: tuple[float, ...]) -> tu
         return _constructed_grid(constructor, func, y0, times)
     if step_size is None:
         return times
-    if isinstance(step_size, Tensor) and step_size.numel() == 1:
-        step_size = step_size.item()
-    if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size < math.inf:
+    step = _number(step_size)
+    if step is None or not 0 < step < math.inf:
         raise OptionError(f"option step_size is {step_size!r}; it must be positive and finite.")
     nodes = [times[0]]
     for start, end in pairwise(times):
         # A remainder below a billionth of a step is rounding of end - start, not a step.
-        count = max(1, math.ceil(abs(end - start) / step_size - 1e-9))
-        signed = math.copysign(step_size, end - start)
+        count = max(1, math.ceil(abs(end - start) / step - 1e-9))
+        signed = math.copysign(step, end - start)
         nodes += [start + i * signed for i in range(1, count)]
         nodes.append(end)
     return tuple(nodes)
@@ -323,7 +354,7 @@ def _constructed_grid(constructor: Any, func: Any, y0: State, times: tuple[float
         raise OptionError("option grid_constructor is no function; give one of (func, y0, t) that returns a 1-d grid.")
     grid = constructor(func, y0, torch.tensor(times, dtype=torch.float64))
     try:
-        nodes = _times(grid)
+        nodes = times_of(grid)
     except TimeError as error:
         raise OptionError(f"the grid of option grid_constructor is no grid: {error}") from None
     reach = abs(times[-1] - times[0])

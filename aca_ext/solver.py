@@ -287,6 +287,9 @@ class Solver:
             self._check_finite(t, y, self._k, h, ratio)
         if h >= controller.min_step and t + sign * h * 0.5 != t:
             return
+        if ratio == math.inf and self.problem.tolerance.forbids_error():
+            message = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
+            raise self._failure(StepSizeError, t, h, ratio, message)
         raise self._failure(StepSizeError if is_finite else NonFiniteError, t, h, ratio)
 
     def _check_finite(self, t: Number, y: Tensor, k: Tensor, h: Number, ratio: Number) -> None:

@@ -7,6 +7,7 @@ buffers (BatchNorm statistics) that only accepted evaluations may move.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from aca_ext.errors import SlopeError
+from aca_ext.errors import ArgumentTypeError, SlopeError
 from aca_ext.ops import TorchOperations, slope_function
 from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.state import Packing, State
@@ -81,6 +82,21 @@ class VectorField:
         other.args = tuple(args)
         other._call = other._bound()
         return other
+
+    def check_signature(self) -> None:
+        """Raises ArgumentTypeError where func does not take the arguments that it is called with."""
+        try:
+            signature = inspect.signature(self.func.forward if isinstance(self.func, nn.Module) else self.func)
+        except (TypeError, ValueError):
+            return  # compiled code may not tell
+        try:
+            signature.bind(None, None, *self.args)
+        except TypeError as mismatch:
+            given = f" and {len(self.args)} of args" if self.args else ""
+            raise ArgumentTypeError(
+                f"func takes {signature}, but is called as func(t, y, *args) with t, y{given}: {mismatch}. Let func "
+                "take both t and y, used or not, and pass whatever else it takes by args=(...)."
+            ) from None
 
     def first(self, t: Tensor, y: Tensor) -> Tensor:
         """f at the start, noting which random generators and buffers it moves."""
@@ -157,6 +173,8 @@ class _SlopeCheck:
                     f"{where} has shape {tuple(part.shape)}; the state has {tuple(expected)}. The derivative has the "
                     "shape of the state; nothing is broadcast."
                 )
+            if part.layout is not torch.strided:
+                raise SlopeError(f"{where} has layout {part.layout}; return a dense tensor, .to_dense().")
             if part.device != self._device:
                 raise SlopeError(f"{where} is on {part.device}; the state is on {self._device}. Move one to the other.")
             given.append(self._of_state_dtype(part, where))

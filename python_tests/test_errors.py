@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from problems import Mlp, sample
@@ -93,6 +94,11 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "t is a matrix": ({"t": torch.ones(2, 2)}, errors.TimeError, ["t", "(2, 2)", "1-d"]),
     "t is text": ({"t": ["a", "b"]}, errors.TimeError, ["t", "1-d"]),
     "t is None": ({"t": None}, errors.TimeError, ["t", "NoneType", "1-d"]),
+    "t is a list that would lose a gradient": (
+        {"t": [0.0, torch.tensor(1.0, requires_grad=True)]},
+        errors.TimeError,
+        ["t", "list", "grad", "torch.stack"],
+    ),
     "t is complex": ({"t": torch.tensor([0j, 1 + 0j])}, errors.TimeError, ["t", "complex64", "real"]),
     "t is boolean": ({"t": torch.tensor([False, True])}, errors.TimeError, ["t", "bool", "real"]),
     "t holds NaN": ({"t": torch.tensor([0.0, NAN])}, errors.TimeError, ["t[1]", "nan", "finite"]),
@@ -115,6 +121,11 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         {"rtol": torch.zeros(3), "atol": torch.zeros(3)},
         errors.ToleranceError,
         ["rtol", "atol", "zero"],
+    ),
+    "tolerances below the rounding of the state": (
+        {"y0": torch.ones(3, dtype=torch.bfloat16)},
+        errors.ToleranceError,
+        ["1e-07", "bfloat16", "0.0078125", "float32"],
     ),
     "rtol is text": ({"rtol": "1e-3"}, errors.ToleranceError, ["rtol", "str", "number"]),
     "rtol is None": ({"rtol": None}, errors.ToleranceError, ["rtol", "NoneType", "number"]),
@@ -183,6 +194,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ["min_step", "max_step", "1.0", "0.1"],
     ),
     "max_num_steps is zero": ({"options": {"max_num_steps": 0}}, errors.OptionError, ["max_num_steps", "0", "1"]),
+    "max_num_steps is no integer": ({"options": {"max_num_steps": 2.5}}, errors.OptionError, ["2.5", "integer"]),
     "max_num_steps is NaN": ({"options": {"max_num_steps": NAN}}, errors.OptionError, ["max_num_steps", "nan"]),
     "safety is zero": ({"options": {"safety": 0.0}}, errors.OptionError, ["safety", "0.0", "(0, 1]"]),
     "ifactor shrinks": ({"options": {"ifactor": 0.5}}, errors.OptionError, ["ifactor", "0.5", "at least 1"]),
@@ -215,6 +227,37 @@ def test_bad_argument(case: str) -> None:
     assert type(raised.value) is kind
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("returned", [torch.ones(3), "x", None, -1.0, torch.tensor(-1.0), 1j, True])
+def test_a_norm_returns_one_number_of_at_least_0(returned: Any) -> None:
+    with pytest.raises(errors.OptionError, match="norm returned"):
+        call(options={"norm": lambda ratio: returned})
+
+
+def test_there_are_no_events() -> None:
+    aca_ext.odeint(decay, torch.ones(3), T, event_fn=None)
+    with pytest.raises(errors.ArgumentValueError, match="event_fn"):
+        aca_ext.odeint(decay, torch.ones(3), T, event_fn=lambda t, y: y)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [numpy.float32, numpy.float64, lambda x: torch.tensor(x, requires_grad=True)])
+def test_numbers_may_be_numpys_or_in_a_tensor(number: Callable[[float], Any]) -> None:
+    expected = call(rtol=0.25, atol=0.5, options={"first_step": 0.25, "max_num_steps": 64.0})
+    options = {"first_step": number(0.25), "max_num_steps": number(64.0)}
+    found = call(rtol=number(0.25), atol=number(0.5), options=options)
+    assert torch.equal(found.y, expected.y)
+    steps = call(options={"step_size": number(0.25)}).steps
+    assert steps.tolist() == [[0.0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1.0]]
+    call(options={"max_num_steps": numpy.int64(1000)})
+
+
+def test_any_sequence_of_numbers_is_t() -> None:
+    assert torch.equal(call(t=range(3)).y, call(t=torch.arange(3)).y)
+    assert aca_ext.NeuralODE(decay, t=range(3)).t == (0.0, 1.0, 2.0)
+    for t in (5, [0.0, 0.0], [0.0, torch.tensor(1.0, requires_grad=True)]):
+        with pytest.raises(errors.TimeError):
+            aca_ext.NeuralODE(decay, t=t)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
@@ -257,6 +300,7 @@ SLOPES: dict[str, tuple[Callable[[Tensor, Tensor], Any], list[str]]] = {
     "integers": (lambda t, y: torch.ones(3, dtype=torch.int64), ["int64", "float32"]),
     "complex numbers": (lambda t, y: torch.complex(y, y), ["complex64", "float32"]),
     "another device": (lambda t, y: torch.ones(3, device="meta"), ["meta", "cpu"]),
+    "a sparse tensor": (lambda t, y: y.to_sparse(), ["sparse", "to_dense"]),
 }
 
 
@@ -308,11 +352,34 @@ def test_bad_slope_of_a_complex_state() -> None:
             assert word in str(raised.value)
 
 
-@pytest.mark.parametrize("func", [lambda y: -y, lambda t, y, u: -y, lambda: None])
-def test_wrong_arity_is_pythons_own_error(func: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match="positional argument") as raised:
-        call(func)
-    assert not isinstance(raised.value, errors.AcaError)
+class OfStateAlone(torch.nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        return -y
+
+
+@pytest.mark.parametrize("gradient", aca_ext.GRADIENTS)
+@pytest.mark.parametrize(
+    ("func", "args", "words"),
+    [
+        (lambda y: -y, (), ["(y)", "func(t, y, *args)", "too many"]),
+        (lambda: None, (), ["()", "too many"]),
+        (lambda t, y, u: -y, (), ["(t, y, u)", "missing", "'u'"]),
+        (lambda t, y: -y, (1.0,), ["(t, y)", "1 of args", "too many"]),
+        (OfStateAlone(), (), ["(y", "too many"]),
+    ],
+)
+def test_wrong_arity(func: Any, args: tuple[float, ...], words: list[str], gradient: str) -> None:
+    for t in (T, T.clone().requires_grad_()):
+        with pytest.raises(errors.ArgumentTypeError) as raised:
+            call(func, torch.ones(3, requires_grad=True), t, args=args, gradient=gradient)
+        for word in words:
+            assert word in str(raised.value)
+
+
+def test_a_type_error_inside_func_is_pythons_own() -> None:
+    with pytest.raises(TypeError, match="unsupported operand") as raised:
+        call(lambda t, y: y + None)
+    assert type(raised.value) is TypeError
 
 
 def check_failure(error: errors.SolveError) -> None:
@@ -443,6 +510,16 @@ def test_stiff_with_min_step(gradient: str) -> None:
     assert raised.value.error_ratio > 1
     assert raised.value.h < 1e-3
     assert not isinstance(raised.value, errors.NonFiniteError)
+
+
+@pytest.mark.parametrize("gradient", ["aca", "naive"])
+def test_a_tolerance_of_zero_that_cannot_be_met(gradient: str) -> None:
+    tolerance = torch.tensor([0.0, 1e-3])
+    with pytest.raises(errors.StepSizeError, match="both zero in an element") as raised:
+        call(decay, torch.ones(2, requires_grad=True), rtol=tolerance, atol=tolerance, gradient=gradient)
+    check_failure(raised.value)
+    still = call(lambda t, y: -y * torch.tensor([0.0, 1.0]), torch.ones(2), rtol=tolerance, atol=tolerance)
+    assert still.y[-1, 0] == 1.0
 
 
 def test_tolerance_below_rounding() -> None:

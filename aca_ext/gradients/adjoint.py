@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aca_ext.checkpoints import StepRecord
-from aca_ext.errors import SolveError
+from aca_ext.errors import ArgumentValueError, SolveError
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
@@ -53,7 +52,6 @@ class _Adjoint(torch.autograd.Function):
         return result.ys
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
         ys, *inputs = ctx.saved_tensors
         task: Task = ctx.task
@@ -61,12 +59,29 @@ class _Adjoint(torch.autograd.Function):
         replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
         a = grad_ys[-1]
         grads = ys.new_zeros(sum(_flat(x.detach()).numel() for x in inputs))
-        with replay.repeating():
+        with torch.no_grad(), replay.repeating():
             for i in range(len(times) - 1, 0, -1):
                 a, grads = _interval(task, replay, (times[i], times[i - 1]), ys[i], a, grads)
-                a = a + grad_ys[i - 1]
+                a = a + grad_ys[i - 1].detach()
         ctx.stats.n_f_evals_backward = replay.n_evals
-        return None, None, None, None, None, a, *_unflatten(grads, inputs)
+        found = (a, *_unflatten(grads, inputs))
+        if torch.is_grad_enabled():
+            found = tuple(_FirstDerivative.apply(g, grad_ys, ys, *inputs) for g in found)
+        return None, None, None, None, None, *found
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that cannot be differentiated again: whoever tries is told, instead of losing what flows there."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *origins: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        raise ArgumentValueError(
+            'gradient is "adjoint", which has no second derivatives. Use "aca", "direct" or "naive" for them.'
+        )
 
 
 def _interval(

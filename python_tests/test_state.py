@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from aca_ext.errors import AcaError, ArgumentTypeError, ArgumentValueError
-from aca_ext.state import Packing, State, dense, tensors
+from aca_ext.state import Packing, State, dense, tensors_in
 
 REAL = (torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -51,6 +51,10 @@ STATES: dict[str, State] = {
     "tuple of complex views": (random(2, 3, dtype=torch.complex128).t(), random(4, dtype=torch.complex128).conj()),
 }
 each_state = pytest.mark.parametrize("y", STATES.values(), ids=STATES)
+
+
+def tensors(y: State) -> tuple[Tensor, ...]:
+    return (y,) if isinstance(y, Tensor) else y
 
 
 def assert_same(one: State, other: State) -> None:
@@ -278,3 +282,10 @@ def test_any_state_survives_the_round_trip(
     packed = dense(packing.pack(y))
     assert_same(packing.unpack(packed), y)
     assert_same(packing.unpack_rows(packed.unsqueeze(0)), tuple(p[None] for p in parts) if is_tuple else parts[0][None])
+
+
+def test_tensors_in_a_value_of_any_depth() -> None:
+    a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    found = list(tensors_in([a, ("x", {"k": b, "l": [1, None, c]}), a]))
+    assert [id(x) for x in found] == [id(x) for x in (a, b, c, a)]
+    assert list(tensors_in(3)) == []

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"solver, one of {', '.join([*adaptive, *ALIASES])}")  # fmt: skip
     parser.add_argument("--epochs", type=_positive, default=20, metavar="N", help="passes over the training images")
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1"')
-    parser.add_argument("--output", type=Path, default=Path("aca_demo.png"), metavar="FILE", help="picture to write")
+    parser.add_argument("--output", type=Path, default=Path("aca_demo.png"), metavar="FILE", help="PNG to write")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and batches")
 
 
@@ -54,6 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         print(f"--device {arguments.device} cannot be used here: {error}", file=sys.stderr)
         return 1
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.open("ab").close()  # now, not after the training
+    except OSError as error:
+        print(f"--output {arguments.output} cannot be written: {error}", file=sys.stderr)
+        return 1
     images, labels, test_images, test_labels = _digits(device)
     print(
         f"{len(labels)} training and {len(test_labels)} test images of handwritten digits (UCI, via scikit-learn); "
@@ -64,7 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
         runs.append(_train(name, arguments, (images, labels), (test_images, test_labels)))
     print()
     print(_table(runs))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     _draw(runs, arguments)
     print(f"\nPicture written to {arguments.output}")
     return 0
@@ -231,11 +236,10 @@ def _draw(runs: list[Run], arguments: argparse.Namespace) -> None:
     errors.set_ylim(1e-17, 10)
     errors.set_xticks(range(len(done)), [r.gradient for r in done])
     errors.set(ylabel="relative to the exact discrete gradient", title="Gradient error, float64")
-    figure.savefig(arguments.output, dpi=150)
+    figure.savefig(arguments.output, dpi=150, format="png")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)

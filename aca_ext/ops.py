@@ -123,6 +123,7 @@ class KernelOperations(TorchOperations):
         device = like.device
         self.backend = device.type
         self._n = n = like.numel()
+        self._itemsize = like.element_size()
         self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
         self._workspace = torch.zeros(
             _C.WORKSPACE_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device

@@ -308,7 +308,7 @@ def _max_num_steps(value: object) -> int:
     number = _number(value)
     if number is None or number < 1 or (number % 1 != 0 and number != math.inf):
         raise OptionError(f"option max_num_steps is {value!r}; it must be an integer of at least 1.")
-    return int(min(number, 2**63))
+    return int(min(number, 2**62))  # beyond what a solve can reach, within 64 bits
 
 
 def _norm(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:

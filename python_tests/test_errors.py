@@ -249,7 +249,8 @@ def test_numbers_may_be_numpys_or_in_a_tensor(number: Callable[[float], Any]) ->
     assert torch.equal(found.y, expected.y)
     steps = call(options={"step_size": number(0.25)}).steps
     assert steps.tolist() == [[0.0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1.0]]
-    call(options={"max_num_steps": numpy.int64(1000)})
+    for unlimited in (numpy.int64(1000), 2**31 - 1, 10**30, INF):
+        assert call(options={"max_num_steps": unlimited}).stats.n_steps > 0
 
 
 def test_any_sequence_of_numbers_is_t() -> None:

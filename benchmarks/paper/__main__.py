@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.paper.common import SCALES, MissingError, Settings, print_table, write_json
+try:
+    from benchmarks.paper.common import SCALES, MissingError, Settings, print_table, write_json
+except ModuleNotFoundError as missing:
+    sys.exit(f"The experiments need {missing.name}: pip install '.[paper]'")
 
 NAMES = ("toy", "reverse", "cost", "three_body", "hopper", "image", "retest")
 
@@ -27,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="begin anew where an interrupted run could be continued")
     args = parser.parse_args(argv)
 
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        parser.error(f"--device {args.device}: {error}")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch sees no CUDA device here.")
     settings = Settings(
@@ -43,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, settings: Settings) -> bool:
-    module = importlib.import_module(f"benchmarks.paper.{name}")
+    try:
+        module = importlib.import_module(f"benchmarks.paper.{name}")
+    except ModuleNotFoundError as missing:
+        print(f"skipped: {name} needs {missing.name}: pip install '.[paper]'\n", file=sys.stderr)
+        return False
     print(f"== {name}: {module.__doc__.splitlines()[0]}", flush=True)
     start = time.perf_counter()
     try:

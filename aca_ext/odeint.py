@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from aca_ext.checkpoints import checked_policy
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.aca import solve_without_graph
@@ -66,6 +67,7 @@ def odeint(
     options: Mapping[str, Any] | None = None,
     event_fn: None = None,
     gradient: str = "aca",
+    checkpoints: int | str | None = None,
     args: Sequence[Any] = (),
     params: Sequence[Tensor] | None = None,
     adjoint_rtol: float | Tensor | None = None,
@@ -95,6 +97,11 @@ def odeint(
         gradient: how the backward pass works. "aca" (default): exact gradient of the discrete solution, from
             checkpoints of the accepted steps. "direct": the same gradient from a stored graph. "naive": also
             differentiates the search for the step size. "adjoint": the continuous adjoint, approximate.
+        checkpoints: which states gradient="aca" keeps for the backward pass, which computes the same gradient, bit for
+            bit, from any choice. None: that of every accepted step. An int K: at most K, chosen while the solve runs,
+            besides the two of the step at hand; the others are computed again, r times at most where the steps are no
+            more than C(K + r, r) (with create_graph=True, the backward pass holds the graph of all steps anyway).
+            "cpu": that of every step in the host's memory, pinned where the solve runs on a GPU.
         args: further arguments of func; tensors among them receive gradients.
         params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
             its first evaluation uses. Name them where func uses some only later.
@@ -129,6 +136,7 @@ def odeint(
         method=method,
         options=options,
         gradient=gradient,
+        checkpoints=checkpoints,
         args=args,
         params=params,
         adjoint_rtol=adjoint_rtol,
@@ -150,6 +158,7 @@ def solve(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     gradient: str = "aca",
+    checkpoints: int | str | None = None,
     args: Sequence[Any] = (),
     params: Sequence[Tensor] | None = None,
     adjoint_rtol: float | Tensor | None = None,
@@ -172,8 +181,13 @@ def solve(
             method=method if adjoint_method is None else adjoint_method,
             options=_adjoint_options(options, adjoint_options),
         ),
+        checkpoints=checked_policy(checkpoints),
     )
     method_of_gradient = GRADIENTS[lookup("gradient", gradient, GRADIENTS)]
+    if checkpoints is not None and gradient != "aca":
+        raise ArgumentValueError(
+            f'checkpoints is {checkpoints!r}, but gradient={gradient!r} keeps none; leave it out or use gradient="aca".'
+        )
     try:
         if not torch.is_grad_enabled():
             result = solve_without_graph(task, task.first_slope(problem.y0.detach()))

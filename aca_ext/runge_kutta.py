@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -71,6 +71,12 @@ def scheme_of(tableau: Tableau, estimate_error: bool) -> Scheme:
         error=None if error is None else tuple(error[i] for i in indices),
         error_last=error[-1] if tableau.fsal and error is not None else 0.0,
     )
+
+
+def solution_only(scheme: Scheme) -> Scheme:
+    """The same step, its solution bit for bit, without the error and without the slope at its end."""
+    count = 1 + max(scheme.indices)
+    return replace(scheme, fsal=False, c=scheme.c[:count], stages=scheme.stages[:count], error=None, error_last=0.0)
 
 
 def _nonzero(weights: Sequence[float]) -> Weights:

@@ -2,24 +2,38 @@
 
 Forward: no graph; checkpoints (t, h, y) of accepted steps. Backward, last step to first: replay the step from its
 checkpoint, pull the cotangent back through it, drop its graph. The gradient is that of the discrete solution with its
-step sizes held constant. Memory: the graph of one step's evaluations and N_t + 1 states.
+step sizes held constant. Memory: the graph of one step's evaluations and N_t + 1 states, or as few as the user wants:
+those that were not kept are computed again, bit for bit, from the last one kept before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord, rows
+from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, reversed_states, rows
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
-from aca_ext.ops import empty_rows, operations_for
+from aca_ext.ops import TorchOperations, empty_rows, operations_for
 from aca_ext.outputs import stack_rows
-from aca_ext.runge_kutta import check_replay, interpolate, scheme_of, stage_times, step, transposed_stepper
+from aca_ext.problem import Problem
+from aca_ext.runge_kutta import (
+    Scheme,
+    check_replay,
+    compiled_stepper,
+    interpolate,
+    scheme_of,
+    solution_only,
+    stage_times,
+    step,
+    stepper,
+    transposed_stepper,
+)
 from aca_ext.solver import Solver, Stats
 from aca_ext.vector_field import AutocastState, Replay
 
@@ -59,7 +73,7 @@ class _Aca(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         field = task.field
-        checkpoints = Checkpoints(y0.detach())
+        checkpoints = checkpoints_for(task.checkpoints, y0.detach())
         random_state = field.random_state()
         result = solve_without_graph(task, k0, checkpoints)
         record.steps = result.record.steps
@@ -69,7 +83,7 @@ class _Aca(torch.autograd.Function):
         # A replay may go astray where func moves state that its first evaluation did not show: compare then.
         drew_later = not field.draws_random_numbers and field.has_drawn_since(random_state)
         ctx.must_check = drew_later or bool(field.moving_buffers)
-        ctx.n_states, ctx.n_blocks = checkpoints.count, len(checkpoints.blocks)
+        ctx.numbers, ctx.capacity, ctx.n_blocks = checkpoints.numbers(), checkpoints.capacity, len(checkpoints.blocks)
         ctx.has_y0 = y0.requires_grad
         # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
         ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *inputs)
@@ -78,40 +92,63 @@ class _Aca(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        states = list(rows(saved[: ctx.n_blocks], ctx.n_states))
+        # Rows of states that were handed out are written over, which is none of autograd's business: .data.
+        blocks = [block.data for block in saved[: ctx.n_blocks]]
+        held = list(zip(ctx.numbers, rows(blocks, len(ctx.numbers)), strict=True))
         inputs = saved[ctx.n_blocks + ctx.has_y0 :]
         if torch.is_grad_enabled():
+            states = {n: row.to(grad_ys.device) for n, row in held if n == 0 or ctx.must_check}
             y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
             grads = _differentiable_backward(ctx, grad_ys, y0, states, inputs)
         else:
-            grads = _replay_backward(ctx, grad_ys, states, inputs)
+            if math.isfinite(ctx.capacity):  # all but the first may be gone when a retained graph is used again
+                ctx.numbers = [0 if n == 0 else -1 for n in ctx.numbers]
+            grads = _replay_backward(ctx, grad_ys, held, inputs)
         needed = ctx.needs_input_grad[5:]
         return None, None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
 
 
 def _replay_backward(
-    ctx: Any, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ctx: Any, grad_ys: Tensor, held: Sequence[tuple[int, Tensor]], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     task: Task = ctx.task
     problem, steps = task.problem, ctx.record.steps
-    ops = operations_for(states[0], problem.tolerance)
+    ops = operations_for(problem.y0.detach(), problem.tolerance)
     scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
     pull_back = transposed_stepper(replay, ops, scheme)
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
-        for n in reversed(range(len(steps))):
+        advance = _advance(replay, ops, scheme, problem, steps)
+        for n, y, y_next in reversed_states(held, len(steps), ctx.capacity, advance):
             s: AcceptedStep = steps[n]
             outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
             outputs += [(_weights(problem, scheme.solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
             replay.begin_step(s.random_states)
             if outputs:
-                y_next = states[n + 1] if ctx.must_check else None
-                times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, states[0].dtype)
-                g = pull_back(times, states[n], s.h, outputs, y_next)
+                times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
+                end = y_next.to(y.device) if ctx.must_check and y_next is not None else None
+                g = pull_back(times, y, s.h, outputs, end)
     ctx.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
+
+
+def _advance(
+    replay: Replay, ops: TorchOperations, scheme: Scheme, problem: Problem, steps: Sequence[AcceptedStep]
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """A state from the one before it, as the forward pass computed it."""
+    scheme = solution_only(scheme)
+    advance = stepper(replay, ops, scheme, compiled_stepper(ops, scheme))
+
+    def from_state(n: int, y: Tensor, out: Tensor) -> Tensor:
+        s = steps[n]
+        replay.begin_step(s.random_states)
+        times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
+        with torch.no_grad():
+            return advance(times, y, s.h, None, out).y1
+
+    return from_state
 
 
 def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[float]:
@@ -119,7 +156,7 @@ def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[
 
 
 def _differentiable_backward(
-    ctx: Any, grad_ys: Tensor, y0: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ctx: Any, grad_ys: Tensor, y0: Tensor, states: Mapping[int, Tensor], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""
     task: Task = ctx.task
@@ -135,7 +172,7 @@ def _differentiable_backward(
             replay.begin_step(s.random_states)
             times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
             trial = step(replay, ops, scheme, times, y, s.h)
-            if ctx.must_check:
+            if n + 1 in states:
                 check_replay(s.t, states[n + 1], trial.y1)
             for _, theta in s.outputs:
                 y_i = trial.y1 if theta == 1.0 else interpolate(ops, problem.tableau, y, s.h, trial.k, theta)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import StepRecord
+from aca_ext.checkpoints import Policy, StepRecord
 from aca_ext.problem import Problem
 from aca_ext.solver import Stats
 from aca_ext.vector_field import VectorField
@@ -23,12 +23,14 @@ class Task:
         field: func with its checks.
         params: tensors that func depends on by itself, where the user named them, else None.
         adjoint: how ``gradient="adjoint"`` solves backward.
+        checkpoints: which states ``gradient="aca"`` keeps.
     """
 
     problem: Problem
     field: VectorField
     params: Sequence[Tensor] | None
     adjoint: AdjointOptions
+    checkpoints: Policy = None
 
     def first_slope(self, y0: Tensor) -> Tensor | None:
         """f(t0, y0), None where the solve has no step."""

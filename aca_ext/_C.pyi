@@ -137,4 +137,36 @@ def squared_error_ratio(
     atol_each: int,
     /,
 ) -> None: ...
+def weighted_sum_rows(
+    on: Target, count: int, length: int, h: int, out: int, base: int, x: Sequence[int], w: Sequence[float], /
+) -> None: ...
+def solution_and_error_rows(
+    on: Target,
+    count: int,
+    length: int,
+    h: int,
+    y1: int,
+    error: int,
+    y: int,
+    x: Sequence[int],
+    b: Sequence[float],
+    error_weight: Sequence[float],
+    /,
+) -> None: ...
+def squared_error_ratio_rows(
+    on: Target,
+    count: int,
+    bounds: Sequence[int],
+    w: int,
+    out: int,
+    partial: int,
+    k: int,
+    y0: int,
+    y1: int,
+    rtol: float,
+    atol: float,
+    rtol_each: int,
+    atol_each: int,
+    /,
+) -> None: ...
 def write_scalars(on: Target, out: int, values: Sequence[float], /) -> None: ...

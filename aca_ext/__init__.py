@@ -24,6 +24,7 @@ else:
 
     from aca_ext import errors
     from aca_ext.gradients import GRADIENTS
+    from aca_ext.independent.solver import BatchStats
     from aca_ext.methods import METHODS
     from aca_ext.neural_ode import NeuralODE
     from aca_ext.odeint import Solution, odeint, solve
@@ -35,6 +36,7 @@ else:
     __all__ = [
         "GRADIENTS",
         "METHODS",
+        "BatchStats",
         "NeuralODE",
         "Solution",
         "Stats",

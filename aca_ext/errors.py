@@ -64,6 +64,7 @@ class SolveError(AcaError, RuntimeError):
         h: step size of the last trial.
         error_ratio: error norm of the last trial in units of the tolerance (accepted where at most 1).
         n_accepted, n_rejected, n_f_evals: counts up to there.
+        sample: which sample of a batch of independent ones, else None.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SolveError(AcaError, RuntimeError):
         n_accepted: int,
         n_rejected: int,
         n_f_evals: int,
+        sample: int | None = None,
     ) -> None:
         super().__init__(
             f"{message} (t={t:.17g}, h={h:.6g}, error ratio={error_ratio:.6g}, "
@@ -83,6 +85,7 @@ class SolveError(AcaError, RuntimeError):
         )
         self.t, self.h, self.error_ratio = t, h, error_ratio
         self.n_accepted, self.n_rejected, self.n_f_evals = n_accepted, n_rejected, n_f_evals
+        self.sample = sample
 
 
 class NonFiniteError(SolveError):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aca_ext.errors import ArgumentValueError
+from aca_ext.independent.solver import BatchStats
 from aca_ext.odeint import solve
 from aca_ext.problem import times_of
 from aca_ext.solver import Stats
@@ -26,14 +27,14 @@ class NeuralODE(nn.Module):
             params.
 
     Attributes:
-        stats: ``Stats`` of the last forward pass, None before it.
+        stats: ``Stats`` or ``BatchStats`` of the last forward pass, None before it.
 
     Raises:
         ArgumentValueError: ``output`` is neither "end" nor "all".
         TimeError: ``t`` is no sequence of times. Errors of a solve are those of ``odeint``.
     """
 
-    stats: Stats | None
+    stats: Stats | BatchStats | None
 
     def __init__(
         self,

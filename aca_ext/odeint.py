@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,9 +16,12 @@ from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
 from aca_ext.gradients.parameters import checked_params
+from aca_ext.independent import gradients as independent_gradients
+from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
+from aca_ext.independent.solver import BatchStats
 from aca_ext.ops import TorchOperations
 from aca_ext.outputs import stack_rows
-from aca_ext.problem import lookup, problem_of
+from aca_ext.problem import Problem, lookup, problem_of
 from aca_ext.solver import Stats
 from aca_ext.state import State
 from aca_ext.vector_field import VectorField
@@ -29,16 +32,17 @@ class Solution:
     """What ``solve`` returns.
 
     Attributes:
-        t: the requested times as given, (T,).
+        t: the requested times as given, (T,), or (batch, T) where the samples are independent.
         y: the state at them, (T, \\*y0.shape), or a tuple of such for a tuple state. Differentiable.
-        steps: start and end of every accepted step, (n_accepted, 2), float64 on the CPU.
-        stats: counts of evaluations and steps, and the backend that ran.
+        steps: start and end of every accepted step, (n_accepted, 2), float64 on the CPU; of independent samples a tuple
+            with such a tensor for each.
+        stats: counts of evaluations and steps, and the backend that ran; of independent samples a ``BatchStats``.
     """
 
     t: Tensor
     y: State
-    steps: Tensor
-    stats: Stats
+    steps: Tensor | tuple[Tensor, ...]
+    stats: Stats | BatchStats
 
 
 _P = ParamSpec("_P")
@@ -82,7 +86,8 @@ def odeint(
         func: callable or nn.Module. Receives t as a 0-d tensor of the state's real dtype and device, and y like y0;
             returns the derivative, of y's shape, dtype and device. Must not change y in place.
         y0: initial state, a tensor of any shape or a tuple of tensors; float32, float64, complex64 or complex128.
-        t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in whatever unit func uses.
+        t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in whatever unit func uses. With
+            ``batch="independent"`` also (batch, T), times for every sample.
         rtol, atol: relative and absolute tolerance per step, a number or a tensor that broadcasts to y0 (for a tuple
             state also a tuple of one for each). A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
@@ -93,6 +98,12 @@ def odeint(
             like the state; default RMS, for a tuple the largest of its components'). ``step_size`` or
             ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point. A
             fixed-step solve on a GPU returns what it finds, NaN included: looking would stop the host.
+            ``batch="independent"``: every sample of the first dimension (of all components of a tuple) has its own
+            steps and takes those that it would take alone. func is then called on the whole batch with t of shape
+            (batch, 1, ..., 1), of as many dimensions as y has (as its largest component has), so that what is
+            written for a number t works; ``t.flatten()`` is (batch,). Samples must not depend on one another, and one
+            that has reached its end is still evaluated, there, until all have. Adaptive steps, gradients "aca" and
+            "direct", without ``norm``, ``step_t`` and ``jump_t``.
         event_fn: torchdiffeq's; None alone, as there are no events here.
         gradient: how the backward pass works. "aca" (default): exact gradient of the discrete solution, from
             checkpoints of the accepted steps. "direct": the same gradient from a stored graph. "naive": also
@@ -168,12 +179,14 @@ def solve(
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
-    problem = problem_of(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, args=args)
+    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": method, "options": options, "args": args}
+    independent = is_independent(options)
+    problem = (batch_problem_of if independent else problem_of)(func, y0, t, **settings)
     if params is not None and adjoint_params is not None:
         raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
     task = Task(
         problem=problem,
-        field=VectorField(func, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)),
+        field=_field(problem),
         params=checked_params(adjoint_params if params is None else params),
         adjoint=AdjointOptions(
             rtol=rtol if adjoint_rtol is None else adjoint_rtol,
@@ -188,9 +201,14 @@ def solve(
         raise ArgumentValueError(
             f'checkpoints is {checkpoints!r}, but gradient={gradient!r} keeps none; leave it out or use gradient="aca".'
         )
+    if independent:
+        method_of_gradient = partial(independent_gradients.solve, gradient=gradient)
     try:
         if not torch.is_grad_enabled():
-            result = solve_without_graph(task, task.first_slope(problem.y0.detach()))
+            if independent:
+                result = independent_gradients.solve_without_graph(task)
+            else:
+                result = solve_without_graph(task, task.first_slope(problem.y0.detach()))
         elif isinstance(t, Tensor) and t.requires_grad:
             result = _with_time_gradient(task, t, method_of_gradient)
         else:
@@ -202,6 +220,14 @@ def solve(
     return Solution(times, problem.packing.unpack_rows(result.ys), result.record.bounds(), result.stats)
 
 
+def _field(problem: Problem) -> VectorField:
+    """func as the solver calls it."""
+    ops = TorchOperations(problem.y0.detach(), problem.tolerance)
+    if isinstance(problem, BatchProblem):
+        return RowField(problem.func, problem.args, problem.packing, ops)
+    return VectorField(problem.func, problem.args, problem.packing, ops)
+
+
 def _with_time_gradient(task: Task, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
     """The solve with a graph to every element of t, right to second order.
 
@@ -210,7 +236,7 @@ def _with_time_gradient(task: Task, t: Tensor, method_of_gradient: Callable[[Tas
     """
     problem, field = task.problem, task.field
     like = problem.y0
-    times = t.to(like)
+    times = problem.spread_times(t)
     now = times.detach()
 
     def move(time: Tensor, y: Tensor, delta: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext import _C, reference
@@ -22,6 +24,8 @@ _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _THREADS_FROM = 1 << 15  # elements; below, waking threads costs more than they save
 _ALIGNMENT = 64  # bytes
 _SHARED_BYTES = 1 << 15  # stage states below this size share allocations up to it
+
+Array = NDArray[np.float64]
 
 # Norm of an error ratio given by the user: tensor in, number out.
 Norm = Callable[[Tensor], Any]
@@ -264,6 +268,107 @@ def slope_function(
     return _C.Slope(func, args, like, checked, changed, torch.is_grad_enabled, versioned)
 
 
+class RowOperations(TorchOperations):
+    """The operations on a batch of independent samples, the rows of the first dimension, each with its own h and t.
+
+    A step size is a float64 tensor (rows, 1, ...) as ``steps`` makes it, a norm an array (rows,), a time one of
+    ``scalars``, (rows, 1, ...) too.
+    """
+
+    def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
+        super().__init__(like, tolerance)
+        self.n_rows = like.shape[0]
+        self.row_shape = (self.n_rows, *(1,) * (like.dim() - 1))
+
+    def steps(self, h: Array) -> Tensor:
+        """The step sizes of all rows where the operations read them."""
+        return torch.from_numpy(h).view(self.row_shape).to(self.like.device)
+
+    def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
+        stacked = torch.from_numpy(np.stack(values)).to(dtype=self.like.dtype, device=self.like.device)
+        return stacked.view(len(values), *self.row_shape).unbind(0)
+
+    def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Array:
+        """For each row the norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)), w a number or by row."""
+        sums = self._squared_error_ratios(partial, k, w, y0, y1)
+        sizes = np.array(self.tolerance.sizes)
+        if not sizes.any():
+            return np.zeros(self.n_rows)
+        return np.sqrt((sums.cpu().numpy()[:, sizes > 0] / sizes[sizes > 0]).max(1))
+
+    def _squared_error_ratios(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Tensor:
+        t = self.tolerance
+        with torch.no_grad():
+            return reference.squared_error_ratios_of_rows(partial, k, w, y0, y1, t.rtol, t.atol, t.segments)
+
+
+class RowKernels(RowOperations, KernelOperations):
+    """The same by the kernels: every row sees the arithmetic that it would see by itself, bit for bit."""
+
+    def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
+        super().__init__(like, tolerance)
+        self._length = self._n // max(1, self.n_rows)
+        self._sums = torch.empty(self.n_rows, len(tolerance.sizes), dtype=torch.float64, device=like.device)
+
+    def weighted_sum(
+        self, base: Tensor | None, h: Number, x: Sequence[Tensor], w: Sequence[float], out: Tensor | None = None
+    ) -> Tensor:
+        if not isinstance(h, Tensor):
+            return super().weighted_sum(base, h, x, w, out)
+        if out is None:
+            out = torch.empty_like(self.like)
+        start = 0 if base is None else base.data_ptr()
+        x_address = [x_j.data_ptr() for x_j in x]
+        _C.weighted_sum_rows(self._on, self.n_rows, self._length, h.data_ptr(), out.data_ptr(), start, x_address, w)
+        return out
+
+    def solution_and_error(
+        self,
+        y: Tensor,
+        h: Number,
+        k: Sequence[Tensor],
+        b: Sequence[float],
+        error_weight: Sequence[float],
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if out is None:
+            out = torch.empty_like(self.like)
+        error = torch.empty_like(self.like)
+        _C.solution_and_error_rows(
+            self._on,
+            self.n_rows,
+            self._length,
+            h.data_ptr(),
+            out.data_ptr(),
+            error.data_ptr(),
+            y.data_ptr(),
+            [k_j.data_ptr() for k_j in k],
+            b,
+            error_weight,
+        )
+        return out, error
+
+    def _squared_error_ratios(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Tensor:
+        if not isinstance(w, Tensor):
+            w = torch.full(self.row_shape, w, dtype=torch.float64, device=self.like.device)
+        segments, limit = self.tolerance.segments, _C.MAX_SEGMENTS
+        if len(segments) - 1 > limit:  # more than one launch takes
+            return super()._squared_error_ratios(partial, k, w, y0, y1)
+        _C.squared_error_ratio_rows(
+            self._on,
+            self.n_rows,
+            segments,
+            w.data_ptr(),
+            self._sums.data_ptr(),
+            partial.data_ptr(),
+            0 if k is None else k.data_ptr(),
+            y0.data_ptr(),
+            y1.data_ptr(),
+            *self._tolerances,
+        )
+        return self._sums
+
+
 class DifferentiableKernels(KernelOperations):
     """The kernels with a graph: bitwise their results, differentiable to any order in the states and slopes.
 
@@ -289,6 +394,10 @@ class DifferentiableKernels(KernelOperations):
         if not torch.is_grad_enabled():
             return super().solution_and_error(y, h, k, b, error_weight, out)
         return _SolutionAndError.apply(super().solution_and_error, h, b, error_weight, y, *k)
+
+
+class DifferentiableRowKernels(DifferentiableKernels, RowKernels):
+    """The kernels on rows with a graph."""
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -333,7 +442,9 @@ class _Relayout(torch.autograd.Function):
         return g, None
 
 
-def _scaled(g: Tensor, h: float, w: Sequence[float], needed: Sequence[bool]) -> list[Tensor | None]:
+def _scaled(g: Tensor, h: Number, w: Sequence[float], needed: Sequence[bool]) -> list[Tensor | None]:
+    if isinstance(h, Tensor):
+        h = h.to(g.dtype)
     return [g * (h * w_j) if n and w_j != 0 else None for w_j, n in zip(w, needed, strict=True)]
 
 
@@ -349,6 +460,13 @@ def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool =
     if not has_kernels(like):
         return TorchOperations(like, tolerance)
     return (DifferentiableKernels if differentiable else KernelOperations)(like, tolerance)
+
+
+def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> RowOperations:
+    """The same for batches whose rows are independent; the elements of a row of ``like`` are neighbours in memory."""
+    if not has_kernels(like):
+        return RowOperations(like, tolerance)
+    return (DifferentiableRowKernels if differentiable else RowKernels)(like, tolerance)
 
 
 def config() -> dict[str, str]:

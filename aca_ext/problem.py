@@ -31,7 +31,7 @@ _FIXED_OPTIONS = ("step_size", "grid_constructor")
 _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
-_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm")
+_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch")
 _DEFAULT_MAX_NUM_STEPS = 100_000
 
 _Options = Mapping[str, Any]
@@ -67,6 +67,14 @@ class Problem:
     @property
     def adaptive(self) -> bool:
         return self.controller is not None
+
+    def start_time(self, like: Tensor) -> Tensor:
+        """The first time as func receives it."""
+        return torch.tensor(self.times[0], dtype=like.dtype, device=like.device)
+
+    def spread_times(self, t: Tensor) -> Tensor:
+        """The times ``t`` as func receives them, one after the other in the first dimension; differentiable."""
+        return t.to(self.y0)
 
 
 def problem_of(
@@ -160,7 +168,10 @@ def times_of(t: object) -> tuple[float, ...]:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TimeError(f"t is no sequence of numbers ({error}); give a 1-d tensor of times.") from None
     if t.dim() != 1:
-        raise TimeError(f"t has shape {tuple(t.shape)}; give a 1-d tensor of times, torch.tensor([0., 1.]).")
+        raise TimeError(
+            f"t has shape {tuple(t.shape)}; give a 1-d tensor of times, torch.tensor([0., 1.]). "
+            'Times for every sample take options={"batch": "independent"}.'
+        )
     if t.is_complex() or t.dtype == torch.bool:
         raise TimeError(f"t has dtype {t.dtype}; times are real numbers.")
     times: list[float] = t.detach().to(device="cpu", dtype=torch.float64).tolist()

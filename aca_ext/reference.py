@@ -15,7 +15,7 @@ Number = Any
 
 
 def weighted_sum(base: Tensor | None, h: Number, x: Sequence[Tensor], w: Sequence[float]) -> Tensor:
-    """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]."""
+    """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]. A step size for each row is a tensor (rows, 1, ...)."""
     total: Tensor = x[0] * w[0]
     for x_j, w_j in zip(x[1:], w[1:], strict=True):
         total = total + x_j * w_j
@@ -38,10 +38,31 @@ def squared_error_ratios(
 
     An element without error counts 0 even where its tolerance is 0; a y1 that is not finite makes the sum NaN.
     """
+    squares = _squared_error_ratio(partial, k, w, y0, y1, rtol, atol)
+    flat = squares.reshape(-1) if len(segments) == 2 else squares
+    return torch.stack([flat[lo:hi].sum() for lo, hi in pairwise(segments)])
+
+
+def squared_error_ratios_of_rows(
+    partial: Tensor,
+    k: Tensor | None,
+    w: Number,
+    y0: Tensor,
+    y1: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    segments: Sequence[int],
+) -> Tensor:
+    """The same for each row (first dimension), (rows, segments): ``segments`` are bounds within a row, w is by row."""
+    rows = _squared_error_ratio(partial, k, w, y0, y1, rtol, atol).reshape(len(y0), segments[-1])
+    return torch.stack([rows[:, lo:hi].sum(1) for lo, hi in pairwise(segments)], 1)
+
+
+def _squared_error_ratio(
+    partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor
+) -> Tensor:
     if isinstance(w, Tensor):
         w = w.to(partial.dtype)
     error = partial if k is None else partial + w * k
     ratio = error / (atol + rtol * torch.maximum(y0.abs(), y1.abs()))
-    ratio = torch.where(error == 0, torch.zeros_like(ratio), ratio).double().square() + (y1 - y1).detach().double()
-    flat = ratio.reshape(-1) if len(segments) == 2 else ratio
-    return torch.stack([flat[lo:hi].sum() for lo, hi in pairwise(segments)])
+    return torch.where(error == 0, torch.zeros_like(ratio), ratio).double().square() + (y1 - y1).detach().double()

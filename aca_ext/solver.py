@@ -304,18 +304,10 @@ class Solver:
         self, kind: type[SolveError], t: Number, h: Number, ratio: Number, message: str | None = None
     ) -> SolveError:
         stats, problem = self.stats, self.problem
-        reason = {
-            StepLimitError: f"the {problem.max_num_steps} trial steps of option max_num_steps did not reach "
-            f"t={problem.times[-1]:.17g}. Raise max_num_steps, loosen rtol or atol, or look for stiffness or blow-up.",
-            StepSizeError: "the step became too small: the problem is too stiff for an explicit method here, has a "
-            "singularity or a jump, or the tolerance is below rounding. Loosen rtol or atol, use float64, lower "
-            "min_step, or end the solve earlier.",
-            NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
-            "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",
-        }[kind]
+        reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
         stats.n_f_evals = self.field.n_evals
         return kind(
-            f"The solve with {problem.tableau.name} stopped: {message or reason}",
+            f"The solve with {problem.tableau.name} stopped: {reason}",
             t=_float(t),
             h=_float(h),
             error_ratio=_float(ratio),
@@ -323,6 +315,19 @@ class Solver:
             n_rejected=stats.n_rejected,
             n_f_evals=stats.n_f_evals,
         )
+
+
+def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:
+    """Why a solve to t = ``end`` stopped, and what to do about it."""
+    return {
+        StepLimitError: f"the {max_num_steps} trial steps of option max_num_steps did not reach t={end:.17g}. Raise "
+        "max_num_steps, loosen rtol or atol, or look for stiffness or blow-up.",
+        StepSizeError: "the step became too small: the problem is too stiff for an explicit method here, has a "
+        "singularity or a jump, or the tolerance is below rounding. Loosen rtol or atol, use float64, lower "
+        "min_step, or end the solve earlier.",
+        NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
+        "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",
+    }[kind]
 
 
 def _float(x: Number) -> float:

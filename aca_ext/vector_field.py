@@ -286,7 +286,7 @@ class Replay:
         self.n_evals += 1
         return self.field(t, y)
 
-    def pull_back(self, y: Tensor, k: Tensor, grad_k: Tensor) -> Tensor | None:
+    def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:
         v, *grads = torch.autograd.grad(k, (y, *self.inputs), grad_k, allow_unused=True)
         self._add(grads)
         return v

@@ -1,10 +1,10 @@
 """What do few checkpoints cost? Memory and steps computed again for a long solve, against the fewest possible.
 
-100 000 steps of dopri5 on a state of 256 doubles, forward and backward, each choice in a process of its own. ``states``
-is the memory of those kept, ``process`` how much the process grew at most, the record of (t, h) included (Linux). ``again`` is
-how many steps were computed again per step of the solve; ``least`` the fewest of any schedule that knows the number of
-steps beforehand and keeps as many states: (r·N - C(K + r, r - 1) - (N - 1)) / N for the smallest r with N ≤ C(K + r, r)
-(Griewank & Walther, 2000).
+100 000 steps of dopri5 on a state of 256 doubles, forward and backward, each choice in a process of its own (Linux).
+``states`` is the memory of those kept, ``process`` how much the process grew at most, the record of (t, h) included.
+``again`` is how many steps were computed again per step of the solve; ``least`` the fewest of any schedule that keeps
+as many states and knows the number of steps beforehand: (r·N - C(K + r, r - 1) - (N - 1)) / N for the smallest r with
+N ≤ C(K + r, r) (Griewank & Walther, 2000).
 """
 
 import multiprocessing

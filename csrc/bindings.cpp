@@ -61,6 +61,25 @@ Sum read_sum(py::handle x, py::handle w) {
     return sum;
 }
 
+void read_weights(py::handle error_weight, double* to, int count) {
+    if (read_doubles(error_weight, to, kMaxTerms, "error_weight") != count)
+        throw std::invalid_argument("x and error_weight differ in length");
+}
+
+int read_bounds(py::handle bounds, int64_t* to) {
+    const int segments = read(bounds, to, kMaxSegments + 1, "bounds", PyLong_AsLongLong) - 1;
+    for (int s = 0; s < segments; ++s)
+        if (to[s] < 0 || to[s + 1] < to[s]) throw std::invalid_argument("bounds must not decrease");
+    return segments;
+}
+
+ErrorRatio make_ratio(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, uintptr_t y1, double rtol, double atol,
+                      uintptr_t rtol_each, uintptr_t atol_each) {
+    if ((rtol_each == 0) != (atol_each == 0))
+        throw std::invalid_argument("rtol_each and atol_each are given both or neither");
+    return {partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each};
+}
+
 void weighted_sum(const BoundTarget& on, int64_t n, uintptr_t out, uintptr_t base, double h, py::handle x,
                   py::handle w) {
     const Sum sum = read_sum(x, w);
@@ -71,22 +90,49 @@ void solution_and_error(const BoundTarget& on, int64_t n, uintptr_t y1, uintptr_
                         py::handle x, py::handle b, py::handle error_weight) {
     const Sum sum = read_sum(x, b);
     double weight[kMaxTerms];
-    if (read_doubles(error_weight, weight, kMaxTerms, "error_weight") != sum.count)
-        throw std::invalid_argument("x and error_weight differ in length");
+    read_weights(error_weight, weight, sum.count);
     run(n, [&] { on.backend->solution_and_error(on.target, n, y1, error, y, h, sum, weight); });
 }
 
 void squared_error_ratio(const BoundTarget& on, py::handle bounds, uintptr_t out, uintptr_t partial, uintptr_t k,
                          double w, uintptr_t y0, uintptr_t y1, double rtol, double atol, uintptr_t rtol_each,
                          uintptr_t atol_each) {
-    if ((rtol_each == 0) != (atol_each == 0))
-        throw std::invalid_argument("rtol_each and atol_each are given both or neither");
+    const ErrorRatio ratio = make_ratio(partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each);
     int64_t bound[kMaxSegments + 1];
-    const int segments = read(bounds, bound, kMaxSegments + 1, "bounds", PyLong_AsLongLong) - 1;
-    for (int s = 0; s < segments; ++s)
-        if (bound[s] < 0 || bound[s + 1] < bound[s]) throw std::invalid_argument("bounds must not decrease");
-    const ErrorRatio ratio{partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each};
+    const int segments = read_bounds(bounds, bound);
     run(bound[segments], [&] { on.backend->squared_error_ratio(on.target, segments, bound, out, ratio); });
+}
+
+Samples make_samples(int64_t count, int64_t length, uintptr_t each) {
+    if (count < 0 || length < 0) throw std::invalid_argument("rows must not be negative");
+    return {count, length, each};
+}
+
+void weighted_sum_rows(const BoundTarget& on, int64_t count, int64_t length, uintptr_t h, uintptr_t out, uintptr_t base,
+                       py::handle x, py::handle w) {
+    const Samples rows = make_samples(count, length, h);
+    const Sum sum = read_sum(x, w);
+    run(count * length, [&] { on.backend->weighted_sum_rows(on.target, rows, out, base, sum); });
+}
+
+void solution_and_error_rows(const BoundTarget& on, int64_t count, int64_t length, uintptr_t h, uintptr_t y1,
+                             uintptr_t error, uintptr_t y, py::handle x, py::handle b, py::handle error_weight) {
+    const Samples rows = make_samples(count, length, h);
+    const Sum sum = read_sum(x, b);
+    double weight[kMaxTerms];
+    read_weights(error_weight, weight, sum.count);
+    run(count * length, [&] { on.backend->solution_and_error_rows(on.target, rows, y1, error, y, sum, weight); });
+}
+
+void squared_error_ratio_rows(const BoundTarget& on, int64_t count, py::handle bounds, uintptr_t w, uintptr_t out,
+                              uintptr_t partial, uintptr_t k, uintptr_t y0, uintptr_t y1, double rtol, double atol,
+                              uintptr_t rtol_each, uintptr_t atol_each) {
+    const ErrorRatio ratio = make_ratio(partial, k, 0, y0, y1, rtol, atol, rtol_each, atol_each);
+    int64_t bound[kMaxSegments + 1];
+    const int segments = read_bounds(bounds, bound);
+    const Samples rows = make_samples(count, bound[segments], w);
+    run(count * rows.length,
+        [&] { on.backend->squared_error_ratio_rows(on.target, rows, segments, bound, out, ratio); });
 }
 
 void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
@@ -162,5 +208,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("weighted_sum", &weighted_sum);
     m.def("solution_and_error", &solution_and_error);
     m.def("squared_error_ratio", &squared_error_ratio);
+    m.def("weighted_sum_rows", &weighted_sum_rows);
+    m.def("solution_and_error_rows", &solution_and_error_rows);
+    m.def("squared_error_ratio_rows", &squared_error_ratio_rows);
     m.def("write_scalars", &write_scalars);
 }

@@ -103,6 +103,36 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+template <int V, typename F>
+__global__ void __launch_bounds__(kThreads)
+    for_each_row_kernel(int64_t packs, int64_t packs_per_row, const double* each, F f) {
+    const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+    for (int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < packs; p += stride)
+        f.of_row(each[p / packs_per_row]).template operator()<V>(p * V);
+}
+
+// A warp, or a whole block where rows are long, adds up each segment of each row in an order of its own: no atomics.
+template <bool WholeBlock, typename F>
+__global__ void __launch_bounds__(kThreads)
+    sum_rows_kernel(int64_t sums, int64_t length, int segments, int segment, int64_t start, int64_t n,
+                    const double* each, F f, double* out) {
+    constexpr int kLanes = WholeBlock ? kThreads : 32, kPerBlock = kThreads / kLanes;
+    const int lane = threadIdx.x % kLanes;
+    const int64_t stride = int64_t(gridDim.x) * kPerBlock;
+    for (int64_t row = int64_t(blockIdx.x) * kPerBlock + threadIdx.x / kLanes; row < sums; row += stride) {
+        const F of_row = f.of_row(each[row]);
+        double value = 0;
+#pragma unroll 1
+        for (int64_t i = lane; i < n; i += kLanes) value += of_row.template operator()<1>(row * length + start + i);
+        if constexpr (WholeBlock) {
+            value = sum_of_block(value);
+        } else {
+            for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_down_sync(~0u, value, offset);
+        }
+        if (lane == 0) out[row * segments + segment] = value;
+    }
+}
+
 struct Cuda {
     template <typename F>
     static void for_each(const Target& target, int64_t n, bool vectorisable, F f) {
@@ -133,6 +163,42 @@ struct Cuda {
         else
             sum_kernel<1><<<grid(n + 1, kMaxPartials), kThreads, 0, stream>>>(n, f, partial, finished, out);
         check(cudaGetLastError(), "kernel launch");
+    }
+
+    template <typename F>
+    static void for_each_row(const Target& target, const Samples& rows, bool vectorisable, F f) {
+        const int64_t n = rows.count * rows.length;
+        if (n == 0) return;
+        const DeviceGuard guard(target.device);
+        const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+        const auto* const each = reinterpret_cast<const double*>(rows.each);
+        constexpr int64_t kMaxBlocks = 1 << 20;
+        constexpr int V = 16 / sizeof(typename F::value_type);
+        if (vectorisable && rows.length % V == 0)
+            for_each_row_kernel<V><<<grid(n / V, kMaxBlocks), kThreads, 0, stream>>>(n / V, rows.length / V, each, f);
+        else
+            for_each_row_kernel<1><<<grid(n, kMaxBlocks), kThreads, 0, stream>>>(n, rows.length, each, f);
+        check(cudaGetLastError(), "kernel launch");
+    }
+
+    template <typename F>
+    static void sum_rows(const Target& target, const Samples& rows, int segments, const int64_t* bounds, F f,
+                         double* out) {
+        if (rows.count == 0) return;
+        const DeviceGuard guard(target.device);
+        const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
+        const auto* const each = reinterpret_cast<const double*>(rows.each);
+        constexpr int64_t kMaxBlocks = 1 << 20, kLong = 1024;
+        for (int s = 0; s < segments; ++s) {
+            const int64_t start = bounds[s], n = bounds[s + 1] - bounds[s];
+            if (n > kLong)
+                sum_rows_kernel<true><<<grid(rows.count * kThreads, kMaxBlocks), kThreads, 0, stream>>>(
+                    rows.count, rows.length, segments, s, start, n, each, f, out);
+            else
+                sum_rows_kernel<false><<<grid(rows.count * 32, kMaxBlocks), kThreads, 0, stream>>>(
+                    rows.count, rows.length, segments, s, start, n, each, f, out);
+            check(cudaGetLastError(), "kernel launch");
+        }
     }
 };
 

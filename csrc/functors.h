@@ -61,6 +61,9 @@ struct Terms {
     }
 };
 
+// Where every row (sample) has a step size of its own, a functor is asked for the one `of_row`, which differs in that
+// alone: each row sees the arithmetic that it would see by itself.
+
 // out = base + h·Σ_j w_j·x_j, or without base: stage states, solutions, dense output, and every sum of the transpose.
 template <typename T, int N, bool HasBase>
 struct WeightedSum {
@@ -69,6 +72,12 @@ struct WeightedSum {
     const T* base;
     T h;
     T* out;
+
+    ACA_HD WeightedSum of_row(double step) const {
+        WeightedSum f = *this;
+        f.h = T(step);
+        return f;
+    }
 
     template <int V>
     ACA_HD void operator()(int64_t i) const {
@@ -92,6 +101,12 @@ struct SolutionAndError {
     const T* y;
     T h;
     T *y1, *error;
+
+    ACA_HD SolutionAndError of_row(double step) const {
+        SolutionAndError f = *this;
+        f.h = T(step);
+        return f;
+    }
 
     template <int V>
     ACA_HD void operator()(int64_t i) const {
@@ -143,6 +158,12 @@ struct SquaredErrorRatio {
     T w;
     const T *y0, *y1;
     Tolerance tolerance;
+
+    ACA_HD SquaredErrorRatio of_row(double slope_weight) const {
+        SquaredErrorRatio f = *this;
+        f.w = T(slope_weight);
+        return f;
+    }
 
     template <int V>
     ACA_HD double operator()(int64_t i) const {

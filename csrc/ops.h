@@ -37,6 +37,12 @@ struct ErrorRatio {
     uintptr_t rtol_each, atol_each;  // one tolerance per element; both or neither
 };
 
+// A batch of independent samples: `count` rows of `length` neighbouring elements, each with a number of its own.
+struct Samples {
+    int64_t count, length;
+    uintptr_t each;  // double, one for each row: its step size, or its weight of k in an error ratio
+};
+
 // The operations of one backend.
 struct Backend {
     const char* name;
@@ -47,6 +53,14 @@ struct Backend {
                                const Sum&, const double* error_weight);
     // out[s] (double) = sum over elements bounds[s] ≤ i < bounds[s+1] of the squared ratio. Bitwise repeatable.
     void (*squared_error_ratio)(const Target&, int segments, const int64_t* bounds, uintptr_t out, const ErrorRatio&);
+    // The first two with the step size of each row.
+    void (*weighted_sum_rows)(const Target&, const Samples&, uintptr_t out, uintptr_t base, const Sum&);
+    void (*solution_and_error_rows)(const Target&, const Samples&, uintptr_t y1, uintptr_t error, uintptr_t y,
+                                    const Sum&, const double* error_weight);
+    // out[row·segments + s] (double) = the sum over elements bounds[s] ≤ i < bounds[s+1] of each row, with w of the
+    // row.
+    void (*squared_error_ratio_rows)(const Target&, const Samples&, int segments, const int64_t* bounds, uintptr_t out,
+                                     const ErrorRatio&);
     // out[i] = value[i], i < n ≤ kMaxTerms.
     void (*write_scalars)(const Target&, int n, uintptr_t out, const double* value);
 };

@@ -1,8 +1,10 @@
 // The body of every operation, written once and compiled once per backend.
-// A backend provides for_each(target, n, vectorisable, functor) and sum(target, n, vectorisable, functor, out), nothing
-// more. No standard containers here: their inline code must not be emitted for an instruction set the processor may
-// lack.
+// A backend provides for_each(target, n, vectorisable, functor), sum(target, n, vectorisable, functor, out) and the
+// same over rows, for_each_row and sum_rows, nothing more. No standard containers here: their inline code must not be
+// emitted for an instruction set the processor may lack.
 #pragma once
+#include <type_traits>
+
 #include "functors.h"
 
 namespace aca::ACA_ISA {
@@ -47,10 +49,11 @@ inline bool aligned(const Sum& sum) {
     return true;
 }
 
-template <typename Device>
-void weighted_sum(const Target& target, int64_t n, uintptr_t out, uintptr_t base, double h, const Sum& sum) {
+// Calls launch(vectorisable, functor) with the functor of the operation.
+template <typename Launch>
+void with_weighted_sum(DType dtype, uintptr_t out, uintptr_t base, double h, const Sum& sum, Launch&& launch) {
     const bool vectorisable = aligned(out) && aligned(base) && aligned(sum);
-    with_dtype(target.dtype, [&](auto zero) {
+    with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         with_count(sum.count, [&](auto count) {
             constexpr int N = decltype(count)::value;
@@ -58,18 +61,18 @@ void weighted_sum(const Target& target, int64_t n, uintptr_t out, uintptr_t base
             const auto start = reinterpret_cast<const T*>(base);
             const auto result = reinterpret_cast<T*>(out);
             if (base)
-                Device::for_each(target, n, vectorisable, WeightedSum<T, N, true>{x, start, T(h), result});
+                launch(vectorisable, WeightedSum<T, N, true>{x, start, T(h), result});
             else
-                Device::for_each(target, n, vectorisable, WeightedSum<T, N, false>{x, start, T(h), result});
+                launch(vectorisable, WeightedSum<T, N, false>{x, start, T(h), result});
         });
     });
 }
 
-template <typename Device>
-void solution_and_error(const Target& target, int64_t n, uintptr_t y1, uintptr_t error, uintptr_t y, double h,
-                        const Sum& sum, const double* error_weight) {
+template <typename Launch>
+void with_solution_and_error(DType dtype, uintptr_t y1, uintptr_t error, uintptr_t y, double h, const Sum& sum,
+                             const double* error_weight, Launch&& launch) {
     const bool vectorisable = aligned(y1) && aligned(error) && aligned(y) && aligned(sum);
-    with_dtype(target.dtype, [&](auto zero) {
+    with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         with_count(sum.count, [&](auto count) {
             constexpr int N = decltype(count)::value;
@@ -77,25 +80,56 @@ void solution_and_error(const Target& target, int64_t n, uintptr_t y1, uintptr_t
                 terms<T, N>(sum),           {}, reinterpret_cast<const T*>(y), T(h), reinterpret_cast<T*>(y1),
                 reinterpret_cast<T*>(error)};
             for (int j = 0; j < N; ++j) f.error_weight[j] = T(error_weight[j]);
-            Device::for_each(target, n, vectorisable, f);
+            launch(vectorisable, f);
         });
     });
 }
 
-template <typename Device, typename T, typename Tolerance>
-void sum_ratio(const Target& target, int64_t start, int64_t n, double* out, const ErrorRatio& r,
-               const Tolerance& tolerance) {
+template <typename Device>
+void weighted_sum(const Target& target, int64_t n, uintptr_t out, uintptr_t base, double h, const Sum& sum) {
+    with_weighted_sum(target.dtype, out, base, h, sum,
+                      [&](bool vectorisable, auto f) { Device::for_each(target, n, vectorisable, f); });
+}
+
+template <typename Device>
+void weighted_sum_rows(const Target& target, const Samples& rows, uintptr_t out, uintptr_t base, const Sum& sum) {
+    with_weighted_sum(target.dtype, out, base, 0, sum,
+                      [&](bool vectorisable, auto f) { Device::for_each_row(target, rows, vectorisable, f); });
+}
+
+template <typename Device>
+void solution_and_error(const Target& target, int64_t n, uintptr_t y1, uintptr_t error, uintptr_t y, double h,
+                        const Sum& sum, const double* error_weight) {
+    with_solution_and_error(target.dtype, y1, error, y, h, sum, error_weight,
+                            [&](bool vectorisable, auto f) { Device::for_each(target, n, vectorisable, f); });
+}
+
+template <typename Device>
+void solution_and_error_rows(const Target& target, const Samples& rows, uintptr_t y1, uintptr_t error, uintptr_t y,
+                             const Sum& sum, const double* error_weight) {
+    with_solution_and_error(target.dtype, y1, error, y, 0, sum, error_weight,
+                            [&](bool vectorisable, auto f) { Device::for_each_row(target, rows, vectorisable, f); });
+}
+
+// Calls launch(vectorisable, functor) with the squared error ratio of the elements from `start` on.
+template <typename T, typename Launch>
+void with_error_ratio(const ErrorRatio& r, int64_t start, Launch&& launch) {
     const auto at = [&](uintptr_t address) { return reinterpret_cast<const T*>(address) + start; };
     const bool vectorisable = aligned(r.partial) && aligned(r.k) && aligned(r.y0) && aligned(r.y1) &&
                               aligned(r.rtol_each) && aligned(r.atol_each) && aligned(start * sizeof(T));
-    if (r.k)
-        Device::sum(
-            target, n, vectorisable,
-            SquaredErrorRatio<T, Tolerance, true>{at(r.partial), at(r.k), T(r.w), at(r.y0), at(r.y1), tolerance}, out);
+    const auto with_tolerance = [&](const auto& tolerance) {
+        using Tolerance = std::decay_t<decltype(tolerance)>;
+        if (r.k)
+            launch(vectorisable, SquaredErrorRatio<T, Tolerance, true>{at(r.partial), at(r.k), T(r.w), at(r.y0),
+                                                                       at(r.y1), tolerance});
+        else
+            launch(vectorisable,
+                   SquaredErrorRatio<T, Tolerance, false>{at(r.partial), nullptr, T(0), at(r.y0), at(r.y1), tolerance});
+    };
+    if (r.rtol_each)
+        with_tolerance(ElementTolerance<T>{at(r.rtol_each), at(r.atol_each)});
     else
-        Device::sum(target, n, vectorisable,
-                    SquaredErrorRatio<T, Tolerance, false>{at(r.partial), nullptr, T(0), at(r.y0), at(r.y1), tolerance},
-                    out);
+        with_tolerance(ScalarTolerance<T>{T(r.rtol), T(r.atol)});
 }
 
 template <typename Device>
@@ -103,17 +137,22 @@ void squared_error_ratio(const Target& target, int segments, const int64_t* boun
                          const ErrorRatio& r) {
     with_dtype(target.dtype, [&](auto zero) {
         using T = decltype(zero);
-        for (int s = 0; s < segments; ++s) {
-            const int64_t start = bounds[s], n = bounds[s + 1] - bounds[s];
-            double* const result = reinterpret_cast<double*>(out) + s;
-            if (r.rtol_each) {
-                const ElementTolerance<T> each{reinterpret_cast<const T*>(r.rtol_each) + start,
-                                               reinterpret_cast<const T*>(r.atol_each) + start};
-                sum_ratio<Device, T>(target, start, n, result, r, each);
-            } else {
-                sum_ratio<Device, T>(target, start, n, result, r, ScalarTolerance<T>{T(r.rtol), T(r.atol)});
-            }
-        }
+        for (int s = 0; s < segments; ++s)
+            with_error_ratio<T>(r, bounds[s], [&](bool vectorisable, auto f) {
+                double* const result = reinterpret_cast<double*>(out) + s;
+                Device::sum(target, bounds[s + 1] - bounds[s], vectorisable, f, result);
+            });
+    });
+}
+
+template <typename Device>
+void squared_error_ratio_rows(const Target& target, const Samples& rows, int segments, const int64_t* bounds,
+                              uintptr_t out, const ErrorRatio& r) {
+    with_dtype(target.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        with_error_ratio<T>(r, 0, [&](bool, auto f) {
+            Device::sum_rows(target, rows, segments, bounds, f, reinterpret_cast<double*>(out));
+        });
     });
 }
 
@@ -129,7 +168,14 @@ void write_scalars(const Target& target, int n, uintptr_t out, const double* val
 
 template <typename Device>
 constexpr Backend make_backend(const char* name) {
-    return {name, weighted_sum<Device>, solution_and_error<Device>, squared_error_ratio<Device>, write_scalars<Device>};
+    return {name,
+            weighted_sum<Device>,
+            solution_and_error<Device>,
+            squared_error_ratio<Device>,
+            weighted_sum_rows<Device>,
+            solution_and_error_rows<Device>,
+            squared_error_ratio_rows<Device>,
+            write_scalars<Device>};
 }
 
 }  // namespace aca::ACA_ISA

@@ -34,6 +34,9 @@ UNREACHABLE = {
     "aca_ext.checkpoints": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.outputs": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.problem": ("aca_ext.solver", "aca_ext.gradients"),
+    "aca_ext.independent.controller": ("torch",),
+    "aca_ext.independent.problem": ("aca_ext.solver", "aca_ext.gradients"),
+    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.odeint"),
 }
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {

@@ -76,6 +76,7 @@ class _Aca(torch.autograd.Function):
         checkpoints = checkpoints_for(task.checkpoints, y0.detach())
         random_state = field.random_state()
         result = solve_without_graph(task, k0, checkpoints)
+        assert isinstance(result.record, StepRecord)
         record.steps = result.record.steps
         vars(stats).update(vars(result.stats))
         ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, record, stats
@@ -163,7 +164,7 @@ def _differentiable_backward(
     problem = task.problem
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     scheme = scheme_of(problem.tableau, estimate_error=False)
-    gate = _Gate()
+    gate = Gate()
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
     start = gate.of(y0)
     y, outputs = start, [start]
@@ -186,7 +187,7 @@ def _differentiable_backward(
     return [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
 
 
-class _Gate:
+class Gate:
     """Lets a tensor into a graph such that, while the gate is closed, gradients do not flow on into its history.
 
     A gradient with respect to the tensor is wanted while other tensors that are wanted too may be part of its history;
@@ -210,7 +211,7 @@ class _Gate:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: _Gate) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:
         ctx.gate = gate
         return x.view_as(x)
 

@@ -44,6 +44,7 @@ class _Adjoint(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         result = solve_without_graph(task, k0)
+        assert isinstance(result.record, StepRecord)
         record.steps = result.record.steps
         vars(stats).update(vars(result.stats))
         ctx.task, ctx.n_params, ctx.stats = task, n_params, stats

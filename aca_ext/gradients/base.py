@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import Policy, StepRecord
+from aca_ext.checkpoints import Policy
+from aca_ext.independent.solver import BatchStats
 from aca_ext.problem import Problem
 from aca_ext.solver import Stats
 from aca_ext.vector_field import VectorField
@@ -37,8 +37,7 @@ class Task:
         problem = self.problem
         if len(problem.times) == 1:
             return None
-        t0 = torch.tensor(problem.times[0], dtype=y0.dtype, device=y0.device)
-        return self.field.first(t0, y0)
+        return self.field.first(problem.start_time(y0), y0)
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,19 @@ class AdjointOptions:
     options: dict[str, object]
 
 
+class Record(Protocol):
+    """What is left of the steps of a solve."""
+
+    def bounds(self) -> Tensor | tuple[Tensor, ...]: ...
+
+
 @dataclass(frozen=True)
 class Result:
     """The outputs stacked, (T, \\*packed shape), with what is known of the solve."""
 
     ys: Tensor
-    record: StepRecord
-    stats: Stats
+    record: Record
+    stats: Stats | BatchStats
 
 
 class Gradient(Protocol):

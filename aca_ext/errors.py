@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AcaError",
     "ArgumentTypeError",
@@ -86,6 +88,16 @@ class SolveError(AcaError, RuntimeError):
         self.t, self.h, self.error_ratio = t, h, error_ratio
         self.n_accepted, self.n_rejected, self.n_f_evals = n_accepted, n_rejected, n_f_evals
         self.sample = sample
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[SolveError], args: tuple[Any, ...], attributes: dict[str, Any]) -> SolveError:
+    """A pickled error, without its constructor, which would word the message again."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class NonFiniteError(SolveError):

@@ -24,6 +24,7 @@ from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem, lookup, problem_of
 from aca_ext.solver import Stats
 from aca_ext.state import State
+from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
 
 
@@ -179,6 +180,9 @@ def solve(
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
+    for what, x in (("y0", y0), ("t", t), ("args", args)):
+        for part in x if isinstance(x, (tuple, list)) else (x,):
+            refuse_transforms(what, part)
     settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": method, "options": options, "args": args}
     independent = is_independent(options)
     problem = (batch_problem_of if independent else problem_of)(func, y0, t, **settings)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from aca_ext.errors import ArgumentTypeError, SlopeError
 from aca_ext.ops import TorchOperations, slope_function
 from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.state import Packing, State
+from aca_ext.transforms import refuse_transforms
 
 Func = Callable[..., State]
 RandomState = tuple[Tensor, ...]
@@ -38,6 +39,7 @@ class VectorField:
         random_trail: the random generators' states before each evaluation since the list was last emptied, where func
             draws random numbers.
         moving_buffers: buffers of func's modules that its first evaluation changed.
+        held: the parameters and buffers that func's modules held in its first evaluation.
     """
 
     def __init__(self, func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations) -> None:
@@ -46,6 +48,7 @@ class VectorField:
         self.random_trail: list[RandomState] = []
         self.moving_buffers: list[Tensor] = []
         self._has_been_watched = False
+        self.held: list[_Held] = []
         self._ops = ops
         self._device = ops.like.device
         self._call = self._bound()
@@ -101,8 +104,10 @@ class VectorField:
     def first(self, t: Tensor, y: Tensor) -> Tensor:
         """f at the start, noting which random generators and buffers it moves."""
         random_state = self.random_state()
-        with _buffers_used_by(self.func) as used:
+        self.held = []
+        with _buffers_used_by(self.func, self.held) as used:
             k = self(t, y)
+        refuse_transforms("the slope that func returned", k)
         self.draws_random_numbers = self.has_drawn_since(random_state)
         if self.draws_random_numbers:
             self.random_trail.append(random_state)
@@ -228,7 +233,7 @@ class Replay:
         params: what f depends on by itself, as found by the forward pass.
         cut: makes of a tensor with a history one without, through which gradients go no further. Used for tensor args
             and for params that were computed by other operations: their history may hold other params, and belongs to
-            the graph outside.
+            the graph outside. So do hooks.
 
     Attributes:
         inputs: what gradients are collected for besides the state: params and tensor args, those with a history cut.
@@ -245,7 +250,8 @@ class Replay:
         cut: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         cut = cut or (lambda x: x.detach().requires_grad_())
-        cut_params = [p if p.is_leaf else cut(p) for p in params]
+        # Hooks on a leaf are for its whole gradient, which they see outside.
+        cut_params = [p if p.is_leaf and not p._backward_hooks else cut(p) for p in params]
         cut_args = [cut(arg) for arg in args]
         following = iter(cut_args)
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
@@ -258,6 +264,11 @@ class Replay:
         # func holds the originals: wherever it uses one, it is to use the cut one. A leaf that is an arg counts too.
         originals = [*params, *(a for a in field.args if _has_grad(a))]
         self._substitutes = {id(x): c for x, c in zip(originals, self.inputs, strict=True) if x is not c}
+        # What a module held in the forward pass alone (torch.func.functional_call) takes the place of what it holds.
+        for members, name, tensor in field.held:
+            now = members.get(name)
+            if now is not None and now is not tensor:
+                self._substitutes[id(now)] = self._substitutes.get(id(tensor), tensor)
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -353,9 +364,20 @@ class _Buffer:
     value: Tensor
 
 
+@lru_cache(maxsize=1024)
+def _is_distributed(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class average or gather gradients (told by name: importing them takes long)."""
+    names = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    return any(base.__name__ in names and base.__module__.startswith("torch.") for base in kind.__mro__)
+
+
+# Where a module keeps a parameter or buffer, its name, and the tensor.
+_Held = tuple[Mapping[str, Tensor | None], str, Tensor]
+
+
 @contextmanager
-def _buffers_used_by(func: Any) -> Iterator[list[list[_Buffer]]]:
-    """The buffers of func's modules in training mode, module by module.
+def _buffers_used_by(func: Any, held: list[_Held] | None = None) -> Iterator[list[list[_Buffer]]]:
+    """The buffers of func's modules in training mode, module by module; ``held`` receives what all its modules hold.
 
     Those of a module are known; what another callable uses is seen by a hook while it runs.
     """
@@ -364,15 +386,24 @@ def _buffers_used_by(func: Any) -> Iterator[list[list[_Buffer]]]:
     thread = threading.get_ident()
 
     def note(module: nn.Module, _: Any = None) -> None:
-        if module.training and id(module) not in known and threading.get_ident() == thread:
-            known.add(id(module))
+        if id(module) in known or threading.get_ident() != thread:
+            return
+        known.add(id(module))
+        if _is_distributed(type(module)):  # type: ignore[arg-type]
+            raise ArgumentTypeError(
+                f"func is, or holds, a distributed module ({type(module).__name__}), which acts on every backward pass "
+                "through it; a solve evaluates func many times. Wrap the module that holds the solve instead."
+            )
+        if held is not None:
+            for members in (module._parameters, module._buffers):
+                held.extend((members, name, x) for name, x in members.items() if x is not None)
+        if module.training and module._buffers:
             buffers = [b for b in module.buffers(recurse=False) if not b.is_inference()]
             used.append([_Buffer(b, b._version, b.detach().clone()) for b in buffers])
 
     if isinstance(func, nn.Module):
         for module in func.modules():
-            if module._buffers:  # most have none
-                note(module)
+            note(module)
         yield used
         return
     handle = register_module_forward_pre_hook(note)

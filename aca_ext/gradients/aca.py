@@ -35,6 +35,7 @@ from aca_ext.runge_kutta import (
     transposed_stepper,
 )
 from aca_ext.solver import Solver, Stats
+from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import AutocastState, Replay
 
 
@@ -92,6 +93,7 @@ class _Aca(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+        refuse_transforms("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         # Rows of states that were handed out are written over, which is none of autograd's business: .data.
         blocks = [block.data for block in saved[: ctx.n_blocks]]

@@ -20,6 +20,7 @@ from aca_ext.gradients.parameters import first_slope_and_params
 from aca_ext.ops import operations_for
 from aca_ext.problem import problem_of
 from aca_ext.solver import Solver, Stats
+from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import AutocastState, Replay, VectorField
 
 
@@ -54,6 +55,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+        refuse_transforms("the gradient of the solution", grad_ys)
         ys, *inputs = ctx.saved_tensors
         task: Task = ctx.task
         times = task.problem.times

@@ -30,6 +30,7 @@ from aca_ext.independent.solver import (
 )
 from aca_ext.ops import RowOperations, row_operations_for
 from aca_ext.runge_kutta import Trial, scheme_of, solution_only, step
+from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import AutocastState, Replay, VectorField
 
 
@@ -119,6 +120,7 @@ class _Aca(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+        refuse_transforms("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         states, inputs = saved[: ctx.n_states], saved[ctx.n_states + ctx.has_y0 :]
         if torch.is_grad_enabled():

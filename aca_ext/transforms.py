@@ -1,0 +1,31 @@
+"""Function transforms (torch.func, vmap, forward-mode derivatives) that cannot reach into a solve, refused by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from aca_ext.errors import ArgumentTypeError
+
+# Private to torch; where a version has one no more, torch's own errors take their place.
+_FUNCTORCH = getattr(torch._C, "_functorch", None)
+_CHECKS = [getattr(_FUNCTORCH, name, None) for name in ("is_functorch_wrapped_tensor", "is_legacy_batchedtensor")]
+
+
+def refuse_transforms(what: str, x: object) -> None:
+    """Raises ArgumentTypeError where ``x`` is a tensor of a transform, whose values or derivatives would be lost."""
+    if not isinstance(x, Tensor):
+        return
+    if any(check is not None and check(x) for check in _CHECKS):
+        raise ArgumentTypeError(
+            f"{what} is inside a function transform (torch.func.grad, vjp, jvp, jacrev, vmap, or a batched backward "
+            "pass), which a solve does not support. For derivatives use torch.autograd.grad (again with "
+            'create_graph=True) or torch.autograd.functional; instead of vmap give y0 a batch dimension and options={"'
+            'batch": "independent"}.'
+        )
+    if getattr(forward_ad, "_current_level", -1) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise ArgumentTypeError(
+            f"{what} carries a forward-mode derivative (torch.autograd.forward_ad), which a solve does not propagate. "
+            "Use torch.autograd.functional.jvp."
+        )

@@ -27,8 +27,10 @@ else:
     from aca_ext.independent.solver import BatchStats
     from aca_ext.methods import METHODS
     from aca_ext.neural_ode import NeuralODE
-    from aca_ext.odeint import Solution, odeint, solve
+    from aca_ext.odeint import odeint, solve
     from aca_ext.ops import config, show_config
+    from aca_ext.progress import Step
+    from aca_ext.solution import Solution
     from aca_ext.solver import Stats
 
     __version__ = config()["aca_ext"]
@@ -40,6 +42,7 @@ else:
         "NeuralODE",
         "Solution",
         "Stats",
+        "Step",
         "__version__",
         "config",
         "errors",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.ops import empty_rows
+from aca_ext.resumption import SolverState
 
 # All states, at most so many, or "cpu".
 Policy = int | str | None
@@ -44,6 +45,7 @@ class StepRecord:
     """The accepted steps of one solve, in order."""
 
     steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
+    end: SolverState | None = None  # where the solve may go on
 
     def bounds(self) -> Tensor:
         """(n_accepted, 2) float64: start and end of every accepted step."""

@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentValueError",
     "NonFiniteError",
     "NotCompiledError",
+    "NotInstalledError",
     "OptionError",
     "ReplayError",
     "SlopeError",
@@ -110,6 +111,10 @@ class StepSizeError(SolveError):
 
 class StepLimitError(SolveError):
     """``max_num_steps`` trial steps were not enough."""
+
+
+class NotInstalledError(AcaError, ImportError):
+    """An optional package that was asked for is missing."""
 
 
 class NotCompiledError(ImportError):

@@ -24,7 +24,7 @@ class NeuralODE(nn.Module):
         output: "end" returns the state at the last time, of the input's shape; "all" the states at all times, with a
             first dimension of len(t).
         **settings: keyword arguments of ``odeint``: rtol, atol, method, options, gradient, checkpoints,
-            params.
+            params, progress, callback.
 
     Attributes:
         stats: ``Stats`` or ``BatchStats`` of the last forward pass, None before it.

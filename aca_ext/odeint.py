@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import checked_policy
-from aca_ext.errors import ArgumentValueError
+from aca_ext.checkpoints import Policy, StepRecord, checked_policy
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
 from aca_ext.gradients.parameters import checked_params
 from aca_ext.independent import gradients as independent_gradients
 from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
-from aca_ext.independent.solver import BatchStats
 from aca_ext.ops import TorchOperations
 from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem, lookup, problem_of
-from aca_ext.solver import Stats
-from aca_ext.state import State
+from aca_ext.progress import Callback, Step, progress_bar
+from aca_ext.resumption import SolverState
+from aca_ext.solution import Continuation, Solution
+from aca_ext.state import State, tensors
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What ``solve`` returns.
-
-    Attributes:
-        t: the requested times as given, (T,), or (batch, T) where the samples are independent.
-        y: the state at them, (T, \\*y0.shape), or a tuple of such for a tuple state. Differentiable.
-        steps: start and end of every accepted step, (n_accepted, 2), float64 on the CPU; of independent samples a tuple
-            with such a tensor for each.
-        stats: counts of evaluations and steps, and the backend that ran; of independent samples a ``BatchStats``.
-    """
-
-    t: Tensor
-    y: State
-    steps: Tensor | tuple[Tensor, ...]
-    stats: Stats | BatchStats
-
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -75,6 +58,8 @@ def odeint(
     checkpoints: int | str | None = None,
     args: Sequence[Any] = (),
     params: Sequence[Tensor] | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
     adjoint_rtol: float | Tensor | None = None,
     adjoint_atol: float | Tensor | None = None,
     adjoint_method: str | None = None,
@@ -95,8 +80,10 @@ def odeint(
         method: "dopri5" (default) or another key of ``aca_ext.METHODS``.
         options: of adaptive steps ``first_step, min_step, max_step, max_num_steps`` (100 000), ``safety`` (0.9),
             ``ifactor`` (10), ``dfactor`` (0.2), the PID coefficients ``pcoeff`` (0), ``icoeff`` (1), ``dcoeff`` (0),
-            ``step_t`` and ``jump_t`` (times to land on, and where func jumps) and ``norm`` (a function of a tensor
-            like the state; default RMS, for a tuple the largest of its components'). ``step_size`` or
+            ``step_t`` and ``jump_t`` (times to land on, and where func jumps), ``norm`` (a function of a tensor like
+            the state; default RMS, for a tuple the largest of its components') and ``on_step_limit`` ("raise"; with
+            "stop", ``solve`` returns what it reached in max_num_steps steps, and its ``Solution.resume`` goes on; of
+            gradients "aca" and "direct"). ``step_size`` or
             ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point. A
             fixed-step solve on a GPU returns what it finds, NaN included: looking would stop the host.
             ``batch="independent"``: every sample of the first dimension (of all components of a tuple) has its own
@@ -117,6 +104,9 @@ def odeint(
         args: further arguments of func; tensors among them receive gradients.
         params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
             its first evaluation uses. Name them where func uses some only later.
+        progress: show a bar of the time that the solve has reached (needs tqdm).
+        callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts. What it
+            raises ends the solve. The steps of a solve that is watched run in Python.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: how gradient="adjoint" solves backward; by default
             as forward; adjoint_options={"norm": "seminorm"} leaves the parameters out of its error norm. The other
             gradients solve nothing backward and have no use for them.
@@ -151,6 +141,8 @@ def odeint(
         checkpoints=checkpoints,
         args=args,
         params=params,
+        progress=progress,
+        callback=callback,
         adjoint_rtol=adjoint_rtol,
         adjoint_atol=adjoint_atol,
         adjoint_method=adjoint_method,
@@ -173,6 +165,8 @@ def solve(
     checkpoints: int | str | None = None,
     args: Sequence[Any] = (),
     params: Sequence[Tensor] | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
     adjoint_rtol: float | Tensor | None = None,
     adjoint_atol: float | Tensor | None = None,
     adjoint_method: str | None = None,
@@ -180,48 +174,149 @@ def solve(
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
-    for what, x in (("y0", y0), ("t", t), ("args", args)):
-        for part in x if isinstance(x, (tuple, list)) else (x,):
-            refuse_transforms(what, part)
-    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": method, "options": options, "args": args}
-    independent = is_independent(options)
-    problem = (batch_problem_of if independent else problem_of)(func, y0, t, **settings)
-    if params is not None and adjoint_params is not None:
-        raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
-    task = Task(
-        problem=problem,
-        field=_field(problem),
-        params=checked_params(adjoint_params if params is None else params),
+    return _solve(
+        func,
+        y0,
+        t,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options,
+        gradient=gradient,
+        checkpoints=checked_policy(checkpoints),
+        args=args,
+        params=checked_params(_one_of(params, adjoint_params)),
+        progress=progress,
+        callback=callback,
         adjoint=AdjointOptions(
             rtol=rtol if adjoint_rtol is None else adjoint_rtol,
             atol=atol if adjoint_atol is None else adjoint_atol,
             method=method if adjoint_method is None else adjoint_method,
             options=_adjoint_options(options, adjoint_options),
         ),
-        checkpoints=checked_policy(checkpoints),
     )
-    method_of_gradient = GRADIENTS[lookup("gradient", gradient, GRADIENTS)]
+
+
+def _one_of(params: Any, adjoint_params: Any) -> Any:
+    if params is not None and adjoint_params is not None:
+        raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
+    return adjoint_params if params is None else params
+
+
+def _solve(
+    func: Callable[..., State],
+    y0: State,
+    t: Tensor | Sequence[float],
+    resumed: SolverState | None = None,
+    *,
+    gradient: str,
+    checkpoints: Policy,
+    params: Sequence[Tensor] | None,
+    progress: bool,
+    callback: Callback | None,
+    adjoint: AdjointOptions,
+    **settings: Any,
+) -> Solution:
+    """``solve``, or the part of one from where another part stopped."""
+    for what, x in (("y0", y0), ("t", t), ("args", settings["args"])):
+        for part in x if isinstance(x, (tuple, list)) else (x,):
+            refuse_transforms(what, part)
+    is_batch = is_independent(settings["options"])
+    problem = (batch_problem_of if is_batch else problem_of)(func, y0, t, **settings)
+    lookup("gradient", gradient, GRADIENTS)
     if checkpoints is not None and gradient != "aca":
         raise ArgumentValueError(
             f'checkpoints is {checkpoints!r}, but gradient={gradient!r} keeps none; leave it out or use gradient="aca".'
         )
-    if independent:
-        method_of_gradient = partial(independent_gradients.solve, gradient=gradient)
-    try:
-        if not torch.is_grad_enabled():
-            if independent:
-                result = independent_gradients.solve_without_graph(task)
-            else:
-                result = solve_without_graph(task, task.first_slope(problem.y0.detach()))
-        elif isinstance(t, Tensor) and t.requires_grad:
-            result = _with_time_gradient(task, t, method_of_gradient)
-        else:
-            result = method_of_gradient(task)
-    except TypeError:
-        task.field.check_signature()
-        raise
+    learns_times = isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()
+    if problem.stops_at_limit and (learns_times or gradient not in ("aca", "direct")):
+        raise OptionError(
+            'option on_step_limit="stop" takes gradient="aca" or "direct" and times that do not require grad.'
+        )
+    if callback is not None and not callable(callback):
+        raise ArgumentTypeError(f"callback is of type {type(callback).__name__}; give a function of an aca_ext.Step.")
+    method: Callable[[Task], Result] = GRADIENTS[gradient]
+    if is_batch:
+        method = partial(independent_gradients.solve, gradient=gradient)
+    if not torch.is_grad_enabled():
+        method = independent_gradients.solve_without_graph if is_batch else _without_graph
+    elif isinstance(t, Tensor) and learns_times:
+        method = partial(_with_time_gradient, t=t, method_of_gradient=method)
+    with progress_bar(problem.length) if progress else nullcontext() as show:
+        watched = replace(problem, on_step=_both(callback, show))
+        if resumed is not None:
+            watched = replace(watched, resumed=resumed, jumps=problem.jumps | _jump_at(resumed.t, settings["options"]))
+        task = Task(watched, _field(problem), params, adjoint, checkpoints)
+        try:
+            result = method(task)
+        except TypeError:
+            task.field.check_signature()
+            raise
+
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
-    return Solution(times, problem.packing.unpack_rows(result.ys), result.record.bounds(), result.stats)
+    ys = problem.packing.unpack_rows(result.ys)
+    solution = Solution(times, ys, result.record.bounds(), result.stats)
+    if problem.stops_at_limit:
+        assert isinstance(result.record, StepRecord)
+        again = partial(_resumed, func, gradient=gradient, checkpoints=checkpoints, params=params, progress=progress,
+                        callback=callback, adjoint=adjoint, **settings)  # fmt: skip
+        return _stopped(solution, problem, result.record, again)
+    return solution
+
+
+def _without_graph(task: Task) -> Result:
+    return solve_without_graph(task, task.first_slope(task.problem.y0.detach()))
+
+
+def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
+    """The time where a solve goes on, if func jumps there."""
+    jumps = torch.as_tensor(() if options.get("jump_t") is None else options["jump_t"], dtype=torch.float64)
+    return frozenset({t} & set(jumps.reshape(-1).tolist()))
+
+
+def _both(one: Callback | None, other: Callback | None) -> Callback | None:
+    if one is None or other is None:
+        return one or other
+
+    def both(step: Step) -> None:
+        one(step)
+        other(step)
+
+    return both
+
+
+def _stopped(solution: Solution, problem: Problem, record: StepRecord, again: Callable[..., Solution]) -> Solution:
+    """The solution of a solve that may go on: without the state where it stopped among its outputs."""
+    end = record.end
+    if end is None:  # one time: nothing was solved
+        return solution
+    is_tuple = isinstance(solution.y, tuple)
+    parts = tensors(solution.y)
+    n_reached = len(parts[0]) - (not end.is_complete and len(record.steps) > 0)
+    y_reached = tuple(part[-1] for part in parts)
+    rows = tuple(part[:n_reached] for part in parts)
+    continuation = Continuation(end, y_reached if is_tuple else y_reached[0], problem.times[n_reached:], again)
+    return replace(
+        solution,
+        t=solution.t[:n_reached],
+        y=rows if is_tuple else rows[0],
+        is_complete=end.is_complete,
+        continuation=continuation,
+    )
+
+
+def _resumed(
+    func: Callable[..., State],
+    y: State,
+    t: Tensor,
+    state: SolverState,
+    max_num_steps: int | None,
+    *,
+    options: Mapping[str, Any],
+    **settings: Any,
+) -> Solution:
+    limit = {} if max_num_steps is None else {"max_num_steps": max_num_steps}
+    return _solve(func, y, t, state, options={**options, **limit}, **settings)
 
 
 def _field(problem: Problem) -> VectorField:
@@ -232,7 +327,7 @@ def _field(problem: Problem) -> VectorField:
     return VectorField(problem.func, problem.args, problem.packing, ops)
 
 
-def _with_time_gradient(task: Task, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
+def _with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
     """The solve with a graph to every element of t, right to second order.
 
     A step of the midpoint rule, of a length that is zero and has the graph of t, moves each output from its time to its
@@ -258,5 +353,6 @@ def _with_time_gradient(task: Task, t: Tensor, method_of_gradient: Callable[[Tas
 def _adjoint_options(options: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
     if given is not None:
         return dict(given)
+    given_forward = options if isinstance(options, Mapping) else {}  # what it is otherwise is for problem_of to say
     # The norm and the grid of the forward solve speak of its state and its times, not of the augmented ones.
-    return {name: value for name, value in (options or {}).items() if name not in ("norm", "grid_constructor")}
+    return {name: value for name, value in given_forward.items() if name not in ("norm", "grid_constructor")}

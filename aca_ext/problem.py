@@ -24,6 +24,8 @@ from aca_ext.errors import (
 )
 from aca_ext.methods import ALIASES, METHODS
 from aca_ext.ops import Tolerance
+from aca_ext.progress import Callback
+from aca_ext.resumption import SolverState
 from aca_ext.state import Packing, State, dense, tensors_in
 from aca_ext.tableau import Tableau
 
@@ -31,7 +33,7 @@ _FIXED_OPTIONS = ("step_size", "grid_constructor")
 _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
-_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch")
+_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit")
 _DEFAULT_MAX_NUM_STEPS = 100_000
 
 _Options = Mapping[str, Any]
@@ -49,6 +51,9 @@ class Problem:
         stops: further times that an adaptive step must land on.
         jumps: those of them where func jumps, so that the slope after them is evaluated anew.
         max_num_steps: trial steps before an adaptive solve gives up.
+        stops_at_limit: it stops there instead, to be resumed.
+        resumed: where it goes on, if it does.
+        on_step: called after every trial step.
     """
 
     func: Callable[..., State]
@@ -63,10 +68,18 @@ class Problem:
     stops: tuple[float, ...]
     jumps: frozenset[float]
     max_num_steps: int
+    stops_at_limit: bool = False
+    resumed: SolverState | None = None
+    on_step: Callback | None = None
 
     @property
     def adaptive(self) -> bool:
         return self.controller is not None
+
+    @property
+    def length(self) -> float:
+        """Of the solve, in time; of a batch the mean of its samples'."""
+        return abs(self.times[-1] - self.times[0])
 
     def start_time(self, like: Tensor) -> Tensor:
         """The first time as func receives it."""
@@ -125,6 +138,7 @@ def problem_of(
         stops=tuple(sorted({*stops, *jumps}, reverse=times[-1] < times[0])),
         jumps=frozenset(jumps),
         max_num_steps=_max_num_steps(given.get("max_num_steps")),
+        stops_at_limit=_stops_at_limit(given.get("on_step_limit")),
     )
 
 
@@ -320,6 +334,15 @@ def _max_num_steps(value: object) -> int:
     if number is None or number < 1 or (number % 1 != 0 and number != math.inf):
         raise OptionError(f"option max_num_steps is {value!r}; it must be an integer of at least 1.")
     return int(min(number, 2**62))  # beyond what a solve can reach, within 64 bits
+
+
+def _stops_at_limit(value: object) -> bool:
+    if value not in (None, "raise", "stop"):
+        raise OptionError(
+            f'option on_step_limit is {value!r}; it is "raise" (StepLimitError after max_num_steps trial steps, the '
+            'default) or "stop" (return what was reached, for Solution.resume to continue).'
+        )
+    return value == "stop"
 
 
 def _norm(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:

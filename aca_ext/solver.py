@@ -22,7 +22,9 @@ from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeE
 from aca_ext.ops import KernelOperations, TorchOperations, compiled_controller
 from aca_ext.outputs import OutputTimes
 from aca_ext.problem import Problem
+from aca_ext.progress import Step
 from aca_ext.reference import Number
+from aca_ext.resumption import SolverState
 from aca_ext.runge_kutta import (
     Trial,
     compiled_stepper,
@@ -35,6 +37,9 @@ from aca_ext.runge_kutta import (
 from aca_ext.vector_field import RandomState, VectorField
 
 Leap = Callable[..., Any]  # ``_C.Stepper.leap`` but for where it starts and ends
+
+
+NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
 
 
 @dataclass
@@ -95,6 +100,11 @@ class Solver:
         self._outputs: list[Tensor] = []
         # Random states behind the first slope of the step to come, where func draws random numbers.
         self._first_random_state: RandomState | None = field.random_trail[-1] if field.random_trail else None
+        resumed = problem.resumed
+        if resumed is not None and problem.times[0] in problem.jumps:
+            self._k = self._first_random_state = None
+        elif resumed is not None and resumed.k is not None:
+            self._k, self._first_random_state = resumed.k, resumed.random_state
 
     def run(self, y0: Tensor) -> list[Tensor]:
         """Solves from ``y0`` and returns the outputs, one for each requested time.
@@ -118,7 +128,9 @@ class Solver:
         else:
             for t, t_next in pairwise(grid):
                 trial = self._try(t, y, t_next - t, t_next)
+                self.stats.n_steps += 1
                 self._accept(t, y, t_next - t, t_next, trial)
+                self._report(t, t_next, t_next - t, math.nan, is_accepted=True)
                 y = trial.y1
                 del trial  # its slopes
         self.stats.n_steps = self.stats.n_accepted = len(self.record.steps)
@@ -136,15 +148,20 @@ class Solver:
         end = problem.times[-1]
         sign = math.copysign(1.0, end - t)
         stops = [*problem.stops, end]
-        h: Number = self._initial_step(controller, t, y, sign)
+        ratios: list[Number] = []  # of the last accepted steps, newest first
+        if problem.resumed is None:
+            h: Number = self._initial_step(controller, t, y, sign)
+        else:
+            h, ratios = problem.resumed.h, problem.resumed.ratios
         if self._differentiable_steps:
             h = torch.tensor(h, dtype=torch.float64)
-        ratios: list[Number] = []  # of the last accepted steps, newest first
         leap = self._leaps(controller)
         while True:
             if leap is not None:
                 t, h, y, ratios = self._leap(leap, controller, t, h, y, ratios, stops[0])
             if stats.n_steps >= problem.max_num_steps:
+                if problem.stops_at_limit:
+                    return self._stop(t, h, y, sign, ratios)
                 raise self._failure(StepLimitError, t, h, ratios[0] if ratios else math.nan)
             is_cut = sign * (t + sign * h) >= sign * stops[0] or abs(stops[0] - t) <= h * (1 + 1e-12)
             t_next, h_now = (stops[0], abs(stops[0] - t)) if is_cut else (t + sign * h, h)
@@ -156,19 +173,40 @@ class Solver:
             stats.n_steps += 1
             if ratio <= 1:
                 self._accept(t, y, sign * h_now, t_next, trial)
-                if is_cut and stops.pop(0) == end:
-                    return
+                self._report(t, t_next, sign * h_now, ratio, is_accepted=True)
                 t, y = t_next, trial.y1
                 ratios = [ratio, *ratios[:2]]
                 grown = controller.grow(h_now, ratios)
                 h = max(grown, h) if is_cut else grown  # a step cut short says little about the size to come
+                if is_cut and stops.pop(0) == end:
+                    if problem.stops_at_limit:
+                        self.record.end = self._state(t, h, sign, ratios, is_complete=True)
+                    return
             else:
                 self._reject(trial, buffers)
+                self._report(t, t_next, sign * h_now, ratio, is_accepted=False)
                 h = controller.shrink(h_now, ratio)
                 if h < controller.min_step < h_now:
                     h = controller.min_step
                 self._check_progress(controller, t, y, h, sign, ratio)
             del trial  # its slopes are not to live beside those of the next
+
+    def _stop(self, t: Number, h: Number, y: Tensor, sign: float, ratios: list[Number]) -> None:
+        """Makes the state reached so far one more output, unless it is still the first, and notes how to go on."""
+        i, steps = len(self._outputs), self.record.steps
+        if steps:
+            self._outputs.append(y if self._rows is None else self._rows[i].copy_(y))
+            steps[-1] = steps[-1]._replace(outputs=[*steps[-1].outputs, (i, 1.0)])
+        self.record.end = self._state(t, h, sign, ratios, is_complete=False)
+
+    def _state(self, t: Number, h: Number, sign: float, ratios: list[Number], is_complete: bool) -> SolverState:
+        return SolverState(t, h, sign, ratios, self._k, self._first_random_state, is_complete)
+
+    def _report(self, t: Number, t_next: Number, h: Number, ratio: Number, is_accepted: bool) -> None:
+        if self.problem.on_step is not None:
+            n, times = self.stats, (_float(t), _float(t_next), _float(h))
+            counts = n.n_steps, n.n_accepted, n.n_rejected, self.field.n_evals
+            self.problem.on_step(Step._make((*times, _float(ratio), is_accepted, *counts)))
 
     def _initial_step(self, controller: Controller, t: float, y: Tensor, sign: float) -> float:
         """Hairer's first step, or the user's; an evaluation that it takes is no part of the solution."""
@@ -195,6 +233,7 @@ class Solver:
         """Compiled code for several steps at a time; None where something has to happen at each of them."""
         problem, field = self.problem, self.field
         is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
+        is_watched = is_watched or problem.on_step is not None
         return None if is_watched or problem.tolerance.norm is not None else self._compiled
 
     @property
@@ -288,8 +327,7 @@ class Solver:
         if h >= controller.min_step and t + sign * h * 0.5 != t:
             return
         if ratio == math.inf and self.problem.tolerance.forbids_error():
-            message = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
-            raise self._failure(StepSizeError, t, h, ratio, message)
+            raise self._failure(StepSizeError, t, h, ratio, NO_TOLERANCE)
         raise self._failure(StepSizeError if is_finite else NonFiniteError, t, h, ratio)
 
     def _check_finite(self, t: Number, y: Tensor, k: Tensor, h: Number, ratio: Number) -> None:

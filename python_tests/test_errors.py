@@ -41,6 +41,7 @@ BUILTIN = {
     errors.NonFiniteError: RuntimeError,
     errors.StepSizeError: RuntimeError,
     errors.StepLimitError: RuntimeError,
+    errors.NotInstalledError: ImportError,
     errors.NotCompiledError: ImportError,
 }
 

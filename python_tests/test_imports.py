@@ -29,6 +29,7 @@ UNREACHABLE = {
     "aca_ext.tableau": ("torch", "numpy"),
     "aca_ext.methods": ("torch", "numpy"),
     "aca_ext.errors": ("torch", "numpy"),
+    "aca_ext.progress": ("torch", "numpy"),
     "aca_ext.solver": ("aca_ext.gradients", "aca_ext.odeint"),
     "aca_ext.runge_kutta": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem", "aca_ext.controller"),
     "aca_ext.checkpoints": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),

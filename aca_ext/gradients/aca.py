@@ -54,10 +54,12 @@ def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints 
     problem = task.problem
     with torch.no_grad():
         y0 = problem.y0.detach()
-        ys = empty_rows(len(problem.times), y0)
+        ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
         ops = operations_for(y0, problem.tolerance)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
-        solver.run(y0)
+        n_outputs = len(solver.run(y0))
+        if problem.stops_at_limit:
+            ys = ys[:n_outputs].clone()
     return Result(ys, solver.record, solver.stats)
 
 
@@ -78,7 +80,7 @@ class _Aca(torch.autograd.Function):
         random_state = field.random_state()
         result = solve_without_graph(task, k0, checkpoints)
         assert isinstance(result.record, StepRecord)
-        record.steps = result.record.steps
+        record.steps, record.end = result.record.steps, result.record.end
         vars(stats).update(vars(result.stats))
         ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, record, stats
         ctx.autocast = AutocastState(y0.device.type)

@@ -16,7 +16,7 @@ from aca_ext.problem import Problem, problem_of
 from aca_ext.state import Packing, State
 from aca_ext.vector_field import VectorField
 
-_UNAVAILABLE = ("norm", "step_t", "jump_t")
+_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
 
 
 def is_independent(options: object) -> bool:
@@ -82,7 +82,7 @@ class RowField(VectorField):
         return super().__call__(t.view(self._time_shape), y)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchProblem(Problem):
     """``Problem`` for a batch of independent samples.
 
@@ -92,6 +92,11 @@ class BatchProblem(Problem):
 
     packing: RowPacking
     times_of_rows: Array
+
+    @property
+    def length(self) -> float:
+        times = self.times_of_rows
+        return float(np.abs(times[:, -1] - times[:, 0]).mean()) if len(times) else 0.0
 
     def start_time(self, like: Tensor) -> Tensor:
         return torch.from_numpy(self.times_of_rows[:, 0].copy()).to(like).view(self._row_shape)
@@ -162,18 +167,19 @@ def _tolerance(problem: Problem, packing: RowPacking) -> Tolerance:
     return Tolerance(by_row(given.rtol), by_row(given.atol), packing.segments)
 
 
-def _times_and_first(t: object) -> tuple[Array, Any]:
+def _times_and_first(given: Any) -> tuple[Array, Any]:
     """All times as float64, (T,) or (batch, T), and those of the first sample as they were given."""
+    t = given
     if not isinstance(t, Tensor):
         try:
             t = torch.as_tensor(t, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
-            return np.zeros(0), t  # for problem_of to say what is wrong
+            return np.zeros(0), given  # for problem_of to say what is wrong
     if t.dim() == 2 and len(t) == 0:
         raise TimeError(f"t has shape {tuple(t.shape)}; give times for every sample, (batch, T), or (T,) for all.")
     if t.is_complex():
-        return np.zeros(0), t
-    return t.detach().to(device="cpu", dtype=torch.float64).numpy(), t[0] if t.dim() == 2 else t
+        return np.zeros(0), given
+    return t.detach().to(device="cpu", dtype=torch.float64).numpy(), given[0] if t.dim() == 2 else given
 
 
 def _times_of_rows(times: Array, n_rows: int) -> Array:

@@ -18,8 +18,9 @@ from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeE
 from aca_ext.independent.controller import RowController
 from aca_ext.independent.problem import BatchProblem
 from aca_ext.ops import Array, RowOperations
+from aca_ext.progress import Step
 from aca_ext.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
-from aca_ext.solver import reason_of
+from aca_ext.solver import NO_TOLERANCE, reason_of
 from aca_ext.vector_field import VectorField
 
 Mask = NDArray[np.bool_]
@@ -178,6 +179,7 @@ class BatchSolver:
             accepted, rejected = active & (found <= 1), active & ~(found <= 1)
             for what, mask in zip(_COUNTS, (active, accepted, rejected), strict=True):
                 self._counts[what] += mask
+            self._report(t, np.where(accepted, t_next, t), sign * h_now, ratio, accepted)
             if accepted.any():
                 self._accept(accepted, t, y, sign * h_now, t_next, trial)
                 grown = controller.grow(h_now, found, accepted)
@@ -193,6 +195,11 @@ class BatchSolver:
                 y = trial.y1 if accepted.all() else torch.where(self._mask(accepted), trial.y1, y)
                 active &= ~(accepted & is_cut)
             del trial
+
+    def _report(self, t: Array, t_next: Array, h: Array, ratio: Array, accepted: Mask) -> None:
+        if self.problem.on_step is not None:
+            arrays = (t, t_next, h, ratio, accepted, *(self._counts[what] for what in _COUNTS))
+            self.problem.on_step(Step._make((*(torch.from_numpy(x.copy()) for x in arrays), self.field.n_evals)))
 
     def _initial_steps(self, controller: RowController, t: Array, y: Tensor) -> Array:
         problem, ops, k, sign = self.problem, self.ops, self._k, self._sign
@@ -238,6 +245,8 @@ class BatchSolver:
         is_finite = np.isfinite(ratio)
         self._check_finite(rejected & ~is_finite, t, y, k, h, ratio)
         stuck = rejected & ((h < self.problem.controller.min_step) | (t + self._sign * h * 0.5 == t))
+        if self.problem.tolerance.forbids_error():
+            self._check(stuck & (ratio == np.inf), StepSizeError, t, h, ratio, NO_TOLERANCE)
         self._check(stuck & ~is_finite, NonFiniteError, t, h, ratio)
         self._check(stuck, StepSizeError, t, h, ratio)
 

@@ -1,0 +1,131 @@
+"""What ``solve`` returns, and how a solve that stopped goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
+from aca_ext.independent.solver import BatchStats
+from aca_ext.outputs import stack_rows
+from aca_ext.resumption import SolverState
+from aca_ext.solver import Stats
+from aca_ext.state import State
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a solve goes on, from which state of the ODE, to which of the requested times, and by which call."""
+
+    state: SolverState
+    y: State
+    times_left: tuple[float, ...]
+    again: Callable[[State, Tensor, SolverState, int | None], Solution]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What ``solve`` returns.
+
+    Attributes:
+        t: the requested times as given, (T,), or (batch, T) where the samples are independent; those reached where the
+            solve stopped at its step limit.
+        y: the state at them, (T, \\*y0.shape), or a tuple of such for a tuple state. Differentiable.
+        steps: start and end of every accepted step, (n_accepted, 2), float64 on the CPU; of independent samples a tuple
+            with such a tensor for each.
+        stats: counts of evaluations and steps, and the backend that ran; of independent samples a ``BatchStats``.
+        is_complete: whether all requested times were reached: always, but for option ``on_step_limit="stop"``.
+    """
+
+    t: Tensor
+    y: State
+    steps: Tensor | tuple[Tensor, ...]
+    stats: Stats | BatchStats
+    is_complete: bool = True
+    continuation: Continuation | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def t_reached(self) -> float:
+        """The time up to which the solve came, in the unit of t.
+
+        Raises:
+            ArgumentValueError: as ``resume``.
+        """
+        return float(self._continuation().state.t)
+
+    @property
+    def y_reached(self) -> State:
+        """The state there, like y0. Differentiable. Raises as ``t_reached``."""
+        return self._continuation().y
+
+    def resume(self, t: Tensor | Sequence[float] = (), *, max_num_steps: int | None = None) -> Solution:
+        """The solution from the start to the requested times not reached yet, and on to further ones.
+
+        It goes on with the step size and slope that it stopped with, so that it takes the steps that it would have
+        taken without the stop, bit for bit, and its gradient is exact for all of them. A solve that reached its end can
+        go on from there as well, as if its end had been a time to land on (option ``step_t``).
+
+        Args:
+            t: (N,) further times, beyond those requested before, in the same direction.
+            max_num_steps: trial steps for this part of the solve; default as before.
+
+        Returns:
+            The whole solution, with the counts of all its parts but for ``n_f_evals_backward``. Func is evaluated once
+            more to see what it depends on.
+
+        Raises:
+            ArgumentValueError: the solve was made without option ``on_step_limit="stop"``, or no time is left.
+            TimeError: the further times do not go on in the direction of the solve.
+            Those of ``solve``.
+        """
+        part = self._continuation()
+        if isinstance(t, Tensor) and t.requires_grad:
+            raise ArgumentTypeError("t requires grad; a solve that stops and resumes has no gradient of its times.")
+        further = torch.as_tensor(t, dtype=torch.float64).detach().cpu().reshape(-1).tolist()
+        times = [*part.times_left, *further]
+        if not times:
+            raise ArgumentValueError(f"the solve reached its end, t={part.state.t!r}; give further times.")
+        for one, other in pairwise([part.state.t, *times]):
+            if part.state.sign * (other - one) <= 0:
+                raise TimeError(
+                    f"further times must go on from t={one!r} in the direction of the solve; given was {other!r}."
+                )
+        start = torch.tensor([part.state.t, *times], dtype=torch.float64)
+        return self._joined(part.again(part.y, start, part.state, max_num_steps))
+
+    def _continuation(self) -> Continuation:
+        if self.continuation is None:
+            raise ArgumentValueError(
+                'this solve does not know where it stopped; make it with options={"on_step_limit": "stop"}.'
+            )
+        return self.continuation
+
+    def _joined(self, rest: Solution) -> Solution:
+        if isinstance(self.y, Tensor):
+            assert isinstance(rest.y, Tensor)
+            y: State = _stacked(self.y, rest.y)
+        else:
+            y = tuple(_stacked(one, other) for one, other in zip(self.y, rest.y, strict=True))
+        assert isinstance(self.steps, Tensor)
+        assert isinstance(rest.steps, Tensor)
+        return replace(
+            rest,
+            t=torch.cat([self.t, rest.t[1:].to(self.t)]),
+            y=y,
+            steps=torch.cat([self.steps, rest.steps]),
+            stats=_sum(self.stats, rest.stats),
+        )
+
+
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    """The rows of both but for the first of the other, where one stopped; each laid out in memory as before."""
+    return stack_rows([*one.unbind(0), *other[1:].unbind(0)], one[0])
+
+
+def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
+    counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
+    return Stats(**{name: getattr(one, name) + getattr(other, name) for name in counts}, backend=other.backend)

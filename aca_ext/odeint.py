@@ -25,7 +25,7 @@ from aca_ext.problem import Problem, lookup, problem_of
 from aca_ext.progress import Callback, Step, progress_bar
 from aca_ext.resumption import SolverState
 from aca_ext.solution import Continuation, Solution
-from aca_ext.state import State, tensors
+from aca_ext.state import State
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
 
@@ -291,7 +291,7 @@ def _stopped(solution: Solution, problem: Problem, record: StepRecord, again: Ca
     if end is None:  # one time: nothing was solved
         return solution
     is_tuple = isinstance(solution.y, tuple)
-    parts = tensors(solution.y)
+    parts = solution.y if isinstance(solution.y, tuple) else (solution.y,)
     n_reached = len(parts[0]) - (not end.is_complete and len(record.steps) > 0)
     y_reached = tuple(part[-1] for part in parts)
     rows = tuple(part[:n_reached] for part in parts)

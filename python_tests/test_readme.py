@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +27,15 @@ def rows(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
-def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {}
-    exec(example, names)  # the file is ours
+def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(example, names)  # the file is ours
     ys = names["ys"]
     assert isinstance(ys, torch.Tensor)
     assert ys.shape == (5, 128, 2)
     assert all(p.grad is not None for p in names["net"].parameters())
+    assert names["longer"].y.shape == (7, 128, 2)
     assert "n_f_evals" in capsys.readouterr().out
 
 

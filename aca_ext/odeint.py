@@ -243,10 +243,15 @@ def _solve(
     elif isinstance(t, Tensor) and learns_times:
         method = partial(_with_time_gradient, t=t, method_of_gradient=method)
     with progress_bar(problem.length) if progress else nullcontext() as show:
-        watched = replace(problem, on_step=_both(callback, show))
+        on_step = _both(callback, show)
+        if on_step is not None:
+            problem = replace(problem, on_step=on_step)
         if resumed is not None:
-            watched = replace(watched, resumed=resumed, jumps=problem.jumps | _jump_at(resumed.t, settings["options"]))
-        task = Task(watched, _field(problem), params, adjoint, checkpoints)
+            jumps = problem.jumps | _jump_at(resumed.t, settings["options"])
+            problem = replace(problem, resumed=resumed, jumps=jumps)
+        task = Task(problem, _field(problem), params, adjoint, checkpoints)
+        if torch.is_grad_enabled():
+            task.field.prepare_replay()
         try:
             result = method(task)
         except TypeError:

@@ -10,14 +10,15 @@ from aca_ext.errors import ArgumentTypeError
 
 # Private to torch; where a version has one no more, torch's own errors take their place.
 _FUNCTORCH = getattr(torch._C, "_functorch", None)
-_CHECKS = [getattr(_FUNCTORCH, name, None) for name in ("is_functorch_wrapped_tensor", "is_legacy_batchedtensor")]
+_is_wrapped = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", lambda x: False)
+_is_batched = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda x: False)
 
 
 def refuse_transforms(what: str, x: object) -> None:
     """Raises ArgumentTypeError where ``x`` is a tensor of a transform, whose values or derivatives would be lost."""
     if not isinstance(x, Tensor):
         return
-    if any(check is not None and check(x) for check in _CHECKS):
+    if _is_wrapped(x) or _is_batched(x):
         raise ArgumentTypeError(
             f"{what} is inside a function transform (torch.func.grad, vjp, jvp, jacrev, vmap, or a batched backward "
             "pass), which a solve does not support. For derivatives use torch.autograd.grad (again with "

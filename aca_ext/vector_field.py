@@ -39,7 +39,7 @@ class VectorField:
         random_trail: the random generators' states before each evaluation since the list was last emptied, where func
             draws random numbers.
         moving_buffers: buffers of func's modules that its first evaluation changed.
-        held: the parameters and buffers that func's modules held in its first evaluation.
+        held: the parameters and buffers that func's modules hold in the forward pass.
     """
 
     def __init__(self, func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations) -> None:
@@ -101,11 +101,29 @@ class VectorField:
                 "take both t and y, used or not, and pass whatever else it takes by args=(...)."
             ) from None
 
+    def prepare_replay(self) -> None:
+        """Notes what func's modules hold now, for evaluations when they may hold something else.
+
+        Those of another callable than a module are noted in its first evaluation.
+        """
+        if isinstance(self.func, nn.Module):
+            for module in self.func.modules():
+                self._note(module)
+
+    def _note(self, module: nn.Module) -> None:
+        if _is_distributed(type(module)):  # type: ignore[arg-type]
+            raise ArgumentTypeError(
+                f"func is, or holds, a distributed module ({type(module).__name__}), which acts on every backward pass "
+                "through it; a solve evaluates func many times. Wrap the module that holds the solve instead."
+            )
+        for members in (module._parameters, module._buffers):
+            if members:
+                self.held += [(members, name, x) for name, x in members.items() if x is not None]
+
     def first(self, t: Tensor, y: Tensor) -> Tensor:
         """f at the start, noting which random generators and buffers it moves."""
         random_state = self.random_state()
-        self.held = []
-        with _buffers_used_by(self.func, self.held) as used:
+        with _buffers_used_by(self.func, self._note) as used:
             k = self(t, y)
         refuse_transforms("the slope that func returned", k)
         self.draws_random_numbers = self.has_drawn_since(random_state)
@@ -376,34 +394,31 @@ _Held = tuple[Mapping[str, Tensor | None], str, Tensor]
 
 
 @contextmanager
-def _buffers_used_by(func: Any, held: list[_Held] | None = None) -> Iterator[list[list[_Buffer]]]:
-    """The buffers of func's modules in training mode, module by module; ``held`` receives what all its modules hold.
+def _buffers_used_by(func: Any, on_module: Callable[[nn.Module], None] | None = None) -> Iterator[list[list[_Buffer]]]:
+    """The buffers of func's modules in training mode, module by module.
 
-    Those of a module are known; what another callable uses is seen by a hook while it runs.
+    Those of a module are known; what another callable uses is seen by a hook while it runs, and told ``on_module``.
     """
     used: list[list[_Buffer]] = []
     known: set[int] = set()
     thread = threading.get_ident()
 
-    def note(module: nn.Module, _: Any = None) -> None:
-        if id(module) in known or threading.get_ident() != thread:
-            return
-        known.add(id(module))
-        if _is_distributed(type(module)):  # type: ignore[arg-type]
-            raise ArgumentTypeError(
-                f"func is, or holds, a distributed module ({type(module).__name__}), which acts on every backward pass "
-                "through it; a solve evaluates func many times. Wrap the module that holds the solve instead."
-            )
-        if held is not None:
-            for members in (module._parameters, module._buffers):
-                held.extend((members, name, x) for name, x in members.items() if x is not None)
+    def note_buffers(module: nn.Module) -> None:
         if module.training and module._buffers:
             buffers = [b for b in module.buffers(recurse=False) if not b.is_inference()]
             used.append([_Buffer(b, b._version, b.detach().clone()) for b in buffers])
 
+    def note(module: nn.Module, _: Any = None) -> None:
+        if id(module) in known or threading.get_ident() != thread:
+            return
+        known.add(id(module))
+        if on_module is not None:
+            on_module(module)
+        note_buffers(module)
+
     if isinstance(func, nn.Module):
         for module in func.modules():
-            note(module)
+            note_buffers(module)
         yield used
         return
     handle = register_module_forward_pre_hook(note)

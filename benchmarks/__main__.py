@@ -6,12 +6,32 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checkpoints, equal_accuracy, kernels, large_state, memory, sampling, state_size, step_throughput
+from benchmarks import (
+    checkpoints,
+    equal_accuracy,
+    independent,
+    kernels,
+    large_state,
+    memory,
+    sampling,
+    state_size,
+    step_throughput,
+)
 from benchmarks.harness import Settings, print_table, write_json
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (step_throughput, equal_accuracy, sampling, state_size, large_state, memory, checkpoints, kernels)
+    for module in (
+        step_throughput,
+        equal_accuracy,
+        sampling,
+        state_size,
+        large_state,
+        memory,
+        checkpoints,
+        independent,
+        kernels,
+    )
 }
 
 

@@ -370,6 +370,12 @@ class TestFailures:
             aca_ext.odeint(lambda t, y: torch.where(y == 2, math.nan, -y), y0.nan_to_num(), [0.0, 1.0],
                            options=INDEPENDENT)  # fmt: skip
 
+    def test_a_zero_tolerance_names_the_sample(self) -> None:
+        rtol = torch.tensor([[1e-4], [0.0]], dtype=torch.float64)
+        y0 = torch.ones(2, 1, dtype=torch.float64)
+        with pytest.raises(errors.StepSizeError, match=r"sample 1 .*both zero"):
+            aca_ext.odeint(lambda t, y: torch.sin(y), y0, [1.0, 2.0], rtol=rtol, atol=0.0, options=INDEPENDENT)
+
     def test_a_finished_sample_is_not_looked_at(self) -> None:
         """func is evaluated on it still, at its end; whatever it returns there harms no one."""
         t = torch.tensor([[0.0, 1.0], [0.0, 5.0]], dtype=torch.float64)
@@ -403,7 +409,7 @@ class TestController:
         count = 4
         rows = RowController(controller, count)
         histories: list[list[float]] = [[] for _ in range(count)]
-        ratios = st.one_of(st.floats(0.0, 1.0), st.floats(1.0, 1e9), st.sampled_from([0.0, math.inf, math.nan]))
+        ratios = st.one_of(st.floats(1e-30, 1.0), st.floats(1.0, 1e9), st.sampled_from([0.0, math.inf, math.nan]))
         for _ in range(5):
             h = np.array(data.draw(st.lists(st.floats(1e-6, 1e3), min_size=count, max_size=count)))
             ratio = np.array(data.draw(st.lists(ratios, min_size=count, max_size=count)))
@@ -417,6 +423,10 @@ class TestController:
                     smaller = controller.shrink(float(h[i]), float(ratio[i]))
                     smallest = controller.min_step
                     assert shrunk[i] == (smallest if smaller < smallest < h[i] else smaller)
+
+    def test_an_error_too_small_for_its_power(self) -> None:
+        rows = RowController(Controller(order=1), 2)
+        assert rows.grow(np.ones(2), np.array([1e-320, 0.5]), np.array([True, True])).tolist() == [10.0, 1.8]
 
     @settings(max_examples=100, deadline=None)
     @given(controller=controllers(), data=st.data())

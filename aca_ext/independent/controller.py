@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -69,4 +70,11 @@ class RowController:
 
 def power(base: Array, exponent: float) -> Array:
     """By the same library as for one sample: numpy's own power rounds otherwise in the last place."""
-    return np.array([x**exponent for x in base.tolist()], dtype=np.float64)
+
+    def one(x: float) -> float:
+        try:
+            return x**exponent
+        except OverflowError:  # an error of 1e-243, say: limited like any other
+            return math.inf
+
+    return np.array([one(x) for x in base.tolist()], dtype=np.float64)

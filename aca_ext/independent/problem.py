@@ -79,7 +79,7 @@ class RowField(VectorField):
         self._time_shape = packing.time_shape
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return super().__call__(t.view(self._time_shape), y)
+        return super().__call__(t if t.shape == self._time_shape else t.view(self._time_shape), y)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,18 +245,20 @@ class BatchSolver:
         is_finite = np.isfinite(ratio)
         self._check_finite(rejected & ~is_finite, t, y, k, h, ratio)
         stuck = rejected & ((h < self.problem.controller.min_step) | (t + self._sign * h * 0.5 == t))
+        if not stuck.any():
+            return
         if self.problem.tolerance.forbids_error():
             self._check(stuck & (ratio == np.inf), StepSizeError, t, h, ratio, NO_TOLERANCE)
         self._check(stuck & ~is_finite, NonFiniteError, t, h, ratio)
         self._check(stuck, StepSizeError, t, h, ratio)
 
     def _check_finite(self, suspects: Mask, t: Array, y: Tensor, k: Tensor, h: Array, ratio: Array) -> None:
+        if not suspects.any() or y.numel() == 0:
+            return
         for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
-            if suspects.any() and x.numel():
-                finite = torch.isfinite(x).flatten(1).all(1).cpu().numpy()
-                row = int((suspects & ~finite).argmax())
-                message = f"{what} t={t[row]:.17g}; look at func there."
-                self._check(suspects & ~finite, NonFiniteError, t, h, ratio, message)
+            failed = suspects & ~torch.isfinite(x).flatten(1).all(1).cpu().numpy()
+            message = f"{what} t={t[failed.argmax()]:.17g}; look at func there."
+            self._check(failed, NonFiniteError, t, h, ratio, message)
 
     def _check(
         self, failed: Mask, kind: type[SolveError], t: Array, h: Array, ratio: Array, message: str | None = None

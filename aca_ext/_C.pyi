@@ -105,6 +105,68 @@ class Stepper:
         /,
     ) -> Tensor: ...
 
+class CompiledSpecification:
+    forward_bytes: int
+
+    def __init__(
+        self,
+        on: Target,
+        n: int,
+        c: Sequence[float],
+        fsal: bool,
+        dense: Sequence[Sequence[float]],
+        rtol: float,
+        atol: float,
+        rtol_each: int,
+        atol_each: int,
+        bounds: Sequence[int],
+        control: Controller,
+        first_step: float,
+        times: Sequence[float],
+        stops: Sequence[float],
+        jumps: Sequence[float],
+        grid: Sequence[float],
+        max_num_steps: int,
+        slope: int,
+        step: int,
+        /,
+    ) -> None: ...
+    def backward_bytes(self, inside: bool, /) -> int: ...
+
+class CompiledLoop:
+    n_accepted: int
+    n_steps: int
+    n_rejected: int
+    n_f_evals: int
+    t: float
+    h: float
+    error_ratio: float
+    n_inside: int
+
+    def __init__(self, specification: CompiledSpecification, /) -> None: ...
+    def solve(
+        self,
+        memory: int,
+        inputs: Sequence[int],
+        y0: int,
+        outputs: int,
+        slots: Callable[[], tuple[int, int]] | None,
+        /,
+    ) -> int: ...
+    def transpose(
+        self,
+        end_only: int,
+        inside: int,
+        memory: int,
+        inputs: Sequence[int],
+        grad_outputs: int,
+        g: int,
+        g_next: int,
+        /,
+    ) -> int: ...
+    def accepted_steps(self) -> list[tuple[float, float, float, list[tuple[int, float]]]]: ...
+    def bounds(self) -> bytearray: ...
+
 def cpu_instruction_set() -> str: ...
 def cuda_device_count() -> int: ...
 def weighted_sum(

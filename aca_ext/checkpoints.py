@@ -66,8 +66,7 @@ class Checkpoints:
     capacity: float = math.inf
 
     def __init__(self, y0: Tensor) -> None:
-        bytes_each = max(1, y0.numel() * y0.element_size())
-        self._rows_per_block = int(max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // bytes_each, self.capacity + 2)))
+        self._rows_per_block = int(min(_rows_per_block(y0), self.capacity + 2))
         self._like = y0
         self._free: list[tuple[int, Tensor]] = []  # rows and their numbers
         self._n_rows = 0
@@ -196,6 +195,24 @@ def checkpoints_for(policy: Policy, y0: Tensor) -> Checkpoints:
     if policy is None:
         return Checkpoints(y0)
     return ThinnedCheckpoints(y0, policy) if isinstance(policy, int) else HostCheckpoints(y0)
+
+
+class Blocks:
+    """The blocks alone, for a loop that fills them by itself."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._rows = like, _rows_per_block(like)
+        self.blocks: list[Tensor] = []
+
+    def add(self) -> tuple[int, int]:
+        """A further block: its address, and how many states it takes."""
+        block = empty_rows(self._rows, self._like)
+        self.blocks.append(block)
+        return block.data_ptr(), self._rows
+
+
+def _rows_per_block(like: Tensor) -> int:
+    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(1, like.numel() * like.element_size())))
 
 
 def rows(blocks: Sequence[Tensor], count: int) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ __all__ = [
     "AcaError",
     "ArgumentTypeError",
     "ArgumentValueError",
+    "CompileError",
     "NonFiniteError",
     "NotCompiledError",
     "NotInstalledError",
@@ -57,6 +58,10 @@ class SlopeError(AcaError, TypeError, ValueError):
 
 class ReplayError(AcaError, RuntimeError):
     """The backward pass could not repeat the forward pass, so its gradient would be wrong."""
+
+
+class CompileError(AcaError, RuntimeError):
+    """``engine="compiled"`` cannot compile ``func``, or not for this kind of solve."""
 
 
 class SolveError(AcaError, RuntimeError):

@@ -23,7 +23,7 @@ class NeuralODE(nn.Module):
         t: times of the solve, the first that of the input. Numbers, or a tensor (with requires_grad, it is learnt).
         output: "end" returns the state at the last time, of the input's shape; "all" the states at all times, with a
             first dimension of len(t).
-        **settings: keyword arguments of ``odeint``: rtol, atol, method, options, gradient, checkpoints,
+        **settings: keyword arguments of ``odeint``: rtol, atol, method, options, gradient, engine, checkpoints,
             params, progress, callback.
 
     Attributes:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from aca_ext.checkpoints import Policy, StepRecord, checked_policy
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, OptionError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
@@ -28,6 +28,8 @@ from aca_ext.solution import Continuation, Solution
 from aca_ext.state import State
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
+
+ENGINES = ("eager", "compiled")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -56,6 +58,7 @@ def odeint(
     event_fn: None = None,
     gradient: str = "aca",
     checkpoints: int | str | None = None,
+    engine: str = "eager",
     args: Sequence[Any] = (),
     params: Sequence[Tensor] | None = None,
     progress: bool = False,
@@ -101,6 +104,14 @@ def odeint(
             besides the two of the step at hand; the others are computed again, r times at most where the steps are no
             more than C(K + r, r) (with create_graph=True, the backward pass holds the graph of all steps anyway).
             "cpu": that of every step in the host's memory, pinned where the solve runs on a GPU.
+        engine: "eager" (default) calls func at every stage. "compiled" traces a whole step, and its transpose, with
+            torch's compiler and runs all steps in compiled code: the same steps and gradient up to rounding, many times
+            faster where func is small. Compiling takes seconds, once for each func, shape and method
+            (``stats.compile_seconds``); what is compiled is used again, whatever values parameters, times and
+            tolerances have. For real float32 and float64 states on the CPU and gradient="aca", every state kept; second
+            derivatives come from the eager engine. func must be one that ``torch.compile(fullgraph=True)`` can trace,
+            out of pointwise operations, reductions and matrix products, without random numbers, state that it changes,
+            or an autograd.Function of its own.
         args: further arguments of func; tensors among them receive gradients.
         params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
             its first evaluation uses. Name them where func uses some only later.
@@ -139,6 +150,7 @@ def odeint(
         options=options,
         gradient=gradient,
         checkpoints=checkpoints,
+        engine=engine,
         args=args,
         params=params,
         progress=progress,
@@ -163,6 +175,7 @@ def solve(
     options: Mapping[str, Any] | None = None,
     gradient: str = "aca",
     checkpoints: int | str | None = None,
+    engine: str = "eager",
     args: Sequence[Any] = (),
     params: Sequence[Tensor] | None = None,
     progress: bool = False,
@@ -184,6 +197,7 @@ def solve(
         options=options,
         gradient=gradient,
         checkpoints=checked_policy(checkpoints),
+        engine=engine,
         args=args,
         params=checked_params(_one_of(params, adjoint_params)),
         progress=progress,
@@ -211,6 +225,7 @@ def _solve(
     *,
     gradient: str,
     checkpoints: Policy,
+    engine: str = "eager",
     params: Sequence[Tensor] | None,
     progress: bool,
     callback: Callback | None,
@@ -235,6 +250,22 @@ def _solve(
         )
     if callback is not None and not callable(callback):
         raise ArgumentTypeError(f"callback is of type {type(callback).__name__}; give a function of an aca_ext.Step.")
+    if lookup("engine", engine, ENGINES) == "compiled":
+        others = {"gradient": gradient != "aca", "checkpoints": checkpoints, "progress": progress, "callback": callback,
+                  "options": is_batch or problem.stops_at_limit}  # fmt: skip
+        for name, is_given in others.items():
+            if is_given:
+                raise CompileError(
+                    f'engine="compiled" does not take what {name} asks for'
+                    f'{f" ({gradient!r})" if name == "gradient" else ""}. Use engine="eager" for it.'
+                )
+        task_of = partial(_eager_task, problem, params, adjoint)
+        if isinstance(t, Tensor) and learns_times:
+            result = _with_time_gradient(task_of(), t=t, method_of_gradient=_compiled)
+        else:
+            result = _compiled_engine()(problem, params, task_of)
+        times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
+        return Solution(times, problem.packing.unpack_rows(result.ys), result.record.bounds(), result.stats)
     method: Callable[[Task], Result] = GRADIENTS[gradient]
     if is_batch:
         method = partial(independent_gradients.solve, gradient=gradient)
@@ -267,6 +298,23 @@ def _solve(
                         callback=callback, adjoint=adjoint, **settings)  # fmt: skip
         return _stopped(solution, problem, result.record, again)
     return solution
+
+
+def _eager_task(problem: Problem, params: Sequence[Tensor] | None, adjoint: AdjointOptions) -> Task:
+    return Task(problem, _field(problem), params, adjoint, None)
+
+
+@cache
+def _compiled_engine() -> Callable[..., Result]:
+    from aca_ext.compiled.engine import solve  # brings in the compiler, which takes seconds
+
+    return solve
+
+
+def _compiled(task: Task) -> Result:
+    result = _compiled_engine()(task.problem, task.params, lambda: task)
+    result.stats.n_f_evals += task.field.n_evals
+    return result
 
 
 def _without_graph(task: Task) -> Result:
@@ -350,8 +398,9 @@ def _with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[
 
     start = move(times[0], like, now[0] - times[0])
     result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
+    solved = field.n_evals
     moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, len(times))]
-    result.stats.n_f_evals = field.n_evals
+    result.stats.n_f_evals += field.n_evals - solved
     return replace(result, ys=stack_rows([like, *moved], like))
 
 

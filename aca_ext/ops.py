@@ -225,6 +225,29 @@ class KernelOperations(TorchOperations):
         """The error norm of the last step that a ``stepper`` made."""
         return self.tolerance.norm_of_sums(self._sums.tolist())
 
+    def compiled_specification(self, problem: Any, slope: int, step: int) -> _C.CompiledSpecification:
+        """A ``Problem`` for the loop over the compiled programs at these addresses."""
+        tableau, control = problem.tableau, problem.controller
+        coefficients = dict.fromkeys(_COEFFICIENTS, 1) if control is None else control.coefficients
+        return _C.CompiledSpecification(
+            self._on,
+            self._n,
+            [float(x) for x in tableau.c],
+            tableau.fsal,
+            () if tableau.dense is None else tableau.dense_coefficients,
+            *self._tolerances,
+            self.tolerance.segments,
+            compiled_controller(**coefficients),
+            0.0 if control is None else control.first_step or 0.0,
+            problem.times,
+            problem.stops,
+            list(problem.jumps),
+            problem.grid or (),
+            problem.max_num_steps,
+            slope,
+            step,
+        )
+
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
         out = torch.empty(len(values), dtype=self.like.dtype, device=self.like.device)
         _C.write_scalars(self._on, out.data_ptr(), list(values))
@@ -446,6 +469,17 @@ def _scaled(g: Tensor, h: Number, w: Sequence[float], needed: Sequence[bool]) ->
     if isinstance(h, Tensor):
         h = h.to(g.dtype)
     return [g * (h * w_j) if n and w_j != 0 else None for w_j, n in zip(w, needed, strict=True)]
+
+
+# For fixed steps, which ask no controller.
+_COEFFICIENTS = (
+    "order", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff", "min_step", "max_step",
+)  # fmt: skip
+
+
+def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:
+    """The loop for one solve."""
+    return _C.CompiledLoop(specification)
 
 
 def has_kernels(like: Tensor) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
 _ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit")
+_PLAIN = (torch.float32, torch.float64)
 _DEFAULT_MAX_NUM_STEPS = 100_000
 
 _Options = Mapping[str, Any]
@@ -54,6 +55,7 @@ class Problem:
         stops_at_limit: it stops there instead, to be resumed.
         resumed: where it goes on, if it does.
         on_step: called after every trial step.
+        settings: the same object for problems that are known to differ in func, args and the values of y0 alone.
     """
 
     func: Callable[..., State]
@@ -71,6 +73,7 @@ class Problem:
     stops_at_limit: bool = False
     resumed: SolverState | None = None
     on_step: Callback | None = None
+    settings: object = field(default_factory=object)
 
     @property
     def adaptive(self) -> bool:
@@ -89,6 +92,16 @@ class Problem:
         """The times ``t`` as func receives them, one after the other in the first dimension; differentiable."""
         return t.to(self.y0)
 
+    def of(self, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> Problem:
+        """The same problem for another func, and for a y0 laid out alike."""
+        other = object.__new__(Problem)  # a third of what dataclasses.replace takes
+        vars(other).update(vars(self), func=func, args=args, y0=y0)
+        return other
+
+
+_MAX_KNOWN = 64
+_known: dict[tuple[Any, ...], Problem] = {}  # problems checked before, without their func, args and y0
+
 
 def problem_of(
     func: Callable[..., State],
@@ -101,13 +114,47 @@ def problem_of(
     options: _Options | None,
     args: Sequence[Any],
 ) -> Problem:
-    """Checks the arguments of ``odeint``.
+    """Checks the arguments of ``odeint``, in a common case by finding that they were checked before.
 
     Raises:
         ArgumentTypeError, ArgumentValueError, TimeError, ToleranceError, OptionError, UnknownNameError: whichever fits.
     """
     if not callable(func):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
+    is_known_kind = not options and type(rtol) is type(atol) is float and (method is None or type(method) is str)
+    if not (is_known_kind and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
+        return _checked(func, y0, t, rtol, atol, method, options, args)
+    key = tuple(t.tolist()), rtol, atol, method, y0.shape, y0.stride(), y0.dtype, torch.get_num_threads()
+    known = _known.get(key)
+    if known is not None:
+        return known.of(func, _args(args), y0)
+    problem = _checked(func, y0, t, rtol, atol, method, options, args)
+    if problem.y0 is y0:
+        if len(_known) >= _MAX_KNOWN:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = problem.of(_nothing, (), torch.empty(0))
+    return problem
+
+
+def _nothing() -> Tensor:
+    raise AssertionError("stands where func was")
+
+
+def _is_plain(x: Any) -> TypeGuard[Tensor]:
+    """A tensor on the CPU of a floating dtype that means what its elements say."""
+    return type(x) is Tensor and x.dtype in _PLAIN and x.device.type == "cpu" and not x.is_neg()
+
+
+def _checked(
+    func: Callable[..., State],
+    y0: State,
+    t: object,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: _Options | None,
+    args: Sequence[Any],
+) -> Problem:
     packing = Packing.of(y0)
     packed = dense(packing.pack(y0))
     times = times_of(t)

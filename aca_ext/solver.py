@@ -51,8 +51,9 @@ class Stats:
         n_steps: trial steps, n_accepted + n_rejected.
         n_accepted: steps that became part of the solution.
         n_rejected: steps whose error was too large.
-        backend: what did the arithmetic: "cpu" or "cuda" kernels, or "reference", plain PyTorch.
+        backend: what did the arithmetic: "cpu" or "cuda" kernels, "reference", plain PyTorch, or "compiled".
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
+        compile_seconds: time that engine="compiled" took to trace and compile; 0 where it found all it needed.
     """
 
     n_f_evals: int = 0
@@ -61,6 +62,7 @@ class Stats:
     n_rejected: int = 0
     backend: str = ""
     n_f_evals_backward: int | None = None
+    compile_seconds: float = 0.0
 
 
 class Solver:

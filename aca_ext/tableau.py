@@ -177,7 +177,8 @@ class Tableau:
         return self.error is not None
 
     @cached_property
-    def _dense_highest_first(self) -> tuple[tuple[float, ...], ...]:
+    def dense_coefficients(self) -> tuple[tuple[float, ...], ...]:
+        """Of each b_i(theta), the highest power first."""
         if self.dense is None:
             raise ValueError(f"{self.name} has no dense output: end a step at each time asked for")
         # A stage that dense output never uses has no coefficients here, and costs nothing in dense_weights.
@@ -190,7 +191,7 @@ class Tableau:
             ValueError: the method has no dense output.
         """
         weights: list[float] = []
-        for row in self._dense_highest_first:
+        for row in self.dense_coefficients:
             weight = 0.0
             for coefficient in row:
                 weight = (weight + coefficient) * theta

@@ -35,6 +35,7 @@ def run(settings: Settings) -> Result:
     workload = replace(W4, elements=1 << 16) if settings.quick else W4
     problem = workload.problem(torch.float32, settings.device)
     solvers, skipped = peers.installed()
+    solvers = [solver for solver in solvers if not solver.is_compiled]
     solvers = [solver for solver in solvers if solver.own_forward]
     runs = {solver.name: solver.prepare(problem) for solver in solvers}
     arrays = [problem.y0.detach().clone() for _ in range(WORKING_SET)]

@@ -4,9 +4,12 @@ A package that is not installed is skipped. To add one, write a function that im
 name it in ``PACKAGES``.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +25,41 @@ class Run:
     Attributes:
         solve: returns y(t_end), with a graph where gradients are enabled.
         accepted: solves once more and returns the number of accepted steps.
+        gradient: returns what ``Problem.gradient`` does, where the solver is not one of PyTorch's.
+        tensors: makes tensors of what ``solve`` and ``gradient`` return.
     """
 
-    solve: Callable[[], Tensor]
+    solve: Callable[[], Any]
     accepted: Callable[[], int]
+    gradient: Callable[[], Any] | None = None
+    tensors: Callable[[Any], Any] = lambda x: x
 
 
 @dataclass(frozen=True)
 class Solver:
-    """``own_forward`` is False where, without gradient, it runs the forward pass of the solver before it."""
+    """``own_forward`` is False where, without gradient, it runs the forward pass of the solver before it.
+
+    ``count`` counts evaluations where calls of f cannot be seen: compiled solvers call it when they trace it alone.
+    """
 
     name: str
     prepare: Callable[[Problem], Run]
     own_forward: bool = True
+    count: Callable[[Problem, bool], "Counts"] | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.count is not None
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Accepted steps, evaluations of f without gradient, and with gradient in the two passes."""
+    """Accepted steps, evaluations of f without gradient, and with gradient in the two passes; None: not known."""
 
     accepted: int
     forward: int
     forward_with_gradient: int
-    backward: int
+    backward: int | None
 
 
 class Counted(nn.Module):
@@ -68,10 +83,12 @@ def forward(run: Run) -> Tensor:
 
 
 def forward_backward(run: Run, problem: Problem) -> tuple[Tensor, ...]:
-    return problem.gradient(run.solve())
+    return problem.gradient(run.solve()) if run.gradient is None else run.gradient()
 
 
 def count(solver: Solver, problem: Problem, *, backward: bool = True) -> Counts:
+    if solver.count is not None:
+        return solver.count(problem, backward)
     func = Counted(problem.func)
     run = solver.prepare(Problem(func, problem.y0, problem.t_end, problem.tol))
     forward(run)
@@ -89,8 +106,7 @@ def count(solver: Solver, problem: Problem, *, backward: bool = True) -> Counts:
 
 def outcome(run: Run, problem: Problem) -> tuple[Tensor, Tensor]:
     """The end state and the gradient, flat, float64 on the CPU."""
-    y = run.solve()
-    return flat((y,)), flat(problem.gradient(y))
+    return flat((run.tensors(run.solve()),)), flat(run.tensors(forward_backward(run, problem)))
 
 
 def _times(problem: Problem) -> Tensor:
@@ -98,14 +114,36 @@ def _times(problem: Problem) -> Tensor:
 
 
 def _aca_ext() -> list[Solver]:
-    def prepare(gradient: str, p: Problem) -> Run:
-        solve = partial(aca_ext.solve, p.func, p.y0, _times(p), rtol=p.tol, atol=p.tol, gradient=gradient)
+    def solver_of(p: Problem, **how: str) -> Callable[[], aca_ext.Solution]:
+        return partial(aca_ext.solve, p.func, p.y0, _times(p), rtol=p.tol, atol=p.tol, **how)
+
+    def prepare(p: Problem, **how: str) -> Run:
+        solve = solver_of(p, **how)
         return Run(lambda: solve().y[-1], lambda: solve().stats.n_accepted)
 
+    def count_compiled(p: Problem, backward: bool) -> Counts:
+        solution = solver_of(p, engine="compiled")()
+        if backward:
+            p.gradient(solution.y[-1])
+        stats = solution.stats
+        return Counts(stats.n_accepted, stats.n_f_evals, stats.n_f_evals, stats.n_f_evals_backward)
+
     return [
-        Solver("aca_ext aca", partial(prepare, "aca")),
-        Solver("aca_ext direct", partial(prepare, "direct"), own_forward=False),
+        Solver("aca_ext aca", prepare),
+        Solver("aca_ext direct", partial(prepare, gradient="direct"), own_forward=False),
+        Solver("aca_ext compiled", partial(prepare, engine="compiled"), count=count_compiled),
     ]
+
+
+def _compiled(func: nn.Module) -> nn.Module:
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64  # for all workloads, which share one code
+    return torch.compile(func)
+
+
+def _counted_as(other: Solver) -> Callable[[Problem, bool], Counts]:
+    return lambda problem, backward: count(other, problem, backward=backward)
 
 
 def _torchdiffeq() -> list[Solver]:
@@ -123,8 +161,13 @@ def _torchdiffeq() -> list[Solver]:
         t = _times(p)
         return Run(solve, accepted)
 
+    def prepare_compiled(p: Problem) -> Run:
+        return prepare(torchdiffeq.odeint, replace(p, func=_compiled(p.func)))
+
+    eager = Solver("torchdiffeq odeint", partial(prepare, torchdiffeq.odeint))
     return [
-        Solver("torchdiffeq odeint", partial(prepare, torchdiffeq.odeint)),
+        eager,
+        Solver("torchdiffeq odeint, f compiled", prepare_compiled, count=_counted_as(eager)),
         Solver("torchdiffeq odeint_adjoint", partial(prepare, torchdiffeq.odeint_adjoint), own_forward=False),
     ]
 
@@ -148,7 +191,11 @@ def _torchode() -> list[Solver]:
 
         return Run(lambda: solver.solve(problem, term).ys[:, -1], accepted)
 
-    return [Solver("torchode AutoDiffAdjoint", prepare)]
+    def prepare_compiled(p: Problem) -> Run:
+        return prepare(replace(p, func=_compiled(p.func)))
+
+    eager = Solver("torchode AutoDiffAdjoint", prepare)
+    return [eager, Solver("torchode, f compiled", prepare_compiled, count=_counted_as(eager))]
 
 
 def _torch_diff_eq_pack() -> list[Solver]:
@@ -170,11 +217,81 @@ def _torch_diff_eq_pack() -> list[Solver]:
     ]
 
 
+def _diffrax() -> list[Solver]:
+    # Before jax starts: one thread, as the other solvers are measured with.
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    import diffrax
+    import jax
+    import numpy as np
+
+    def precision(p: Problem) -> Any:
+        return jax.enable_x64(True) if p.y0.dtype == torch.float64 else nullcontext()
+
+    def solve(p: Problem, y0: Any, params: Any) -> Any:
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, params: _in_jax(jax, p.func, y, params)),
+            diffrax.Dopri5(),
+            0.0,
+            p.t_end,
+            None,
+            y0,
+            args=params,
+            saveat=diffrax.SaveAt(t1=True),
+            stepsize_controller=diffrax.PIDController(rtol=p.tol, atol=p.tol),
+            adjoint=diffrax.RecursiveCheckpointAdjoint(),
+        )
+
+    def prepare(p: Problem) -> Run:
+        if p.y0.device.type != "cpu":
+            raise ValueError("diffrax is measured on the CPU alone.")
+        with precision(p):
+            y0, *params = (jax.numpy.asarray(x.detach().numpy()) for x in (p.y0, *p.func.parameters()))
+        end = jax.jit(lambda y0, params: solve(p, y0, params).ys[-1])
+        gradient = jax.jit(jax.grad(lambda y0, params: solve(p, y0, params).ys[-1].sum(), argnums=(0, 1)))
+        accepted = jax.jit(lambda y0, params: solve(p, y0, params).stats["num_accepted_steps"])
+
+        def run(function: Callable[..., Any]) -> Any:
+            with precision(p):
+                return jax.block_until_ready(function(y0, params))
+
+        def tensors(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(torch.from_numpy(np.array(part)) for part in (x[0], *x[1]))
+            return torch.from_numpy(np.array(x))
+
+        return Run(lambda: run(end), lambda: int(run(accepted)), lambda: run(gradient), tensors)
+
+    def count_steps(p: Problem, _: bool) -> Counts:
+        with precision(p):
+            y0, *params = (jax.numpy.asarray(x.detach().numpy()) for x in (p.y0, *p.func.parameters()))
+            stats = solve(p, y0, params).stats
+        evaluations = 2 + 6 * int(stats["num_steps"])
+        return Counts(int(stats["num_accepted_steps"]), evaluations, evaluations, None)
+
+    return [Solver("diffrax, jit", prepare, count=count_steps)]
+
+
+def _in_jax(jax: Any, func: nn.Module, y: Any, params: Any) -> Any:
+    """f of the workloads, their layers one by one."""
+    following = iter(params)
+    for layer in func.net if isinstance(func.net, nn.Sequential) else [func.net]:
+        if isinstance(layer, nn.Linear):
+            y = y @ next(following).T + next(following)
+        elif isinstance(layer, nn.Softplus):
+            y = jax.nn.softplus(y)
+        elif isinstance(layer, nn.Tanh):
+            y = jax.numpy.tanh(y)
+        else:
+            y = -y
+    return y
+
+
 PACKAGES = {
     "aca_ext": _aca_ext,
     "torchdiffeq": _torchdiffeq,
     "torchode": _torchode,
     "TorchDiffEqPack": _torch_diff_eq_pack,
+    "diffrax": _diffrax,
 }
 
 

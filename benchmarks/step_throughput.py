@@ -3,9 +3,10 @@
 One CPU thread, float32, dopri5 at the workload's tolerance, all solvers in turn. ``/ f`` is time over n_f_evals calls
 of f without gradient. ``/ floor`` is time over what an exact gradient from checkpoints cannot avoid: the forward
 evaluations without gradient, and for each accepted step 6 × (f with graph and its VJP). Errors are relative, against
-float64.
+float64. ``compile s`` is what the first call took beyond the second.
 """
 
+import time
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ FORWARD = {
     "/ f": ("over_f", ".2f"),
     "/ aca": ("over_aca", ".2f"),
     "error": ("error", ".1e"),
+    "compile s": ("compile_s", ".1f"),
 }
 BOTH = {
     **{heading: column for heading, column in FORWARD.items() if heading != "/ f"},
@@ -41,7 +43,10 @@ def run(settings: Settings) -> Result:
 
 def _measure(workload: Network, solvers: list[peers.Solver], settings: Settings) -> list[Table]:
     problem = workload.problem(torch.float32, settings.device)
-    runs = {solver.name: solver.prepare(problem) for solver in solvers}
+    runs, compile_s = {}, {}
+    for solver in solvers:
+        runs[solver.name] = solver.prepare(problem)
+        compile_s[solver.name] = _first_call(runs[solver.name], problem)
     forward_names = [solver.name for solver in solvers if solver.own_forward]
     bare = {"f": partial(_f, problem), "f and VJP": partial(_f_and_vjp, problem)}
     forward = interleave(
@@ -64,13 +69,15 @@ def _measure(workload: Network, solvers: list[peers.Solver], settings: Settings)
         error, gradient_error = relative_error(y, exact[0]), relative_error(g, exact[1])
         if solver.own_forward:
             row = _row(solver.name, forward, counts.accepted, counts.forward)
-            tables[0].rows.append({**row, "n_f_evals": counts.forward, "error": error})
-        row = _row(solver.name, both, counts.accepted, counts.forward_with_gradient + counts.backward)
+            first = compile_s[solver.name][0]
+            tables[0].rows.append({**row, "n_f_evals": counts.forward, "error": error, "compile_s": first})
+        row = _row(solver.name, both, counts.accepted, counts.forward_with_gradient + (counts.backward or 0))
         floor = counts.forward * both.median("f") + counts.accepted * STAGES * both.median("f and VJP")
         tables[1].rows.append(
             {
                 **row,
-                "n_f_evals": f"{counts.forward_with_gradient} + {counts.backward}",
+                "n_f_evals": f"{counts.forward_with_gradient} + {'?' if counts.backward is None else counts.backward}",
+                "compile_s": sum(compile_s[solver.name]),
                 "over_floor": both.median(solver.name) / floor,
                 "floor_ms": 1e3 * floor,
                 "error": error,
@@ -92,6 +99,18 @@ def _row(name: str, timings: Timings, accepted: int, n_f_evals: int) -> dict[str
         "over_aca": timings.ratio(name, "aca_ext aca"),
         "rounds": len(timings.samples[name]),
     }
+
+
+def _first_call(run: peers.Run, problem: Problem) -> tuple[float, float]:
+    """Seconds that the first forward pass and the first gradient take beyond the second: tracing and compiling."""
+    seconds = []
+    for call in (partial(peers.forward, run), partial(peers.forward_backward, run, problem)):
+        times = [time.perf_counter()]
+        for _ in range(2):
+            call()
+            times.append(time.perf_counter())
+        seconds.append(max(0.0, times[1] - times[0] - (times[2] - times[1])))
+    return seconds[0], seconds[1]
 
 
 def _f(problem: Problem) -> None:

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "compiled_loop.h"
 #include "ops.h"
 #include "runs.h"
 #include "stepper.h"
@@ -156,6 +157,59 @@ void make_collectable(PyHeapTypeObject* heap_type) {
     };
 }
 
+std::shared_ptr<Specification> make_specification(const BoundTarget& on, int64_t n, std::vector<double> c, bool fsal,
+                                                  std::vector<std::vector<double>> dense, double rtol, double atol,
+                                                  uintptr_t rtol_each, uintptr_t atol_each, std::vector<int64_t> bounds,
+                                                  const Controller& control, double first_step,
+                                                  std::vector<double> times, std::vector<double> stops,
+                                                  std::vector<double> jumps, std::vector<double> grid,
+                                                  int64_t max_num_steps, uintptr_t slope, uintptr_t step) {
+    return std::shared_ptr<Specification>(new Specification{on.target,
+                                                            *on.backend,
+                                                            n,
+                                                            {std::move(c), fsal, std::move(dense)},
+                                                            {rtol, atol, rtol_each, atol_each, std::move(bounds)},
+                                                            control,
+                                                            first_step,
+                                                            std::move(times),
+                                                            std::move(stops),
+                                                            std::move(jumps),
+                                                            std::move(grid),
+                                                            max_num_steps,
+                                                            slope,
+                                                            step});
+}
+
+int solve_compiled(CompiledLoop& loop, uintptr_t memory, const std::vector<uintptr_t>& inputs, uintptr_t y0,
+                   uintptr_t outputs, const py::object& next_slots) {
+    CompiledLoop::Slots slots;
+    if (!next_slots.is_none())
+        slots = [&] {
+            const py::gil_scoped_acquire acquire;
+            return next_slots().cast<std::pair<uintptr_t, int64_t>>();
+        };
+    const auto check_signals = [] {
+        const py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    };
+    const py::gil_scoped_release release;
+    return int(loop.solve(memory, inputs, y0, outputs, std::move(slots), check_signals));
+}
+
+// (t, h, t_next, outputs) of each accepted step.
+py::list accepted_steps(const CompiledLoop& loop) {
+    py::list steps;
+    for (const AcceptedStep& s : loop.steps) steps.append(py::make_tuple(s.t, s.h, s.t_next, s.outputs));
+    return steps;
+}
+
+// Start and end of each accepted step, float64.
+py::bytearray bounds(const CompiledLoop& loop) {
+    std::vector<double> values;
+    for (const AcceptedStep& s : loop.steps) values.insert(values.end(), {s.t, s.t_next});
+    return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(double)};
+}
+
 int device_count() {
 #ifdef ACA_CUDA
     return cuda_device_count();
@@ -205,6 +259,28 @@ PYBIND11_MODULE(_C, m) {
         .def("leap", &leap)
         .def("walk", &walk)
         .def("vjp", &Stepper::vjp);
+    py::class_<Specification, std::shared_ptr<Specification>>(m, "CompiledSpecification")
+        .def(py::init(&make_specification))
+        .def_property_readonly(
+            "forward_bytes",
+            [](const Specification& spec) { return spec.memory_bytes(CompiledLoop::forward_states(spec)); })
+        .def("backward_bytes", [](const Specification& spec, bool inside) {
+            return spec.memory_bytes(CompiledLoop::backward_states(spec, inside));
+        });
+    py::class_<CompiledLoop>(m, "CompiledLoop")
+        .def(py::init<std::shared_ptr<Specification>>())
+        .def("solve", &solve_compiled)
+        .def("transpose", &CompiledLoop::transpose, py::call_guard<py::gil_scoped_release>())
+        .def("accepted_steps", &accepted_steps)
+        .def("bounds", &bounds)
+        .def_property_readonly("n_accepted", [](const CompiledLoop& loop) { return loop.steps.size(); })
+        .def_readonly("n_steps", &CompiledLoop::n_steps)
+        .def_readonly("n_rejected", &CompiledLoop::n_rejected)
+        .def_readonly("n_f_evals", &CompiledLoop::n_f_evals)
+        .def_readonly("t", &CompiledLoop::t)
+        .def_readonly("h", &CompiledLoop::h)
+        .def_readonly("error_ratio", &CompiledLoop::ratio)
+        .def_readonly("n_inside", &CompiledLoop::n_inside);
     m.def("weighted_sum", &weighted_sum);
     m.def("solution_and_error", &solution_and_error);
     m.def("squared_error_ratio", &squared_error_ratio);

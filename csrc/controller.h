@@ -32,10 +32,11 @@ struct Controller {
         return smaller < min_step && min_step < h ? min_step : smaller;
     }
 
+    double limit(double h) const { return most(min_step, least(max_step, h)); }
+
   private:
     static double least(double a, double b) { return b < a ? b : a; }
     static double most(double a, double b) { return b > a ? b : a; }
-    double limit(double h) const { return most(min_step, least(max_step, h)); }
 };
 
 }  // namespace aca

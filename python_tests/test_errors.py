@@ -37,6 +37,7 @@ BUILTIN = {
     errors.ToleranceError: ValueError,
     errors.SlopeError: (TypeError, ValueError),
     errors.ReplayError: RuntimeError,
+    errors.CompileError: RuntimeError,
     errors.SolveError: RuntimeError,
     errors.NonFiniteError: RuntimeError,
     errors.StepSizeError: RuntimeError,

@@ -104,7 +104,7 @@ class _Aca(torch.autograd.Function):
         if torch.is_grad_enabled():
             states = {n: row.to(grad_ys.device) for n, row in held if n == 0 or ctx.must_check}
             y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
-            grads = _differentiable_backward(ctx, grad_ys, y0, states, inputs)
+            grads = differentiable_backward(ctx, grad_ys, y0, states, inputs)
         else:
             if math.isfinite(ctx.capacity):  # all but the first may be gone when a retained graph is used again
                 ctx.numbers = [0 if n == 0 else -1 for n in ctx.numbers]
@@ -160,7 +160,7 @@ def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[
     return solution if theta == 1.0 else problem.tableau.dense_weights(theta)
 
 
-def _differentiable_backward(
+def differentiable_backward(
     ctx: Any, grad_ys: Tensor, y0: Tensor, states: Mapping[int, Tensor], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""

@@ -1,0 +1,234 @@
+"""func as a graph of tensors, traced by TorchDynamo and guarded by it: what func reads is an input of the graph, and a
+graph is used again only while everything that it took for constant is as it was."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx, nn
+
+from aca_ext.errors import CompileError
+from aca_ext.state import Packing
+
+# Private to torch: without it, graphs are found in TorchDynamo's usual way.
+_set_eval_frame: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_set_eval_frame = getattr(_set_eval_frame, "set_eval_frame", None)
+
+_MAX_OWNERS = 64  # modules and functions whose graphs are kept, each with as many as TorchDynamo's recompile limit
+_HINT = 'Use engine="eager", or change func.'
+
+
+@dataclass(eq=False)
+class Captured:
+    """A graph of func.
+
+    Attributes:
+        graph: called with its inputs, returns the components of the slope.
+        roles: of each input: "t", ("y", i) for component i of the state, or ("input", i).
+        inputs: what each input i that is neither time nor state looked like: copies, for tracing.
+        wants_gradient: whether input i requires grad.
+        plans: what was compiled from it, by layout and method.
+        solves: what solves of a kind share, by their settings.
+    """
+
+    graph: fx.GraphModule
+    roles: tuple[tuple[str, int], ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    wants_gradient: tuple[bool, ...] = ()
+    plans: dict[Any, Any] = field(default_factory=dict)
+    solves: dict[Any, Any] = field(default_factory=dict)
+
+
+class _Request(threading.local):
+    """What is being asked for, and what the graph was called with."""
+
+    t: Tensor
+    y: Sequence[Tensor]
+    captured: Captured | None = None
+    inputs: tuple[Tensor, ...] = ()
+
+
+_request = _Request()
+
+
+def capture(
+    func: Callable[..., Any], t: Tensor, y0: Tensor, packing: Packing, args: tuple[Any, ...]
+) -> tuple[Captured, list[Tensor]]:
+    """The graph of func at (t, y, \\*args), y a packed state, and the tensors that it depends on besides t and y.
+
+    Raises:
+        CompileError: TorchDynamo cannot trace func as one graph.
+    """
+    entry = _entry_of(func)
+    with torch.enable_grad():
+        # A state that requires grad, or TorchDynamo would look through custom derivatives as if there were none.
+        y = packing.unpack(y0.detach())
+        parts = y if isinstance(y, tuple) else (y,)
+        parts = tuple(part.detach().requires_grad_() for part in parts)
+        y = parts if isinstance(y, tuple) else parts[0]
+        _request.t, _request.y, _request.captured = t, parts, None
+        entry.look_up(func, t, y, args)
+        if _request.captured is None:
+            entry = _trace(entry, func, t, y, args)
+            _check_again(entry, func, t, y, args)
+    captured = _request.captured
+    if captured is None:
+        raise CompileError(f"func computes nothing from tensors that TorchDynamo can see. {_HINT}")
+    _request.captured = None
+    inputs = [x for x, (kind, _) in zip(_request.inputs, captured.roles, strict=True) if kind == "input"]
+    _request.inputs = ()
+    return captured, inputs
+
+
+def _check_again(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
+    """Raises where the graph just made does not serve a second time, so that every solve would compile."""
+    captured, inputs = _request.captured, _request.inputs
+    _request.captured = None
+    entry.look_up(func, t, y, args)
+    if _set_eval_frame is not None and _request.captured is not captured:
+        raise CompileError(
+            "func changes a Python value that it depends on, such as a counter of its evaluations, so that no graph of "
+            f"it would hold twice. {_HINT}"
+        )
+    _request.captured, _request.inputs = captured, inputs
+
+
+def _trace(
+    entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...], is_fresh: bool = False
+) -> _Entry:
+    try:
+        with torch._dynamo.config.patch(_lean_settings()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own modules
+            entry.trace(func, t, y, args)
+        entry.is_traced = True
+        return entry
+    except Exception as error:
+        if type(error).__name__ in _TOO_MANY and not is_fresh:
+            del _by_owner[_owner(func)]  # as many graphs as are kept: begin anew
+            return _trace(_entry_of(func), func, t, y, args, is_fresh=True)
+        reason = str(error).strip().split("\n\nfrom user code")[0]
+        raise CompileError(f"func cannot be traced as one graph. {_HINT} TorchDynamo says: {reason}") from error
+
+
+_TOO_MANY = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the name depends on torch's version
+
+
+def _lean_settings() -> dict[str, Any]:
+    """Settings that spare each call of a graph work for profilers."""
+    return {"record_runtime_overhead": False} if hasattr(torch._dynamo.config, "record_runtime_overhead") else {}
+
+
+def _call(func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    k = func(t, y, *args)
+    # Clones, so that each component is a result of the graph, in order.
+    return [part.clone() for part in (k if isinstance(k, (tuple, list)) else (k,))]
+
+
+def _backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.HigherOrderOperator):
+                    raise CompileError(
+                        f"func uses {node.target}: a custom autograd.Function, checkpointing or control flow on "
+                        f"tensors, which is not supported. {_HINT}"
+                    )
+    captured = Captured(graph)
+    results = next(len(node.args[0]) for node in graph.graph.nodes if node.op == "output")
+    nothing = tuple(torch.empty(0) for _ in range(results))
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        if not captured.roles and inputs:
+            _describe(captured, inputs)
+        _request.captured, _request.inputs = captured, inputs
+        return nothing
+
+    return run
+
+
+def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
+    roles: list[tuple[str, int]] = []
+    others: list[Tensor] = []
+    for x in inputs:
+        position = [i for i, part in enumerate(_request.y) if part is x]
+        if x is _request.t:
+            roles.append(("t", 0))
+        elif position:
+            roles.append(("y", position[0]))
+        else:
+            roles.append(("input", len(others)))
+            others.append(x)
+    captured.roles = tuple(roles)
+    captured.inputs = tuple(_like(x) for x in others)
+    captured.wants_gradient = tuple(x.requires_grad for x in others)
+
+
+def _like(x: Tensor) -> Tensor:
+    if x.layout is not torch.strided or x.is_neg() or x.is_conj() or x.device.type != "cpu":
+        raise CompileError(
+            f"func depends on a tensor of layout {x.layout} on {x.device}: only dense ones on the CPU are "
+            f"supported. {_HINT}"
+        )
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    with torch.no_grad():
+        copy.as_strided(_span(x), (1,)).copy_(x.detach().as_strided(_span(x), (1,)))
+    return copy
+
+
+def _span(x: Tensor) -> tuple[int]:
+    """Elements between the first and the last, as x lies in memory."""
+    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0,)
+
+
+_numbers = itertools.count()
+
+
+class _Entry:
+    """The graphs of one owner. TorchDynamo keeps them with a code object: each entry has one of its own."""
+
+    def __init__(self) -> None:
+        code = _call.__code__.replace(co_name=f"_call_{next(_numbers)}")  # equal to no other
+        self._call = types.FunctionType(code, globals(), "_call")
+        self.trace = torch.compile(self._call, backend=_backend, fullgraph=True, dynamic=False)
+        self.is_traced = False
+
+    def look_up(self, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
+        """What ``trace`` does where there is a graph whose guards hold, at a third of its overhead, else nothing."""
+        if self.is_traced and _set_eval_frame is not None:
+            previous = _set_eval_frame(False)  # run graphs that are there, trace none
+            try:
+                self._call(func, t, y, args)
+            except Exception:
+                _request.captured = None  # func ran as it is, and failed: tracing it will tell
+            finally:
+                _set_eval_frame(previous)
+
+
+_by_owner: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
+
+
+def _owner(func: Any) -> Any:
+    """Whose lifetime the graphs share: a module, or the code of a function, so that a lambda made anew finds them."""
+    if isinstance(func, nn.Module):
+        return func
+    func = getattr(func, "__func__", func)
+    return getattr(func, "__code__", None) or type(func)
+
+
+def _entry_of(func: Any) -> _Entry:
+    owner = _owner(func)
+    entry = _by_owner.get(owner)
+    if entry is None:
+        while len(_by_owner) >= _MAX_OWNERS:
+            del _by_owner[next(iter(_by_owner))]
+        entry = _by_owner[owner] = _Entry()
+    return entry

@@ -111,7 +111,7 @@ def odeint(
             tolerances have. For real float32 and float64 states on the CPU and gradient="aca", every state kept; second
             derivatives come from the eager engine. func must be one that ``torch.compile(fullgraph=True)`` can trace,
             out of pointwise operations, reductions and matrix products, without random numbers, state that it changes,
-            or an autograd.Function of its own.
+            or an autograd.Function of its own. Needs torch 2.13 or newer.
         args: further arguments of func; tensors among them receive gradients.
         params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
             its first evaluation uses. Name them where func uses some only later.

@@ -28,6 +28,8 @@ from aca_ext.solver import Stats, reason_of
 from aca_ext.vector_field import AutocastState
 
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+_OLDEST_TORCH = (2, 13)
 _MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
 
 
@@ -271,6 +273,11 @@ def _eager_backward(ctx: Any, run: _Run, grad_ys: Tensor, y0: Tensor, inputs: Se
 def _check_supported(problem: Problem) -> None:
     y0 = problem.y0
     hint = 'Use engine="eager".'
+    if _TORCH < _OLDEST_TORCH:
+        raise CompileError(
+            f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer, on whose compiler it rests; '
+            f"here is {torch.__version__}. {hint}"
+        )
     if y0.device.type != "cpu" or y0.dtype not in (torch.float32, torch.float64) or problem.packing.is_complex:
         raise CompileError(
             f'engine="compiled" takes real float32 and float64 states on the CPU; y0 is '

@@ -35,7 +35,7 @@ SWEEP = {
 
 
 def run(settings: Settings) -> Result:
-    solvers, notes = peers.installed("aca_ext", "torchdiffeq", "diffrax")
+    solvers, notes = peers.installed("aca_ext", "torchdiffeq", "diffrax", device=settings.device)
     tables = []
     for workload in networks(settings):
         sweep = _sweep(workload, solvers, settings)

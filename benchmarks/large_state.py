@@ -34,7 +34,7 @@ COLUMNS = {
 def run(settings: Settings) -> Result:
     workload = replace(W4, elements=1 << 16) if settings.quick else W4
     problem = workload.problem(torch.float32, settings.device)
-    solvers, skipped = peers.installed()
+    solvers, skipped = peers.installed(device=settings.device)
     solvers = [solver for solver in solvers if not solver.is_compiled]
     solvers = [solver for solver in solvers if solver.own_forward]
     runs = {solver.name: solver.prepare(problem) for solver in solvers}

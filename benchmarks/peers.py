@@ -295,8 +295,11 @@ PACKAGES = {
 }
 
 
-def installed(*names: str) -> tuple[list[Solver], list[str]]:
-    """The solvers of the named packages, by default of all, and a sentence for each that cannot be imported."""
+def installed(*names: str, device: str = "cpu") -> tuple[list[Solver], list[str]]:
+    """The solvers of the named packages, by default of all, and a sentence for each that is left out.
+
+    Compiled ones are measured on the CPU alone.
+    """
     solvers: list[Solver] = []
     skipped: list[str] = []
     for name in names or PACKAGES:
@@ -304,4 +307,9 @@ def installed(*names: str) -> tuple[list[Solver], list[str]]:
             solvers += PACKAGES[name]()
         except ImportError as error:
             skipped.append(f"{name} is skipped: module {error.name} cannot be imported.")
+    if device != "cpu":
+        skipped += [
+            f"{solver.name} is skipped: it is measured on the CPU alone." for solver in solvers if solver.is_compiled
+        ]
+        solvers = [solver for solver in solvers if not solver.is_compiled]
     return solvers, skipped

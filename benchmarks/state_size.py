@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def run(settings: Settings) -> Result:
-    solvers, skipped = peers.installed()
+    solvers, skipped = peers.installed(device=settings.device)
     solvers = [solver for solver in solvers if solver.own_forward and not solver.is_compiled]
     table = Table("time that the solver adds to an evaluation of f", COLUMNS)
     for n in SIZES_QUICK if settings.quick else SIZES:

@@ -36,7 +36,7 @@ BOTH = {
 
 
 def run(settings: Settings) -> Result:
-    solvers, skipped = peers.installed()
+    solvers, skipped = peers.installed(device=settings.device)
     tables = [table for workload in networks(settings) for table in _measure(workload, solvers, settings)]
     return Result(tables, skipped)
 

@@ -16,7 +16,8 @@ from problems import CoupledMlp, DrivenMlp, Mlp, sample
 from torch import Tensor, nn
 
 from aca_ext import NeuralODE, odeint, solve
-from aca_ext.compiled import capture, engine
+from aca_ext.compiled import capture
+from aca_ext.compiled import engine as compiled_engine
 from aca_ext.errors import (
     AcaError,
     CompileError,
@@ -27,7 +28,7 @@ from aca_ext.errors import (
     UnknownNameError,
 )
 
-pytestmark = pytest.mark.skipif(engine._TORCH < engine._OLDEST_TORCH, reason="refused on this torch")
+pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 
 TIMES = torch.tensor([0.0, 0.3, 1.0, 2.0], dtype=torch.float64)
 TOLERANCES: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
@@ -401,6 +402,6 @@ def test_layer() -> None:
 
 
 def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_TORCH", (2, 12))
-    with pytest.raises(CompileError, match="needs torch 2.13 or newer.* is 2"):
+    monkeypatch.setattr(compiled_engine, "_TORCH", (2, 12))
+    with pytest.raises(CompileError, match=r"needs torch 2\.13 or newer.* is 2"):
         odeint(Wave(), torch.ones(2, dtype=torch.float64), TIMES, engine="compiled")

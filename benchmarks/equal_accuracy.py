@@ -15,7 +15,7 @@ from benchmarks import peers
 from benchmarks.harness import Result, Settings, Table, interleave, new_figure
 from benchmarks.workloads import Network, flat, networks, reference, relative_error
 
-TOLERANCES = [1e-3, 1e-4, 1e-5, 1e-6, 1e-7]
+TOLERANCES = [1e-3, 1e-5, 1e-7]
 TOLERANCES_QUICK = [1e-4, 1e-6]
 N_ERRORS = 3  # common errors per table
 AT_EQUAL_ERROR = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,10 @@ def compile_programs(*traced: Traced) -> list[Program]:
         source = _Source()
         workspaces = [source.add(_record(graph, inputs), inputs) for graph, inputs in traced]
         with _inductor_settings():
-            library = CppCodeCache.load(source.text())
+            try:
+                library = CppCodeCache.load(source.text())
+            except OSError:  # a file in torch's cache whose writer was killed: under another name it is made anew
+                library = CppCodeCache.load(f"{source.text()}\n// {time.time_ns()}\n")
     _libraries.append(library)  # loaded for good: addresses of its functions may be in use
     programs: list[Program] = []
     for i, (graph, inputs) in enumerate(traced):

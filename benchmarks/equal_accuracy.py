@@ -125,14 +125,15 @@ def _doubt(workload: Network) -> float:
 def draw(result: Result):
     """Work-precision: the error of the gradient against the time it took, a line per solver over its tolerances."""
     sweeps = [table for table in result.tables if table.columns is SWEEP]
-    figure = new_figure(4 * len(sweeps), 4)
+    figure = new_figure(4 * len(sweeps), 4.6)
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
         for name in dict.fromkeys(row["solver"] for row in sweep.rows):
             own = [row for row in sweep.rows if row["solver"] == name]
             style = "o-" if name.startswith("aca_ext") else "x--"
             axes.loglog([row["both_ms"] for row in own], [row["gradient_error"] for row in own], style, label=name)
         axes.set(xlabel="forward and backward [ms]", title=sweep.title.partition(",")[0])
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("relative error of the gradient")
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure

@@ -3,13 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "controller.h"
 #include "ops.h"
-
-#ifdef __CUDACC__
-#define ACA_HD __host__ __device__ __forceinline__
-#else
-#define ACA_HD inline
-#endif
 
 #ifndef ACA_ISA  // the CPU kernels are compiled once per instruction set, each into a namespace of its own
 #define ACA_ISA portable

@@ -42,8 +42,8 @@ UNREACHABLE = {
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {
     r"(torch|ATen|c10)\b.*|Python\.h": r"(?!)",
-    r"pybind11/.*": r"bindings\.cpp|(runs|stepper|slope|tensors)\.h",
-    r"(cuda|cu_|cub/|cooperative_groups|device_|thrust/|nv|mma).*|sm_\d+.*": r".*\.cu",
+    r"pybind11/.*": r"bindings\.cpp|(control_bindings|runs|stepper|slope|tensors)\.h",
+    r"(cuda|cu_|cub/|cooperative_groups|device_|thrust/|nv|mma).*|sm_\d+.*": r".*\.cuh?",
 }
 
 Imports = dict[str, set[str]]

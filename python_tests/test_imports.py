@@ -20,7 +20,18 @@ ALLOWED = {
     "aca_ext.controller": set(),
     "aca_ext.reference": set(),
     "aca_ext.methods": {"aca_ext.tableau"},
-    "aca_ext.ops": {"aca_ext._C", "aca_ext.reference", "aca_ext.errors"},
+    "aca_ext.layout": set(),
+    "aca_ext.tolerance": set(),
+    "aca_ext.torch_operations": {"aca_ext.layout", "aca_ext.reference", "aca_ext.tolerance"},
+    "aca_ext.differentiable": {"aca_ext.reference", "aca_ext.torch_operations"},
+    "aca_ext.ops": {
+        "aca_ext._C",
+        "aca_ext.differentiable",
+        "aca_ext.layout",
+        "aca_ext.reference",
+        "aca_ext.tolerance",
+        "aca_ext.torch_operations",
+    },
     "aca_ext.runge_kutta": {"aca_ext.ops", "aca_ext.tableau", "aca_ext.reference", "aca_ext.errors"},
 }
 # What each module must not reach, by whatever way.

@@ -20,7 +20,19 @@ ALLOWED = {
     "aca_ext.controller": set(),
     "aca_ext.reference": set(),
     "aca_ext.methods": {"aca_ext.tableau"},
-    "aca_ext.ops": {"aca_ext._C", "aca_ext.reference", "aca_ext.errors"},
+    "aca_ext.arguments": {"aca_ext.errors", "aca_ext.state"},
+    "aca_ext.layout": set(),
+    "aca_ext.tolerance": {"aca_ext.arguments", "aca_ext.errors", "aca_ext.state"},
+    "aca_ext.torch_operations": {"aca_ext.layout", "aca_ext.reference", "aca_ext.tolerance"},
+    "aca_ext.differentiable": {"aca_ext.reference", "aca_ext.torch_operations"},
+    "aca_ext.ops": {
+        "aca_ext._C",
+        "aca_ext.differentiable",
+        "aca_ext.layout",
+        "aca_ext.reference",
+        "aca_ext.tolerance",
+        "aca_ext.torch_operations",
+    },
     "aca_ext.runge_kutta": {"aca_ext.ops", "aca_ext.tableau", "aca_ext.reference", "aca_ext.errors"},
 }
 # What each module must not reach, by whatever way.
@@ -30,14 +42,14 @@ UNREACHABLE = {
     "aca_ext.methods": ("torch", "numpy"),
     "aca_ext.errors": ("torch", "numpy"),
     "aca_ext.progress": ("torch", "numpy"),
-    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.odeint"),
+    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.engines", "aca_ext.odeint"),
     "aca_ext.runge_kutta": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem", "aca_ext.controller"),
     "aca_ext.checkpoints": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.outputs": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.problem": ("aca_ext.solver", "aca_ext.gradients"),
     "aca_ext.independent.controller": ("torch",),
     "aca_ext.independent.problem": ("aca_ext.solver", "aca_ext.gradients"),
-    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.odeint"),
+    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.engines", "aca_ext.odeint"),
 }
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {

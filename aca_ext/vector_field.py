@@ -26,6 +26,11 @@ from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.state import Packing, State
 from aca_ext.transforms import refuse_transforms
 
+# torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its look at the arguments, which takes
+# longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph, inputs,
+# allow_unreachable, accumulate_grad.
+_run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
+
 Func = Callable[..., State]
 RandomState = tuple[Tensor, ...]
 
@@ -316,7 +321,8 @@ class Replay:
         return self.field(t, y)
 
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:
-        v, *grads = torch.autograd.grad(k, (y, *self.inputs), grad_k, allow_unused=True)
+        slopes, cotangents = ((k,), (grad_k,)) if isinstance(k, Tensor) else (tuple(k), tuple(grad_k))
+        v, *grads = _run_backward(slopes, cotangents, False, False, (y, *self.inputs), True, False)
         self._add(grads)
         return v
 

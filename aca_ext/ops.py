@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aca_ext import _C
+from aca_ext.controller import Controller
 from aca_ext.differentiable import DifferentiableOperations
 from aca_ext.layout import aligned_rows, empty_rows, scalars
 from aca_ext.reference import Number
@@ -33,12 +34,14 @@ __all__ = [
     "compiled_controller",
     "compiled_loop",
     "config",
+    "controller_for",
     "empty_rows",
     "has_kernels",
     "operations_for",
     "row_operations_for",
     "show_config",
     "slope_function",
+    "target_for",
 ]
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -58,17 +61,13 @@ class KernelOperations(TorchOperations):
         super().__init__(like, tolerance)
         device = like.device
         self.backend = device.type
-        self._n = n = like.numel()
+        self._n = like.numel()
         self._itemsize = like.element_size()
         self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
         self._workspace = torch.zeros(
             _C.WORKSPACE_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device
         )
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        threads = torch.get_num_threads() if n >= _THREADS_FROM else 1
-        self._on = _C.Target(
-            device.type, _DTYPES[like.dtype], threads, device.index or 0, stream, self._workspace.data_ptr()
-        )
+        self._on = target_for(like, self._workspace)
         rtol, atol = tolerance.rtol, tolerance.atol
         if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
             self._rtol_each, self._atol_each = self._spread(rtol), self._spread(atol)
@@ -145,7 +144,6 @@ class KernelOperations(TorchOperations):
     def compiled_specification(self, problem: Any, slope: int, step: int) -> _C.CompiledSpecification:
         """A ``Problem`` for the loop over the compiled programs at these addresses."""
         tableau, control = problem.tableau, problem.controller
-        coefficients = dict.fromkeys(_COEFFICIENTS, 1) if control is None else control.coefficients
         return _C.CompiledSpecification(
             self._on,
             self._n,
@@ -154,7 +152,7 @@ class KernelOperations(TorchOperations):
             () if tableau.dense is None else tableau.dense_coefficients,
             *self._tolerances,
             self.tolerance.segments,
-            compiled_controller(**coefficients),
+            controller_for(control),
             0.0 if control is None else control.first_step or 0.0,
             problem.times,
             problem.stops,
@@ -238,6 +236,14 @@ class DifferentiableRowKernels(DifferentiableKernels, RowKernels):
     """The kernels on rows with a graph."""
 
 
+def target_for(like: Tensor, workspace: Tensor) -> _C.Target:
+    """Where operations on states laid out like ``like`` run: on a GPU, on the stream that is current now."""
+    device = like.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    threads = torch.get_num_threads() if like.numel() >= _THREADS_FROM else 1
+    return _C.Target(device.type, _DTYPES[like.dtype], threads, device.index or 0, stream, workspace.data_ptr())
+
+
 def has_kernels(like: Tensor) -> bool:
     """Whether this build has kernels for the dtype and device of ``like``."""
     if type(like) is not Tensor and not isinstance(like, torch.nn.Parameter):
@@ -257,6 +263,11 @@ def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bo
     if not has_kernels(like):
         return RowOperations(like, tolerance)
     return (DifferentiableRowKernels if differentiable else RowKernels)(like, tolerance)
+
+
+def controller_for(controller: Controller | None) -> _C.Controller:
+    """``controller`` for steps that do not go through Python; of fixed steps too, which ask none."""
+    return compiled_controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
 
 
 def compiled_controller(**coefficients: Any) -> _C.Controller:

@@ -257,6 +257,7 @@ class Replay:
         cut: makes of a tensor with a history one without, through which gradients go no further. Used for tensor args
             and for params that were computed by other operations: their history may hold other params, and belongs to
             the graph outside. So do hooks.
+        is_captured: cut every param, so that no node of a graph is older than the capture that evaluations are part of.
 
     Attributes:
         inputs: what gradients are collected for besides the state: params and tensor args, those with a history cut.
@@ -271,10 +272,11 @@ class Replay:
         args: Sequence[Tensor],
         autocast: AutocastState,
         cut: Callable[[Tensor], Tensor] | None = None,
+        is_captured: bool = False,
     ) -> None:
         cut = cut or (lambda x: x.detach().requires_grad_())
         # Hooks on a leaf are for its whole gradient, which they see outside.
-        cut_params = [p if p.is_leaf and not p._backward_hooks else cut(p) for p in params]
+        cut_params = [p if p.is_leaf and not p._backward_hooks and not is_captured else cut(p) for p in params]
         cut_args = [cut(arg) for arg in args]
         following = iter(cut_args)
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])

@@ -42,14 +42,14 @@ UNREACHABLE = {
     "aca_ext.methods": ("torch", "numpy"),
     "aca_ext.errors": ("torch", "numpy"),
     "aca_ext.progress": ("torch", "numpy"),
-    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.engines", "aca_ext.odeint"),
+    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.replay", "aca_ext.engines", "aca_ext.odeint"),
     "aca_ext.runge_kutta": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem", "aca_ext.controller"),
     "aca_ext.checkpoints": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.outputs": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.problem": ("aca_ext.solver", "aca_ext.gradients"),
     "aca_ext.independent.controller": ("torch",),
     "aca_ext.independent.problem": ("aca_ext.solver", "aca_ext.gradients"),
-    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.engines", "aca_ext.odeint"),
+    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.replay", "aca_ext.engines", "aca_ext.odeint"),
 }
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {

@@ -8,7 +8,7 @@ between two steps: whoever launches them need not know how far they have come.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +21,6 @@ from aca_ext.runge_kutta import Scheme
 from aca_ext.tolerance import Tolerance
 
 STEP_ENTRY = _C.STEP_ENTRY_DOUBLES  # doubles that a step is recorded in; the last one is an int64
-
-
-class Outcome(NamedTuple):
-    """What a control block says after a launch.
-
-    ``status`` is "running", "done", "no_room" (for further states), "not_finite" (the last error, for the host to look
-    into), "step_limit" or "step_size". ``h`` is that of the step to come, without its sign.
-    """
-
-    status: str
-    t: float
-    h: float
-    ratio: float
-    n_steps: int
-    n_accepted: int
 
 
 class ControlBlock:
@@ -75,6 +60,10 @@ class ControlBlock:
     def write(self, control: _C.Control) -> None:
         _C.write_control(target_for(self.like, self._workspace), self.address, control)
 
+    def decide(self, decision: str) -> None:
+        """One decision about the block, on the current stream."""
+        _C.decide(target_for(self.like, self._workspace), self.address, decision)
+
     def read(self) -> _C.Control:
         """The block as it is now; waits for the device."""
         return _C.Control(self._memory.cpu().numpy().tobytes())
@@ -109,7 +98,11 @@ class SolveMemory:
         ys: the outputs, one row for each time.
         blocks: the states, each block as large as all before it together; none where ``keeps_states`` is false.
         steps: the record of accepted steps, one row for each.
+        control: the control block as it was last written or read.
+        n_steps, n_accepted: counts of trial steps and of accepted ones, at the end.
     """
+
+    control: _C.Control
 
     def __init__(self, problem: Problem, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
         device = y0.device
@@ -122,7 +115,18 @@ class SolveMemory:
             self.weights = torch.empty(len(problem.times), _C.MAX_TERMS, dtype=torch.float64, device=device)
         self._y0, self._keeps_states, self._first = y0, keeps_states, n_states
         self.blocks: list[Tensor] = []
+        self.n_steps = self.n_accepted = 0
         self.steps = torch.empty(0, STEP_ENTRY, dtype=torch.float64, device=device)
+
+    def room_in(self, control: _C.Control) -> None:
+        """Tells ``control``, at the start of a solve, what room there is."""
+        if not len(self.steps):
+            return self.grow(control)
+        for block in self.blocks:
+            control.add_block(block.data_ptr(), len(block))
+        control.n_states = len(self.steps) + 1
+        control.steps = self.steps.data_ptr()
+        return None
 
     def grow(self, control: _C.Control) -> None:
         """Makes room for as many further states as there are, and tells ``control``."""
@@ -186,5 +190,16 @@ class ControlledKernels(RowKernels):
         _C.restore_step(self._on, self._n, self.block.address, y.data_ptr(), slopes, g.data_ptr(), total)
 
 
-def outcome_of(control: _C.Control) -> Outcome:
-    return Outcome(control.status, control.t, control.h, control.ratio, control.n_steps, control.n_accepted)
+def supports_device_loops() -> bool:
+    """Whether this build and this driver repeat captured graphs on the device (CUDA 12.4 and newer)."""
+    return _C.HAS_CUDA and _C.LoopGraph.is_supported()
+
+
+def device_loop(device: int, first: int, body: int, control: int) -> _C.LoopGraph:
+    """Captured graphs, ``first`` (0: none) and then ``body`` while the control block says so, as one launch."""
+    return _C.LoopGraph(device, first, body, control)
+
+
+def obstacle_to_loop(graph: int) -> str:
+    """Why a captured graph cannot be repeated on the device, "" where it can."""
+    return _C.obstacle_to_loop(graph)

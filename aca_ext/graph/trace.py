@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aca_ext.errors import GraphError
 
 _HINT = 'Use engine="eager", or change func.'
+# Random numbers are told by the generators that moved: attention without dropout is tagged as if it drew some.
 _REASONS = {
-    torch.Tag.nondeterministic_seeded: "draws random numbers",
     torch.Tag.data_dependent_output: "decides on the host by what a tensor holds",
     torch.Tag.dynamic_output_shape: "makes a tensor whose shape depends on what another holds",
 }
@@ -75,6 +75,8 @@ class Trace(TorchDispatchMode):
             return tuple(map(self._described, x))
         if isinstance(x, dict):
             return tuple((name, self._described(value)) for name, value in x.items())
+        if isinstance(x, torch.Generator):
+            raise GraphError(f"func draws random numbers, which a captured step cannot repeat. {_HINT}")
         # By type too, since 1, 1.0 and True are equal; and by its digits, since nan is not equal to itself.
         return type(x), repr(x) if isinstance(x, (int, float, complex)) else x
 

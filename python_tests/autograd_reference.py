@@ -68,3 +68,7 @@ def relative_error(given: Tensor | None, expected: Tensor) -> float:
     if scale == 0:
         return float(given.detach().abs().max())
     return float((given - expected).detach().abs().max() / scale)
+
+
+def precision(gradient: str) -> float:
+    return {"aca": 1e-12, "direct": 1e-12}.get(gradient, 1e-5)

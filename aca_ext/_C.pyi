@@ -11,6 +11,8 @@ MAX_TERMS: int
 MAX_SEGMENTS: int
 WORKSPACE_BYTES: int
 
+def use_torch(tensor: type[Tensor], exchange_api: object, storage_uses: Callable[[int], int] | None, /) -> None: ...
+
 class Target:
     def __init__(self, backend: str, dtype: str, threads: int, device: int, stream: int, workspace: int) -> None: ...
 

@@ -25,6 +25,9 @@ _THREADS_FROM = 1 << 15  # elements; below, waking threads costs more than they 
 _ALIGNMENT = 64  # bytes
 _SHARED_BYTES = 1 << 15  # stage states below this size share allocations up to it
 
+# Newer versions of torch let compiled code see a tensor without Python.
+_C.use_torch(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), getattr(torch._C, "_storage_Use_Count", None))
+
 Array = NDArray[np.float64]
 
 # Norm of an error ratio given by the user: tensor in, number out.

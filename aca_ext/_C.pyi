@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -10,6 +10,10 @@ HAS_OPENMP: bool
 MAX_TERMS: int
 MAX_SEGMENTS: int
 WORKSPACE_BYTES: int
+CONTROL_BYTES: int
+STEP_ENTRY_DOUBLES: int
+H_TRIAL: int
+SLOPE_WEIGHT: int
 
 def use_torch(tensor: type[Tensor], exchange_api: object, storage_uses: Callable[[int], int] | None, /) -> None: ...
 
@@ -169,6 +173,54 @@ class CompiledLoop:
     def accepted_steps(self) -> list[tuple[float, float, float, list[tuple[int, float]]]]: ...
     def bounds(self) -> bytearray: ...
 
+class Control:
+    fsal: bool
+    is_adaptive: bool
+    segments: int
+    error_last: float
+    first_step: float
+    sign: float
+    length: float
+    max_num_steps: int
+    n_times: int
+    n_states: int
+    row_bytes: int
+    times: int
+    stops: int
+    sizes: int
+    sums: int
+    stage_times: int
+    weights: int
+    outputs: int
+    grad_outputs: int
+    steps: int
+    t: float
+    step: int
+    status: str
+    ratios: list[float]
+    h: float
+    ratio: float
+    n_steps: int
+    n_accepted: int
+
+    @overload
+    def __init__(self, dtype: str, controller: Controller, /) -> None: ...
+    @overload
+    def __init__(self, raw: bytes, /) -> None: ...
+    def set_tableau(self, c: Sequence[float], dense: Sequence[Sequence[float]], /) -> None: ...
+    def add_block(self, address: int, states: int, /) -> None: ...
+
+class LoopGraph:
+    def __init__(self, device: int, first: int, body: int, control: int, /) -> None: ...
+    def launch(self, stream: int, /) -> None: ...
+    @staticmethod
+    def is_supported() -> bool: ...
+
+def obstacle_to_loop(graph: int, /) -> str: ...
+def write_control(on: Target, to: int, source: Control, /) -> None: ...
+def decide(on: Target, control: int, decision: str, /) -> None: ...
+def finish_step(on: Target, n: int, control: int, y: int, k: Sequence[int], y1: int, k_first: int, /) -> None: ...
+def restore_step(on: Target, n: int, control: int, y: int, k: Sequence[int], g: int, inside: int, /) -> None: ...
 def cpu_instruction_set() -> str: ...
 def cuda_device_count() -> int: ...
 def weighted_sum(

@@ -6,6 +6,7 @@ gradient differentiates the search for the step size.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,13 +59,13 @@ class Controller:
             factor = factor * ratio**exponent
         # Under I control alone, an error within tolerance is no reason to shrink.
         lowest = self.dfactor if self.has_memory else 1.0
-        return self.limit(h * min(self.ifactor, max(lowest, factor)))
+        return self.limit(h * min(self.ifactor, max(lowest, to_single(factor))))
 
     def shrink(self, h: Number, ratio: Number) -> Number:
         """Size of the next trial after a rejected one of size ``h``."""
         if not ratio < math.inf:  # NaN or infinite: the size of the error tells nothing
             return h * self.dfactor
-        return h * max(self.dfactor, self.safety * ratio ** (-1 / self.order))
+        return h * max(self.dfactor, to_single(self.safety * ratio ** (-1 / self.order)))
 
     def limit(self, h: Number) -> Number:
         return max(self.min_step, min(self.max_step, h))
@@ -91,5 +92,17 @@ class Controller:
         if not math.isfinite(curvature):
             return self.limit(h0)  # the Euler step left the domain: start small and let the trial decide
         largest = max(norm_f, curvature)
-        h1 = max(1e-6, h0 * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / self.order)
+        h1 = max(1e-6, h0 * 1e-3) if largest <= 1e-15 else to_single((0.01 / largest) ** (1 / self.order))
         return self.limit(min(100 * h0, h1, length))
+
+
+def to_single(x: Number) -> Number:
+    """``x`` rounded to single precision; the derivative of a tensor passes unrounded.
+
+    Powers differ in their last bits from one mathematical library to the next. Rounded like this they agree, and a
+    solve takes the same steps on every machine and on a GPU.
+    """
+    if isinstance(x, float):
+        return ctypes.c_float(x).value
+    near = x.item()
+    return x + (ctypes.c_float(near).value - near)

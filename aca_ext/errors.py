@@ -64,6 +64,10 @@ class CompileError(AcaError, RuntimeError):
     """``engine="compiled"`` cannot compile ``func``, or not for this kind of solve."""
 
 
+class GraphError(AcaError, RuntimeError):
+    """``engine="graph"`` cannot capture ``func``, or not for this kind of solve."""
+
+
 class SolveError(AcaError, RuntimeError):
     """A solve that could not reach its end.
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from aca_ext.errors import ArgumentValueError
 from aca_ext.independent.solver import BatchStats
 from aca_ext.odeint import solve
-from aca_ext.problem import times_of
 from aca_ext.solver import Stats
 from aca_ext.state import State
+from aca_ext.times import times_of
 
 
 class NeuralODE(nn.Module):

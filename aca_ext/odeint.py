@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import cache, partial, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import Policy, StepRecord, checked_policy
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, OptionError
-from aca_ext.gradients import GRADIENTS
-from aca_ext.gradients.aca import solve_without_graph
-from aca_ext.gradients.base import AdjointOptions, Result, Task
+from aca_ext.checkpoints import checked_policy
+from aca_ext.engines import run
+from aca_ext.errors import ArgumentValueError
+from aca_ext.gradients.base import AdjointOptions
 from aca_ext.gradients.parameters import checked_params
-from aca_ext.independent import gradients as independent_gradients
-from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
-from aca_ext.ops import TorchOperations
-from aca_ext.outputs import stack_rows
-from aca_ext.problem import Problem, lookup, problem_of
-from aca_ext.progress import Callback, Step, progress_bar
-from aca_ext.resumption import SolverState
-from aca_ext.solution import Continuation, Solution
+from aca_ext.progress import Callback
+from aca_ext.solution import Solution
 from aca_ext.state import State
-from aca_ext.transforms import refuse_transforms
-from aca_ext.vector_field import VectorField
-
-ENGINES = ("eager", "compiled")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -187,7 +174,7 @@ def solve(
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
-    return _solve(
+    return run(
         func,
         y0,
         t,
@@ -215,193 +202,6 @@ def _one_of(params: Any, adjoint_params: Any) -> Any:
     if params is not None and adjoint_params is not None:
         raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
     return adjoint_params if params is None else params
-
-
-def _solve(
-    func: Callable[..., State],
-    y0: State,
-    t: Tensor | Sequence[float],
-    resumed: SolverState | None = None,
-    *,
-    gradient: str,
-    checkpoints: Policy,
-    engine: str = "eager",
-    params: Sequence[Tensor] | None,
-    progress: bool,
-    callback: Callback | None,
-    adjoint: AdjointOptions,
-    **settings: Any,
-) -> Solution:
-    """``solve``, or the part of one from where another part stopped."""
-    for what, x in (("y0", y0), ("t", t), ("args", settings["args"])):
-        for part in x if isinstance(x, (tuple, list)) else (x,):
-            refuse_transforms(what, part)
-    is_batch = is_independent(settings["options"])
-    problem = (batch_problem_of if is_batch else problem_of)(func, y0, t, **settings)
-    lookup("gradient", gradient, GRADIENTS)
-    if checkpoints is not None and gradient != "aca":
-        raise ArgumentValueError(
-            f'checkpoints is {checkpoints!r}, but gradient={gradient!r} keeps none; leave it out or use gradient="aca".'
-        )
-    learns_times = isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()
-    if problem.stops_at_limit and (learns_times or gradient not in ("aca", "direct")):
-        raise OptionError(
-            'option on_step_limit="stop" takes gradient="aca" or "direct" and times that do not require grad.'
-        )
-    if callback is not None and not callable(callback):
-        raise ArgumentTypeError(f"callback is of type {type(callback).__name__}; give a function of an aca_ext.Step.")
-    if lookup("engine", engine, ENGINES) == "compiled":
-        others = {"gradient": gradient != "aca", "checkpoints": checkpoints, "progress": progress, "callback": callback,
-                  "options": is_batch or problem.stops_at_limit}  # fmt: skip
-        for name, is_given in others.items():
-            if is_given:
-                raise CompileError(
-                    f'engine="compiled" does not take what {name} asks for'
-                    f'{f" ({gradient!r})" if name == "gradient" else ""}. Use engine="eager" for it.'
-                )
-        task_of = partial(_eager_task, problem, params, adjoint)
-        if isinstance(t, Tensor) and learns_times:
-            result = _with_time_gradient(task_of(), t=t, method_of_gradient=_compiled)
-        else:
-            result = _compiled_engine()(problem, params, task_of)
-        times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
-        return Solution(times, problem.packing.unpack_rows(result.ys), result.record.bounds(), result.stats)
-    method: Callable[[Task], Result] = GRADIENTS[gradient]
-    if is_batch:
-        method = partial(independent_gradients.solve, gradient=gradient)
-    if not torch.is_grad_enabled():
-        method = independent_gradients.solve_without_graph if is_batch else _without_graph
-    elif isinstance(t, Tensor) and learns_times:
-        method = partial(_with_time_gradient, t=t, method_of_gradient=method)
-    with progress_bar(problem.length) if progress else nullcontext() as show:
-        on_step = _both(callback, show)
-        if on_step is not None:
-            problem = replace(problem, on_step=on_step)
-        if resumed is not None:
-            jumps = problem.jumps | _jump_at(resumed.t, settings["options"])
-            problem = replace(problem, resumed=resumed, jumps=jumps)
-        task = Task(problem, _field(problem), params, adjoint, checkpoints)
-        if torch.is_grad_enabled():
-            task.field.prepare_replay()
-        try:
-            result = method(task)
-        except TypeError:
-            task.field.check_signature()
-            raise
-
-    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
-    ys = problem.packing.unpack_rows(result.ys)
-    solution = Solution(times, ys, result.record.bounds(), result.stats)
-    if problem.stops_at_limit:
-        assert isinstance(result.record, StepRecord)
-        again = partial(_resumed, func, gradient=gradient, checkpoints=checkpoints, params=params, progress=progress,
-                        callback=callback, adjoint=adjoint, **settings)  # fmt: skip
-        return _stopped(solution, problem, result.record, again)
-    return solution
-
-
-def _eager_task(problem: Problem, params: Sequence[Tensor] | None, adjoint: AdjointOptions) -> Task:
-    return Task(problem, _field(problem), params, adjoint, None)
-
-
-@cache
-def _compiled_engine() -> Callable[..., Result]:
-    from aca_ext.compiled.engine import solve  # brings in the compiler, which takes seconds
-
-    return solve
-
-
-def _compiled(task: Task) -> Result:
-    result = _compiled_engine()(task.problem, task.params, lambda: task)
-    result.stats.n_f_evals += task.field.n_evals
-    return result
-
-
-def _without_graph(task: Task) -> Result:
-    return solve_without_graph(task, task.first_slope(task.problem.y0.detach()))
-
-
-def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
-    """The time where a solve goes on, if func jumps there."""
-    jumps = torch.as_tensor(() if options.get("jump_t") is None else options["jump_t"], dtype=torch.float64)
-    return frozenset({t} & set(jumps.reshape(-1).tolist()))
-
-
-def _both(one: Callback | None, other: Callback | None) -> Callback | None:
-    if one is None or other is None:
-        return one or other
-
-    def both(step: Step) -> None:
-        one(step)
-        other(step)
-
-    return both
-
-
-def _stopped(solution: Solution, problem: Problem, record: StepRecord, again: Callable[..., Solution]) -> Solution:
-    """The solution of a solve that may go on: without the state where it stopped among its outputs."""
-    end = record.end
-    if end is None:  # one time: nothing was solved
-        return solution
-    is_tuple = isinstance(solution.y, tuple)
-    parts = solution.y if isinstance(solution.y, tuple) else (solution.y,)
-    n_reached = len(parts[0]) - (not end.is_complete and len(record.steps) > 0)
-    y_reached = tuple(part[-1] for part in parts)
-    rows = tuple(part[:n_reached] for part in parts)
-    continuation = Continuation(end, y_reached if is_tuple else y_reached[0], problem.times[n_reached:], again)
-    return replace(
-        solution,
-        t=solution.t[:n_reached],
-        y=rows if is_tuple else rows[0],
-        is_complete=end.is_complete,
-        continuation=continuation,
-    )
-
-
-def _resumed(
-    func: Callable[..., State],
-    y: State,
-    t: Tensor,
-    state: SolverState,
-    max_num_steps: int | None,
-    *,
-    options: Mapping[str, Any],
-    **settings: Any,
-) -> Solution:
-    limit = {} if max_num_steps is None else {"max_num_steps": max_num_steps}
-    return _solve(func, y, t, state, options={**options, **limit}, **settings)
-
-
-def _field(problem: Problem) -> VectorField:
-    """func as the solver calls it."""
-    ops = TorchOperations(problem.y0.detach(), problem.tolerance)
-    if isinstance(problem, BatchProblem):
-        return RowField(problem.func, problem.args, problem.packing, ops)
-    return VectorField(problem.func, problem.args, problem.packing, ops)
-
-
-def _with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
-    """The solve with a graph to every element of t, right to second order.
-
-    A step of the midpoint rule, of a length that is zero and has the graph of t, moves each output from its time to its
-    time, and the start back: it leaves the solution as it is and gives it the derivatives of moving along it.
-    """
-    problem, field = task.problem, task.field
-    like = problem.y0
-    times = problem.spread_times(t)
-    now = times.detach()
-
-    def move(time: Tensor, y: Tensor, delta: Tensor) -> Tensor:
-        with field.aside():
-            k = field(time, field.admit(y))
-            return y + delta * field(time + delta / 2, field.admit(y + delta / 2 * k))
-
-    start = move(times[0], like, now[0] - times[0])
-    result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
-    solved = field.n_evals
-    moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, len(times))]
-    result.stats.n_f_evals += field.n_evals - solved
-    return replace(result, ys=stack_rows([like, *moved], like))
 
 
 def _adjoint_options(options: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any]:

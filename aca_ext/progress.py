@@ -35,6 +35,18 @@ class Step(NamedTuple):
 Callback = Callable[[Step], object]
 
 
+def both(one: Callback | None, other: Callback | None) -> Callback | None:
+    """One callback for two."""
+    if one is None or other is None:
+        return one or other
+
+    def call_both(step: Step) -> None:
+        one(step)
+        other(step)
+
+    return call_both
+
+
 @contextmanager
 def progress_bar(length: float) -> Iterator[Callback]:
     """A bar that fills over a solve of this ``length`` (of a batch, the mean of its samples').

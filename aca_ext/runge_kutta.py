@@ -228,17 +228,21 @@ def step_vjp(
     h: float,
     outputs: Sequence[tuple[Sequence[float], Tensor]],
     y_next: Tensor | None = None,
+    inside: tuple[Tensor, Sequence[Tensor]] | None = None,
 ) -> Tensor:
     """Replays a step from ``y`` and pulls the cotangents of its outputs back to ``y``.
 
     ``outputs`` are pairs (w, g): g is the cotangent of y + h·Σ_i w[i]·k_i, so the end of the step is (b, g) and dense
     output is (b(theta), g). Only the stages that some output needs are evaluated. Cotangents of whatever else f
     depends on are left with ``f.pull_back``. Where ``y_next`` is given, the replay must end in it, bit for bit.
+    ``inside`` is what further outputs contribute, summed up: the sum of g, and for each i that of w[i]·g.
 
     Raises:
         ReplayError: the replay ended elsewhere.
     """
     count = 1 + max(i for w, _ in outputs for i, w_i in enumerate(w) if w_i != 0)
+    if inside is not None:
+        count = len(scheme.stages)
     t = ops.scalars(times[:count])
     states: list[Tensor] = []
     slopes: list[Tensor] = []  # with their graphs
@@ -256,6 +260,8 @@ def step_vjp(
     a = scheme.a
     for i in reversed(range(count)):
         terms = [(w[i], g) for w, g in outputs if w[i] != 0]
+        if inside is not None:
+            terms.append((1.0, inside[1][i]))
         terms += [(a[j][i], v) for j, v in pulled.items() if a[j][i] != 0]
         y_i, k_i = states.pop(), slopes.pop()
         if not terms or not k_i.requires_grad:
@@ -265,7 +271,7 @@ def step_vjp(
         if v is not None:
             pulled[i] = ops.admit(v)
 
-    g, *rest = [*(g for _, g in outputs), *pulled.values()]
+    g, *rest = [*(g for _, g in outputs), *([] if inside is None else [inside[0]]), *pulled.values()]
     return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
 
 

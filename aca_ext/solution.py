@@ -9,9 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from aca_ext.checkpoints import StepRecord
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.independent.solver import BatchStats
 from aca_ext.outputs import stack_rows
+from aca_ext.problem import Problem
 from aca_ext.resumption import SolverState
 from aca_ext.solver import Stats
 from aca_ext.state import State
@@ -119,6 +121,26 @@ class Solution:
             steps=torch.cat([self.steps, rest.steps]),
             stats=_sum(self.stats, rest.stats),
         )
+
+
+def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Callable[..., Solution]) -> Solution:
+    """The solution of a solve that may go on: without the state where it stopped among its outputs."""
+    end = record.end
+    if end is None:  # one time: nothing was solved
+        return solution
+    is_tuple = isinstance(solution.y, tuple)
+    parts = solution.y if isinstance(solution.y, tuple) else (solution.y,)
+    n_reached = len(parts[0]) - (not end.is_complete and len(record.steps) > 0)
+    y_reached = tuple(part[-1] for part in parts)
+    rows = tuple(part[:n_reached] for part in parts)
+    continuation = Continuation(end, y_reached if is_tuple else y_reached[0], problem.times[n_reached:], again)
+    return replace(
+        solution,
+        t=solution.t[:n_reached],
+        y=rows if is_tuple else rows[0],
+        is_complete=end.is_complete,
+        continuation=continuation,
+    )
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "compiled_loop.h"
+#include "control_bindings.h"
 #include "ops.h"
 #include "runs.h"
 #include "stepper.h"
@@ -303,4 +304,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("solution_and_error_rows", &solution_and_error_rows);
     m.def("squared_error_ratio_rows", &squared_error_ratio_rows);
     m.def("write_scalars", &write_scalars);
+    bind_control(m);
 }

@@ -232,20 +232,12 @@ class CompiledLoop {
             return is_finite(y_) && is_finite(k_first_);
         }
         const double norm_y = norm(y_, 0, 0, y_);
-        const bool small = norm_y < 1e-5 || norm_f < 1e-5;
-        const double h0 = std::min(small ? 1e-6 : 0.01 * norm_y / norm_f, length);
+        const double h0 = control.euler_step(length, norm_y, norm_f);
         const uintptr_t euler = spare_[0], k = spare_[1];
         std::memcpy(at(euler), at(y_), bytes_);
         add(euler, direction_ * h0, k_first_);
         slope_at(t + direction_ * h0, euler, k);
-        const double curvature = norm(k, k_first_, -1.0, y_) / h0;
-        if (!std::isfinite(curvature)) {
-            h = control.limit(h0);
-            return true;
-        }
-        const double largest = std::max(norm_f, curvature);
-        const double h1 = largest <= 1e-15 ? std::max(1e-6, h0 * 1e-3) : std::pow(0.01 / largest, 1.0 / control.order);
-        h = control.limit(std::min({100 * h0, h1, length}));
+        h = control.first_step(length, h0, norm_f, norm(k, k_first_, -1.0, y_));
         return true;
     }
 

@@ -58,6 +58,11 @@ struct Cpu {
     }
 
     template <typename F>
+    static void sum_row(const Target& target, int64_t n, bool vectorisable, F f, uintptr_t each, double* out) {
+        sum(target, n, vectorisable, f.of_row(*reinterpret_cast<const double*>(each)), out);
+    }
+
+    template <typename F>
     static void for_each_row(const Target& target, const Samples& rows, bool, F f) {
         const auto* const each = reinterpret_cast<const double*>(rows.each);
         const int64_t length = rows.length, parts = (length + kChunk - 1) / kChunk, all = rows.count * parts;
@@ -81,6 +86,9 @@ struct Cpu {
                     sum_in_order(row * rows.length + bounds[s], bounds[s + 1] - bounds[s], of_row);
         }
     }
+
+    static void write_control(const Target&, uintptr_t to, const Control& from) { write_control_on_cpu(to, from); }
+    static void decide(const Target&, uintptr_t control, Decision decision) { decide_on_cpu(control, decision); }
 };
 
 }  // namespace

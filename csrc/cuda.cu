@@ -1,9 +1,7 @@
 // The CUDA backend: grid-stride loops over 16-byte packs and a repeatable one-launch sum, on the caller's stream.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "cuda_device.cuh"
 #include "ops_impl.h"
 
 namespace aca {
@@ -13,39 +11,24 @@ using namespace ACA_ISA;
 
 constexpr int kThreads = 256;
 
-void check(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // reported here: it must not surface again at the next launch
-    throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorName(status) + ": " +
-                             cudaGetErrorString(status));
-}
-
-// Makes the tensor's device current for one launch, whichever the caller had.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) {
-        check(cudaGetDevice(&previous_), "cudaGetDevice");
-        if (previous_ != device) {
-            check(cudaSetDevice(device), "cudaSetDevice");
-            changed_ = true;
-        }
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(previous_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  private:
-    int previous_ = 0;
-    bool changed_ = false;
-};
-
 // Blocks for `items` items, a function of the count alone so that sums repeat bitwise.
 int grid(int64_t items, int64_t limit) {
     const int64_t blocks = (items + kThreads - 1) / kThreads;
     return int(blocks < limit ? blocks : limit);
 }
+
+// The step size of a functor where it stands when the kernel runs, for steps that are launched before it is known.
+template <typename F>
+struct WithStepAt {
+    using value_type = typename F::value_type;
+    F f;
+    const double* step;
+
+    template <int V>
+    __device__ auto operator()(int64_t i) const {
+        return f.of_row(*step).template operator()<V>(i);
+    }
+};
 
 template <int V, typename F>
 __global__ void __launch_bounds__(kThreads) for_each_kernel(int64_t packs, F f) {
@@ -166,12 +149,18 @@ struct Cuda {
     }
 
     template <typename F>
+    static void sum_row(const Target& target, int64_t n, bool vectorisable, F f, uintptr_t each, double* out) {
+        sum(target, n, vectorisable, WithStepAt<F>{f, reinterpret_cast<const double*>(each)}, out);
+    }
+
+    template <typename F>
     static void for_each_row(const Target& target, const Samples& rows, bool vectorisable, F f) {
         const int64_t n = rows.count * rows.length;
+        const auto* const each = reinterpret_cast<const double*>(rows.each);
+        if (rows.count == 1) return for_each(target, n, vectorisable, WithStepAt<F>{f, each});
         if (n == 0) return;
         const DeviceGuard guard(target.device);
         const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
-        const auto* const each = reinterpret_cast<const double*>(rows.each);
         constexpr int64_t kMaxBlocks = 1 << 20;
         constexpr int V = 16 / sizeof(typename F::value_type);
         if (vectorisable && rows.length % V == 0)
@@ -199,6 +188,13 @@ struct Cuda {
                     rows.count, rows.length, segments, s, start, n, each, f, out);
             check(cudaGetLastError(), "kernel launch");
         }
+    }
+
+    static void write_control(const Target& target, uintptr_t to, const Control& from) {
+        write_control_on_cuda(target, to, from);
+    }
+    static void decide(const Target& target, uintptr_t control, Decision decision) {
+        decide_on_cuda(target, control, decision);
     }
 };
 

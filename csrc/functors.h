@@ -3,13 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "control.h"
 #include "ops.h"
-
-#ifdef __CUDACC__
-#define ACA_HD __host__ __device__ __forceinline__
-#else
-#define ACA_HD inline
-#endif
 
 #ifndef ACA_ISA  // the CPU kernels are compiled once per instruction set, each into a namespace of its own
 #define ACA_ISA portable
@@ -186,6 +181,73 @@ struct SquaredErrorRatio {
             total += double(ratio) * double(ratio) + double(not_finite);
         }
         return total;
+    }
+};
+
+// What an accepted step leaves: its outputs, its solution where states are kept, and what the next step starts from.
+template <typename T>
+struct FinishStep {
+    using value_type = T;
+    const Control* control;
+    T* y;
+    const T* y1;
+    int stages;
+    const T* k[kMaxTerms];
+    T* k_first;
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        const Control& s = *control;
+        if (!s.is_accepted) return;
+        const T start = y[i], end = y1[i];
+        const T h = T(s.h_done);
+        for (int64_t o = s.first_due; o < s.end_due; ++o) {
+            T* const out = control::at<T>(s.outputs + uintptr_t(o * s.row_bytes));
+            if (control::at<const double>(s.times)[o] == s.t_done) {
+                out[i] = end;
+                continue;
+            }
+            const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
+            T total = 0;
+            for (int j = 0; j < stages; ++j)
+                if (weight[j] != 0) total += T(weight[j]) * k[j][i];
+            out[i] = start + h * total;
+        }
+        if (s.slot) control::at<T>(s.slot)[i] = end;
+        y[i] = end;
+        if (k_first) k_first[i] = k[stages - 1][i];
+    }
+};
+
+// The state that a step started from, and what its outputs contribute to the cotangents of its end (g), of its start
+// by themselves (inside) and of its slopes, over the step size.
+template <typename T>
+struct RestoreStep {
+    using value_type = T;
+    const Control* control;
+    T *y, *g, *inside;
+    int stages;
+    T* slope[kMaxTerms];
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        const Control& s = *control;
+        y[i] = control::at<const T>(s.slot)[i];
+        if (inside) {
+            inside[i] = 0;
+            for (int j = 0; j < stages; ++j) slope[j][i] = 0;
+        }
+        for (int64_t o = s.first_due; o < s.end_due; ++o) {
+            const T grad = control::at<const T>(s.grad_outputs + uintptr_t(o * s.row_bytes))[i];
+            if (control::at<const double>(s.times)[o] == s.t_done) {
+                g[i] += grad;
+                continue;
+            }
+            const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
+            inside[i] += grad;
+            for (int j = 0; j < stages; ++j)
+                if (weight[j] != 0) slope[j][i] += T(weight[j]) * grad;
+        }
     }
 };
 

@@ -7,6 +7,8 @@ namespace aca {
 
 constexpr int kMaxTerms = 16;
 constexpr int kMaxPartials = 1024;  // partial sums of one reduction, a function of the size alone
+constexpr int kMaxDegree = 8;       // of dense output
+constexpr int kMaxBlocks = 48;      // of states, each as large as all before it
 constexpr int64_t kWorkspaceBytes = kMaxPartials * sizeof(double) + 64;
 
 enum class DType { f32, f64 };
@@ -43,6 +45,17 @@ struct Samples {
     uintptr_t each;  // double, one for each row: its step size, or its weight of k in an error ratio
 };
 
+// A step just decided on, whose control block is at `control`.
+struct DecidedStep {
+    uintptr_t control;
+    uintptr_t y;  // the state that it started from
+    int stages;
+    uintptr_t k[kMaxTerms];  // slopes, or for the backward pass where their cotangents are added up
+};
+
+struct Control;       // control.h
+enum class Decision;  // control.h
+
 // The operations of one backend.
 struct Backend {
     const char* name;
@@ -63,6 +76,15 @@ struct Backend {
                                      const ErrorRatio&);
     // out[i] = value[i], i < n ≤ kMaxTerms.
     void (*write_scalars)(const Target&, int n, uintptr_t out, const double* value);
+    // The control block at `to`, in the memory of the device, becomes `from`; and one decision about it there.
+    void (*write_control)(const Target&, uintptr_t to, const Control& from);
+    void (*decide)(const Target&, uintptr_t control, Decision);
+    // If the step was accepted: writes the outputs that it reached, keeps its solution y1, and puts it and, where
+    // k_first is not 0, the last slope, at y and k_first.
+    void (*finish_step)(const Target&, int64_t n, const DecidedStep&, uintptr_t y1, uintptr_t k_first);
+    // The state that a step started from, from where it was kept, to y; the cotangents of outputs at its end added to
+    // g, and of those inside it, where `inside` is not 0, to `inside` and by their weights to each k.
+    void (*restore_step)(const Target&, int64_t n, const DecidedStep&, uintptr_t g, uintptr_t inside);
 };
 
 // A target together with its backend, so that a call names both by one object.

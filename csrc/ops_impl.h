@@ -1,7 +1,7 @@
 // The body of every operation, written once and compiled once per backend.
-// A backend provides for_each(target, n, vectorisable, functor), sum(target, n, vectorisable, functor, out) and the
-// same over rows, for_each_row and sum_rows, nothing more. No standard containers here: their inline code must not be
-// emitted for an instruction set the processor may lack.
+// A backend provides for_each(target, n, vectorisable, functor), sum(target, n, vectorisable, functor, out), the same
+// over rows, for_each_row, sum_rows and sum_row (over a single one), and the two operations on a control block. No
+// standard containers here: their inline code must not be emitted for an instruction set the processor may lack.
 #pragma once
 #include <type_traits>
 
@@ -150,9 +150,15 @@ void squared_error_ratio_rows(const Target& target, const Samples& rows, int seg
                               uintptr_t out, const ErrorRatio& r) {
     with_dtype(target.dtype, [&](auto zero) {
         using T = decltype(zero);
-        with_error_ratio<T>(r, 0, [&](bool, auto f) {
-            Device::sum_rows(target, rows, segments, bounds, f, reinterpret_cast<double*>(out));
-        });
+        double* const result = reinterpret_cast<double*>(out);
+        if (rows.count == 1) {  // a whole state: shared among all threads as if w were given
+            for (int s = 0; s < segments; ++s)
+                with_error_ratio<T>(r, bounds[s], [&](bool vectorisable, auto f) {
+                    Device::sum_row(target, bounds[s + 1] - bounds[s], vectorisable, f, rows.each, result + s);
+                });
+            return;
+        }
+        with_error_ratio<T>(r, 0, [&](bool, auto f) { Device::sum_rows(target, rows, segments, bounds, f, result); });
     });
 }
 
@@ -167,6 +173,36 @@ void write_scalars(const Target& target, int n, uintptr_t out, const double* val
 }
 
 template <typename Device>
+void finish_step(const Target& target, int64_t n, const DecidedStep& step, uintptr_t y1, uintptr_t k_first) {
+    with_dtype(target.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        FinishStep<T> f{reinterpret_cast<const Control*>(step.control),
+                        reinterpret_cast<T*>(step.y),
+                        reinterpret_cast<const T*>(y1),
+                        step.stages,
+                        {},
+                        reinterpret_cast<T*>(k_first)};
+        for (int j = 0; j < step.stages; ++j) f.k[j] = reinterpret_cast<const T*>(step.k[j]);
+        Device::for_each(target, n, false, f);
+    });
+}
+
+template <typename Device>
+void restore_step(const Target& target, int64_t n, const DecidedStep& step, uintptr_t g, uintptr_t inside) {
+    with_dtype(target.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        RestoreStep<T> f{reinterpret_cast<const Control*>(step.control),
+                         reinterpret_cast<T*>(step.y),
+                         reinterpret_cast<T*>(g),
+                         reinterpret_cast<T*>(inside),
+                         step.stages,
+                         {}};
+        for (int j = 0; j < step.stages; ++j) f.slope[j] = reinterpret_cast<T*>(step.k[j]);
+        Device::for_each(target, n, false, f);
+    });
+}
+
+template <typename Device>
 constexpr Backend make_backend(const char* name) {
     return {name,
             weighted_sum<Device>,
@@ -175,7 +211,11 @@ constexpr Backend make_backend(const char* name) {
             weighted_sum_rows<Device>,
             solution_and_error_rows<Device>,
             squared_error_ratio_rows<Device>,
-            write_scalars<Device>};
+            write_scalars<Device>,
+            Device::write_control,
+            Device::decide,
+            finish_step<Device>,
+            restore_step<Device>};
 }
 
 }  // namespace aca::ACA_ISA

@@ -19,7 +19,7 @@ class TestGrow:
         ("order", "ratio", "factor"), [(5, 0.9**5 / 2**5, 2.0), (3, 0.9**3 / 1.5**3, 1.5), (1, 0.45, 2.0)]
     )
     def test_makes_the_next_error_the_tolerance_with_a_margin(self, order: int, ratio: float, factor: float) -> None:
-        assert Controller(order).grow(0.25, [ratio]) == pytest.approx(0.25 * factor, rel=1e-14)
+        assert Controller(order).grow(0.25, [ratio]) == pytest.approx(0.25 * factor, rel=1e-7)
 
     def test_at_most_by_ifactor(self) -> None:
         assert Controller(5).grow(0.5, [1e-30]) == 5.0
@@ -30,7 +30,7 @@ class TestGrow:
         assert Controller(5).grow(0.5, [0.99]) == 0.5
 
     def test_safety(self) -> None:
-        assert Controller(2, safety=0.5).grow(1.0, [0.01]) == pytest.approx(0.5 / 0.01**0.5, rel=1e-14)
+        assert Controller(2, safety=0.5).grow(1.0, [0.01]) == pytest.approx(0.5 / 0.01**0.5, rel=1e-7)
 
     @pytest.mark.parametrize("memory", [{}, {"pcoeff": 0.3}, {"pcoeff": 0.3, "dcoeff": 0.1}])
     def test_without_error_grows_by_ifactor(self, memory: dict[str, float]) -> None:
@@ -60,20 +60,20 @@ class TestPid:
         e0, e1, e2 = 0.3, 0.2, 0.6
         factor = 0.9 * e0 ** (-(0.2 + 0.7 + 0.1) / 4) * e1 ** ((0.2 + 2 * 0.1) / 4) * e2 ** (-0.1 / 4)
         assert 1.0 < factor < 10.0
-        assert self.PID.grow(0.5, [e0, e1, e2]) == pytest.approx(0.5 * factor, rel=1e-14)
+        assert self.PID.grow(0.5, [e0, e1, e2]) == pytest.approx(0.5 * factor, rel=1e-7)
 
     def test_uses_the_errors_there_are(self) -> None:
-        assert self.PID.grow(1.0, [0.3]) == pytest.approx(0.9 * 0.3 ** (-1.0 / 4), rel=1e-14)
-        assert self.PID.grow(1.0, [0.3, 0.2]) == pytest.approx(0.9 * 0.3**-0.25 * 0.2**0.1, rel=1e-14)
+        assert self.PID.grow(1.0, [0.3]) == pytest.approx(0.9 * 0.3 ** (-1.0 / 4), rel=1e-7)
+        assert self.PID.grow(1.0, [0.3, 0.2]) == pytest.approx(0.9 * 0.3**-0.25 * 0.2**0.1, rel=1e-7)
 
     def test_pi_leaves_out_the_third(self) -> None:
         controller = Controller(5, pcoeff=0.4, icoeff=0.3)
         expected = 0.9 * 0.5 ** (-0.7 / 5) * 0.1 ** (0.4 / 5)
-        assert controller.grow(1.0, [0.5, 0.1, 0.0]) == pytest.approx(expected, rel=1e-14)
+        assert controller.grow(1.0, [0.5, 0.1, 0.0]) == pytest.approx(expected, rel=1e-7)
 
     def test_may_shrink_but_not_below_dfactor(self) -> None:
         controller = Controller(1, pcoeff=1.0, icoeff=1.0)
-        assert controller.grow(1.0, [1.0, 0.5]) == pytest.approx(0.9 * 0.5, rel=1e-14)
+        assert controller.grow(1.0, [1.0, 0.5]) == pytest.approx(0.9 * 0.5, rel=1e-7)
         assert controller.grow(1.0, [1.0, 1e-9]) == 0.2
 
     def test_only_p_and_d_need_a_memory(self) -> None:
@@ -88,7 +88,7 @@ class TestPid:
 class TestShrink:
     @pytest.mark.parametrize(("order", "ratio"), [(5, 2.0), (3, 10.0), (2, 1.5), (1, 4.0)])
     def test_by_the_order_of_the_error(self, order: int, ratio: float) -> None:
-        assert Controller(order).shrink(0.5, ratio) == pytest.approx(0.5 * 0.9 * ratio ** (-1 / order), rel=1e-14)
+        assert Controller(order).shrink(0.5, ratio) == pytest.approx(0.5 * 0.9 * ratio ** (-1 / order), rel=1e-7)
 
     def test_at_most_by_dfactor(self) -> None:
         assert Controller(5).shrink(0.5, 1e30) == 0.1
@@ -119,15 +119,15 @@ class TestInitial:
             asked.append(h)
             return 0.1
 
-        assert Controller(5).initial(10.0, 2.0, 4.0, change_of_slope) == pytest.approx(0.0005**0.2, rel=1e-14)
+        assert Controller(5).initial(10.0, 2.0, 4.0, change_of_slope) == pytest.approx(0.0005**0.2, rel=1e-7)
         assert asked == [0.005]
 
     def test_takes_the_slope_where_it_changes_less(self) -> None:
         expected = (0.01 / 4.0) ** (1 / 3)
-        assert Controller(3).initial(10.0, 2.0, 4.0, lambda h: 0.0) == pytest.approx(expected, rel=1e-14)
+        assert Controller(3).initial(10.0, 2.0, 4.0, lambda h: 0.0) == pytest.approx(expected, rel=1e-7)
 
     def test_at_most_100_times_the_first_guess(self) -> None:
-        assert Controller(5).initial(10.0, 1e-3, 1.0, lambda h: 0.0) == pytest.approx(1e-3, rel=1e-14)
+        assert Controller(5).initial(10.0, 1e-3, 1.0, lambda h: 0.0) == pytest.approx(1e-3, rel=1e-7)
 
     @pytest.mark.parametrize(("norm_y", "norm_f"), [(0.0, 1.0), (1.0, 0.0), (9e-6, 1.0), (1.0, 9e-6)])
     def test_starts_from_1e_6_where_state_or_slope_vanish(self, norm_y: float, norm_f: float) -> None:
@@ -137,7 +137,7 @@ class TestInitial:
             asked.append(h)
             return 1e-6
 
-        assert Controller(5).initial(10.0, norm_y, norm_f, change_of_slope) == pytest.approx(1e-4, rel=1e-14)
+        assert Controller(5).initial(10.0, norm_y, norm_f, change_of_slope) == pytest.approx(1e-4, rel=1e-7)
         assert asked == [1e-6]
 
     def test_where_nothing_moves(self) -> None:

@@ -20,7 +20,19 @@ ALLOWED = {
     "aca_ext.controller": set(),
     "aca_ext.reference": set(),
     "aca_ext.methods": {"aca_ext.tableau"},
-    "aca_ext.ops": {"aca_ext._C", "aca_ext.reference", "aca_ext.errors"},
+    "aca_ext.arguments": {"aca_ext.errors", "aca_ext.state"},
+    "aca_ext.layout": set(),
+    "aca_ext.tolerance": {"aca_ext.arguments", "aca_ext.errors", "aca_ext.state"},
+    "aca_ext.torch_operations": {"aca_ext.layout", "aca_ext.reference", "aca_ext.tolerance"},
+    "aca_ext.differentiable": {"aca_ext.reference", "aca_ext.torch_operations"},
+    "aca_ext.ops": {
+        "aca_ext._C",
+        "aca_ext.differentiable",
+        "aca_ext.layout",
+        "aca_ext.reference",
+        "aca_ext.tolerance",
+        "aca_ext.torch_operations",
+    },
     "aca_ext.runge_kutta": {"aca_ext.ops", "aca_ext.tableau", "aca_ext.reference", "aca_ext.errors"},
 }
 # What each module must not reach, by whatever way.
@@ -30,20 +42,20 @@ UNREACHABLE = {
     "aca_ext.methods": ("torch", "numpy"),
     "aca_ext.errors": ("torch", "numpy"),
     "aca_ext.progress": ("torch", "numpy"),
-    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.odeint"),
+    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.replay", "aca_ext.engines", "aca_ext.odeint"),
     "aca_ext.runge_kutta": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem", "aca_ext.controller"),
     "aca_ext.checkpoints": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.outputs": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
     "aca_ext.problem": ("aca_ext.solver", "aca_ext.gradients"),
     "aca_ext.independent.controller": ("torch",),
     "aca_ext.independent.problem": ("aca_ext.solver", "aca_ext.gradients"),
-    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.odeint"),
+    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.replay", "aca_ext.engines", "aca_ext.odeint"),
 }
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {
     r"(torch|ATen|c10)\b.*|Python\.h": r"(?!)",
-    r"pybind11/.*": r"bindings\.cpp|(runs|stepper|slope|tensors)\.h",
-    r"(cuda|cu_|cub/|cooperative_groups|device_|thrust/|nv|mma).*|sm_\d+.*": r".*\.cu",
+    r"pybind11/.*": r"bindings\.cpp|(control_bindings|runs|stepper|slope|tensors)\.h",
+    r"(cuda|cu_|cub/|cooperative_groups|device_|thrust/|nv|mma).*|sm_\d+.*": r".*\.cuh?",
 }
 
 Imports = dict[str, set[str]]
@@ -126,7 +138,8 @@ class TestPackage:
         assert {*ALLOWED, *UNREACHABLE} <= set(IMPORTS)
 
     def test_ops_alone_imports_the_extension(self) -> None:
-        assert [module for module, names in IMPORTS.items() if "aca_ext._C" in names] == ["aca_ext.ops"]
+        importers = [module for module, names in IMPORTS.items() if "aca_ext._C" in names]
+        assert importers == ["aca_ext.control", "aca_ext.ops"]
 
     def test_the_package_alone_looks_for_the_extension_by_name(self) -> None:
         names = {

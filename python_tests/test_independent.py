@@ -426,7 +426,10 @@ class TestController:
 
     def test_an_error_too_small_for_its_power(self) -> None:
         rows = RowController(Controller(order=1), 2)
-        assert rows.grow(np.ones(2), np.array([1e-320, 0.5]), np.array([True, True])).tolist() == [10.0, 1.8]
+        assert rows.grow(np.ones(2), np.array([1e-320, 0.5]), np.array([True, True])).tolist() == [
+            10.0,
+            float(np.float32(1.8)),
+        ]
 
     @settings(max_examples=100, deadline=None)
     @given(controller=controllers(), data=st.data())

@@ -22,6 +22,7 @@ from aca_ext.gradients.parameters import first_slope_and_params
 from aca_ext.ops import TorchOperations, empty_rows, operations_for
 from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem
+from aca_ext.replay import Replay
 from aca_ext.runge_kutta import (
     Scheme,
     check_replay,
@@ -36,7 +37,7 @@ from aca_ext.runge_kutta import (
 )
 from aca_ext.solver import Solver, Stats
 from aca_ext.transforms import refuse_transforms
-from aca_ext.vector_field import AutocastState, Replay
+from aca_ext.vector_field import AutocastState
 
 
 def solve(task: Task) -> Result:

@@ -19,9 +19,10 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
 from aca_ext.ops import operations_for
 from aca_ext.problem import problem_of
+from aca_ext.replay import Replay
 from aca_ext.solver import Solver, Stats
 from aca_ext.transforms import refuse_transforms
-from aca_ext.vector_field import AutocastState, Replay, VectorField
+from aca_ext.vector_field import AutocastState, VectorField
 
 
 def solve(task: Task) -> Result:

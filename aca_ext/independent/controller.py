@@ -37,14 +37,14 @@ class RowController:
             factor[is_open] *= power(past[is_open], exponent)
         lowest = one.dfactor if one.has_memory else 1.0
         self._before = np.where(accepted, np.stack([ratio, self._before[0]]), self._before)
-        return self._limit(h * np.minimum(one.ifactor, np.maximum(lowest, factor)))
+        return self._limit(h * np.minimum(one.ifactor, np.maximum(lowest, to_single(factor))))
 
     def shrink(self, h: Array, ratio: Array, rejected: Mask) -> Array:
         """The next trials after rejected ones of size ``h``; the other entries mean nothing."""
         one = self._one
         factor = np.full(len(h), one.dfactor)
         known = rejected & (ratio < np.inf)
-        factor[known] = np.maximum(one.dfactor, one.safety * power(ratio[known], -1 / one.order))
+        factor[known] = np.maximum(one.dfactor, to_single(one.safety * power(ratio[known], -1 / one.order)))
         smaller = h * factor
         return np.where((smaller < one.min_step) & (one.min_step < h), one.min_step, smaller)
 
@@ -61,11 +61,17 @@ class RowController:
             flat = largest <= 1e-15
             h1 = np.maximum(1e-6, h0 * 1e-3)
             curved = usable & ~flat
-            h1[curved] = power(0.01 / largest[curved], 1 / one.order)
+            h1[curved] = to_single(power(0.01 / largest[curved], 1 / one.order))
             return self._limit(np.where(usable, np.minimum(np.minimum(100 * h0, h1), length), h0))
 
     def _limit(self, h: Array) -> Array:
         return np.maximum(self._one.min_step, np.minimum(self._one.max_step, h))
+
+
+def to_single(x: Array) -> Array:
+    """Rounded to single precision, as for one sample."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32).astype(np.float64)
 
 
 def power(base: Array, exponent: float) -> Array:

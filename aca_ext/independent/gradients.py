@@ -29,9 +29,10 @@ from aca_ext.independent.solver import (
     stage_times,
 )
 from aca_ext.ops import RowOperations, row_operations_for
+from aca_ext.replay import Replay
 from aca_ext.runge_kutta import Trial, scheme_of, solution_only, step
 from aca_ext.transforms import refuse_transforms
-from aca_ext.vector_field import AutocastState, Replay, VectorField
+from aca_ext.vector_field import AutocastState, VectorField
 
 
 def solve(task: Task, gradient: str) -> Result:

@@ -1,0 +1,39 @@
+"""What the checks of several arguments have in common: names to look up, numbers, tensors with a gradient."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from aca_ext.errors import UnknownNameError
+from aca_ext.state import tensors_in
+
+
+def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
+    """``name`` if it is one of ``allowed``.
+
+    Raises:
+        UnknownNameError: it is not; the message lists them and names the closest.
+    """
+    allowed = list(allowed)
+    if isinstance(name, str) and name in allowed:
+        return name
+    close = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UnknownNameError(f"unknown {kind} {name!r}; there are {', '.join(allowed)}.{hint}")
+
+
+def number_in(value: object) -> float | None:
+    """A number of Python's, NumPy's or in a tensor of one element; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.detach().item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def holds_grad(x: Any) -> bool:
+    """Whether a tensor in ``x``, however deep, requires grad."""
+    return any(tensor.requires_grad for tensor in tensors_in(x))

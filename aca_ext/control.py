@@ -1,0 +1,190 @@
+"""The control block of a solve in the memory of its device, and the operations of a step that read from it when and how
+far to go. With ``aca_ext.ops`` the only module that imports ``_C``.
+
+``csrc/control.h`` says what the block holds. A decision about it, by one thread of the device, is all that happens
+between two steps: whoever launches them need not know how far they have come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aca_ext import _C
+from aca_ext.layout import empty_rows
+from aca_ext.ops import RowKernels, controller_for, target_for
+from aca_ext.problem import Problem
+from aca_ext.runge_kutta import Scheme
+from aca_ext.tolerance import Tolerance
+
+STEP_ENTRY = _C.STEP_ENTRY_DOUBLES  # doubles that a step is recorded in; the last one is an int64
+
+
+class Outcome(NamedTuple):
+    """What a control block says after a launch.
+
+    ``status`` is "running", "done", "no_room" (for further states), "not_finite" (the last error, for the host to look
+    into), "step_limit" or "step_size". ``h`` is that of the step to come, without its sign.
+    """
+
+    status: str
+    t: float
+    h: float
+    ratio: float
+    n_steps: int
+    n_accepted: int
+
+
+class ControlBlock:
+    """The block, and the memory that it points to for as long as it belongs to a plan."""
+
+    def __init__(self, like: Tensor, scheme: Scheme, tolerance: Tolerance) -> None:
+        device = like.device
+        self.like, self.scheme = like, scheme
+        self._memory = torch.zeros(_C.CONTROL_BYTES, dtype=torch.uint8, device=device)
+        self._workspace = torch.zeros(0, dtype=torch.uint8, device=device)
+        self.sums = torch.zeros(2, max(1, len(tolerance.sizes)), dtype=torch.float64, device=device)
+        self._sizes = torch.tensor(tolerance.sizes or [0], dtype=torch.float64, device=device)
+        self._stage_times = torch.zeros(len(scheme.c), dtype=like.dtype, device=device)
+        self.minus_one = torch.full((1,), -1.0, dtype=torch.float64, device=device)
+
+    @property
+    def address(self) -> int:
+        return self._memory.data_ptr()
+
+    @property
+    def h(self) -> Tensor:
+        """The signed step size of the trial to come, float64."""
+        return self._number(_C.H_TRIAL)
+
+    @property
+    def slope_weight(self) -> Tensor:
+        """The weight in its error of the slope at its end, float64."""
+        return self._number(_C.SLOPE_WEIGHT)
+
+    def _number(self, offset: int) -> Tensor:
+        return self._memory[offset : offset + 8].view(torch.float64)
+
+    @property
+    def stage_times(self) -> Sequence[Tensor]:
+        return self._stage_times.unbind(0)
+
+    def write(self, control: _C.Control) -> None:
+        _C.write_control(target_for(self.like, self._workspace), self.address, control)
+
+    def read(self) -> _C.Control:
+        """The block as it is now; waits for the device."""
+        return _C.Control(self._memory.cpu().numpy().tobytes())
+
+    def control(self, problem: Problem, solve: SolveMemory, tolerance: Tolerance) -> _C.Control:
+        """The block at the start of a solve."""
+        controller, scheme = problem.controller, self.scheme
+        control = _C.Control(str(self.like.dtype).removeprefix("torch."), controller_for(controller))
+        control.first_step = 0.0 if controller is None else controller.first_step or 0.0
+        dense = scheme.tableau.dense_coefficients if solve.weights is not None else ()
+        control.set_tableau(scheme.c, dense)
+        control.fsal, control.is_adaptive = scheme.fsal, controller is not None
+        control.error_last = scheme.error_last
+        control.segments = len(tolerance.sizes)
+        times = problem.times
+        control.sign = 1.0 if times[-1] > times[0] else -1.0
+        control.length = abs(times[-1] - times[0])
+        control.max_num_steps, control.n_times, control.t = problem.max_num_steps, len(times), times[0]
+        control.row_bytes = self.like.numel() * self.like.element_size()
+        control.times, control.stops = solve.times.data_ptr(), solve.stops.data_ptr()
+        control.sizes, control.sums = self._sizes.data_ptr(), self.sums.data_ptr()
+        control.stage_times = self._stage_times.data_ptr()
+        control.weights = 0 if solve.weights is None else solve.weights.data_ptr()
+        control.outputs = solve.ys.data_ptr()
+        return control
+
+
+class SolveMemory:
+    """What one solve writes: its outputs, its accepted steps, and the states that they started from.
+
+    Attributes:
+        ys: the outputs, one row for each time.
+        blocks: the states, each block as large as all before it together; none where ``keeps_states`` is false.
+        steps: the record of accepted steps, one row for each.
+    """
+
+    def __init__(self, problem: Problem, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
+        device = y0.device
+        stops = problem.grid[1:] if problem.grid is not None else (*problem.stops, problem.times[-1])
+        both = torch.tensor([*problem.times, *stops], dtype=torch.float64).to(device, non_blocking=True)
+        self.times, self.stops = both[: len(problem.times)], both[len(problem.times) :]
+        self.ys = empty_rows(len(problem.times), y0)
+        self.weights = None
+        if has_weights:
+            self.weights = torch.empty(len(problem.times), _C.MAX_TERMS, dtype=torch.float64, device=device)
+        self._y0, self._keeps_states, self._first = y0, keeps_states, n_states
+        self.blocks: list[Tensor] = []
+        self.steps = torch.empty(0, STEP_ENTRY, dtype=torch.float64, device=device)
+
+    def grow(self, control: _C.Control) -> None:
+        """Makes room for as many further states as there are, and tells ``control``."""
+        more = max(self._first, control.n_states)
+        if self._keeps_states:
+            self.blocks.append(empty_rows(more, self._y0))
+            control.add_block(self.blocks[-1].data_ptr(), more)
+        else:
+            control.n_states += more
+        steps = torch.empty(control.n_states - 1, STEP_ENTRY, dtype=torch.float64, device=self._y0.device)
+        steps[: len(self.steps)] = self.steps
+        self.steps = steps
+        control.steps = steps.data_ptr()
+
+
+class ControlledKernels(RowKernels):
+    """The kernels on a whole state, for a step whose times and size are those in a control block.
+
+    Where an operation takes h, it takes ``ControlBlock.h``, read when the kernel runs.
+    """
+
+    def __init__(self, block: ControlBlock, tolerance: Tolerance) -> None:
+        super().__init__(block.like.unsqueeze(0), tolerance)
+        self.like, self.stride = block.like, block.like.stride()
+        self.block = block
+
+    def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
+        """The times of the stages, whatever ``values`` are."""
+        return self.block.stage_times
+
+    def write_norm(self, partial: Tensor, k: Tensor | None, w: Tensor, y0: Tensor, y1: Tensor, which: int = 0) -> None:
+        """The sums of an error norm to where decisions look for them."""
+        segments, limit = self.tolerance.segments, _C.MAX_SEGMENTS
+        for first in range(0, len(segments) - 1, limit):
+            _C.squared_error_ratio_rows(
+                self._on,
+                1,
+                segments[first : first + limit + 1],
+                w.data_ptr(),
+                self.block.sums[which].data_ptr() + 8 * first,
+                partial.data_ptr(),
+                0 if k is None else k.data_ptr(),
+                y0.data_ptr(),
+                y1.data_ptr(),
+                *self._tolerances,
+            )
+
+    def decide(self, decision: str) -> None:
+        """One decision about the control block: "euler", "first", "next", "resume" or "transpose"."""
+        _C.decide(self._on, self.block.address, decision)
+
+    def finish(self, y: Tensor, k: Sequence[Tensor], y1: Tensor, k_first: Tensor | None) -> None:
+        """If the trial was accepted: its outputs, its state kept, and ``y`` and ``k_first`` those of the next step."""
+        addresses = [k_i.data_ptr() for k_i in k]
+        first = 0 if k_first is None else k_first.data_ptr()
+        _C.finish_step(self._on, self._n, self.block.address, y.data_ptr(), addresses, y1.data_ptr(), first)
+
+    def restore(self, y: Tensor, g: Tensor, inside: tuple[Tensor, Sequence[Tensor]] | None) -> None:
+        """The state that a step started from, and what its outputs contribute to the cotangents."""
+        total, slopes = (0, []) if inside is None else (inside[0].data_ptr(), [x.data_ptr() for x in inside[1]])
+        _C.restore_step(self._on, self._n, self.block.address, y.data_ptr(), slopes, g.data_ptr(), total)
+
+
+def outcome_of(control: _C.Control) -> Outcome:
+    return Outcome(control.status, control.t, control.h, control.ratio, control.n_steps, control.n_accepted)

@@ -1,0 +1,118 @@
+"""What an evaluation of func does, operation by operation: whether its captured form still stands, and whether it can
+be captured at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aca_ext.errors import GraphError
+
+_HINT = 'Use engine="eager", or change func.'
+_REASONS = {
+    torch.Tag.nondeterministic_seeded: "draws random numbers",
+    torch.Tag.data_dependent_output: "decides on the host by what a tensor holds",
+    torch.Tag.dynamic_output_shape: "makes a tensor whose shape depends on what another holds",
+}
+
+
+class Trace(TorchDispatchMode):
+    """The operations of one evaluation with all that they were given, as one hashable value.
+
+    Operands are told apart by where they come from: time, state, args, an earlier operation, or memory that func holds.
+    A number that func computes in Python shows as an operand, and so does a tensor that took the place of another.
+
+    Attributes:
+        held: tensors that func uses and neither was given nor computed.
+
+    Raises:
+        GraphError: an operation cannot be repeated from a capture.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.held: list[Tensor] = []
+        self._device = given[0].device
+        self._operations: list[Hashable] = []
+        self._names: dict[int, Hashable] = {_memory_of(x): ("given", i) for i, x in enumerate(given)}
+        self._alive: list[Tensor] = list(given)  # so that memory stays what it was named for
+
+    def key(self) -> Hashable:
+        """Equal for two evaluations that did the same to the same memory."""
+        return tuple(self._operations)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tag, reason in _REASONS.items():
+            if tag in func.tags:
+                raise GraphError(f"func {reason} ({func}), which a captured step cannot repeat. {_HINT}")
+        if func is torch.ops.aten.lift_fresh.default:  # a constant that func makes anew: what counts is its value
+            given: Hashable = (func, repr(args[0].tolist()), args[0].dtype)
+        else:
+            given = (func, self._described(args), self._described(kwargs or {}))
+        written = {
+            i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        }
+        for i, x in enumerate(args):
+            if i in written and isinstance(x, Tensor) and self._is_foreign(x):
+                raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
+        result = func(*args, **(kwargs or {}))
+        self._name_results(result)
+        self._operations.append(given)
+        return result
+
+    def _is_foreign(self, x: Tensor) -> bool:
+        name = self._names[_memory_of(x)]
+        return isinstance(name, tuple) and name[0] in ("given", "held")
+
+    def _described(self, x: Any) -> Hashable:
+        if isinstance(x, Tensor):
+            return self._described_tensor(x)
+        if isinstance(x, (tuple, list)):
+            return tuple(map(self._described, x))
+        if isinstance(x, dict):
+            return tuple((name, self._described(value)) for name, value in x.items())
+        # By type too, since 1, 1.0 and True are equal; and by its digits, since nan is not equal to itself.
+        return type(x), repr(x) if isinstance(x, (int, float, complex)) else x
+
+    def _described_tensor(self, x: Tensor) -> Hashable:
+        memory = _memory_of(x)
+        if memory not in self._names:
+            self._names[memory] = ("held", x.untyped_storage().data_ptr())
+            self._alive.append(x)
+            self.held.append(x)
+        layout = tuple(x.shape), tuple(x.stride()), x.storage_offset(), x.dtype, x.device
+        # A number in the host's memory goes into a launch on a GPU by its value.
+        value = repr(x.item()) if x.dim() == 0 and x.device.type == "cpu" != self._device.type else None
+        return self._names[memory], layout, value
+
+    def _name_results(self, result: Any) -> None:
+        for i, x in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
+            if isinstance(x, Tensor) and _memory_of(x) not in self._names:
+                self._names[_memory_of(x)] = ("made", len(self._operations), i)
+                self._alive.append(x)
+
+
+class TracedFunction:
+    """func, traced wherever it is called.
+
+    Attributes:
+        trace: of the last evaluation.
+    """
+
+    def __init__(self, func: Callable[..., Any], around: Callable[[], Any]) -> None:
+        self._func, self._around = func, around
+        self.trace: Trace | None = None
+
+    def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
+        parts = y if isinstance(y, tuple) else (y,)
+        self.trace = Trace([t, *parts, *(a for a in args if isinstance(a, Tensor))])
+        with self._around(), self.trace:
+            return self._func(t, y, *args)
+
+
+def _memory_of(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)

@@ -1,0 +1,45 @@
+"""Memory laid out like a state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes
+
+
+def empty_rows(count: int, like: Tensor) -> Tensor:
+    """Uninitialised (count, \\*like.shape), each row laid out in memory like ``like``."""
+    return torch.empty_strided(
+        (count, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
+    )
+
+
+def aligned_rows(count: int, like: Tensor) -> Sequence[Tensor]:
+    """``count`` uninitialised tensors laid out in memory like ``like``, each aligned like an allocation of its own."""
+    if count == 1:
+        return (torch.empty_like(like),)
+    alignment = _ALIGNMENT // like.element_size()
+    pitch = -(-like.numel() // alignment) * alignment
+    rows = torch.empty_strided((count, *like.shape), (pitch, *like.stride()), dtype=like.dtype, device=like.device)
+    return rows.unbind(0)
+
+
+def scalars(count: int, like: Tensor) -> Sequence[Tensor]:
+    """``count`` uninitialised 0-d tensors of the dtype and device of ``like``."""
+    return torch.empty(count, dtype=like.dtype, device=like.device).unbind(0)
+
+
+class Relayout(torch.autograd.Function):
+    """A copy of ``x`` laid out in memory like ``like``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:
+        return torch.empty_like(like).copy_(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None

@@ -15,6 +15,8 @@ STEP_ENTRY_DOUBLES: int
 H_TRIAL: int
 SLOPE_WEIGHT: int
 
+def use_torch(tensor: type[Tensor], exchange_api: object, storage_uses: Callable[[int], int] | None, /) -> None: ...
+
 class Target:
     def __init__(self, backend: str, dtype: str, threads: int, device: int, stream: int, workspace: int) -> None: ...
 

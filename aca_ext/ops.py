@@ -52,6 +52,9 @@ _COEFFICIENTS = (
     "order", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff", "min_step", "max_step",
 )  # fmt: skip
 
+# Newer versions of torch let compiled code see a tensor without Python.
+_C.use_torch(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), getattr(torch._C, "_storage_Use_Count", None))
+
 
 class KernelOperations(TorchOperations):
     """The operations by the fused kernels, on the CPU or a CUDA device, outside autograd."""

@@ -158,6 +158,19 @@ void make_collectable(PyHeapTypeObject* heap_type) {
     };
 }
 
+// Learns the type of a plain tensor and, where torch has them (else None), its table of DLPack's C functions and what
+// counts who shares a storage.
+void use_torch(const py::type& tensor, const py::object& exchange_api, const py::object& storage_uses) {
+    Torch& torch = Torch::found();
+    torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()), nullptr, nullptr};
+    if (!storage_uses.is_none()) torch.storage_uses = py::object(storage_uses).release().ptr();
+    if (exchange_api.is_none()) return;
+    const auto* api =
+        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (api->major == 1) torch.view = api->view;
+}
+
 std::shared_ptr<Specification> make_specification(const BoundTarget& on, int64_t n, std::vector<double> c, bool fsal,
                                                   std::vector<std::vector<double>> dense, double rtol, double atol,
                                                   uintptr_t rtol_each, uintptr_t atol_each, std::vector<int64_t> bounds,
@@ -238,6 +251,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("WORKSPACE_BYTES") = kWorkspaceBytes;
     m.def("cpu_instruction_set", &cpu_instruction_set);
     m.def("cuda_device_count", &device_count);
+
+    m.def("use_torch", &use_torch);
 
     py::class_<BoundTarget>(m, "Target")
         .def(py::init(&make_target), py::arg("backend"), py::arg("dtype"), py::arg("threads"), py::arg("device"),

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "tensors.h"
+#include "torch_tensors.h"
 
 namespace aca {
 
@@ -24,16 +25,23 @@ class Slope {
           device_(names().device.of(like.ptr())),
           shape_(names().shape.of(like.ptr())),
           stride_(names().stride.call(like.ptr())),
-          versioned_(versioned) {}
+          versioned_(versioned) {
+        dlpack::Tensor seen;
+        is_seen_ = Torch::found().look(like.ptr(), &seen);
+        if (is_seen_) layout_ = Layout(seen);
+    }
 
-    py::object operator()(PyObject* t, PyObject* y) {
+    py::object operator()(PyObject* t, PyObject* y) { return evaluate(t, y).tensor; }
+
+    // The address is 0 where it is not known yet.
+    Row evaluate(PyObject* t, PyObject* y) {
         ++n_evals;
         const py::object version = versioned_ ? names().version.of(y) : py::object();
-        py::object k = call(t, y);
-        if (!is_like_state(k)) k = checked_(k);
+        Row k{call(t, y), 0};
+        if (!is_like_state(k)) k = {checked_(k.tensor), 0};
         if (versioned_ && !equal(version, names().version.of(y))) changed_();
-        if (names().requires_grad.of(k.ptr()).ptr() == Py_True && is_grad_enabled_().ptr() == Py_False)
-            k = names().detach.call(k.ptr());
+        if (names().requires_grad.of(k.tensor.ptr()).ptr() == Py_True && is_grad_enabled_().ptr() == Py_False)
+            k.tensor = names().detach.call(k.tensor.ptr());
         return k;
     }
 
@@ -78,8 +86,14 @@ class Slope {
             PyObject_Vectorcall(func_.ptr(), operands + kOffset, n_args | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
     }
 
-    bool is_like_state(const py::object& k) const {
-        PyObject* const x = k.ptr();
+    // Notes the address of `k` where the answer takes it.
+    bool is_like_state(Row& k) const {
+        PyObject* const x = k.tensor.ptr();
+        dlpack::Tensor seen;
+        if (is_seen_ && Torch::found().look(x, &seen)) {
+            k.address = uintptr_t(seen.data);
+            return layout_.is_that_of(seen) && names().is_neg.call(x).ptr() == Py_False;
+        }
         return reinterpret_cast<PyObject*>(Py_TYPE(x)) == type_.ptr() && names().dtype.of(x).is(dtype_) &&
                equal(names().shape.of(x), shape_) && equal(names().stride.call(x), stride_) &&
                equal(names().device.of(x), device_) && names().is_neg.call(x).ptr() == Py_False;
@@ -87,6 +101,8 @@ class Slope {
 
     py::object func_, args_, checked_, changed_, is_grad_enabled_, type_, dtype_, device_, shape_, stride_;
     bool versioned_;
+    bool is_seen_;
+    Layout layout_;  // where it is seen
 };
 
 }  // namespace aca

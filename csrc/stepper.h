@@ -62,11 +62,11 @@ class Stepper {
         const uintptr_t y_address = address_of(y);
         Trial trial{out, py::none(), py::list()};
         std::vector<uintptr_t> k;
-        const auto add = [&](py::object k_i) {
-            k.push_back(address_of(k_i));
-            trial.slopes.append(std::move(k_i));
+        const auto add = [&](const Row& k_i) {
+            k.push_back(k_i.address);
+            trial.slopes.append(k_i.tensor);
         };
-        add(k_first.is_none() ? call(f, slope, 0, y) : k_first);
+        add(k_first.is_none() ? call(f, slope, 0, y) : Row{k_first, address_of(k_first)});
         for (size_t i = 1; i < stages - fsal_; ++i) add(call(f, slope, i, weighted(rows_[i], y_address, h, k)));
 
         const Sum sum = select(solution_, k);
@@ -116,8 +116,9 @@ class Stepper {
         for (size_t i = 0; i < count; ++i) {
             states.push_back(i == 0 ? names().detach.call(y.ptr()) : weighted(rows_[i], y_address, h, k));
             names().require_grad.call(states[i].ptr());
-            slopes.push_back(call(f, nullptr, i, states[i]));
-            k.push_back(address_of(slopes[i]));
+            Row k_i = call(f, nullptr, i, states[i]);
+            slopes.push_back(std::move(k_i.tensor));
+            k.push_back(k_i.address);
         }
         if (!check.is_none() && int(count) > solution_.index.back()) check(weighted(solution_, y_address, h, k));
 
@@ -216,14 +217,13 @@ class Stepper {
         return count;
     }
 
-    static py::object call(const py::object& f, Slope* slope, PyObject* t, PyObject* y) {
-        if (slope) return (*slope)(t, y);
-        PyObject* const operands[] = {t, y};
-        return Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr));
-    }
-
-    py::object call(const py::object& f, Slope* slope, size_t i, const py::object& y) const {
-        return call(f, slope, times_[i].ptr(), y.ptr());
+    Row call(const py::object& f, Slope* slope, size_t i, const py::object& y) const {
+        const py::object t = times_[i];
+        PyObject* const operands[] = {t.ptr(), y.ptr()};
+        Row k = slope ? slope->evaluate(t.ptr(), y.ptr())
+                      : Row{Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr)), 0};
+        if (k.address == 0) k.address = address_of(k.tensor);
+        return k;
     }
 
     void write_times(const std::vector<double>& t, size_t count) {

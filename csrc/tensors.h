@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <utility>
 
-namespace aca {
+#include "torch_tensors.h"
 
-namespace py = pybind11;
+namespace aca {
 
 constexpr int64_t kReleaseGilAbove = 1 << 14;  // elements; below, releasing costs more than it gives
 
@@ -50,7 +50,8 @@ struct Row {
     uintptr_t address;
 };
 
-// Tensors of one layout, handed out one after another and allocated many at a time. None is handed out twice.
+// Tensors of one layout, handed out one after another and allocated many at a time. One is handed out again only
+// where whoever had it before, func above all, can no longer tell.
 class Rows {
   public:
     // `allocate()` returns a tuple of tensors, equally far apart in memory.
@@ -58,15 +59,18 @@ class Rows {
 
     // `count` neighbours; operator[] and address() then speak of them.
     void take(size_t count) {
+        if (count == taken_ && is_alone_again()) return;
         first_ += taken_;
         taken_ = count;
-        if (block_ && first_ + count <= size_) return;
+        if (block_ && first_ + count <= size_ && address_of((*this)[0]) == address()) return;  // func may have moved it
+        block_ = storage_ = py::object();
         block_ = allocate_();
         first_ = 0;
         size_ = size_t(PyTuple_GET_SIZE(block_.ptr()));
         if (size_ < count) throw std::invalid_argument("allocate() returned too few tensors");
         start_ = address_of((*this)[0]);
         pitch_ = size_ > 1 ? address_of((*this)[1]) - start_ : 0;
+        if (size_ > 1) watch();
     }
     py::object operator[](size_t i) const {
         return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(block_.ptr(), Py_ssize_t(first_ + i)));
@@ -77,14 +81,74 @@ class Rows {
     Row take_one() {
         take(1);
         Row row{(*this)[0], address()};
-        if (first_ + 1 == size_) block_ = py::object();
+        if (first_ + 1 == size_ && !storage_) block_ = py::object();
         return row;
     }
 
   private:
-    py::object allocate_, block_;
+    struct Names {
+        const Attribute untyped_storage{"untyped_storage"}, cdata{"_cdata"}, uses{"_use_count"},
+            requires_grad{"requires_grad"};
+    };
+
+    static const Names& names() {
+        static const Names all;
+        return all;
+    }
+
+    // Notes who shares the memory of a new block, where torch tells; on the host, where it is not used later than func
+    // returns.
+    void watch() {
+        constexpr int32_t kCpu = 1;
+        const Torch& torch = Torch::found();
+        dlpack::Tensor seen;
+        if (!torch.storage_uses || !torch.look((*this)[0].ptr(), &seen) || seen.device.type != kCpu) return;
+        layout_ = Layout(seen);
+        storage_ = names().untyped_storage.call((*this)[0].ptr());
+        storage_address_ = names().cdata.of(storage_.ptr());
+        storage_references_ = Py_REFCNT(storage_.ptr());
+        storage_uses_ = storage_uses();
+    }
+
+    long storage_uses() const {
+        PyObject* const count = Torch::found().storage_uses;
+        return as_long(Attribute::owned(PyObject_CallOneArg(count, storage_address_.ptr())));
+    }
+
+    static long as_long(const py::object& x) {
+        const long value = PyLong_AsLong(x.ptr());
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+
+    // Whether nobody but this object holds the tensors handed out last, in Python or in C++, or their memory, and they
+    // are as they were.
+    bool is_alone_again() const {
+#ifdef Py_GIL_DISABLED
+        return false;
+#else
+        if (!storage_ || Py_REFCNT(storage_.ptr()) != storage_references_) return false;
+        for (size_t i = 0; i < taken_; ++i)
+            if (!is_alone(PyTuple_GET_ITEM(block_.ptr(), Py_ssize_t(first_ + i)), address() + i * pitch_)) return false;
+        return storage_uses() == storage_uses_;
+#endif
+    }
+
+    bool is_alone(PyObject* x, uintptr_t at) const {
+        if (Py_REFCNT(x) != 1 || *PyObject_GET_WEAKREFS_LISTPTR(x)) return false;
+        const auto attributes = Attribute::owned(PyObject_GenericGetDict(x, nullptr));
+        dlpack::Tensor now;
+        return PyDict_GET_SIZE(attributes.ptr()) == 0 && Torch::found().look(x, &now) && uintptr_t(now.data) == at &&
+               layout_.is_that_of(now) && as_long(names().uses.call(x)) == 1 &&
+               names().requires_grad.of(x).ptr() == Py_False;
+    }
+
+    py::object allocate_, block_, storage_, storage_address_;
+    Py_ssize_t storage_references_ = 0;
+    long storage_uses_ = 0;
     size_t first_ = 0, taken_ = 0, size_ = 0;
     uintptr_t start_ = 0, pitch_ = 0;
+    Layout layout_;
 };
 
 }  // namespace aca

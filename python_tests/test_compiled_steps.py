@@ -121,6 +121,66 @@ class TestSameBits:
         assert failure() == compiled
 
 
+def _kept_by_numpy(x: Tensor) -> Callable[[], Tensor]:
+    array = x.numpy()
+    return lambda: torch.from_numpy(array)
+
+
+def _kept_by_storage(x: Tensor) -> Callable[[], Tensor]:
+    storage, start, count = x.untyped_storage(), x.storage_offset(), x.numel()
+    return lambda: torch.empty(0, dtype=torch.float64).set_(storage, start, (count,))
+
+
+def _kept_by_dlpack(x: Tensor) -> Callable[[], Tensor]:
+    other = torch.from_dlpack(x)
+    return lambda: other
+
+
+def _kept(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Callable[[], Tensor]]:
+    def keep(x: Tensor) -> Callable[[], Tensor]:
+        kept = make(x)
+        return lambda: kept
+
+    return keep
+
+
+# Ways for func to see a tensor that it was given later.
+KEPT = {
+    "itself": _kept(lambda x: x),
+    "view": _kept(lambda x: x.view(-1)),
+    "detached": _kept(lambda x: x.detach()),
+    "data": _kept(lambda x: x.data),
+    "nested": _kept(lambda x: x[None][0].detach().view_as(x)),
+    "numpy": _kept_by_numpy,
+    "storage": _kept_by_storage,
+    "dlpack": _kept_by_dlpack,
+}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+# Ways to mark a tensor without changing its elements, and how that shows.
+_references: list[Any] = []
+MARKS: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
+    "attribute": (lambda x: setattr(x, "mark", 1), lambda x: hasattr(x, "mark")),
+    "reference": (lambda x: _references.append(weakref.ref(x)), lambda x: weakref.getweakrefcount(x) > 0),
+    "grad": (lambda x: x.requires_grad_(), lambda x: x.requires_grad),
+    "class": (lambda x: setattr(x, "__class__", Subclass), lambda x: type(x) is Subclass),
+}
+
+# Ways to make another tensor of a time.
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "shape": lambda t: setattr(t, "data", t.data.reshape(1)),
+    "data": lambda t: setattr(t, "data", torch.zeros_like(t)),
+    "in place": lambda t: t.zero_(),
+    "view in place": lambda t: t.unsqueeze_(0),
+    "size": lambda t: t.resize_(300),
+    "shared": lambda t: t.share_memory_(),
+}
+
+
 class TestWhatFuncIsGiven:
     @pytest.mark.parametrize("options", [{}, {"step_size": 0.05}])
     def test_stays_as_it_was(self, options: dict[str, float]) -> None:
@@ -134,6 +194,99 @@ class TestWhatFuncIsGiven:
             aca_ext.odeint(func, y0(), FORWARD, options=options)
         assert len(seen) > 60
         assert all(t.item() == time and torch.equal(y, state) for t, y, time, state in seen)
+
+    @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+    def test_stays_as_it_was_however_it_is_kept(self, keep: Callable[[Tensor], Callable[[], Tensor]]) -> None:
+        seen: list[tuple[Callable[[], Tensor], Tensor]] = []
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            seen.extend((keep(x), x.clone().reshape(-1)) for x in (t, y))
+            return torch.sin(3 * t) - y
+
+        with torch.no_grad():
+            aca_ext.odeint(func, y0(), FORWARD)
+        assert len(seen) > 120
+        assert all(torch.equal(kept().reshape(-1), value) for kept, value in seen)
+
+    def test_stays_as_it_was_in_a_graph(self) -> None:
+        w = torch.ones((), dtype=torch.float64, requires_grad=True)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            with torch.enable_grad():
+                seen.append((w * t + (w * y).sum(), t + y.sum()))
+            return torch.sin(3 * t) - y
+
+        with torch.no_grad():
+            aca_ext.odeint(func, y0(), FORWARD)
+        for graph, value in seen[1:]:  # the first state is the user's
+            (grad,) = torch.autograd.grad(graph, w)
+            torch.testing.assert_close(grad, value)
+
+    @pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
+    def test_bears_no_mark_of_an_evaluation_before(self, mark: tuple[Callable[..., Any], Callable[..., bool]]) -> None:
+        make, is_marked = mark
+        found: list[bool] = []
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            result = torch.sin(3 * t) - y
+            found.extend(map(is_marked, (t, y)))
+            for x in (t, y):
+                make(x)
+            return result
+
+        with torch.no_grad():
+            aca_ext.odeint(func, y0(), FORWARD)
+        assert len(found) > 120
+        assert not any(found[4:])  # the first state is the user's
+
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    def test_is_the_time_whatever_became_of_the_last(self, change: Callable[[Tensor], Any]) -> None:
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            assert t.shape == ()
+            result = torch.sin(3 * t) - y
+            change(t)
+            return result
+
+        with torch.no_grad():
+            expected = aca_ext.odeint(lambda t, y: torch.sin(3 * t) - y, y0(), FORWARD)
+            assert torch.equal(aca_ext.odeint(func, y0(), FORWARD), expected)
+
+    @pytest.mark.parametrize(
+        "func",
+        [
+            lambda t, y: y,
+            lambda t, y: y.view_as(y),
+            lambda t, y: y.detach(),
+            lambda t, y: y.T.T,
+            lambda t, y: y[:1].expand(2, 2),
+            lambda t, y: y.flip(0),
+        ],
+    )
+    @pytest.mark.parametrize("settings", [{}, {"method": "rk4", "options": {"step_size": 0.1}}])
+    def test_may_be_returned(
+        self, one_by_one: Callable[[], None], func: Callable[..., Tensor], settings: dict[str, Any]
+    ) -> None:
+        with torch.no_grad():
+            compiled = aca_ext.odeint(func, y0(), (0.0, 1.0), **settings)
+            one_by_one()
+            assert torch.equal(compiled, aca_ext.odeint(func, y0(), (0.0, 1.0), **settings))
+
+    def test_is_given_again_where_func_keeps_nothing(self) -> None:
+        if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+            pytest.skip("this torch does not let compiled code see tensors")
+        last: list[int] = []
+        count = 0
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            nonlocal count
+            count += last[-1:] == [id(y)]
+            last.append(id(y))
+            return torch.sin(3 * t) - y
+
+        with torch.no_grad():
+            aca_ext.odeint(func, y0(), FORWARD)
+        assert count > 0.5 * len(last)
 
     def test_is_aligned(self) -> None:
         addresses: list[int] = []

@@ -1,0 +1,85 @@
+// What torch tells in C about a tensor: its memory and layout, by the exchange functions of DLPack 1.x (the
+// specification at dmlc.github.io/dlpack), without a call into Python and without libtorch.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace aca {
+
+namespace py = pybind11;
+
+namespace dlpack {
+
+struct Tensor {
+    void* data;
+    struct Device {
+        int32_t type, id;
+    } device;
+    int32_t ndim;
+    struct DataType {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+    uint32_t major, minor;
+    ExchangeApi* previous;
+    void (*owning[3])();                     // allocate, export, import
+    int (*view)(void* object, Tensor* out);  // borrows until control returns; -1 with a Python exception set
+    int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
+};
+
+}  // namespace dlpack
+
+// torch as it was found when this module was loaded; what a version of it lacks is null.
+struct Torch {
+    PyTypeObject* tensor = nullptr;
+    int (*view)(void*, dlpack::Tensor*) = nullptr;
+    PyObject* storage_uses = nullptr;  // of the address of a storage
+
+    static Torch& found() {
+        static Torch torch;
+        return torch;
+    }
+
+    // False where `x` is no plain tensor, or one without memory of its own.
+    bool look(PyObject* x, dlpack::Tensor* seen) const {
+        if (!view || Py_TYPE(x) != tensor) return false;
+        if (view(x, seen) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        return seen->data != nullptr && seen->strides != nullptr && seen->byte_offset == 0;
+    }
+};
+
+// A tensor's dtype, device, shape and strides, whatever becomes of the tensor.
+class Layout {
+  public:
+    Layout() = default;
+    explicit Layout(const dlpack::Tensor& of)
+        : dtype_(of.dtype),
+          device_(of.device),
+          shape_(of.shape, of.shape + of.ndim),
+          strides_(of.strides, of.strides + of.ndim) {}
+
+    bool is_that_of(const dlpack::Tensor& x) const {
+        return size_t(x.ndim) == shape_.size() && x.dtype.code == dtype_.code && x.dtype.bits == dtype_.bits &&
+               x.dtype.lanes == dtype_.lanes && x.device.type == device_.type && x.device.id == device_.id &&
+               std::equal(shape_.begin(), shape_.end(), x.shape) &&
+               std::equal(strides_.begin(), strides_.end(), x.strides);
+    }
+
+  private:
+    dlpack::Tensor::DataType dtype_{};
+    dlpack::Tensor::Device device_{};
+    std::vector<int64_t> shape_, strides_;
+};
+
+}  // namespace aca

@@ -202,6 +202,7 @@ class Control:
     ratio: float
     n_steps: int
     n_accepted: int
+    is_unfinished: bool
 
     @overload
     def __init__(self, dtype: str, controller: Controller, /) -> None: ...

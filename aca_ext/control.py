@@ -91,6 +91,15 @@ class ControlBlock:
         return control
 
 
+class DeviceTimes:
+    """The requested times and the times that a step must end at, on the device; ``of`` are both as numbers."""
+
+    def __init__(self, times: tuple[float, ...], stops: tuple[float, ...], device: torch.device) -> None:
+        self.of = times, stops
+        both = torch.tensor([*times, *stops], dtype=torch.float64).to(device, non_blocking=True)
+        self.times, self.stops = both[: len(times)], both[len(times) :]
+
+
 class SolveMemory:
     """What one solve writes: its outputs, its accepted steps, and the states that they started from.
 
@@ -104,15 +113,13 @@ class SolveMemory:
 
     control: _C.Control
 
-    def __init__(self, problem: Problem, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
-        device = y0.device
-        stops = problem.grid[1:] if problem.grid is not None else (*problem.stops, problem.times[-1])
-        both = torch.tensor([*problem.times, *stops], dtype=torch.float64).to(device, non_blocking=True)
-        self.times, self.stops = both[: len(problem.times)], both[len(problem.times) :]
-        self.ys = empty_rows(len(problem.times), y0)
+    def __init__(self, times: DeviceTimes, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
+        device, count = y0.device, len(times.of[0])
+        self.times, self.stops = times.times, times.stops
+        self.ys = empty_rows(count, y0)
         self.weights = None
         if has_weights:
-            self.weights = torch.empty(len(problem.times), _C.MAX_TERMS, dtype=torch.float64, device=device)
+            self.weights = torch.empty(count, _C.MAX_TERMS, dtype=torch.float64, device=device)
         self._y0, self._keeps_states, self._first = y0, keeps_states, n_states
         self.blocks: list[Tensor] = []
         self.n_steps = self.n_accepted = 0

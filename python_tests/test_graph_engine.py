@@ -16,8 +16,9 @@ from problems import LotkaVolterra, ThreeBody, VanDerPol
 from torch import Tensor, nn
 
 from aca_ext import METHODS, odeint, solve
+from aca_ext.control import ControlBlock
 from aca_ext.errors import ArgumentTypeError, GraphError, NonFiniteError, SlopeError, StepLimitError, StepSizeError
-from aca_ext.graph import engine
+from aca_ext.graph import engine, programs
 from aca_ext.graph.plan import Plan
 
 ADAPTIVE = [name for name, method in METHODS.items() if method.adaptive]
@@ -39,9 +40,7 @@ class CalledAgain:
 
 
 class Caller:
-    """Makes programs that call their bodies again."""
-
-    made: list[CalledAgain]
+    """Makes programs that call their bodies again: as often as asked for, or while the control block says so."""
 
     def __init__(self, made: list[CalledAgain]) -> None:
         self.made = made
@@ -55,8 +54,15 @@ class Caller:
         self.made.append(CalledAgain(body))
         return self.made[-1]
 
-    def loop(self, first: Any, body: Any, control: int) -> None:
-        return None
+    def repeat(self, first: CalledAgain | None, body: CalledAgain, block: ControlBlock) -> Callable[[int], None]:
+        def run(times: int) -> None:
+            if first is not None:
+                first.launch()
+            body.launch(1 if programs.DEVICE_LOOPS else times)
+            while programs.DEVICE_LOOPS and block.read().is_unfinished:
+                body.launch()
+
+        return run
 
     def in_order(self) -> Any:
         return nullcontext()
@@ -68,6 +74,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, made
         monkeypatch.setattr(engine, "DEVICES", ("cpu",))
         monkeypatch.setattr(engine, "capturer_for", lambda device: Caller(made))
     return str(request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["launched ahead", "device loops"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "DEVICE_LOOPS", request.param)
 
 
 @pytest.fixture
@@ -113,6 +124,7 @@ def both_engines(func: Any, y0: Any, t: Tensor, **settings: Any) -> None:
         assert relative_error(grad_other, grad) <= tolerance
 
 
+@pytest.mark.usefixtures("loops")
 class TestAgainstEager:
     @pytest.mark.parametrize("method", ADAPTIVE)
     def test_adaptive_methods(self, device: str, method: str) -> None:
@@ -404,6 +416,7 @@ class TestCaptures:
         assert torch.equal(first, torch.autograd.grad(y.sum(), y0)[0])
 
 
+@pytest.mark.usefixtures("loops")
 class TestRoom:
     def test_grows(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("aca_ext.graph.plan._FIRST_STATES", 2)
@@ -442,6 +455,7 @@ class TestRoom:
         assert sum(map(len, blocks)) <= solution.stats.n_accepted + 2
 
 
+@pytest.mark.usefixtures("loops")
 class TestFailures:
     def test_step_limit(self, device: str) -> None:
         y0 = torch.tensor([2.0, 0.0], dtype=torch.float64, device=device)

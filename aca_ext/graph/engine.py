@@ -24,6 +24,7 @@ from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitErr
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.graph import programs
 from aca_ext.graph.plan import Plan
 from aca_ext.graph.programs import Capturer, CudaCapturer
 from aca_ext.graph.trace import Trace, TracedFunction
@@ -255,6 +256,7 @@ def _key_of(problem: Problem, trace: Trace) -> Hashable:
         (problem.adaptive, len(problem.times) > 2),
         (tolerance.rtol, tolerance.atol),
         torch.is_grad_enabled(),
+        programs.DEVICE_LOOPS,
         _precision(),
     )
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aca_ext.control import ControlBlock, ControlledKernels, SolveMemory
+from aca_ext.control import ControlBlock, ControlledKernels, DeviceTimes, SolveMemory
 from aca_ext.errors import GraphError
-from aca_ext.graph.programs import Capturer, Program
+from aca_ext.graph.programs import Capturer, Program, Repeat
 from aca_ext.problem import Problem
 from aca_ext.replay import Replay
 from aca_ext.runge_kutta import scheme_of, step, step_vjp
@@ -38,7 +39,7 @@ class Plan:
     def __init__(self, problem: Problem, held: Sequence[Tensor], capturer: Capturer) -> None:
         self._like = like = torch.empty_like(problem.y0.detach())
         self._scheme = scheme_of(problem.tableau, problem.adaptive)
-        self._tolerance, self._capturer = problem.tolerance, capturer
+        self._tolerance, self._capturer, self._lock = problem.tolerance, capturer, threading.RLock()
         self._block = ControlBlock(like, self._scheme, problem.tolerance)
         self._y, self._y1, self._k_first = (torch.empty_like(like) for _ in range(3))
         self._g = torch.empty_like(like)
@@ -47,11 +48,12 @@ class Plan:
         self._grads: list[Tensor] = []
         self._param_addresses: list[int] = []
         self._probe: list[Tensor] = []
+        self._times: DeviceTimes | None = None  # of the last solve: the next one's are often the same
         self._n_states = max(2, min(_FIRST_STATES, _FIRST_BYTES // max(1, like.numel() * like.element_size())))
         self._n_steps = _FIRST_STEPS
-        self._first: Program | None = None
-        self._trial: Program | None = None
-        self._transpose: Program | None = None
+        self._solve: Repeat | None = None
+        self._go_on: Repeat | None = None
+        self._transpose: Repeat | None = None
         self.held = [x.detach() for x in held]
         self.args = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in problem.args)
         self.n_evals_per_step = len(self._scheme.c) - self._scheme.fsal
@@ -88,12 +90,14 @@ class Plan:
             self._begin(problem, memory, y, k, first_step=0.05 * problem.length)
             self._block.decide("first")
 
-        self._first = self._capturer.capture(first, lambda: self._begin(problem, memory, y0, k0))
-        self._trial = self._capturer.capture(trial, reset_trial)
+        finding_first = self._capturer.capture(first, lambda: self._begin(problem, memory, y0, k0))
+        trying = self._capturer.capture(trial, reset_trial)
         with torch.no_grad(), autocast.restored():
             other = y0 * 1.25 + 0.5
             k = field(problem.start_time(other), other).clone()
-        self._check(self._trial, trial(), lambda: reset_trial(other, k))
+        self._check(trying, trial(), lambda: reset_trial(other, k))
+        self._solve = self._capturer.repeat(finding_first, trying, self._block)
+        self._go_on = self._capturer.repeat(None, trying, self._block)
 
     def _find_first_step(self, field: VectorField, ops: ControlledKernels, problem: Problem) -> None:
         block, y, k = self._block, self._y, self._k_first
@@ -121,21 +125,19 @@ class Plan:
 
         What the control block said at the end is the ``control`` of the result.
         """
-        assert self._first is not None
-        assert self._trial is not None
+        assert self._solve is not None
+        assert self._go_on is not None
         for mine, given in zip(self.args, problem.args, strict=True):
             if isinstance(mine, Tensor):
                 mine.copy_(given.detach())
         memory = self._memory(problem, keeps_states=keeps_states)
         self._begin(problem, memory, y0, k0)
-        self._first.launch()
         if problem.grid is not None:  # every step is known
-            self._trial.launch(len(problem.grid) - 1)
+            self._solve(len(problem.grid) - 1)
             memory.n_accepted = memory.n_steps = len(problem.grid) - 1
             return memory
-        n = self._n_steps
+        self._solve(self._n_steps)
         while True:
-            self._trial.launch(n)
             control = memory.control = self._block.read()
             if control.status == "done":
                 break
@@ -146,15 +148,18 @@ class Plan:
             elif control.status != "running":
                 look(control)
                 self._block.decide("resume")
-            n = max(4, control.n_steps // 4)
+            self._go_on(max(4, control.n_steps // 4))
         memory.n_accepted, memory.n_steps = control.n_accepted, control.n_steps
         self._n_steps, self._n_states = control.n_steps, control.n_accepted + 2
         return memory
 
     def _memory(self, problem: Problem, *, keeps_states: bool) -> SolveMemory:
         n_states = self._n_states if problem.grid is None else len(problem.grid) + 1
+        stops = problem.grid[1:] if problem.grid is not None else (*problem.stops, problem.times[-1])
+        if self._times is None or self._times.of != (problem.times, stops):
+            self._times = DeviceTimes(problem.times, stops, self._like.device)
         return SolveMemory(
-            problem, self._like, keeps_states=keeps_states, n_states=n_states, has_weights=self._has_inside
+            self._times, self._like, keeps_states=keeps_states, n_states=n_states, has_weights=self._has_inside
         )
 
     def _begin(
@@ -198,9 +203,10 @@ class Plan:
             replay.grads = list(self._grads)
             return lambda: self._transpose_step(replay, ops)
 
-        self._transpose = self._capturer.capture(transpose, reset)
+        transposing = self._capturer.capture(transpose, reset)
         grad_ys.mul_(-0.5)
-        self._check(self._transpose, transpose(), reset)
+        self._check(transposing, transpose(), reset)
+        self._transpose = self._capturer.repeat(None, transposing, self._block)
         for arg in args:
             arg.requires_grad_(False)
 
@@ -217,7 +223,7 @@ class Plan:
         """The cotangents of y0, and of the params and args that the backward pass was captured with."""
         assert self._transpose is not None
         self._begin_backward(memory, grad_ys)
-        self._transpose.launch(memory.n_accepted)
+        self._transpose(memory.n_accepted)
         return self._g + grad_ys[0], [grad.clone() for grad in self._grads]
 
     @property
@@ -228,9 +234,11 @@ class Plan:
         """Whether these are where they were when the backward pass was captured."""
         return self._param_addresses == [p.data_ptr() for p in params]
 
-    def in_order(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
         """Around any use of the plan: its memory is used once at a time."""
-        return self._capturer.in_order()
+        with self._lock, self._capturer.in_order():
+            yield
 
     def not_finite(self) -> str | None:
         """What is NaN or infinite where a solve stands, if anything is."""

@@ -10,13 +10,17 @@ from typing import Any, Protocol
 
 import torch
 
-from aca_ext.control import device_loop, obstacle_to_loop, supports_device_loops
+from aca_ext.control import ControlBlock, device_loop, obstacle_to_loop, supports_device_loops
 from aca_ext.errors import AcaError, GraphError
 
+# Whether the GPU decides by itself how often a step is repeated, instead of the host launching it so often ahead. Both
+# take the same steps; which is faster has not been measured yet.
+DEVICE_LOOPS = False
 _WARM_UPS = 2
 _HINT = 'Use engine="eager", or change func.'
 
 Body = Callable[[], None]
+Repeat = Callable[[int], None]  # at least so often, if the control block does not say that it is enough
 
 
 class Program(Protocol):
@@ -31,7 +35,7 @@ class Capturer(Protocol):
 
     def capture(self, make_body: Callable[[], Body], reset: Callable[[], None]) -> Program: ...
 
-    def loop(self, first: Any, body: Any, control: int) -> Callable[[], None] | None: ...
+    def repeat(self, first: Any, body: Any, block: ControlBlock) -> Repeat: ...
 
     def in_order(self) -> AbstractContextManager[None]: ...
 
@@ -77,16 +81,22 @@ class CudaCapturer:
         current.wait_stream(self._stream)
         return CudaProgram(graph, body)
 
-    def loop(self, first: CudaProgram | None, body: CudaProgram, control: int) -> Callable[[], None] | None:
-        """``first``, then ``body`` while the control block says so, as one launch; None where that is not possible."""
-        if not supports_device_loops() or not _keeps_graphs():
-            return None
-        for program in (first, body):
-            if program is not None and obstacle_to_loop(program.graph.raw_cuda_graph()):
-                return None
-        handle = 0 if first is None else first.graph.raw_cuda_graph()
-        loop = device_loop(self._device.index or 0, handle, body.graph.raw_cuda_graph(), control)
-        return lambda: loop.launch(torch.cuda.current_stream(self._device).cuda_stream)
+    def repeat(self, first: CudaProgram | None, body: CudaProgram, block: ControlBlock) -> Repeat:
+        """``first``, then ``body`` again and again."""
+        programs = [body] if first is None else [first, body]
+        if DEVICE_LOOPS and _keeps_graphs() and supports_device_loops():
+            graphs = [program.graph.raw_cuda_graph() for program in programs]
+            if not any(map(obstacle_to_loop, graphs)):
+                before = 0 if first is None else graphs[0]
+                loop = device_loop(self._device.index or 0, before, graphs[-1], block.address)
+                return _Loop(loop, self._device, programs)
+
+        def ahead(times: int) -> None:
+            if first is not None:
+                first.launch()
+            body.launch(times)
+
+        return ahead
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
@@ -108,6 +118,16 @@ class CudaProgram:
     def launch(self, times: int = 1) -> None:
         for _ in range(times):
             self.graph.replay()
+
+
+class _Loop:
+    """A loop on the device, with the programs whose memory it works in."""
+
+    def __init__(self, loop: Any, device: torch.device, programs: list[CudaProgram]) -> None:
+        self._loop, self._device, self._programs = loop, device, programs
+
+    def __call__(self, times: int) -> None:
+        self._loop.launch(torch.cuda.current_stream(self._device).cuda_stream)
 
 
 def _keeps_graphs() -> bool:

@@ -148,6 +148,11 @@ class SolveMemory:
         self.steps = steps
         control.steps = steps.data_ptr()
 
+    def hand_over_states(self) -> list[Tensor]:
+        """The blocks, for whoever keeps them from now on; the control block goes on pointing to them."""
+        blocks, self.blocks = self.blocks, []
+        return blocks
+
 
 class ControlledKernels(RowKernels):
     """The kernels on a whole state, for a step whose times and size are those in a control block.

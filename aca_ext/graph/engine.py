@@ -160,13 +160,15 @@ class _GraphAca(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
         ys = run.forward(keeps_states=True)
-        ctx.run, ctx.n_params, ctx.has_y0 = run, len(run.params), y0.requires_grad
-        ctx.save_for_backward(*([y0] if ctx.has_y0 else []), *inputs)
+        blocks = run.record.memory.hand_over_states()
+        ctx.run, ctx.n_params, ctx.n_blocks, ctx.has_y0 = run, len(run.params), len(blocks), y0.requires_grad
+        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
+        ctx.save_for_backward(*blocks, *([y0] if ctx.has_y0 else []), *inputs)
         return ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
-        run, saved = ctx.run, ctx.saved_tensors
+        run, saved = ctx.run, ctx.saved_tensors[ctx.n_blocks :]
         inputs = saved[ctx.has_y0 :]
         if torch.is_grad_enabled():
             ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast

@@ -31,7 +31,6 @@ __all__ = [
     "RowOperations",
     "Tolerance",
     "TorchOperations",
-    "compiled_controller",
     "compiled_loop",
     "config",
     "controller_for",
@@ -133,16 +132,12 @@ class KernelOperations(TorchOperations):
     def stepper(self, c: Any, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
         """A whole step, its transpose, or many steps in one call; ``runge_kutta`` and ``solver`` say what they do."""
         like, tolerance, stages = self.like, self.tolerance, len(c)
-        states = partial(aligned_rows, max(1, min(16, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
-        times = partial(scalars, max(2 * stages, 16), like)
+        states = partial(aligned_rows, max(1, min(8, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
+        times = partial(scalars, max(stages, 2), like)
         norm = None
         if tolerance.norm is None:
-            norm = (tolerance.segments, self._sums.data_ptr(), *self._tolerances)
+            norm = (tolerance.segments, self._sums, *self._tolerances)
         return _C.Stepper(self._on, self._n, c, rows, solution, fsal, states, times, norm)
-
-    def norm_of_step(self) -> float:
-        """The error norm of the last step that a ``stepper`` made."""
-        return self.tolerance.norm_of_sums(self._sums.tolist())
 
     def compiled_specification(self, problem: Any, slope: int, step: int) -> _C.CompiledSpecification:
         """A ``Problem`` for the loop over the compiled programs at these addresses."""
@@ -270,12 +265,7 @@ def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bo
 
 def controller_for(controller: Controller | None) -> _C.Controller:
     """``controller`` for steps that do not go through Python; of fixed steps too, which ask none."""
-    return compiled_controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
-
-
-def compiled_controller(**coefficients: Any) -> _C.Controller:
-    """``controller.Controller`` with the same coefficients, for steps that do not go through Python."""
-    return _C.Controller(**coefficients)
+    return _C.Controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
 
 
 def slope_function(

@@ -159,14 +159,11 @@ def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme, compiled: An
     """``step`` with its first three arguments given, in compiled code where there is."""
     if compiled is None:
         return partial(step, f, ops, scheme)
-    assert isinstance(ops, KernelOperations)
-    takes_norm = scheme.error is not None and ops.tolerance.norm is None
 
     def compiled_step(
         times: Sequence[float], y: Tensor, h: float, k_first: Tensor | None = None, out: Tensor | None = None
     ) -> Trial:
-        y1, k, error = compiled.step(f, times, y, h, k_first, out)
-        return Trial(y1, k, error, ops.norm_of_step() if takes_norm else None)
+        return Trial(*compiled.step(f, times, y, h, k_first, out))
 
     return compiled_step
 

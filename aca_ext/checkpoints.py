@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import comb
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class StepRecord:
 
     def bounds(self) -> Tensor:
         """(n_accepted, 2) float64: start and end of every accepted step."""
-        return torch.tensor([t for s in self.steps for t in (s.t, s.t_next)], dtype=torch.float64).view(-1, 2)
+        return torch.from_numpy(np.array([(s.t, s.t_next) for s in self.steps], dtype=np.float64).reshape(-1, 2))
 
 
 class Checkpoints:

@@ -66,10 +66,11 @@ class KernelOperations(TorchOperations):
         self._n = like.numel()
         self._itemsize = like.element_size()
         self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
-        self._workspace = torch.zeros(
-            _C.WORKSPACE_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device
-        )
-        self._on = target_for(like, self._workspace)
+        if device.type == "cuda":
+            self._workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            self._on = target_for(like, self._workspace)
+        else:
+            self._on = target_for(like)
         rtol, atol = tolerance.rtol, tolerance.atol
         if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
             self._rtol_each, self._atol_each = self._spread(rtol), self._spread(atol)
@@ -234,12 +235,13 @@ class DifferentiableRowKernels(DifferentiableKernels, RowKernels):
     """The kernels on rows with a graph."""
 
 
-def target_for(like: Tensor, workspace: Tensor) -> _C.Target:
+def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
     """Where operations on states laid out like ``like`` run: on a GPU, on the stream that is current now."""
     device = like.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     threads = torch.get_num_threads() if like.numel() >= _THREADS_FROM else 1
-    return _C.Target(device.type, _DTYPES[like.dtype], threads, device.index or 0, stream, workspace.data_ptr())
+    address = 0 if workspace is None else workspace.data_ptr()
+    return _C.Target(device.type, _DTYPES[like.dtype], threads, device.index or 0, stream, address)
 
 
 def has_kernels(like: Tensor) -> bool:

@@ -80,7 +80,7 @@ class Problem:
 
     def start_time(self, like: Tensor) -> Tensor:
         """The first time as func receives it."""
-        return torch.tensor(self.times[0], dtype=like.dtype, device=like.device)
+        return torch.full((), self.times[0], dtype=like.dtype, device=like.device)
 
     def spread_times(self, t: Tensor) -> Tensor:
         """The times ``t`` as func receives them, one after the other in the first dimension; differentiable."""

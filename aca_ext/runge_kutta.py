@@ -182,7 +182,7 @@ def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) 
         y_next: Tensor | None = None,
     ) -> Tensor:
         check = None if y_next is None else partial(check_replay, times[0], y_next)
-        return compiled.vjp(f, f.pull_back, ops.admit, check, times, y, h, outputs)
+        return compiled.vjp(f.fastest, f.pull_back, ops.admit, check, times, y, h, outputs)
 
     return compiled_step_vjp
 
@@ -212,6 +212,9 @@ def interpolate(
 
 class ReplayFunction(SlopeFunction, Protocol):
     """f for the transpose: its slopes have graphs, and it pulls a cotangent back through one."""
+
+    @property
+    def fastest(self) -> SlopeFunction: ...
 
     def pull_back(self, y: Tensor, k: Tensor, grad_k: Tensor) -> Tensor | None: ...
 

@@ -133,10 +133,11 @@ class Stepper {
         std::vector<uintptr_t> k;
         write_times(t, count);
         const uintptr_t y_address = address_of(y);
+        Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
         for (size_t i = 0; i < count; ++i) {
             states.push_back(i == 0 ? names().detach.call(y.ptr()) : weighted(rows_[i], y_address, h, k));
             names().require_grad.call(states[i].ptr());
-            Row k_i = call(f, nullptr, i, states[i]);
+            Row k_i = call(f, slope, i, states[i]);
             slopes.push_back(std::move(k_i.tensor));
             k.push_back(k_i.address);
         }

@@ -108,10 +108,10 @@ class VectorField:
             if members:
                 self.held += [(members, name, x) for name, x in members.items() if x is not None]
 
-    def first(self, t: Tensor, y: Tensor) -> Tensor:
-        """f at the start, noting which random generators and buffers it moves."""
+    def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
+        """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""
         random_state = self.random_state()
-        with buffers_used_by(self.func, self._note) as used:
+        with buffers_used_by(self.func, self._note) as used, watch or nullcontext():
             k = self(t, y)
         refuse_transforms("the slope that func returned", k)
         self.draws_random_numbers = self.has_drawn_since(random_state)

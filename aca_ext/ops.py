@@ -7,7 +7,7 @@ Only tensors that the object allocated or admitted reach a kernel, so addresses 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class KernelOperations(TorchOperations):
         self._n = like.numel()
         self._itemsize = like.element_size()
         self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
+        self.steppers: dict[Any, _C.Stepper] = {}  # those made so far, by their schemes
         if device.type == "cuda":
             self._workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
             self._on = target_for(like, self._workspace)
@@ -265,6 +266,7 @@ def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bo
     return (DifferentiableRowKernels if differentiable else RowKernels)(like, tolerance)
 
 
+@lru_cache(maxsize=64)
 def controller_for(controller: Controller | None) -> _C.Controller:
     """``controller`` for steps that do not go through Python; of fixed steps too, which ask none."""
     return _C.Controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))

@@ -36,7 +36,7 @@ class SlopeFunction(Protocol):
     def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as tableaus are
 class Scheme:
     """A tableau as floats, without its zeros, in the order in which a step uses them."""
 
@@ -150,9 +150,11 @@ def compiled_stepper(ops: TorchOperations, scheme: Scheme) -> Any | None:
     """What calls f and forms the sums of a step in compiled code; None where they run otherwise."""
     if type(ops) is not KernelOperations:
         return None
-    return ops.stepper(
-        scheme.c, scheme.stages, (scheme.indices, scheme.b, scheme.error, scheme.error_last), scheme.fsal
-    )
+    known = ops.steppers.get(scheme)
+    if known is None:
+        solution = scheme.indices, scheme.b, scheme.error, scheme.error_last
+        known = ops.steppers[scheme] = ops.stepper(scheme.c, scheme.stages, solution, scheme.fsal)
+    return known
 
 
 def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme, compiled: Any | None) -> Callable[..., Trial]:

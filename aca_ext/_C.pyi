@@ -59,7 +59,7 @@ class Stepper:
         fsal: bool,
         states: Callable[[], Sequence[Tensor]],
         times: Callable[[], Sequence[Tensor]],
-        norm: tuple[Sequence[int], int, float, float, int, int] | None,
+        norm: tuple[Sequence[int], Tensor, float, float, int, int] | None,
     ) -> None: ...
     def step(
         self,
@@ -70,22 +70,34 @@ class Stepper:
         k_first: Tensor | None,
         out: Tensor | None,
         /,
-    ) -> tuple[Tensor, list[Tensor], Tensor | None]: ...
+    ) -> tuple[Tensor, list[Tensor], Tensor | None, float | None]: ...
+    def first_step(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        controller: Controller,
+        t: float,
+        y: Tensor,
+        k: Tensor,
+        length: float,
+        sign: float,
+        /,
+    ) -> float: ...
     def leap(
         self,
         f: Callable[[Tensor, Tensor], Tensor],
         controller: Controller,
-        error_norm: Callable[[], float],
         slot: Callable[[], Tensor] | None,
         accept: Callable[[], None] | None,
         start: tuple[float, float, Tensor, Tensor | None, Sequence[float]],
-        until: float,
+        stop: float,
+        output: float,
         trials: int,
         /,
     ) -> tuple[
         tuple[float, float, Tensor, Tensor | None, list[float]],
         list[tuple[float, float, float]],
         int,
+        tuple[Tensor, list[Tensor]] | None,
         float | None,
     ]: ...
     def walk(

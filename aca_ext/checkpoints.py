@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import comb
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ Policy = int | str | None
 
 _BLOCK_BYTES = 1 << 20  # small states share blocks up to this size; it bounds what is allocated and not used
 _BLOCK_ROWS = 64
+_ROWS_AT_ONCE = 16  # a view of every row takes longer than a short solve has
 
 
 class AcceptedStep(NamedTuple):
@@ -49,7 +51,7 @@ class StepRecord:
 
     def bounds(self) -> Tensor:
         """(n_accepted, 2) float64: start and end of every accepted step."""
-        return torch.tensor([t for s in self.steps for t in (s.t, s.t_next)], dtype=torch.float64).view(-1, 2)
+        return torch.from_numpy(np.array([(s.t, s.t_next) for s in self.steps], dtype=np.float64).reshape(-1, 2))
 
 
 class Checkpoints:
@@ -78,10 +80,12 @@ class Checkpoints:
     def slot(self) -> Tensor:
         """Where the solution of the current trial belongs."""
         if not self._free:
-            block = self._new_block()
-            self.blocks.append(block)
-            self._free = list(reversed(list(enumerate(block.unbind(0), self._n_rows))))
-            self._n_rows += len(block)
+            first = self._n_rows % self._rows_per_block
+            if first == 0:
+                self.blocks.append(self._new_block())
+            views = self.blocks[-1][first : first + _ROWS_AT_ONCE].unbind(0)
+            self._free = list(reversed(list(enumerate(views, self._n_rows))))
+            self._n_rows += len(views)
         return self._free[-1][1]
 
     def accept(self) -> None:
@@ -218,11 +222,8 @@ def _rows_per_block(like: Tensor) -> int:
 def rows(blocks: Sequence[Tensor], count: int) -> Iterator[Tensor]:
     """The first ``count`` states of ``blocks``, in order."""
     for block in blocks:
-        for row in block.unbind(0):
-            if count == 0:
-                return
-            count -= 1
-            yield row
+        yield from block[:count].unbind(0)
+        count = max(0, count - len(block))
 
 
 def reversed_states(

@@ -7,7 +7,7 @@ Only tensors that the object allocated or admitted reach a kernel, so addresses 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ __all__ = [
     "RowOperations",
     "Tolerance",
     "TorchOperations",
-    "compiled_controller",
     "compiled_loop",
     "config",
     "controller_for",
@@ -66,10 +65,12 @@ class KernelOperations(TorchOperations):
         self._n = like.numel()
         self._itemsize = like.element_size()
         self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
-        self._workspace = torch.zeros(
-            _C.WORKSPACE_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device
-        )
-        self._on = target_for(like, self._workspace)
+        self.steppers: dict[Any, _C.Stepper] = {}  # those made so far, by their schemes
+        if device.type == "cuda":
+            self._workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            self._on = target_for(like, self._workspace)
+        else:
+            self._on = target_for(like)
         rtol, atol = tolerance.rtol, tolerance.atol
         if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
             self._rtol_each, self._atol_each = self._spread(rtol), self._spread(atol)
@@ -132,16 +133,12 @@ class KernelOperations(TorchOperations):
     def stepper(self, c: Any, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
         """A whole step, its transpose, or many steps in one call; ``runge_kutta`` and ``solver`` say what they do."""
         like, tolerance, stages = self.like, self.tolerance, len(c)
-        states = partial(aligned_rows, max(1, min(16, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
-        times = partial(scalars, max(2 * stages, 16), like)
+        states = partial(aligned_rows, max(1, min(8, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
+        times = partial(scalars, max(stages, 2), like)
         norm = None
         if tolerance.norm is None:
-            norm = (tolerance.segments, self._sums.data_ptr(), *self._tolerances)
+            norm = (tolerance.segments, self._sums, *self._tolerances)
         return _C.Stepper(self._on, self._n, c, rows, solution, fsal, states, times, norm)
-
-    def norm_of_step(self) -> float:
-        """The error norm of the last step that a ``stepper`` made."""
-        return self.tolerance.norm_of_sums(self._sums.tolist())
 
     def compiled_specification(self, problem: Any, slope: int, step: int) -> _C.CompiledSpecification:
         """A ``Problem`` for the loop over the compiled programs at these addresses."""
@@ -238,12 +235,13 @@ class DifferentiableRowKernels(DifferentiableKernels, RowKernels):
     """The kernels on rows with a graph."""
 
 
-def target_for(like: Tensor, workspace: Tensor) -> _C.Target:
+def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
     """Where operations on states laid out like ``like`` run: on a GPU, on the stream that is current now."""
     device = like.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     threads = torch.get_num_threads() if like.numel() >= _THREADS_FROM else 1
-    return _C.Target(device.type, _DTYPES[like.dtype], threads, device.index or 0, stream, workspace.data_ptr())
+    address = 0 if workspace is None else workspace.data_ptr()
+    return _C.Target(device.type, _DTYPES[like.dtype], threads, device.index or 0, stream, address)
 
 
 def has_kernels(like: Tensor) -> bool:
@@ -267,14 +265,10 @@ def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bo
     return (DifferentiableRowKernels if differentiable else RowKernels)(like, tolerance)
 
 
+@lru_cache(maxsize=64)
 def controller_for(controller: Any) -> _C.Controller:
     """A ``Controller`` for steps that do not go through Python; for fixed steps, which have none, any."""
-    return compiled_controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
-
-
-def compiled_controller(**coefficients: Any) -> _C.Controller:
-    """``controller.Controller`` with the same coefficients, for steps that do not go through Python."""
-    return _C.Controller(**coefficients)
+    return _C.Controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
 
 
 def slope_function(

@@ -14,6 +14,7 @@ from aca_ext.controller import Controller
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.grid import grid_of
 from aca_ext.methods import ALIASES, METHODS
+from aca_ext.operations_pool import OperationsPool
 from aca_ext.options import (
     FIXED_OPTIONS,
     Options,
@@ -50,6 +51,7 @@ class Problem:
         resumed: where it goes on, if it does.
         on_step: called after every trial step.
         settings: the same object for problems that are known to differ in func, args and the values of y0 alone.
+        pool: operations for such problems.
     """
 
     func: Callable[..., State]
@@ -68,6 +70,7 @@ class Problem:
     resumed: SolverState | None = None
     on_step: Callback | None = None
     settings: object = field(default_factory=object)
+    pool: OperationsPool = field(default_factory=OperationsPool, repr=False, compare=False)
 
     @property
     def adaptive(self) -> bool:
@@ -80,7 +83,7 @@ class Problem:
 
     def start_time(self, like: Tensor) -> Tensor:
         """The first time as func receives it."""
-        return torch.tensor(self.times[0], dtype=like.dtype, device=like.device)
+        return torch.full((), self.times[0], dtype=like.dtype, device=like.device)
 
     def spread_times(self, t: Tensor) -> Tensor:
         """The times ``t`` as func receives them, one after the other in the first dimension; differentiable."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.vector_field import AutocastState, RandomState, VectorField
 
 # torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its look at the arguments, which takes
@@ -51,7 +52,6 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
-        self.n_evals = 0
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
         self._stage = 0
@@ -79,6 +79,15 @@ class Replay:
             if random_state is not None:
                 field.set_random_state(random_state)
 
+    @property
+    def n_evals(self) -> int:
+        return self.field.n_evals
+
+    @property
+    def fastest(self) -> SlopeFunction:
+        """What evaluates the next stage with the least in between."""
+        return self if self.field.draws_random_numbers else self.field.fastest
+
     def begin_step(self, random_states: Sequence[RandomState] | None) -> None:
         """Tells the random states that the stages of the step to come were computed from."""
         self._random_states, self._stage = random_states, 0
@@ -88,7 +97,6 @@ class Replay:
         if self._random_states is not None:
             self.field.set_random_state(self._random_states[self._stage])
         self._stage += 1
-        self.n_evals += 1
         return self.field(t, y)
 
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:

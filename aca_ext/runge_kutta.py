@@ -36,7 +36,7 @@ class SlopeFunction(Protocol):
     def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as tableaus are
 class Scheme:
     """A tableau as floats, without its zeros, in the order in which a step uses them."""
 
@@ -150,23 +150,22 @@ def compiled_stepper(ops: TorchOperations, scheme: Scheme) -> Any | None:
     """What calls f and forms the sums of a step in compiled code; None where they run otherwise."""
     if type(ops) is not KernelOperations:
         return None
-    return ops.stepper(
-        scheme.c, scheme.stages, (scheme.indices, scheme.b, scheme.error, scheme.error_last), scheme.fsal
-    )
+    known = ops.steppers.get(scheme)
+    if known is None:
+        solution = scheme.indices, scheme.b, scheme.error, scheme.error_last
+        known = ops.steppers[scheme] = ops.stepper(scheme.c, scheme.stages, solution, scheme.fsal)
+    return known
 
 
 def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme, compiled: Any | None) -> Callable[..., Trial]:
     """``step`` with its first three arguments given, in compiled code where there is."""
     if compiled is None:
         return partial(step, f, ops, scheme)
-    assert isinstance(ops, KernelOperations)
-    takes_norm = scheme.error is not None and ops.tolerance.norm is None
 
     def compiled_step(
         times: Sequence[float], y: Tensor, h: float, k_first: Tensor | None = None, out: Tensor | None = None
     ) -> Trial:
-        y1, k, error = compiled.step(f, times, y, h, k_first, out)
-        return Trial(y1, k, error, ops.norm_of_step() if takes_norm else None)
+        return Trial(*compiled.step(f, times, y, h, k_first, out))
 
     return compiled_step
 
@@ -185,7 +184,7 @@ def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) 
         y_next: Tensor | None = None,
     ) -> Tensor:
         check = None if y_next is None else partial(check_replay, times[0], y_next)
-        return compiled.vjp(f, f.pull_back, ops.admit, check, times, y, h, outputs)
+        return compiled.vjp(f.fastest, f.pull_back, ops.admit, check, times, y, h, outputs)
 
     return compiled_step_vjp
 
@@ -215,6 +214,9 @@ def interpolate(
 
 class ReplayFunction(SlopeFunction, Protocol):
     """f for the transpose: its slopes have graphs, and it pulls a cotangent back through one."""
+
+    @property
+    def fastest(self) -> SlopeFunction: ...
 
     def pull_back(self, y: Tensor, k: Tensor, grad_k: Tensor) -> Tensor | None: ...
 

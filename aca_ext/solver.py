@@ -19,7 +19,7 @@ from torch import Tensor
 from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.controller import Controller
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.ops import KernelOperations, TorchOperations, compiled_controller
+from aca_ext.ops import TorchOperations, controller_for
 from aca_ext.outputs import OutputTimes
 from aca_ext.problem import Problem
 from aca_ext.progress import Step
@@ -138,7 +138,7 @@ class Solver:
                 del trial  # its slopes
         self.stats.n_steps = self.stats.n_accepted = len(self.record.steps)
         # One look at the end, and only where it costs no wait for a device.
-        if y.device.type == "cpu" and len(grid) > 1 and not bool(torch.isfinite(y).all()):
+        if y.device.type == "cpu" and len(grid) > 1 and not _is_finite(y):
             h = grid[-1] - grid[-2]
             message = (
                 "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
@@ -159,13 +159,16 @@ class Solver:
         if self._differentiable_steps:
             h = torch.tensor(h, dtype=torch.float64)
         leap = self._leaps(controller)
-        while True:
-            if leap is not None:
-                t, h, y, ratios = self._leap(leap, controller, t, h, y, ratios, stops[0])
+        while stops:
             if stats.n_steps >= problem.max_num_steps:
                 if problem.stops_at_limit:
                     return self._stop(t, h, y, sign, ratios)
                 raise self._failure(StepLimitError, t, h, ratios[0] if ratios else math.nan)
+            if leap is not None:
+                t, h, y, ratios = self._leap(leap, controller, t, h, y, ratios, stops[0])
+                if t == stops[0]:
+                    stops.pop(0)
+                continue
             is_cut = sign * (t + sign * h) >= sign * stops[0] or abs(stops[0] - t) <= h * (1 + 1e-12)
             t_next, h_now = (stops[0], abs(stops[0] - t)) if is_cut else (t + sign * h, h)
             if t_next == t:
@@ -181,10 +184,8 @@ class Solver:
                 ratios = [ratio, *ratios[:2]]
                 grown = controller.grow(h_now, ratios)
                 h = max(grown, h) if is_cut else grown  # a step cut short says little about the size to come
-                if is_cut and stops.pop(0) == end:
-                    if problem.stops_at_limit:
-                        self.record.end = self._state(t, h, sign, ratios, is_complete=True)
-                    return
+                if is_cut:
+                    stops.pop(0)
             else:
                 self._reject(trial, buffers)
                 self._report(t, t_next, sign * h_now, ratio, is_accepted=False)
@@ -193,6 +194,8 @@ class Solver:
                     h = controller.min_step
                 self._check_progress(controller, t, y, h, sign, ratio)
             del trial  # its slopes are not to live beside those of the next
+        if problem.stops_at_limit:
+            self.record.end = self._state(t, h, sign, ratios, is_complete=True)
 
     def _stop(self, t: Number, h: Number, y: Tensor, sign: float, ratios: list[Number]) -> None:
         """Makes the state reached so far one more output, unless it is still the first, and notes how to go on."""
@@ -217,6 +220,12 @@ class Solver:
             return controller.first_step
         field, ops, k = self.field, self.ops, self._k
         assert k is not None
+        length = abs(self.problem.times[-1] - t)
+        compiled = self._runs_of_steps()
+        if compiled is not None:
+            h = compiled.first_step(field.fastest, controller_for(controller), t, y, k, length, sign)
+            if not math.isnan(h):
+                return h
         with torch.no_grad():
             norm_f = float(ops.error_norm(k, None, 0.0, y, y))
             if not math.isfinite(norm_f):
@@ -229,7 +238,6 @@ class Solver:
                 return float(ops.error_norm(change, k, -1.0, y, y))
 
             norm_y = float(ops.error_norm(y, None, 0.0, y, y))
-            length = abs(self.problem.times[-1] - t)
             return controller.initial(length, norm_y, norm_f, change_of_slope)
 
     def _runs_of_steps(self) -> Any | None:
@@ -259,23 +267,29 @@ class Solver:
 
     def _leaps(self, controller: Controller) -> Leap | None:
         compiled = self._runs_of_steps()
-        if compiled is None or not isinstance(self.ops, KernelOperations):
-            return None
-        coefficients = compiled_controller(**controller.coefficients)
-        return partial(compiled.leap, self.field.fastest, coefficients, self.ops.norm_of_step, *self._keep)
+        return (
+            None
+            if compiled is None
+            else partial(compiled.leap, self.field.fastest, controller_for(controller), *self._keep)
+        )
 
     def _leap(
         self, leap: Leap, controller: Controller, t: float, h: float, y: Tensor, ratios: list[float], stop: float
     ) -> tuple[float, float, Tensor, list[float]]:
-        """The steps that end before the next output and the next stop, as ``_run_adaptive`` would make them."""
-        stats, sign = self.stats, math.copysign(1.0, stop - t)
-        until = min(stop, self._output_times.next, key=lambda time: sign * time)
+        """The steps up to the next stop or beyond the next output, as ``_run_adaptive`` would make them."""
+        stats, sign, start = self.stats, math.copysign(1.0, stop - t), (t, h, y, self._k, ratios)
         trials = self.problem.max_num_steps - stats.n_steps
-        (t, h, y, self._k, ratios), steps, n_rejected, alarm = leap((t, h, y, self._k, ratios), until, trials)
-        self.record.steps += [AcceptedStep(t_n, h_n, t_next, []) for t_n, h_n, t_next in steps]
+        reached = leap(start, stop, self._output_times.next, trials)
+        (t, h, y, self._k, ratios), steps, n_rejected, ends_inside, alarm = reached
+        if not steps and not n_rejected:
+            raise self._failure(StepSizeError, t, h, ratios[0] if ratios else math.nan)
+        self.record.steps += [AcceptedStep(t_n, h_n, t_end, []) for t_n, h_n, t_end in steps]
         stats.n_steps += len(steps) + n_rejected
         stats.n_accepted += len(steps)
         stats.n_rejected += n_rejected
+        if ends_inside is not None:
+            last = self.record.steps[-1]
+            last.outputs.extend(self._write_outputs(last.t, ends_inside[0], last.h, last.t_next, y, ends_inside[1]))
         if alarm is not None:
             self._check_progress(controller, t, y, h, sign, alarm)
         return t, h, y, ratios
@@ -288,14 +302,7 @@ class Solver:
 
     def _accept(self, t: Number, y: Tensor, h: Number, t_next: Number, trial: Trial) -> None:
         """Makes a trial part of the solution: outputs, record, checkpoint, and the first slope of the next step."""
-        due = self._output_times.within(t, t_next)
-        for i, theta in due:
-            out = None if self._rows is None else self._rows[i]
-            if theta != 1.0:
-                y_i = interpolate(self.ops, self.problem.tableau, y, h, trial.k, theta, out)
-            else:
-                y_i = trial.y1 if out is None else out.copy_(trial.y1)
-            self._outputs.append(y_i)
+        due = self._write_outputs(t, y, h, t_next, trial.y1, trial.k)
         random_states = self._random_states()
         self.record.steps.append(AcceptedStep(_float(t), _float(h), _float(t_next), due, random_states))
         if self._checkpoints is not None:
@@ -304,6 +311,20 @@ class Solver:
         reusable = self.scheme.fsal and t_next not in self.problem.jumps
         self._k = trial.k[-1] if reusable else None
         self._first_random_state = random_states[-1] if reusable and random_states else None
+
+    def _write_outputs(
+        self, t: Number, y: Tensor, h: Number, t_next: Number, y1: Tensor, k: Sequence[Tensor]
+    ) -> list[tuple[int, float]]:
+        """The outputs inside a step from (t, y) to (t_next, y1), and where they are."""
+        due = self._output_times.within(t, t_next)
+        for i, theta in due:
+            out = None if self._rows is None else self._rows[i]
+            if theta != 1.0:
+                y_i = interpolate(self.ops, self.problem.tableau, y, h, k, theta, out)
+            else:
+                y_i = y1 if out is None else out.copy_(y1)
+            self._outputs.append(y_i)
+        return due
 
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
         """Leaves no trace of a trial but its first slope, which the next one shares."""
@@ -334,11 +355,9 @@ class Solver:
         raise self._failure(StepSizeError if is_finite else NonFiniteError, t, h, ratio)
 
     def _check_finite(self, t: Number, y: Tensor, k: Tensor, h: Number, ratio: Number) -> None:
-        if bool(torch.isfinite(y).all()) and bool(torch.isfinite(k).all()):
+        if _is_finite(y) and _is_finite(k):
             return
-        what = (
-            "func returned NaN or infinity at" if bool(torch.isfinite(y).all()) else "the state is NaN or infinite at"
-        )
+        what = "func returned NaN or infinity at" if _is_finite(y) else "the state is NaN or infinite at"
         raise self._failure(NonFiniteError, t, h, ratio, f"{what} t={_float(t):.17g}; look at func there.")
 
     def _failure(
@@ -369,6 +388,11 @@ def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:
         NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
         "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",
     }[kind]
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A finite sum says so at a third of the time.
+    return math.isfinite(x.detach().sum()) or bool(torch.isfinite(x).all())
 
 
 def _float(x: Number) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,15 +114,19 @@ def dense(y: Tensor) -> Tensor:
     return torch.empty_strided(y.shape, layout, dtype=y.dtype, device=y.device).copy_(y)
 
 
-def tensors_in(x: Any) -> Iterator[Tensor]:
+def tensors_in(x: Any) -> list[Tensor]:
     """The tensors in a value: itself, or those in its tuples, lists and dicts, however deep."""
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for item in x:
-            yield from tensors_in(item)
-    elif isinstance(x, Mapping):
-        yield from tensors_in(tuple(x.values()))
+    found: list[Tensor] = []
+    todo = [x]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            todo.extend(reversed(item))
+        elif isinstance(item, Mapping):
+            todo.extend(reversed(tuple(item.values())))
+    return found
 
 
 def _as_real(y: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aca_ext.errors import ArgumentTypeError
-from aca_ext.modules import Buffer, Held, buffers_used_by, is_distributed, restore
+from aca_ext.modules import Buffer, Held, buffers_used_by, is_distributed, modules_of, restore
 from aca_ext.ops import TorchOperations
 from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.slope import Func, checked_slope_function
@@ -95,7 +95,7 @@ class VectorField:
         Those of another callable than a module are noted in its first evaluation.
         """
         if isinstance(self.func, nn.Module):
-            for module in self.func.modules():
+            for module in modules_of(self.func):
                 self._note(module)
 
     def _note(self, module: nn.Module) -> None:
@@ -108,10 +108,10 @@ class VectorField:
             if members:
                 self.held += [(members, name, x) for name, x in members.items() if x is not None]
 
-    def first(self, t: Tensor, y: Tensor) -> Tensor:
-        """f at the start, noting which random generators and buffers it moves."""
+    def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
+        """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""
         random_state = self.random_state()
-        with buffers_used_by(self.func, self._note) as used:
+        with buffers_used_by(self.func, self._note) as used, watch or nullcontext():
             k = self(t, y)
         refuse_transforms("the slope that func returned", k)
         self.draws_random_numbers = self.has_drawn_since(random_state)
@@ -152,7 +152,7 @@ class VectorField:
 
     def has_drawn_since(self, state: RandomState) -> bool:
         """Whether a random generator has moved since ``state``."""
-        return not all(torch.equal(a, b) for a, b in zip(state, self.random_state(), strict=True))
+        return any(_bytes(a) != _bytes(b) for a, b in zip(state, self.random_state(), strict=True))
 
     def buffer_values(self) -> list[Tensor] | None:
         """A copy of the buffers that func moves, or None where it moves none."""
@@ -161,6 +161,10 @@ class VectorField:
     def restore_buffers(self, values: list[Tensor] | None) -> None:
         if values is not None:
             restore(self.moving_buffers, values)
+
+
+def _bytes(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
 
 
 class AutocastState:

@@ -272,6 +272,7 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
                       py::object, py::object, const py::object&>())
         .def("step", &Stepper::step)
+        .def("first_step", &Stepper::first_step)
         .def("leap", &leap)
         .def("walk", &walk)
         .def("vjp", &Stepper::vjp);

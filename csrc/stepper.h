@@ -2,10 +2,14 @@
 #pragma once
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "controller.h"
 #include "ops.h"
 #include "slope.h"
 #include "tensors.h"
@@ -16,7 +20,7 @@ class Stepper {
   public:
     // `c` and `rows`, (indices, weights), are of each stage; `solution` is (indices, b, error weights or None, error
     // weight of the last slope). `states()` and `times()` allocate as Rows says, states laid out like the state and 0-d
-    // tensors. `norm` is None, or (bounds of the segments, address of a double for each, rtol, atol, rtol_each,
+    // tensors. `norm` is None, or (bounds of the segments, tensor of a double for each, rtol, atol, rtol_each,
     // atol_each).
     Stepper(const BoundTarget& on, int64_t n, std::vector<double> c, const py::tuple& rows, const py::tuple& solution,
             bool fsal, py::object states, py::object times, const py::object& norm)
@@ -44,6 +48,7 @@ class Stepper {
     struct Trial {
         py::object y1, error;
         py::list slopes;
+        double error_norm;  // where the norm is ours to take
     };
 
     // Times of the stages; at the end of the step they are t_next exactly, which rounding may keep from t + h.
@@ -60,7 +65,7 @@ class Stepper {
         Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
         write_times(t, stages);
         const uintptr_t y_address = address_of(y);
-        Trial trial{out, py::none(), py::list()};
+        Trial trial{out, py::none(), py::list(), 0};
         std::vector<uintptr_t> k;
         const auto add = [&](const Row& k_i) {
             k.push_back(k_i.address);
@@ -83,22 +88,37 @@ class Stepper {
             run(n_, [&] { on_.backend->weighted_sum(on_.target, n_, y1, y_address, h, sum); });
         }
         if (fsal_) add(call(f, slope, stages - 1, trial.y1));
-        if (!bounds_.empty()) {
+        if (takes_norm()) {
             const uintptr_t k_last = error_last_ != 0 ? k[stages - 1] : 0;
-            const ErrorRatio ratio{error, k_last, error_last_ * h, y_address, y1, rtol_, atol_, rtol_each_, atol_each_};
-            run(n_, [&] {
-                on_.backend->squared_error_ratio(on_.target, int(bounds_.size()) - 1, bounds_.data(), sums_, ratio);
-            });
+            trial.error_norm = norm(error, k_last, error_last_ * h, y_address, y1);
         }
         return trial;
     }
 
-    // Returns (y1, slopes, error but for its last slope or None). `t` are the times of the stages, `k_first` is f(t, y)
-    // or None; `out` receives y1. With a norm, the sums of the squared error ratios are on their way to its address.
+    // Returns (y1, slopes, error but for its last slope or None, error norm or None). `t` are the times of the stages,
+    // `k_first` is f(t, y) or None; `out` receives y1.
     py::tuple step(const py::object& f, const std::vector<double>& t, const py::object& y, double h,
                    const py::object& k_first, const py::object& out) {
         Trial trial = attempt(f, t, y, h, k_first, out);
-        return py::make_tuple(std::move(trial.y1), std::move(trial.slopes), std::move(trial.error));
+        py::object error_norm = takes_norm() ? py::object(py::float_(trial.error_norm)) : py::none();
+        return py::make_tuple(std::move(trial.y1), std::move(trial.slopes), std::move(trial.error), error_norm);
+    }
+
+    // The first step by Hairer's rule from (t, y), where f is k, with h in the direction of `sign` and of `length` at
+    // most; NaN where the norm of k is not finite.
+    double first_step(const py::object& f, const Controller& controller, double t, const py::object& y,
+                      const py::object& k, double length, double sign) {
+        if (!takes_norm()) throw std::invalid_argument("the norm is not this stepper's to take");
+        const uintptr_t y_address = address_of(y), k_address = address_of(k);
+        const double norm_f = norm(k_address, 0, 0, y_address, y_address);
+        if (!std::isfinite(norm_f)) return std::numeric_limits<double>::quiet_NaN();
+        const double norm_y = norm(y_address, 0, 0, y_address, y_address);
+        const double h = controller.euler_step(length, norm_y, norm_f);
+        Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
+        write_times({t + sign * h}, 1);
+        const Row change = call(f, slope, 0, weighted({{0}, {1.0}}, y_address, sign * h, {k_address}));
+        const double norm_change = norm(change.address, k_address, -1.0, y_address, y_address);
+        return controller.first_step(length, h, norm_f, norm_change);
     }
 
     // Replays the step with graphs and returns the cotangent of y, given `outputs`, a list of (weights, cotangent).
@@ -113,10 +133,11 @@ class Stepper {
         std::vector<uintptr_t> k;
         write_times(t, count);
         const uintptr_t y_address = address_of(y);
+        Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
         for (size_t i = 0; i < count; ++i) {
             states.push_back(i == 0 ? names().detach.call(y.ptr()) : weighted(rows_[i], y_address, h, k));
             names().require_grad.call(states[i].ptr());
-            Row k_i = call(f, nullptr, i, states[i]);
+            Row k_i = call(f, slope, i, states[i]);
             slopes.push_back(std::move(k_i.tensor));
             k.push_back(k_i.address);
         }
@@ -169,7 +190,8 @@ class Stepper {
         }
     };
     struct Names {
-        const Attribute detach{"detach"}, require_grad{"requires_grad_"}, requires_grad{"requires_grad"};
+        const Attribute detach{"detach"}, require_grad{"requires_grad_"}, requires_grad{"requires_grad"},
+            tolist{"tolist"};
     };
 
     static const Names& names() {
@@ -184,12 +206,35 @@ class Stepper {
         return result;
     }
 
+    bool takes_norm() const { return !bounds_.empty(); }
+
+    // The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)): the largest RMS over the segments, NaN where any is.
+    double norm(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, uintptr_t y1) {
+        const ErrorRatio ratio{partial, k, w, y0, y1, rtol_, atol_, rtol_each_, atol_each_};
+        const int segments = int(bounds_.size()) - 1;
+        run(n_, [&] { on_.backend->squared_error_ratio(on_.target, segments, bounds_.data(), sums_address_, ratio); });
+        const auto* sums = reinterpret_cast<const double*>(sums_address_);
+        std::vector<double> copied;
+        if (on_.backend != &cpu_backend()) {
+            copied = names().tolist.call(sums_.ptr()).cast<std::vector<double>>();
+            sums = copied.data();
+        }
+        double largest = 0;
+        for (int s = 0; s < segments; ++s) {
+            const int64_t size = bounds_[size_t(s) + 1] - bounds_[size_t(s)];
+            if (std::isnan(sums[s])) return sums[s];
+            if (size) largest = std::max(largest, sums[s] / double(size));
+        }
+        return std::sqrt(largest);
+    }
+
     void read_norm(const py::tuple& norm) {
         bounds_ = norm[0].cast<std::vector<int64_t>>();
         for (size_t s = 1; s < bounds_.size(); ++s)
             if (bounds_[s - 1] < 0 || bounds_[s] < bounds_[s - 1] || bounds_[s] > n_)
                 throw std::invalid_argument("bounds must not decrease, and end within the state");
-        sums_ = norm[1].cast<uintptr_t>();
+        sums_ = norm[1];
+        sums_address_ = address_of(sums_);
         rtol_ = norm[2].cast<double>(), atol_ = norm[3].cast<double>();
         rtol_each_ = norm[4].cast<uintptr_t>(), atol_each_ = norm[5].cast<uintptr_t>();
     }
@@ -272,7 +317,8 @@ class Stepper {
     Rows states_, times_;
     py::object error_estimate_;
     std::vector<int64_t> bounds_;  // empty: the norm is not ours to take
-    uintptr_t sums_ = 0, rtol_each_ = 0, atol_each_ = 0;
+    py::object sums_;
+    uintptr_t sums_address_ = 0, rtol_each_ = 0, atol_each_ = 0;
     double rtol_ = 0, atol_ = 0;
 };
 

@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -342,3 +343,84 @@ def test_the_step_is_compiled_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         solution = aca_ext.solve(Oscillator(), y0(), (0.0, math.pi))
     assert len(steps) < 0.1 * solution.stats.n_steps
+
+
+class TestMemoryOfTheLastSolve:
+    """What one solve leaves for the next like it shows in no result."""
+
+    @staticmethod
+    def solve(func: Callable[..., Tensor], start: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = aca_ext.odeint(func, start, torch.tensor(FORWARD, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+        assert isinstance(y, Tensor)
+        return y
+
+    def test_is_not_that_of_a_solve_inside_func(self) -> None:
+        def inner(t: Tensor, y: Tensor) -> Tensor:
+            return torch.sin(3 * t) - y
+
+        def outer(t: Tensor, y: Tensor) -> Tensor:
+            return inner(t, y) + 0.1 * self.solve(inner, y)[-1]
+
+        start = y0().detach()
+        end = self.solve(inner, start)[-1]
+        nested = self.solve(outer, start)
+        assert torch.equal(nested, self.solve(outer, start))
+        assert torch.equal(end, self.solve(inner, start)[-1])
+        # Another func and other settings, so that no memory is shared, give the same.
+        apart = aca_ext.odeint(
+            lambda t, y: inner(t, y) + 0.1 * aca_ext.odeint(inner, y, FORWARD, rtol=1e-6, atol=1e-6)[-1].detach(),
+            start,
+            FORWARD,
+            rtol=1e-6,
+            atol=1e-6,
+        )
+        assert torch.equal(nested, apart.detach())
+
+    def test_is_not_that_of_another_thread(self) -> None:
+        starts = [y0().detach() + i for i in range(4)]
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return torch.sin(3 * t) - y
+
+        expected = [self.solve(func, start) for start in starts]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda i: self.solve(func, starts[i % 4]), range(40)))
+        assert all(torch.equal(y, expected[i % 4]) for i, y in enumerate(found))
+
+    def test_is_of_the_layout_of_the_state(self) -> None:
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return y * torch.arange(6.0).view(2, 3) * -0.1
+
+        start = torch.arange(6.0).view(2, 3)
+        other = start.T.contiguous().T
+        assert all(torch.equal(self.solve(func, start), self.solve(func, other)) for _ in range(3))
+
+    def test_is_let_go_where_a_solve_failed(self) -> None:
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return torch.sin(3 * t) - y
+
+        def fails(t: Tensor, y: Tensor) -> Tensor:
+            if t > 2:
+                raise ZeroDivisionError
+            return func(t, y)
+
+        start = y0().detach()
+        expected = self.solve(func, start)
+        with pytest.raises(ZeroDivisionError):
+            self.solve(fails, start)
+        assert torch.equal(self.solve(func, start), expected)
+
+    def test_serves_no_inference_tensors(self) -> None:
+        seen: list[bool] = []
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            seen.append(y.is_inference())
+            return -y
+
+        start = y0().detach()
+        with torch.inference_mode():
+            self.solve(func, start)
+        seen.clear()
+        self.solve(func, start)
+        assert not any(seen)

@@ -53,10 +53,9 @@ def solve(task: Task) -> Result:
 def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:
     """The forward pass; ``checkpoints`` receives what a backward pass needs."""
     problem = task.problem
-    with torch.no_grad():
-        y0 = problem.y0.detach()
+    y0 = problem.y0.detach()
+    with torch.no_grad(), problem.pool.lend(y0, problem.tolerance) as ops:
         ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
-        ops = operations_for(y0, problem.tolerance)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
         n_outputs = len(solver.run(y0))
         if problem.stops_at_limit:

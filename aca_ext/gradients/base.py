@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,17 +33,17 @@ class Task:
     adjoint: AdjointOptions
     checkpoints: Policy = None
 
-    def first_slope(self, y0: Tensor) -> Tensor | None:
-        """f(t0, y0), None where the solve has no step."""
+    def first_slope(self, y0: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor | None:
+        """f(t0, y0), evaluated in ``watch``; None where the solve has no step."""
         problem = self.problem
         if len(problem.times) == 1:
             return None
         if problem.resumed is None or problem.resumed.k is None:
-            return self.field.first(problem.start_time(y0), y0)
+            return self.field.first(problem.start_time(y0), y0, watch)
         # The slope is known; what else the evaluation shows is not, and it is to leave no trace.
         random_state = self.field.random_state()
         with self.field.aside():
-            k = self.field.first(problem.start_time(y0), y0)
+            k = self.field.first(problem.start_time(y0), y0, watch)
         self.field.set_random_state(random_state)
         return k
 

@@ -30,12 +30,14 @@ def first_slope_and_params(task: Task) -> tuple[Tensor | None, list[Tensor]]:
     if isinstance(func, nn.Module):
         known = [p for p in func.parameters() if p.requires_grad]
         watched = not isinstance(func, torch.jit.ScriptModule) and not hasattr(func, "_orig_mod")
-        with torch.no_grad(), _Watch(known) if watched else _NoWatch() as seen:
-            k0 = task.first_slope(y0)
+        seen: _Watch | _NoWatch = _Watch(known) if watched else _NoWatch()
+        with torch.no_grad():
+            k0 = task.first_slope(y0, seen)
     else:
         known = []
-        with torch.enable_grad(), _Watch(known) as seen:
-            k0 = task.first_slope(y0)
+        seen = _Watch(known)
+        with torch.enable_grad():
+            k0 = task.first_slope(y0, seen)
     args = [a for a in task.field.args if isinstance(a, Tensor)]
     ids = {id(a) for a in args}
     params = [*known, *(p for p in seen.captured if id(p) not in ids)]

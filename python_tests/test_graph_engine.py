@@ -117,6 +117,8 @@ def both_engines(func: Any, y0: Any, t: Tensor, **settings: Any) -> None:
     assert torch.equal(one.steps, other.steps)
     for y, y_other in zip(*(s.y if isinstance(s.y, tuple) else (s.y,) for s in (one, other)), strict=True):
         assert torch.equal(y, y_other)
+    if METHODS[settings.get("method", "dopri5")].fsal:
+        assert one.stats.n_f_evals == other.stats.n_f_evals
     assert (one.stats.n_accepted, one.stats.n_rejected) == (other.stats.n_accepted, other.stats.n_rejected)
     assert other.stats.backend == "graph"
     tolerance = 1e-12 if parts[0].dtype in (torch.float64, torch.complex128) else 1e-4
@@ -408,6 +410,31 @@ class TestCaptures:
         for a, b in zip(*grads, strict=True):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
 
+    def test_solves_with_other_args_between_forward_and_backward(self, device: str) -> None:
+        y0 = torch.ones(3, dtype=torch.float64, device=device, requires_grad=True)
+        rates = [torch.full((3,), r, dtype=torch.float64, device=device, requires_grad=True) for r in (0.5, 2.0)]
+        grads = []
+        for name in ("eager", "graph"):
+            one, other = (odeint(lambda t, y, r: -r * y * y, y0, self.T, engine=name, args=(r,)) for r in rates)
+            grads.append(torch.autograd.grad(one.sum() + other.sin().sum(), [y0, *rates]))
+        for a, b in zip(*grads, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+
+    def test_a_parameter_that_func_does_not_use_has_no_gradient(self, device: str) -> None:
+        net = Net().to(device)
+        net.unused = nn.Parameter(torch.ones(2, device=device))
+        odeint(net, torch.ones(3, dtype=torch.float64, device=device), self.T, engine="graph").sum().backward()
+        assert net.unused.grad is None
+        assert net.inner[0].weight.grad is not None
+
+    def test_inference_mode(self, device: str) -> None:
+        net = Net().to(device)
+        y0 = torch.ones(3, dtype=torch.float64, device=device)
+        expected = solve(net, y0, self.T).y
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                assert torch.equal(solve(net, y0, self.T, engine="graph").y, expected)
+
     def test_a_retained_graph_is_used_twice(self, device: str) -> None:
         net = Net().to(device)
         y0 = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
@@ -536,6 +563,11 @@ class TestRefusals:
 
         with pytest.raises(GraphError, match="changes a tensor that it holds"):
             solve(func, torch.randn(3, device=device), self.T, engine="graph")
+
+    def test_a_func_that_is_another_each_time(self, device: str) -> None:
+        calls = iter(range(100))
+        with pytest.raises(GraphError, match="not do the same twice"):
+            solve(lambda t, y: -y * next(calls), torch.ones(3, device=device), self.T, engine="graph")
 
     @pytest.mark.parametrize(
         ("settings", "reason"),

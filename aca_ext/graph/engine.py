@@ -82,16 +82,25 @@ class _Run:
         self.problem, self.params, self._k0 = problem, params, k0.detach()
         self.stats = Stats(backend="graph")
         start = time.perf_counter()
-        self.plan, is_new = _plans_of(problem.func).find(_key_of(problem, traced.trace), self._new_plan(traced.trace))
+        self.plan, is_new = _plans_of(problem.func).find(_key_of(problem, traced.trace), self._new_plan(traced))
         if is_new:
             self.stats.compile_seconds = time.perf_counter() - start
         self.record: _GraphRecord = _GraphRecord()
 
-    def _new_plan(self, trace: Trace) -> Callable[[], Plan]:
+    def _new_plan(self, traced: TracedFunction) -> Callable[[], Plan]:
+        problem, trace = self.problem, traced.trace
+        assert trace is not None
+        y0 = problem.y0.detach()
+
         def make() -> Plan:
-            plan = Plan(self.problem, trace.held, capturer_for(self.problem.y0.device))
+            if traced.again(problem.start_time(y0), problem.packing.unpack(y0), *problem.args).key() != trace.key():
+                raise GraphError(
+                    "func does not do the same twice: it uses a tensor made anew each time, or a number that changes, "
+                    f"so that no capture of it would hold. {_HINT}"
+                )
+            plan = Plan(problem, trace.held, capturer_for(self.problem.y0.device))
             with plan.in_order():
-                plan.capture_forward(self.problem, self._k0, self.autocast)
+                plan.capture_forward(problem, self._k0, self.autocast)
             return plan
 
         return make
@@ -140,7 +149,7 @@ class _Run:
             n_f_evals=self._evaluations(control.n_steps),
         )
 
-    def backward(self, grad_ys: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, grad_ys: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         memory, plan = self.record.memory, self.plan
         if grad_ys.stride() != memory.ys.stride() or grad_ys.is_neg():
             grad_ys = torch.empty_like(memory.ys).copy_(grad_ys)
@@ -153,7 +162,7 @@ class _Run:
                     "replay would not repeat the forward pass. Replace it before the one or after the other."
                 )
             self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
-            return plan.backward(memory, grad_ys)
+            return plan.backward(memory, self.problem.args, grad_ys)
 
 
 class _GraphAca(torch.autograd.Function):
@@ -257,7 +266,7 @@ def _key_of(problem: Problem, trace: Trace) -> Hashable:
         controller is None or controller.first_step is None,
         (problem.adaptive, len(problem.times) > 2),
         (tolerance.rtol, tolerance.atol),
-        torch.is_grad_enabled(),
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         programs.DEVICE_LOOPS,
         _precision(),
     )

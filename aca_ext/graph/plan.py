@@ -45,7 +45,7 @@ class Plan:
         self._g = torch.empty_like(like)
         self._has_inside = problem.adaptive and len(problem.times) > 2
         self._inside: tuple[Tensor, list[Tensor]] | None = None
-        self._grads: list[Tensor] = []
+        self._grads: list[Tensor | None] = []
         self._param_addresses: list[int] = []
         self._probe: list[Tensor] = []
         self._times: DeviceTimes | None = None  # of the last solve: the next one's are often the same
@@ -59,8 +59,6 @@ class Plan:
         self.n_evals_per_step = len(self._scheme.c) - self._scheme.fsal
         last = max(i for i, w in enumerate(self._scheme.solution) if w != 0)
         self.n_evals_per_transpose = len(self._scheme.c) if self._has_inside else 1 + last
-
-    # Forward.
 
     def capture_forward(self, problem: Problem, k0: Tensor, autocast: AutocastState) -> None:
         """Captures a trial step, and what finds the first one.
@@ -127,9 +125,7 @@ class Plan:
         """
         assert self._solve is not None
         assert self._go_on is not None
-        for mine, given in zip(self.args, problem.args, strict=True):
-            if isinstance(mine, Tensor):
-                mine.copy_(given.detach())
+        self._take(problem.args)
         memory = self._memory(problem, keeps_states=keeps_states)
         self._begin(problem, memory, y0, k0)
         if problem.grid is not None:  # every step is known
@@ -153,6 +149,12 @@ class Plan:
         self._n_steps, self._n_states = control.n_steps, control.n_accepted + 2
         return memory
 
+    def _take(self, args: Sequence[Any]) -> None:
+        """Copies args to where the programs read them."""
+        for mine, given in zip(self.args, args, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(given.detach())
+
     def _memory(self, problem: Problem, *, keeps_states: bool) -> SolveMemory:
         n_states = self._n_states if problem.grid is None else len(problem.grid) + 1
         stops = problem.grid[1:] if problem.grid is not None else (*problem.stops, problem.times[-1])
@@ -174,8 +176,6 @@ class Plan:
         self._k_first.copy_(k0)
         self._block.write(control)
 
-    # Backward.
-
     def capture_backward(
         self, problem: Problem, memory: SolveMemory, params: Sequence[Tensor], autocast: AutocastState
     ) -> None:
@@ -190,7 +190,6 @@ class Plan:
             arg.requires_grad_()
         if self._has_inside:
             self._inside = torch.empty_like(self._like), [torch.empty_like(self._like) for _ in self._scheme.c]
-        self._grads = [torch.zeros_like(x) for x in (*params, *args)]
         self._param_addresses = [p.data_ptr() for p in params]
         grad_ys = torch.ones_like(memory.ys)
 
@@ -203,6 +202,10 @@ class Plan:
             replay.grads = list(self._grads)
             return lambda: self._transpose_step(replay, ops)
 
+        reset()
+        once = Replay(field, params, args, autocast, is_captured=True)
+        self._transpose_step(once, ControlledKernels(self._block, self._tolerance))
+        self._grads = [None if grad is None else torch.zeros_like(grad) for grad in once.grads]
         transposing = self._capturer.capture(transpose, reset)
         grad_ys.mul_(-0.5)
         self._check(transposing, transpose(), reset)
@@ -217,14 +220,18 @@ class Plan:
         with replay.repeating():
             g_before = step_vjp(replay, ops, scheme, (), y, block.h, [(scheme.solution, g)], inside=self._inside)
         g.copy_(g_before)
-        self._probe = [g, *self._grads]
+        self._probe = [g, *(grad for grad in self._grads if grad is not None)]
 
-    def backward(self, memory: SolveMemory, grad_ys: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The cotangents of y0, and of the params and args that the backward pass was captured with."""
+    def backward(self, memory: SolveMemory, args: Sequence[Any], grad_ys: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The cotangents of y0, and of the params and args that the backward pass was captured with.
+
+        None for those that func does not depend on.
+        """
         assert self._transpose is not None
+        self._take(args)
         self._begin_backward(memory, grad_ys)
         self._transpose(memory.n_accepted)
-        return self._g + grad_ys[0], [grad.clone() for grad in self._grads]
+        return self._g + grad_ys[0], [None if grad is None else grad.clone() for grad in self._grads]
 
     @property
     def has_backward(self) -> bool:
@@ -252,7 +259,8 @@ class Plan:
         self._block.write(control)
         self._g.zero_()
         for grad in self._grads:
-            grad.zero_()
+            if grad is not None:
+                grad.zero_()
 
     def _field(self, problem: Problem) -> VectorField:
         return VectorField(problem.func, self.args, problem.packing, TorchOperations(self._like, self._tolerance))

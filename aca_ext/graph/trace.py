@@ -108,10 +108,21 @@ class TracedFunction:
     def __init__(self, func: Callable[..., Any], around: Callable[[], Any]) -> None:
         self._func, self._around = func, around
         self.trace: Trace | None = None
+        self._had_grad = False
+
+    def again(self, t: Tensor, y: Any, *args: Any) -> Trace:
+        """The trace of one more evaluation, under the conditions of the last."""
+        before = self.trace
+        with torch.set_grad_enabled(self._had_grad):
+            self(t, y, *args)
+        found, self.trace = self.trace, before
+        assert found is not None
+        return found
 
     def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
         parts = y if isinstance(y, tuple) else (y,)
         self.trace = Trace([t, *parts, *(a for a in args if isinstance(a, Tensor))])
+        self._had_grad = torch.is_grad_enabled()
         with self._around(), self.trace:
             return self._func(t, y, *args)
 

@@ -30,7 +30,7 @@ class ControlBlock:
         device = like.device
         self.like, self.scheme = like, scheme
         self._memory = torch.zeros(_C.CONTROL_BYTES, dtype=torch.uint8, device=device)
-        self._workspace = torch.zeros(0, dtype=torch.uint8, device=device)
+        self.workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.sums = torch.zeros(2, max(1, len(tolerance.sizes)), dtype=torch.float64, device=device)
         self._sizes = torch.tensor(tolerance.sizes or [0], dtype=torch.float64, device=device)
         self._stage_times = torch.zeros(len(scheme.c), dtype=like.dtype, device=device)
@@ -58,11 +58,11 @@ class ControlBlock:
         return self._stage_times.unbind(0)
 
     def write(self, control: _C.Control) -> None:
-        _C.write_control(target_for(self.like, self._workspace), self.address, control)
+        _C.write_control(target_for(self.like), self.address, control)
 
     def decide(self, decision: str) -> None:
         """One decision about the block, on the current stream."""
-        _C.decide(target_for(self.like, self._workspace), self.address, decision)
+        _C.decide(target_for(self.like), self.address, decision)
 
     def read(self) -> _C.Control:
         """The block as it is now; waits for the device."""
@@ -157,13 +157,15 @@ class SolveMemory:
 class ControlledKernels(RowKernels):
     """The kernels on a whole state, for a step whose times and size are those in a control block.
 
-    Where an operation takes h, it takes ``ControlBlock.h``, read when the kernel runs.
+    Where an operation takes h, it takes ``ControlBlock.h``, read when the kernel runs. What the kernels work in belongs
+    to the block, which outlives a capture of them.
     """
 
     def __init__(self, block: ControlBlock, tolerance: Tolerance) -> None:
         super().__init__(block.like.unsqueeze(0), tolerance)
         self.like, self.stride = block.like, block.like.stride()
         self.block = block
+        self._on = target_for(block.like, block.workspace)
 
     def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
         """The times of the stages, whatever ``values`` are."""
@@ -215,3 +217,8 @@ def device_loop(device: int, first: int, body: int, control: int) -> _C.LoopGrap
 def obstacle_to_loop(graph: int) -> str:
     """Why a captured graph cannot be repeated on the device, "" where it can."""
     return _C.obstacle_to_loop(graph)
+
+
+def restart_capture(stream: torch.cuda.Stream) -> None:
+    """Forgets what was captured on ``stream``, and what was wrong with it: the capture can be ended as any other."""
+    _C.restart_capture(stream.device_index, stream.cuda_stream)

@@ -132,6 +132,7 @@ inline void bind_control(py::module_& m) {
         .def("launch", &LoopGraph::launch)
         .def_static("is_supported", &LoopGraph::is_supported);
     m.def("obstacle_to_loop", &obstacle_to_loop);
+    m.def("restart_capture", &restart_capture);
 #endif
 }
 

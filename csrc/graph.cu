@@ -1,4 +1,4 @@
-// The WHILE node that repeats captured steps, and what it does not accept in them.
+// The WHILE node that repeats captured steps, what it does not accept in them, and the end of a capture that failed.
 #include <cuda_runtime.h>
 
 #include <vector>
@@ -34,7 +34,10 @@ bool is_pageable(const void* address) {
 
 std::string obstacle_in_copy(cudaGraphNode_t node) {
     cudaMemcpy3DParms copy{};
-    check(cudaGraphMemcpyNodeGetParams(node, &copy), "cudaGraphMemcpyNodeGetParams");
+    if (cudaGraphMemcpyNodeGetParams(node, &copy) != cudaSuccess) {
+        cudaGetLastError();
+        return "a copy that cannot be looked at";
+    }
     if (copy.srcArray || copy.dstArray) return "a copy from or to a CUDA array";
     if (is_pageable(copy.srcPtr.ptr) || is_pageable(copy.dstPtr.ptr))
         return "a copy from or to the host's pageable memory";
@@ -65,6 +68,9 @@ std::string obstacle_in(cudaGraphNode_t node) {
             return "a node of type " + std::to_string(int(type));
     }
 }
+
+// A capture of nothing at all makes torch warn.
+__global__ void nothing_kernel() {}
 
 #if ACA_CONDITIONAL_NODES
 
@@ -113,6 +119,18 @@ std::string obstacle_to_loop(uintptr_t graph) {
         if (!obstacle.empty()) return obstacle;
     }
     return "";
+}
+
+void restart_capture(int device, uintptr_t stream) {
+    const DeviceGuard guard(device);
+    const auto captured = reinterpret_cast<cudaStream_t>(stream);
+    cudaGraph_t left{};
+    cudaStreamEndCapture(captured, &left);  // tells once more what is known already
+    cudaGetLastError();
+    if (left) check(cudaGraphDestroy(left), "cudaGraphDestroy");
+    check(cudaStreamBeginCapture(captured, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    nothing_kernel<<<1, 1, 0, captured>>>();
+    check(cudaGetLastError(), "kernel launch");
 }
 
 bool LoopGraph::is_supported() {

@@ -1,4 +1,5 @@
-// A loop that a GPU runs by itself: captured graphs repeated while the control block says so, as one launch.
+// Captured graphs: what repeats them on the GPU while the control block says so, as one launch, and what saves a
+// capture that failed.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -26,5 +27,9 @@ class LoopGraph {
 
 // Why a captured graph cannot be repeated on the device, "" where it can.
 std::string obstacle_to_loop(uintptr_t graph);
+
+// Drops what was captured on the stream so far, an invalid capture too, and captures anew: torch can then end the
+// capture that it began, and with it what it set up. Left alone it fails to, and so does every later capture.
+void restart_capture(int device, uintptr_t stream);
 
 }  // namespace aca

@@ -20,6 +20,7 @@ from aca_ext.control import ControlBlock
 from aca_ext.errors import ArgumentTypeError, GraphError, NonFiniteError, SlopeError, StepLimitError, StepSizeError
 from aca_ext.graph import engine, programs
 from aca_ext.graph.plan import Plan
+from aca_ext.graph.trace import Trace
 
 ADAPTIVE = [name for name, method in METHODS.items() if method.adaptive]
 FIXED = [name for name, method in METHODS.items() if not method.adaptive]
@@ -427,6 +428,18 @@ class TestCaptures:
         assert net.unused.grad is None
         assert net.inner[0].weight.grad is not None
 
+    def test_a_parameter_that_is_frozen_later(self, device: str) -> None:
+        net = Net().to(device)
+        y0 = torch.ones(3, dtype=torch.float64, device=device, requires_grad=True)
+        both_engines(net, y0, self.T)
+        net.inner[0].requires_grad_(False)
+        grads = []
+        for name in ("eager", "graph"):
+            inputs = [y0, *net.inner[2].parameters()]
+            grads.append(torch.autograd.grad(odeint(net, y0, self.T, engine=name).sin().sum(), inputs))
+        for a, b in zip(*grads, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+
     def test_inference_mode(self, device: str) -> None:
         net = Net().to(device)
         y0 = torch.ones(3, dtype=torch.float64, device=device)
@@ -563,6 +576,11 @@ class TestRefusals:
 
         with pytest.raises(GraphError, match="changes a tensor that it holds"):
             solve(func, torch.randn(3, device=device), self.T, engine="graph")
+
+    def test_copies_from_the_host(self) -> None:
+        y = torch.empty(3, device="meta")  # what any device that is not the host's looks like to a trace
+        with pytest.raises(GraphError, match="between the host and the device"), Trace([y]):
+            torch.arange(3.0).to(y.device, non_blocking=True)
 
     def test_a_func_that_is_another_each_time(self, device: str) -> None:
         calls = iter(range(100))

@@ -82,7 +82,7 @@ class _Run:
         self.problem, self.params, self._k0 = problem, params, k0.detach()
         self.stats = Stats(backend="graph")
         start = time.perf_counter()
-        self.plan, is_new = _plans_of(problem.func).find(_key_of(problem, traced.trace), self._new_plan(traced))
+        self.plan, is_new = _plans_of(problem.func).find(_key_of(problem, traced.trace, params), self._new_plan(traced))
         if is_new:
             self.stats.compile_seconds = time.perf_counter() - start
         self.record: _GraphRecord = _GraphRecord()
@@ -254,11 +254,12 @@ def _plans_of(func: Any) -> _Plans:
     return plans
 
 
-def _key_of(problem: Problem, trace: Trace) -> Hashable:
+def _key_of(problem: Problem, trace: Trace, params: Sequence[Tensor]) -> Hashable:
     """What a capture takes for constant: func's operations, the layout of what it is given, method and tolerances."""
     y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
     return (
         trace.key(),
+        tuple(p.data_ptr() for p in params),
         (y0.shape, y0.stride(), y0.dtype, y0.device),
         tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors_in(problem.args)),
         problem.packing,

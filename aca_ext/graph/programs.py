@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from aca_ext.control import ControlBlock, device_loop, obstacle_to_loop, supports_device_loops
+from aca_ext.control import ControlBlock, device_loop, obstacle_to_loop, restart_capture, supports_device_loops
 from aca_ext.errors import AcaError, GraphError
 
 # Whether the GPU decides by itself how often a step is repeated, instead of the host launching it so often ahead. Both
@@ -72,14 +72,24 @@ class CudaCapturer:
         torch.cuda.synchronize(self._device)
         graph = _new_graph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                body()
+            with (
+                torch.cuda.stream(current),  # which the next would leave aside if it failed to end
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                self._run_captured(body)
         except AcaError:
             raise
         except RuntimeError as error:
             raise GraphError(f"A step with func cannot be captured. {_HINT} CUDA says: {error}") from error
         current.wait_stream(self._stream)
-        return CudaProgram(graph, body)
+        return CudaProgram(graph)
+
+    def _run_captured(self, body: Body) -> None:
+        try:
+            body()
+        except BaseException:
+            restart_capture(self._stream)
+            raise
 
     def repeat(self, first: CudaProgram | None, body: CudaProgram, block: ControlBlock) -> Repeat:
         """``first``, then ``body`` again and again."""
@@ -110,10 +120,10 @@ class CudaCapturer:
 
 
 class CudaProgram:
-    """A captured graph, with what its body refers to."""
+    """A captured graph. It holds neither its body nor func, which may be what keeps it."""
 
-    def __init__(self, graph: Any, body: Body) -> None:
-        self.graph, self._body = graph, body
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
 
     def launch(self, times: int = 1) -> None:
         for _ in range(times):

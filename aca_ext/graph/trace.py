@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aca_ext.errors import GraphError
 
 _HINT = 'Use engine="eager", or change func.'
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 # Random numbers are told by the generators that moved: attention without dropout is tagged as if it drew some.
 _REASONS = {
     torch.Tag.data_dependent_output: "decides on the host by what a tensor holds",
@@ -60,6 +61,9 @@ class Trace(TorchDispatchMode):
             if i in written and isinstance(x, Tensor) and self._is_foreign(x):
                 raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
         result = func(*args, **(kwargs or {}))
+        if func in _COPIES and len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
+            # Waits, which a capture may not, or leaves a host's memory in the capture that is gone when it is repeated.
+            raise GraphError(f"func copies between the host and the device ({func}). {_HINT}")
         self._name_results(result)
         self._operations.append(given)
         return result

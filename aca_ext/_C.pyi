@@ -214,6 +214,7 @@ class Control:
     ratio: float
     n_steps: int
     n_accepted: int
+    is_unfinished: bool
 
     @overload
     def __init__(self, dtype: str, controller: Controller, /) -> None: ...

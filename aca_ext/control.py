@@ -8,7 +8,7 @@ between two steps: whoever launches them need not know how far they have come.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +21,6 @@ from aca_ext.runge_kutta import Scheme
 from aca_ext.tolerance import Tolerance
 
 STEP_ENTRY = _C.STEP_ENTRY_DOUBLES  # doubles that a step is recorded in; the last one is an int64
-
-
-class Outcome(NamedTuple):
-    """What a control block says after a launch.
-
-    ``status`` is "running", "done", "no_room" (for further states), "not_finite" (the last error, for the host to look
-    into), "step_limit" or "step_size". ``h`` is that of the step to come, without its sign.
-    """
-
-    status: str
-    t: float
-    h: float
-    ratio: float
-    n_steps: int
-    n_accepted: int
 
 
 class ControlBlock:
@@ -75,6 +60,10 @@ class ControlBlock:
     def write(self, control: _C.Control) -> None:
         _C.write_control(target_for(self.like, self._workspace), self.address, control)
 
+    def decide(self, decision: str) -> None:
+        """One decision about the block, on the current stream."""
+        _C.decide(target_for(self.like, self._workspace), self.address, decision)
+
     def read(self) -> _C.Control:
         """The block as it is now; waits for the device."""
         return _C.Control(self._memory.cpu().numpy().tobytes())
@@ -102,6 +91,15 @@ class ControlBlock:
         return control
 
 
+class DeviceTimes:
+    """The requested times and the times that a step must end at, on the device; ``of`` are both as numbers."""
+
+    def __init__(self, times: tuple[float, ...], stops: tuple[float, ...], device: torch.device) -> None:
+        self.of = times, stops
+        both = torch.tensor([*times, *stops], dtype=torch.float64).to(device, non_blocking=True)
+        self.times, self.stops = both[: len(times)], both[len(times) :]
+
+
 class SolveMemory:
     """What one solve writes: its outputs, its accepted steps, and the states that they started from.
 
@@ -109,20 +107,33 @@ class SolveMemory:
         ys: the outputs, one row for each time.
         blocks: the states, each block as large as all before it together; none where ``keeps_states`` is false.
         steps: the record of accepted steps, one row for each.
+        control: the control block as it was last written or read.
+        n_steps, n_accepted: counts of trial steps and of accepted ones, at the end.
     """
 
-    def __init__(self, problem: Problem, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
-        device = y0.device
-        stops = problem.grid[1:] if problem.grid is not None else (*problem.stops, problem.times[-1])
-        both = torch.tensor([*problem.times, *stops], dtype=torch.float64).to(device, non_blocking=True)
-        self.times, self.stops = both[: len(problem.times)], both[len(problem.times) :]
-        self.ys = empty_rows(len(problem.times), y0)
+    control: _C.Control
+
+    def __init__(self, times: DeviceTimes, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
+        device, count = y0.device, len(times.of[0])
+        self.times, self.stops = times.times, times.stops
+        self.ys = empty_rows(count, y0)
         self.weights = None
         if has_weights:
-            self.weights = torch.empty(len(problem.times), _C.MAX_TERMS, dtype=torch.float64, device=device)
+            self.weights = torch.empty(count, _C.MAX_TERMS, dtype=torch.float64, device=device)
         self._y0, self._keeps_states, self._first = y0, keeps_states, n_states
         self.blocks: list[Tensor] = []
+        self.n_steps = self.n_accepted = 0
         self.steps = torch.empty(0, STEP_ENTRY, dtype=torch.float64, device=device)
+
+    def room_in(self, control: _C.Control) -> None:
+        """Tells ``control``, at the start of a solve, what room there is."""
+        if not len(self.steps):
+            return self.grow(control)
+        for block in self.blocks:
+            control.add_block(block.data_ptr(), len(block))
+        control.n_states = len(self.steps) + 1
+        control.steps = self.steps.data_ptr()
+        return None
 
     def grow(self, control: _C.Control) -> None:
         """Makes room for as many further states as there are, and tells ``control``."""
@@ -136,6 +147,11 @@ class SolveMemory:
         steps[: len(self.steps)] = self.steps
         self.steps = steps
         control.steps = steps.data_ptr()
+
+    def hand_over_states(self) -> list[Tensor]:
+        """The blocks, for whoever keeps them from now on; the control block goes on pointing to them."""
+        blocks, self.blocks = self.blocks, []
+        return blocks
 
 
 class ControlledKernels(RowKernels):
@@ -186,5 +202,16 @@ class ControlledKernels(RowKernels):
         _C.restore_step(self._on, self._n, self.block.address, y.data_ptr(), slopes, g.data_ptr(), total)
 
 
-def outcome_of(control: _C.Control) -> Outcome:
-    return Outcome(control.status, control.t, control.h, control.ratio, control.n_steps, control.n_accepted)
+def supports_device_loops() -> bool:
+    """Whether this build and this driver repeat captured graphs on the device (CUDA 12.4 and newer)."""
+    return _C.HAS_CUDA and _C.LoopGraph.is_supported()
+
+
+def device_loop(device: int, first: int, body: int, control: int) -> _C.LoopGraph:
+    """Captured graphs, ``first`` (0: none) and then ``body`` while the control block says so, as one launch."""
+    return _C.LoopGraph(device, first, body, control)
+
+
+def obstacle_to_loop(graph: int) -> str:
+    """Why a captured graph cannot be repeated on the device, "" where it can."""
+    return _C.obstacle_to_loop(graph)

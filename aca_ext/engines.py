@@ -13,11 +13,12 @@ from torch import Tensor
 
 from aca_ext.arguments import lookup
 from aca_ext.checkpoints import Policy, StepRecord
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, OptionError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, GraphError, OptionError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
 from aca_ext.gradients.times import with_time_gradient
+from aca_ext.graph import engine as graph_engine
 from aca_ext.independent import gradients as independent_gradients
 from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
 from aca_ext.ops import TorchOperations
@@ -29,7 +30,7 @@ from aca_ext.state import State
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
 
-ENGINES = ("eager", "compiled")
+ENGINES = ("eager", "compiled", "graph")
 
 
 def run(
@@ -55,9 +56,12 @@ def run(
     problem = (batch_problem_of if is_batch else problem_of)(func, y0, t, **settings)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
     _check_together(problem, learnt, gradient, checkpoints, callback)
-    if lookup("engine", engine, ENGINES) == "compiled":
-        _check_compiled(problem, gradient, checkpoints, progress, callback)
+    if lookup("engine", engine, ENGINES) != "eager":
+        _check_not_eager(engine, problem, gradient, checkpoints, progress, callback)
+    if engine == "compiled":
         result = _by_compiled_engine(problem, learnt, params, adjoint)
+    elif engine == "graph":
+        result = _by_graph_engine(_eager_task(problem, params, adjoint), learnt)
     else:
         if resumed is not None:
             jumps = problem.jumps | _jump_at(resumed.t, settings["options"])
@@ -158,16 +162,16 @@ def _field(problem: Problem) -> VectorField:
     return VectorField(problem.func, problem.args, problem.packing, ops)
 
 
-def _check_compiled(
-    problem: Problem, gradient: str, checkpoints: Policy, progress: bool, callback: Callback | None
+def _check_not_eager(
+    engine: str, problem: Problem, gradient: str, checkpoints: Policy, progress: bool, callback: Callback | None
 ) -> None:
-    """Raises CompileError where an argument asks for what the compiled engine does not do."""
+    """Raises where an argument asks for what the other engines do not do."""
     others = {"gradient": gradient != "aca", "checkpoints": checkpoints, "progress": progress, "callback": callback,
               "options": isinstance(problem, BatchProblem) or problem.stops_at_limit}  # fmt: skip
     for name, is_given in others.items():
         if is_given:
-            raise CompileError(
-                f'engine="compiled" does not take what {name} asks for'
+            raise (CompileError if engine == "compiled" else GraphError)(
+                f'engine="{engine}" does not take what {name} asks for'
                 f'{f" ({gradient!r})" if name == "gradient" else ""}. Use engine="eager" for it.'
             )
 
@@ -183,6 +187,19 @@ def _by_compiled_engine(
 
 def _eager_task(problem: Problem, params: Sequence[Tensor] | None, adjoint: AdjointOptions) -> Task:
     return Task(problem, _field(problem), params, adjoint, None)
+
+
+def _by_graph_engine(task: Task, learnt: Tensor | None) -> Result:
+    method = graph_engine.solve if len(task.problem.times) > 1 else _method(task.problem, None, "aca")
+    if torch.is_grad_enabled():
+        task.field.prepare_replay()
+    try:
+        if learnt is not None:
+            return with_time_gradient(task, t=learnt, method_of_gradient=method)
+        return method(task)
+    except TypeError:
+        task.field.check_signature()
+        raise
 
 
 @cache

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from aca_ext import _C
-from aca_ext.controller import Controller
 from aca_ext.differentiable import DifferentiableOperations
 from aca_ext.layout import aligned_rows, empty_rows, scalars
 from aca_ext.reference import Number
@@ -267,8 +266,8 @@ def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bo
 
 
 @lru_cache(maxsize=64)
-def controller_for(controller: Controller | None) -> _C.Controller:
-    """``controller`` for steps that do not go through Python; of fixed steps too, which ask none."""
+def controller_for(controller: Any) -> _C.Controller:
+    """A ``Controller`` for steps that do not go through Python; for fixed steps, which have none, any."""
     return _C.Controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
 
 

@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.vector_field import AutocastState, RandomState, VectorField
 
-# torch.autograd.grad(k, inputs, grad_k, allow_unused=True) without its checks, which a slope and its cotangent pass.
+# torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its look at the arguments, which takes
+# longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph, inputs,
+# allow_unreachable, accumulate_grad.
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 

@@ -227,7 +227,7 @@ def step_vjp(
     scheme: Scheme,
     times: Sequence[float],
     y: Tensor,
-    h: float,
+    h: Number,
     outputs: Sequence[tuple[Sequence[float], Tensor]],
     y_next: Tensor | None = None,
     inside: tuple[Tensor, Sequence[Tensor]] | None = None,

@@ -51,9 +51,10 @@ class Stats:
         n_steps: trial steps, n_accepted + n_rejected.
         n_accepted: steps that became part of the solution.
         n_rejected: steps whose error was too large.
-        backend: what did the arithmetic: "cpu" or "cuda" kernels, "reference", plain PyTorch, or "compiled".
+        backend: what did the arithmetic: "cpu" or "cuda" kernels, "reference", plain PyTorch, "compiled" or "graph".
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
-        compile_seconds: time that engine="compiled" took to trace and compile; 0 where it found all it needed.
+        compile_seconds: time that engine="compiled" took to trace and compile, or engine="graph" to capture; 0 where
+            they found all they needed.
     """
 
     n_f_evals: int = 0

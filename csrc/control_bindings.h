@@ -108,7 +108,8 @@ inline void bind_control(py::module_& m) {
         .def_readonly("h", &Control::h)
         .def_readonly("ratio", &Control::ratio)
         .def_readonly("n_steps", &Control::n_steps)
-        .def_readonly("n_accepted", &Control::n_accepted);
+        .def_readonly("n_accepted", &Control::n_accepted)
+        .def_readonly("is_unfinished", &Control::is_unfinished);
     m.def("write_control", [](const BoundTarget& on, uintptr_t to, const Control& from) {
         on.backend->write_control(on.target, to, from);
     });

@@ -90,6 +90,7 @@ template <int V, typename F>
 __global__ void __launch_bounds__(kThreads)
     for_each_row_kernel(int64_t packs, int64_t packs_per_row, const double* each, F f) {
     const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+#pragma unroll 1  // more than one row at a time spills registers
     for (int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < packs; p += stride)
         f.of_row(each[p / packs_per_row]).template operator()<V>(p * V);
 }

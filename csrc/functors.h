@@ -30,6 +30,22 @@ ACA_HD void store(T* x, int64_t i, const Pack<T, V>& value) {
     *reinterpret_cast<Pack<T, V>*>(x + i) = value;
 }
 
+// a·b + c, fused where the target has the instruction. Left to the compiler, which of two products in a sum is fused
+// would depend on the code around it, and so would the last bit.
+template <typename T>
+ACA_HD T multiply_add(T a, T b, T c) {
+#if defined(__CUDA_ARCH__)
+    return fma(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    if constexpr (sizeof(T) == sizeof(float))
+        return __builtin_fmaf(a, b, c);
+    else
+        return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 template <typename T>
 ACA_HD T magnitude(T x) {
     return x < T(0) ? -x : x;
@@ -50,7 +66,7 @@ struct Terms {
 #endif
         for (int j = 1; j < N; ++j) {
             const Pack<T, V> term = load<V>(x[j], i);
-            for (int e = 0; e < V; ++e) total[e] += w[j] * term[e];
+            for (int e = 0; e < V; ++e) total[e] = multiply_add(w[j], term[e], total[e]);
         }
         return total;
     }
@@ -79,7 +95,7 @@ struct WeightedSum {
         Pack<T, V> total = terms.template sum<V>(i);
         if constexpr (HasBase) {
             const Pack<T, V> start = load<V>(base, i);
-            for (int e = 0; e < V; ++e) total[e] = start[e] + h * total[e];
+            for (int e = 0; e < V; ++e) total[e] = multiply_add(h, total[e], start[e]);
         } else {
             for (int e = 0; e < V; ++e) total[e] *= h;
         }
@@ -112,10 +128,13 @@ struct SolutionAndError {
 #endif
         for (int j = 1; j < N; ++j) {
             k = load<V>(terms.x[j], i);
-            for (int e = 0; e < V; ++e) advance[e] += terms.w[j] * k[e], deviation[e] += error_weight[j] * k[e];
+            for (int e = 0; e < V; ++e) {
+                advance[e] = multiply_add(terms.w[j], k[e], advance[e]);
+                deviation[e] = multiply_add(error_weight[j], k[e], deviation[e]);
+            }
         }
         const Pack<T, V> start = load<V>(y, i);
-        for (int e = 0; e < V; ++e) advance[e] = start[e] + h * advance[e], deviation[e] *= h;
+        for (int e = 0; e < V; ++e) advance[e] = multiply_add(h, advance[e], start[e]), deviation[e] *= h;
         store<V>(y1, i, advance);
         store<V>(error, i, deviation);
     }
@@ -127,7 +146,7 @@ struct ScalarTolerance {
     template <int V>
     ACA_HD Pack<T, V> scale(int64_t, const Pack<T, V>& size) const {
         Pack<T, V> result;
-        for (int e = 0; e < V; ++e) result[e] = atol + rtol * size[e];
+        for (int e = 0; e < V; ++e) result[e] = multiply_add(rtol, size[e], atol);
         return result;
     }
 };
@@ -139,7 +158,7 @@ struct ElementTolerance {
     ACA_HD Pack<T, V> scale(int64_t i, const Pack<T, V>& size) const {
         const Pack<T, V> relative = load<V>(rtol, i);
         Pack<T, V> result = load<V>(atol, i);
-        for (int e = 0; e < V; ++e) result[e] += relative[e] * size[e];
+        for (int e = 0; e < V; ++e) result[e] = multiply_add(relative[e], size[e], result[e]);
         return result;
     }
 };
@@ -166,7 +185,7 @@ struct SquaredErrorRatio {
         const Pack<T, V> end = load<V>(y1, i);
         if constexpr (HasSlope) {
             const Pack<T, V> slope = load<V>(k, i);
-            for (int e = 0; e < V; ++e) error[e] += w * slope[e];
+            for (int e = 0; e < V; ++e) error[e] = multiply_add(w, slope[e], error[e]);
         }
         for (int e = 0; e < V; ++e) {
             const T before = magnitude(size[e]), after = magnitude(end[e]);
@@ -210,8 +229,8 @@ struct FinishStep {
             const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
             T total = 0;
             for (int j = 0; j < stages; ++j)
-                if (weight[j] != 0) total += T(weight[j]) * k[j][i];
-            out[i] = start + h * total;
+                if (weight[j] != 0) total = multiply_add(T(weight[j]), k[j][i], total);
+            out[i] = multiply_add(h, total, start);
         }
         if (s.slot) control::at<T>(s.slot)[i] = end;
         y[i] = end;
@@ -246,7 +265,7 @@ struct RestoreStep {
             const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
             inside[i] += grad;
             for (int j = 0; j < stages; ++j)
-                if (weight[j] != 0) slope[j][i] += T(weight[j]) * grad;
+                if (weight[j] != 0) slope[j][i] = multiply_add(T(weight[j]), grad, slope[j][i]);
         }
     }
 };

@@ -1,4 +1,7 @@
-"""Standard test problems with the values they are known to end in: DETEST, orbits, oscillators and small networks."""
+"""Standard test problems with the values they are known to end in: DETEST, orbits, oscillators and small networks.
+
+Besides them the small slopes, tensors and checks that several files of tests use.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LOOSE = {"rtol": 1e-3, "atol": 1e-4}
 REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name("reference_values.json").read_text())
 
 
@@ -255,3 +259,30 @@ class CoupledMlp(Mlp):
 def sample(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers, float64, the same for the same arguments."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def decay(t: Tensor, y: Tensor) -> Tensor:
+    return -y
+
+
+def oscillate(t: Tensor, y: Tensor) -> Tensor:
+    """Energy-conserving, with a known solution: a rotation by angle t."""
+    return torch.stack([y[1], -y[0]])
+
+
+def rotated(t: float) -> Tensor:
+    return torch.tensor([math.cos(t), -math.sin(t)], dtype=torch.float64)
+
+
+def check_chain(steps: Tensor, t: Tensor) -> None:
+    """Steps follow each other from the first time to the last, all in one direction."""
+    assert steps.dtype == torch.float64
+    assert steps.device.type == "cpu"
+    assert steps[0, 0] == t[0]
+    assert steps[-1, 1] == t[-1]
+    assert torch.equal(steps[1:, 0], steps[:-1, 1])
+    assert ((steps[:, 1] - steps[:, 0]) * torch.sign(t[-1] - t[0]) > 0).all()
+
+
+def leaf(*shape: int, seed: int = 1) -> Tensor:
+    return sample(*shape, seed=seed).requires_grad_()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from problems import Mlp, sample
+from problems import Mlp, decay, sample
 from torch import Tensor
 
 import aca_ext
@@ -18,10 +18,6 @@ from aca_ext import errors
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 NAN, INF = math.nan, math.inf
-
-
-def decay(t: Tensor, y: Tensor) -> Tensor:
-    return -y
 
 
 def call(func: Any = decay, y0: Any = None, t: Any = T, **settings: Any) -> aca_ext.Solution:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from autograd_reference import relative_error, solve_over
-from problems import CoupledMlp, DrivenMlp, Mlp, sample
+from problems import LOOSE, CoupledMlp, DrivenMlp, Mlp, sample
 from torch import Tensor
 
 import aca_ext
@@ -17,7 +17,6 @@ from aca_ext import errors
 
 ADAPTIVE = [name for name, tableau in aca_ext.METHODS.items() if tableau.adaptive]
 STEPS = {"step_size": 0.2}
-LOOSE = {"rtol": 1e-3, "atol": 1e-4}
 EXACT = ("aca", "direct", "naive")  # on fixed steps, where there is no search for the step size
 
 # Requested times, and the rows of the solution that the loss reads.

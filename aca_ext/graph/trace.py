@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aca_ext.errors import GraphError
 
 _HINT = 'Use engine="eager", or change func.'
+# Random numbers are told by the generators that moved: attention without dropout is tagged as if it drew some.
 _REASONS = {
-    torch.Tag.nondeterministic_seeded: "draws random numbers",
     torch.Tag.data_dependent_output: "decides on the host by what a tensor holds",
     torch.Tag.dynamic_output_shape: "makes a tensor whose shape depends on what another holds",
 }
@@ -75,6 +75,8 @@ class Trace(TorchDispatchMode):
             return tuple(map(self._described, x))
         if isinstance(x, dict):
             return tuple((name, self._described(value)) for name, value in x.items())
+        if isinstance(x, torch.Generator):
+            raise GraphError(f"func draws random numbers, which a captured step cannot repeat. {_HINT}")
         # By type too, since 1, 1.0 and True are equal; and by its digits, since nan is not equal to itself.
         return type(x), repr(x) if isinstance(x, (int, float, complex)) else x
 
@@ -106,10 +108,21 @@ class TracedFunction:
     def __init__(self, func: Callable[..., Any], around: Callable[[], Any]) -> None:
         self._func, self._around = func, around
         self.trace: Trace | None = None
+        self._had_grad = False
+
+    def again(self, t: Tensor, y: Any, *args: Any) -> Trace:
+        """The trace of one more evaluation, under the conditions of the last."""
+        before = self.trace
+        with torch.set_grad_enabled(self._had_grad):
+            self(t, y, *args)
+        found, self.trace = self.trace, before
+        assert found is not None
+        return found
 
     def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
         parts = y if isinstance(y, tuple) else (y,)
         self.trace = Trace([t, *parts, *(a for a in args if isinstance(a, Tensor))])
+        self._had_grad = torch.is_grad_enabled()
         with self._around(), self.trace:
             return self._func(t, y, *args)
 

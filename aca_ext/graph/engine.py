@@ -1,0 +1,305 @@
+"""engine="graph": the adaptive checkpoint adjoint with its loops on the GPU.
+
+A trial step with the decision about it is captured once, and so is a step's transpose; a solve repeats them without the
+host looking at any of it before the end. What is stored, and which steps are replayed, is as in ``gradients.aca``.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aca_ext.checkpoints import AcceptedStep, StepRecord
+from aca_ext.control import SolveMemory
+from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
+from aca_ext.gradients.aca import differentiable_backward
+from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.graph import programs
+from aca_ext.graph.plan import Plan
+from aca_ext.graph.programs import Capturer, CudaCapturer
+from aca_ext.graph.trace import Trace, TracedFunction
+from aca_ext.ops import has_kernels
+from aca_ext.problem import Problem
+from aca_ext.solver import NO_TOLERANCE, Stats, reason_of
+from aca_ext.state import tensors_in
+from aca_ext.torch_operations import TorchOperations
+from aca_ext.vector_field import AutocastState, VectorField
+
+DEVICES = ("cuda",)
+_MAX_PLANS = 8  # of one func; beyond, the one that was used longest ago is captured anew
+_MAX_OWNERS = 64
+_HINT = 'Use engine="eager".'
+
+
+def solve(task: Task) -> Result:
+    """Solves the problem of ``task`` with gradient="aca".
+
+    Raises:
+        GraphError: func cannot be captured, or this kind of solve is not supported.
+    """
+    problem = task.problem
+    _check_supported(problem)
+    run = _Run(task)
+    inputs = [*run.params, *(x for x in problem.args if isinstance(x, Tensor) and x.requires_grad)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, *inputs)):
+        ys = _GraphAca.apply(run, problem.y0, *inputs)
+    else:
+        ys = run.forward(keeps_states=False)
+    return Result(ys, run.record, run.stats)
+
+
+class _Run:
+    """One solve: its first slope, its plan, and what it wrote."""
+
+    def __init__(self, task: Task) -> None:
+        problem = task.problem
+        self.autocast = AutocastState(problem.y0.device.type)
+        traced = TracedFunction(problem.func, self.autocast.restored)
+        field = VectorField(
+            traced, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)
+        )
+        field.func = problem.func  # whose modules are to be looked at
+        self.task = replace(task, field=field)
+        if torch.is_grad_enabled():
+            k0, params = first_slope_and_params(self.task)
+        else:
+            k0, params = self.task.first_slope(problem.y0.detach()), []
+        assert k0 is not None
+        assert traced.trace is not None
+        if field.draws_random_numbers or field.moving_buffers:
+            what = "draws random numbers" if field.draws_random_numbers else "changes buffers of its modules"
+            raise GraphError(f"func {what}, which a captured step cannot repeat. {_HINT}")
+        self.problem, self.params, self._k0 = problem, params, k0.detach()
+        self.stats = Stats(backend="graph")
+        start = time.perf_counter()
+        self.plan, is_new = _plans_of(problem.func).find(_key_of(problem, traced.trace), self._new_plan(traced))
+        if is_new:
+            self.stats.compile_seconds = time.perf_counter() - start
+        self.record: _GraphRecord = _GraphRecord()
+
+    def _new_plan(self, traced: TracedFunction) -> Callable[[], Plan]:
+        problem, trace = self.problem, traced.trace
+        assert trace is not None
+        y0 = problem.y0.detach()
+
+        def make() -> Plan:
+            if traced.again(problem.start_time(y0), problem.packing.unpack(y0), *problem.args).key() != trace.key():
+                raise GraphError(
+                    "func does not do the same twice: it uses a tensor made anew each time, or a number that changes, "
+                    f"so that no capture of it would hold. {_HINT}"
+                )
+            plan = Plan(problem, trace.held, capturer_for(self.problem.y0.device))
+            with plan.in_order():
+                plan.capture_forward(problem, self._k0, self.autocast)
+            return plan
+
+        return make
+
+    def forward(self, *, keeps_states: bool) -> Tensor:
+        problem, stats = self.problem, self.stats
+        self._n_f_evals = 1 + (problem.controller is not None and problem.controller.first_step is None)
+        with self.plan.in_order(), torch.no_grad():
+            memory = self.plan.forward(
+                problem, problem.y0.detach(), self._k0, keeps_states=keeps_states, look=self._look
+            )
+        stats.n_steps, stats.n_accepted = memory.n_steps, memory.n_accepted
+        stats.n_rejected = stats.n_steps - stats.n_accepted
+        stats.n_f_evals = self._evaluations(memory.n_steps)
+        self.record.memory, self.record.times = memory, problem.times
+        return memory.ys
+
+    def _evaluations(self, n_steps: int) -> int:
+        return self._n_f_evals + n_steps * self.plan.n_evals_per_step
+
+    def _look(self, control: Any) -> None:
+        """Raises where a solve cannot go on."""
+        problem, controller = self.problem, self.problem.controller
+        assert controller is not None
+        t, h, ratio, status = control.t, control.h, control.ratio, control.status
+        sign = math.copysign(1.0, problem.times[-1] - problem.times[0])
+        message = None
+        if status == "not_finite":
+            culprit = self.plan.not_finite()
+            if culprit is None and h >= controller.min_step and t + sign * h * 0.5 != t:
+                return
+            if culprit is not None:
+                message = f"{culprit} t={t:.17g}; look at func there."
+            elif ratio == math.inf and problem.tolerance.forbids_error():
+                status, message = "step_size", NO_TOLERANCE
+        kinds = {"step_limit": StepLimitError, "step_size": StepSizeError, "not_finite": NonFiniteError}
+        kind = kinds[status]
+        raise kind(
+            f"The solve with {problem.tableau.name} stopped: "
+            f"{message or reason_of(kind, problem.max_num_steps, problem.times[-1])}",
+            t=t,
+            h=h if control.n_steps else math.nan,  # no step was tried yet
+            error_ratio=ratio,
+            n_accepted=control.n_accepted,
+            n_rejected=control.n_steps - control.n_accepted,
+            n_f_evals=self._evaluations(control.n_steps),
+        )
+
+    def backward(self, grad_ys: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        memory, plan = self.record.memory, self.plan
+        if grad_ys.stride() != memory.ys.stride() or grad_ys.is_neg():
+            grad_ys = torch.empty_like(memory.ys).copy_(grad_ys)
+        with plan.in_order():
+            if not plan.has_backward:
+                plan.capture_backward(self.problem, memory, params, self.autocast)
+            elif not plan.reads(params):
+                raise ReplayError(
+                    "The memory of a parameter was replaced between the forward and the backward pass, so that a "
+                    "replay would not repeat the forward pass. Replace it before the one or after the other."
+                )
+            self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
+            return plan.backward(memory, self.problem.args, grad_ys)
+
+
+class _GraphAca(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
+        ys = run.forward(keeps_states=True)
+        blocks = run.record.memory.hand_over_states()
+        ctx.run, ctx.n_params, ctx.n_blocks, ctx.has_y0 = run, len(run.params), len(blocks), y0.requires_grad
+        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
+        ctx.save_for_backward(*blocks, *([y0] if ctx.has_y0 else []), *inputs)
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+        run, saved = ctx.run, ctx.saved_tensors[ctx.n_blocks :]
+        inputs = saved[ctx.has_y0 :]
+        if torch.is_grad_enabled():
+            ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
+            y0 = saved[0] if ctx.has_y0 else run.problem.y0.detach()
+            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, {}, inputs)
+        else:
+            grad_y0, found = run.backward(grad_ys, inputs[: ctx.n_params])
+            grads = [grad_y0, *found]
+        needed = ctx.needs_input_grad[1:]
+        return None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+
+
+class _GraphRecord(StepRecord):
+    """The accepted steps of a solve on the device, brought to the host when they are asked for."""
+
+    memory: SolveMemory
+    times: tuple[float, ...]
+
+    def __init__(self) -> None:
+        self.end = None
+
+    @property
+    def steps(self) -> list[AcceptedStep]:  # type: ignore[override]
+        entries = self._entries()
+        ends: list[int] = entries[:, 3].contiguous().view(torch.int64).tolist()
+        found, begin = list[AcceptedStep](), 1
+        for (t, h, t_next, _), end in zip(entries.tolist(), ends, strict=True):
+            times = self.times[begin:end]
+            outputs = [(i, 1.0 if time == t_next else (time - t) / (t_next - t)) for i, time in enumerate(times, begin)]
+            found.append(AcceptedStep(t, h, t_next, outputs))
+            begin = end
+        return found
+
+    def bounds(self) -> Tensor:
+        return self._entries()[:, 0:3:2].contiguous()
+
+    def _entries(self) -> Tensor:
+        return self.memory.steps[: self.memory.n_accepted].cpu()
+
+
+class _Plans:
+    """The plans of one owner of func, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: Hashable, make: Callable[[], Plan]) -> tuple[Plan, bool]:
+        """The plan for ``key``, and whether it was made now."""
+        with self._lock:
+            is_new = key not in self._plans
+            if is_new:
+                self._plans[key] = make()
+                while len(self._plans) > _MAX_PLANS:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+            return self._plans[key], is_new
+
+
+_by_owner: weakref.WeakKeyDictionary[Any, _Plans] = weakref.WeakKeyDictionary()
+
+
+def _plans_of(func: Any) -> _Plans:
+    """Those of a module, or of the code of a function, so that a lambda made anew finds them."""
+    owner = func
+    if not isinstance(func, nn.Module):
+        func = getattr(func, "__func__", func)
+        owner = getattr(func, "__code__", None) or type(func)
+    plans = _by_owner.get(owner)
+    if plans is None:
+        while len(_by_owner) >= _MAX_OWNERS:
+            del _by_owner[next(iter(_by_owner))]
+        plans = _by_owner[owner] = _Plans()
+    return plans
+
+
+def _key_of(problem: Problem, trace: Trace) -> Hashable:
+    """What a capture takes for constant: func's operations, the layout of what it is given, method and tolerances."""
+    y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
+    return (
+        trace.key(),
+        (y0.shape, y0.stride(), y0.dtype, y0.device),
+        tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors_in(problem.args)),
+        problem.packing,
+        problem.tableau,
+        controller is None or controller.first_step is None,
+        (problem.adaptive, len(problem.times) > 2),
+        (tolerance.rtol, tolerance.atol),
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        programs.DEVICE_LOOPS,
+        _precision(),
+    )
+
+
+def _precision() -> Hashable:
+    """What decides on the kernels that torch launches for an operation."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    chosen = (torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+    if hasattr(cudnn, "conv"):
+        return *chosen, matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    return *chosen, matmul.allow_tf32, cudnn.allow_tf32
+
+
+def capturer_for(device: torch.device) -> Capturer:
+    return CudaCapturer(device)
+
+
+def _check_supported(problem: Problem) -> None:
+    y0, tolerance = problem.y0, problem.tolerance
+    if y0.device.type not in DEVICES:
+        raise GraphError(
+            f'engine="graph" takes states on a CUDA device; y0 is on {y0.device}. Use engine="compiled" or "eager".'
+        )
+    if not has_kernels(y0.detach()):
+        raise GraphError(
+            'engine="graph" takes plain tensors of float32 and float64, or complex of them, and a build with CUDA; '
+            f"y0 is {y0.dtype}, a {type(y0).__name__}. {_HINT}"
+        )
+    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise GraphError(f'A solve with engine="graph" cannot be part of another capture. {_HINT}')
+    if tolerance.norm is not None or isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor):
+        raise GraphError(f'engine="graph" takes rtol and atol as numbers, and no norm of your own. {_HINT}')
+    if problem.jumps:
+        raise GraphError(f'engine="graph" does not take jump_t; step_t it does. {_HINT}')

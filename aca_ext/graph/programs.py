@@ -1,0 +1,139 @@
+"""Captured programs and what repeats them: a CUDA graph launched many times in a row, or a loop that the GPU runs by
+itself. Nothing here has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from aca_ext.control import ControlBlock, device_loop, obstacle_to_loop, supports_device_loops
+from aca_ext.errors import AcaError, GraphError
+
+# Whether the GPU decides by itself how often a step is repeated, instead of the host launching it so often ahead. Both
+# take the same steps; which is faster has not been measured yet.
+DEVICE_LOOPS = False
+_WARM_UPS = 2
+_HINT = 'Use engine="eager", or change func.'
+
+Body = Callable[[], None]
+Repeat = Callable[[int], None]  # at least so often, if the control block does not say that it is enough
+
+
+class Program(Protocol):
+    """Something captured once and repeated."""
+
+    def launch(self, times: int = 1) -> None:
+        """Runs it so many times on the current stream, without waiting."""
+
+
+class Capturer(Protocol):
+    """Makes programs, and loops of them, on one device."""
+
+    def capture(self, make_body: Callable[[], Body], reset: Callable[[], None]) -> Program: ...
+
+    def repeat(self, first: Any, body: Any, block: ControlBlock) -> Repeat: ...
+
+    def in_order(self) -> AbstractContextManager[None]: ...
+
+
+class CudaCapturer:
+    """CUDA graphs that share one pool of memory and one stream to be captured on.
+
+    What they hold in that memory is theirs from one launch to the next; those that share it are never launched at the
+    same time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._done = torch.cuda.Event()
+
+    def capture(self, make_body: Callable[[], Body], reset: Callable[[], None]) -> CudaProgram:
+        """The body that ``make_body`` returns, captured. ``reset`` puts back what the body changes.
+
+        The body runs a few times before, so that what it sets up once is there.
+
+        Raises:
+            GraphError: it does what cannot be captured.
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            body = make_body()
+            for _ in range(_WARM_UPS):
+                reset()
+                body()
+            reset()
+        torch.cuda.synchronize(self._device)
+        graph = _new_graph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                body()
+        except AcaError:
+            raise
+        except RuntimeError as error:
+            raise GraphError(f"A step with func cannot be captured. {_HINT} CUDA says: {error}") from error
+        current.wait_stream(self._stream)
+        return CudaProgram(graph, body)
+
+    def repeat(self, first: CudaProgram | None, body: CudaProgram, block: ControlBlock) -> Repeat:
+        """``first``, then ``body`` again and again."""
+        programs = [body] if first is None else [first, body]
+        if DEVICE_LOOPS and _keeps_graphs() and supports_device_loops():
+            graphs = [program.graph.raw_cuda_graph() for program in programs]
+            if not any(map(obstacle_to_loop, graphs)):
+                before = 0 if first is None else graphs[0]
+                loop = device_loop(self._device.index or 0, before, graphs[-1], block.address)
+                return _Loop(loop, self._device, programs)
+
+        def ahead(times: int) -> None:
+            if first is not None:
+                first.launch()
+            body.launch(times)
+
+        return ahead
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """After what was launched before, on whatever stream: programs use the same memory each time."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
+
+
+class CudaProgram:
+    """A captured graph, with what its body refers to."""
+
+    def __init__(self, graph: Any, body: Body) -> None:
+        self.graph, self._body = graph, body
+
+    def launch(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.graph.replay()
+
+
+class _Loop:
+    """A loop on the device, with the programs whose memory it works in."""
+
+    def __init__(self, loop: Any, device: torch.device, programs: list[CudaProgram]) -> None:
+        self._loop, self._device, self._programs = loop, device, programs
+
+    def __call__(self, times: int) -> None:
+        self._loop.launch(torch.cuda.current_stream(self._device).cuda_stream)
+
+
+def _keeps_graphs() -> bool:
+    """Whether this torch hands out captured graphs before they are instantiated (2.8 and newer)."""
+    return hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")
+
+
+def _new_graph() -> Any:
+    return torch.cuda.CUDAGraph(keep_graph=True) if _keeps_graphs() else torch.cuda.CUDAGraph()

@@ -97,6 +97,7 @@ class Problem:
 
 
 _MAX_KNOWN = 64
+_LONGEST_KNOWN_GRID = 10_000
 _known: dict[tuple[Any, ...], Problem] = {}  # problems checked before, without their func, args and y0
 
 
@@ -118,15 +119,16 @@ def problem_of(
     """
     if not callable(func):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
-    is_known_kind = not options and type(rtol) is type(atol) is float and (method is None or type(method) is str)
-    if not (is_known_kind and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
+    is_known_kind = type(rtol) is type(atol) is float and (method is None or type(method) is str)
+    numbers = _numbers_in(options)
+    if not (is_known_kind and numbers is not None and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
         return _checked(func, y0, t, rtol, atol, method, options, args)
-    key = tuple(t.tolist()), rtol, atol, method, y0.shape, y0.stride(), y0.dtype, torch.get_num_threads()
+    key = tuple(t.tolist()), rtol, atol, method, numbers, y0.shape, y0.stride(), y0.dtype, torch.get_num_threads()
     known = _known.get(key)
     if known is not None:
         return known.of(func, _args(args), y0)
     problem = _checked(func, y0, t, rtol, atol, method, options, args)
-    if problem.y0 is y0:
+    if problem.y0 is y0 and len(problem.grid or ()) <= _LONGEST_KNOWN_GRID:
         if len(_known) >= _MAX_KNOWN:
             _known.pop(next(iter(_known)), None)
         _known[key] = problem.of(_nothing, (), torch.empty(0))
@@ -135,6 +137,15 @@ def problem_of(
 
 def _nothing() -> Tensor:
     raise AssertionError("stands where func was")
+
+
+def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
+    """The options where they are numbers and nothing else."""
+    if not options:
+        return ()
+    if type(options) is not dict or any(type(value) not in (int, float) for value in options.values()):
+        return None
+    return tuple(options.items())
 
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:

@@ -21,7 +21,7 @@ from aca_ext.independent import gradients as independent_gradients
 from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
 from aca_ext.ops import TorchOperations
 from aca_ext.outputs import stack_rows
-from aca_ext.problem import Problem, lookup, problem_of
+from aca_ext.problem import Problem, known_problem, lookup, problem_of
 from aca_ext.progress import Callback, Step, progress_bar
 from aca_ext.resumption import SolverState
 from aca_ext.solution import Continuation, Solution
@@ -187,6 +187,10 @@ def solve(
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
+    if engine == "compiled" and gradient == "aca" and params is adjoint_params is checkpoints is callback is None:
+        solution = None if progress else _solved_again(func, y0, t, rtol, atol, method, options, args)
+        if solution is not None:
+            return solution
     return _solve(
         func,
         y0,
@@ -298,6 +302,29 @@ def _solve(
                         callback=callback, adjoint=adjoint, **settings)  # fmt: skip
         return _stopped(solution, problem, result.record, again)
     return solution
+
+
+def _solved_again(
+    func: Callable[..., State],
+    y0: State,
+    t: Tensor | Sequence[float],
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: Mapping[str, Any] | None,
+    args: Sequence[Any],
+) -> Solution | None:
+    """What ``_solve`` returns for engine="compiled" without the rest of its checks, where they were made before."""
+    refuse_transforms("y0", y0)
+    refuse_transforms("t", t)
+    problem = known_problem(func, y0, t, rtol, atol, method, options, args)
+    if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
+        return None
+    result = _compiled_engine()(problem, None, partial(_eager_task, problem, None, _NO_ADJOINT))
+    return Solution(t, result.ys, result.record.bounds(), result.stats)
+
+
+_NO_ADJOINT = AdjointOptions(rtol=0.0, atol=0.0, method=None, options={})  # of gradients that solve nothing backward
 
 
 def _eager_task(problem: Problem, params: Sequence[Tensor] | None, adjoint: AdjointOptions) -> Task:

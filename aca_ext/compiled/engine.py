@@ -40,10 +40,10 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
         CompileError: func cannot be compiled, or this kind of solve is not supported.
     """
     run = _Run(problem, params, task)
-    if not torch.is_grad_enabled() or not (problem.y0.requires_grad or any(run.wants_gradient)):
-        ys = run.forward(None)
-    else:
+    if torch.is_grad_enabled() and (problem.y0.requires_grad or True in run.wants_gradient):
         ys = _CompiledAca.apply(run, problem.y0, *run.inputs)
+    else:
+        ys = run.forward(None)
     return Result(ys, run.record, run.stats)
 
 
@@ -278,7 +278,7 @@ def _check_supported(problem: Problem) -> None:
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer, on whose compiler it rests; '
             f"here is {torch.__version__}. {hint}"
         )
-    if y0.device.type != "cpu" or y0.dtype not in (torch.float32, torch.float64) or problem.packing.is_complex:
+    if not y0.is_cpu or y0.dtype not in _ZEROS or problem.packing.is_complex:
         raise CompileError(
             f'engine="compiled" takes real float32 and float64 states on the CPU; y0 is '
             f"{'complex' if problem.packing.is_complex else y0.dtype} on {y0.device}. {hint}"

@@ -74,7 +74,7 @@ class _Slope:
         y_parts = self._packing.unpack(y)
         parts = y_parts if isinstance(y_parts, tuple) else (y_parts,)
         operands = {"t": (t,), "y": parts, "input": self._inputs}
-        k = self._captured.graph(*(operands[kind][i] for kind, i in self._captured.roles))
+        k = self._captured.graph.forward(*(operands[kind][i] for kind, i in self._captured.roles))
         return self._packing.pack(tuple(k) if self._packing.is_tuple else k[0])
 
 

@@ -24,7 +24,8 @@ from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem, known_problem, lookup, problem_of
 from aca_ext.progress import Callback, Step, progress_bar
 from aca_ext.resumption import SolverState
-from aca_ext.solution import Continuation, Solution
+from aca_ext.solution import Continuation, LazySolution, Solution
+from aca_ext.solver import Stats
 from aca_ext.state import State
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
@@ -187,8 +188,9 @@ def solve(
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
-    if engine == "compiled" and gradient == "aca" and params is adjoint_params is checkpoints is callback is None:
-        solution = None if progress else _solved_again(func, y0, t, rtol, atol, method, options, args)
+    is_plain = params is None and adjoint_params is None and checkpoints is None and callback is None and not progress
+    if is_plain and engine == "compiled" and gradient == "aca":
+        solution = _solved_again(func, y0, t, rtol, atol, method, options, args)
         if solution is not None:
             return solution
     return _solve(
@@ -321,7 +323,8 @@ def _solved_again(
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
     result = _compiled_engine()(problem, None, partial(_eager_task, problem, None, _NO_ADJOINT))
-    return Solution(t, result.ys, result.record.bounds(), result.stats)
+    assert isinstance(result.stats, Stats)
+    return LazySolution.of(t, result.ys, result.record, result.stats)
 
 
 _NO_ADJOINT = AdjointOptions(rtol=0.0, atol=0.0, method=None, options={})  # of gradients that solve nothing backward

@@ -225,8 +225,8 @@ class KernelOperations(TorchOperations):
         """The error norm of the last step that a ``stepper`` made."""
         return self.tolerance.norm_of_sums(self._sums.tolist())
 
-    def compiled_specification(self, problem: Any, slope: int, step: int) -> _C.CompiledSpecification:
-        """A ``Problem`` for the loop over the compiled programs at these addresses."""
+    def compiled_specification(self, problem: Any, slope: Any, step: Any) -> _C.CompiledSpecification:
+        """A ``Problem`` for the loop over these compiled programs."""
         tableau, control = problem.tableau, problem.controller
         coefficients = dict.fromkeys(_COEFFICIENTS, 1) if control is None else control.coefficients
         return _C.CompiledSpecification(

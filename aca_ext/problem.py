@@ -154,7 +154,12 @@ def known_problem(
 
 def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tuple[Any, ...] | None:
     """What a problem depends on besides func, args and the values of y0; None where that is more than plain values."""
-    if options or type(rtol) is not float or type(atol) is not float or (method is not None and type(method) is not str):
+    if (
+        options
+        or type(rtol) is not float
+        or type(atol) is not float
+        or (method is not None and type(method) is not str)
+    ):
         return None
     if not (_is_plain(y0) and _is_plain(t) and t.dim() == 1):
         return None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
+from aca_ext.gradients.base import Record
 from aca_ext.independent.solver import BatchStats
 from aca_ext.outputs import stack_rows
 from aca_ext.resumption import SolverState
@@ -119,6 +122,24 @@ class Solution:
             steps=torch.cat([self.steps, rest.steps]),
             stats=_sum(self.stats, rest.stats),
         )
+
+
+class LazySolution(Solution):
+    """A solution that makes ``steps`` when it is asked for them."""
+
+    @classmethod
+    def of(cls, t: Tensor, y: State, record: Record, stats: Stats) -> LazySolution:
+        solution = object.__new__(cls)
+        vars(solution).update(t=t, y=y, stats=stats, _record=record)
+        return solution
+
+    @cached_property
+    def steps(self) -> Tensor | tuple[Tensor, ...]:
+        record: Record = vars(self)["_record"]
+        return record.bounds()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Solution, (self.t, self.y, self.steps, self.stats)
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
 
+from aca_ext.compiled.methods import Methods, code_in_trace
 from aca_ext.errors import CompileError
 from aca_ext.state import Packing, State
 
@@ -59,6 +60,7 @@ class _Request(threading.local):
     y: Sequence[Tensor]
     captured: Captured | None = None
     inputs: tuple[Tensor, ...] = ()
+    code: Set[types.CodeType] = frozenset()
 
 
 _request = _Request()
@@ -127,8 +129,10 @@ def _trace(
     try:
         with torch._dynamo.config.patch(_settings()), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own modules
+            _request.code = frozenset()
             entry.trace(func, t, y, args)
         entry.keep()
+        entry.methods.add(func, _request.code)
         return entry
     except Exception as error:
         if type(error).__name__ in _TOO_MANY and not is_fresh:
@@ -162,7 +166,7 @@ def _backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
                         f"func uses {node.target}: a custom autograd.Function, checkpointing or control flow on "
                         f"tensors, which is not supported. {_HINT}"
                     )
-    captured = Captured(graph)
+    captured, _request.code = Captured(graph), code_in_trace()
     results = next(len(node.args[0]) for node in graph.graph.nodes if node.op == "output")
     nothing = tuple(torch.empty(0) for _ in range(results))
 
@@ -236,6 +240,7 @@ class _Entry:
         self._call = types.FunctionType(code, globals(), "_call")
         self.trace = torch.compile(self._call, backend=_backend, fullgraph=True, dynamic=False)
         self.kept: list[_Kept] | None = []  # None: not to be had from this torch
+        self.methods = Methods()
 
     def look_up(self, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
         """What ``trace`` does where there is a graph whose guards hold, at a fifth of its overhead, else nothing."""
@@ -277,7 +282,7 @@ def _owner(func: Any) -> Any:
 def _entry_of(func: Any) -> _Entry:
     owner = _owner(func)
     entry = _by_owner.get(owner)
-    if entry is None:
+    if entry is None or not entry.methods.are_unchanged():
         while len(_by_owner) >= _MAX_OWNERS:
             del _by_owner[next(iter(_by_owner))]
         entry = _by_owner[owner] = _Entry()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -227,44 +227,53 @@ def _diffrax() -> list[Solver]:
     def precision(p: Problem) -> Any:
         return jax.enable_x64(True) if p.y0.dtype == torch.float64 else nullcontext()
 
-    def solve(p: Problem, y0: Any, params: Any) -> Any:
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, params: _in_jax(jax, p.func, y, params)),
-            diffrax.Dopri5(),
-            0.0,
-            p.t_end,
-            None,
-            y0,
-            args=params,
-            saveat=diffrax.SaveAt(t1=True),
-            stepsize_controller=diffrax.PIDController(rtol=p.tol, atol=p.tol),
-            adjoint=diffrax.RecursiveCheckpointAdjoint(),
-        )
-
-    def prepare(p: Problem) -> Run:
+    def operands(p: Problem) -> tuple[Any, ...]:
         if p.y0.device.type != "cpu":
             raise ValueError("diffrax is measured on the CPU alone.")
+        y0, *params = (jax.numpy.asarray(x.detach().numpy()) for x in (p.y0, *p.func.parameters()))
+        return y0, params, p.tol
+
+    @cache
+    def compiled(func: nn.Module, t_end: float) -> tuple[Callable[..., Any], ...]:
+        """The end, its gradient, and the counts, once for all tolerances and dtypes."""
+
+        def solve(y0: Any, params: Any, tol: Any) -> Any:
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, params: _in_jax(jax, func, y, params)),
+                diffrax.Dopri5(),
+                0.0,
+                t_end,
+                None,
+                y0,
+                args=params,
+                saveat=diffrax.SaveAt(t1=True),
+                stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
+                adjoint=diffrax.RecursiveCheckpointAdjoint(),
+            )
+
+        end = jax.jit(lambda *given: solve(*given).ys[-1])
+        gradient = jax.jit(jax.grad(lambda *given: solve(*given).ys[-1].sum(), argnums=(0, 1)))
+        return end, gradient, jax.jit(lambda *given: solve(*given).stats)
+
+    def prepare(p: Problem) -> Run:
         with precision(p):
-            y0, *params = (jax.numpy.asarray(x.detach().numpy()) for x in (p.y0, *p.func.parameters()))
-        end = jax.jit(lambda y0, params: solve(p, y0, params).ys[-1])
-        gradient = jax.jit(jax.grad(lambda y0, params: solve(p, y0, params).ys[-1].sum(), argnums=(0, 1)))
-        accepted = jax.jit(lambda y0, params: solve(p, y0, params).stats["num_accepted_steps"])
+            given = operands(p)
+        end, gradient, _ = compiled(p.func, p.t_end)
 
         def run(function: Callable[..., Any]) -> Any:
             with precision(p):
-                return jax.block_until_ready(function(y0, params))
+                return jax.block_until_ready(function(*given))
 
         def tensors(x: Any) -> Any:
             if isinstance(x, tuple):
                 return tuple(torch.from_numpy(np.array(part)) for part in (x[0], *x[1]))
             return torch.from_numpy(np.array(x))
 
-        return Run(lambda: run(end), lambda: int(run(accepted)), lambda: run(gradient), tensors)
+        return Run(lambda: run(end), lambda: count_steps(p).accepted, lambda: run(gradient), tensors)
 
-    def count_steps(p: Problem, _: bool) -> Counts:
+    def count_steps(p: Problem, _: bool = False) -> Counts:
         with precision(p):
-            y0, *params = (jax.numpy.asarray(x.detach().numpy()) for x in (p.y0, *p.func.parameters()))
-            stats = solve(p, y0, params).stats
+            stats = compiled(p.func, p.t_end)[2](*operands(p))
         evaluations = 2 + 6 * int(stats["num_steps"])
         return Counts(int(stats["num_accepted_steps"]), evaluations, evaluations, None)
 

@@ -15,7 +15,7 @@ SIZES = [1, 1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 22]
 SIZES_QUICK = [1, 1 << 12]
 OPERANDS = range(1, 14)
 SLOPES_OF_SOLUTION = 6
-SECONDS_PER_SIZE = 4
+SECONDS_PER_SIZE = 3
 COLUMNS = {
     "operation": ("operation", ""),
     "operands": ("operands", "d"),

@@ -4,8 +4,10 @@ itself. Nothing here has run on a GPU yet.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -40,18 +42,31 @@ class Capturer(Protocol):
     def in_order(self) -> AbstractContextManager[None]: ...
 
 
+class _Turns:
+    """What the programs of one device have in common: the stream that they are captured on, and the end of the last.
+
+    cuBLAS keeps a workspace for each stream (32 MB on an H100), and what was captured there goes on using it. So that
+    there is one alone, there is one stream, and whoever launches programs waits for whoever did so before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.done, self.lock = torch.cuda.Stream(device), torch.cuda.Event(), threading.RLock()
+
+
+_turns_of = cache(_Turns)
+
+
 class CudaCapturer:
-    """CUDA graphs that share one pool of memory and one stream to be captured on.
+    """CUDA graphs that share one pool of memory.
 
     What they hold in that memory is theirs from one launch to the next; those that share it are never launched at the
     same time.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._device, self._turns = device, _turns_of(device)
+        self._stream = self._turns.stream
         self._pool = torch.cuda.graph_pool_handle()
-        self._done = torch.cuda.Event()
 
     def capture(self, make_body: Callable[[], Body], reset: Callable[[], None]) -> CudaProgram:
         """The body that ``make_body`` returns, captured. ``reset`` puts back what the body changes.
@@ -111,12 +126,13 @@ class CudaCapturer:
     @contextmanager
     def in_order(self) -> Iterator[None]:
         """After what was launched before, on whatever stream: programs use the same memory each time."""
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._done)
-        try:
-            yield
-        finally:
-            self._done.record(stream)
+        turns, stream = self._turns, torch.cuda.current_stream(self._device)
+        with turns.lock:
+            stream.wait_event(turns.done)
+            try:
+                yield
+            finally:
+                turns.done.record(stream)
 
 
 class CudaProgram:

@@ -1,0 +1,304 @@
+"""What a solve on a GPU can get wrong: waits, streams, captures, devices, and memory that grows."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from operands import on_cuda
+from torch import Tensor, nn
+
+from aca_ext import odeint, solve
+from aca_ext.control import supports_device_loops
+from aca_ext.errors import GraphError
+from aca_ext.graph import engine, programs
+
+T = torch.tensor([0.0, 1.0])
+MIB = 1 << 20
+WAIT = "called a synchronizing CUDA operation"
+both_engines = pytest.mark.parametrize("engine_name", ["eager", "graph"])
+both_loops = pytest.mark.parametrize("device_loops", [False, True], ids=["launched ahead", "device loops"])
+
+
+class Net(nn.Module):
+    def __init__(self, size: int = 3, device: str = "cuda") -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(size, 16), nn.Tanh(), nn.Linear(16, size)).to(device)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.inner(y * torch.cos(t))
+        return result
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> Iterator[None]:
+    yield
+    engine._by_owner.clear()
+
+
+@contextmanager
+def waits_are(mode: str) -> Iterator[list[str]]:
+    """Each wait of the host for the GPU that PyTorch makes is noted ("warn"), or an error ("error")."""
+    noted: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # setting the mode warns that it sees PyTorch's waits alone
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            yield noted
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    noted += [str(w.message) for w in caught if WAIT in str(w.message)]
+
+
+def start(rows: int = 4, size: int = 3, device: str = "cuda") -> Tensor:
+    return torch.randn(rows, size, device=device).requires_grad_()
+
+
+@on_cuda
+class TestWaits:
+    def test_are_seen(self) -> None:
+        x = torch.ones(3, device="cuda")
+        with waits_are("warn") as noted:
+            x.sum().item()
+            x.cpu()
+        assert len(noted) == 2
+
+    def test_none_in_fixed_steps(self) -> None:
+        net, y0 = Net(), start()
+        options = {"step_size": 0.1}
+        odeint(net, y0, T, method="rk4", options=options).sum().backward()
+        torch.cuda.synchronize()
+        with waits_are("error"):
+            odeint(net, y0, T, method="rk4", options=options).sum().backward()
+
+    def test_one_for_each_trial_of_adaptive_steps(self) -> None:
+        net, y0, t = Net(), start(), torch.tensor([0.0, 0.7, 5.0])
+        solve(net, y0, t)
+        with waits_are("warn") as noted:
+            solution = solve(net, y0, t, rtol=1e-6, atol=1e-6)
+        assert solution.stats.n_steps > 10
+        assert len(noted) <= solution.stats.n_steps + 3  # three norms for the first step
+
+    def test_none_in_an_adaptive_backward_pass(self) -> None:
+        net, y0 = Net(), start()
+        odeint(net, y0, T).sum().backward()
+        loss = odeint(net, y0, T).sum()
+        torch.cuda.synchronize()
+        with waits_are("error"):
+            loss.backward()
+
+    @both_loops
+    @pytest.mark.parametrize(
+        "settings", [{"rtol": 1e-6, "atol": 1e-6}, {"method": "rk4", "options": {"step_size": 0.1}}]
+    )
+    def test_as_many_in_a_long_graph_solve_as_in_a_short_one(
+        self, device_loops: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(programs, "DEVICE_LOOPS", device_loops)
+        net, y0 = Net(), start()
+        found = []
+        for end in (1.0, 20.0):
+            t = torch.tensor([0.0, end])
+            for _ in range(2):
+                odeint(net, y0, t, engine="graph", **settings).sum().backward()
+            with waits_are("warn") as noted:
+                solution = solve(net, y0, t, engine="graph", **settings)
+            found.append((len(noted), solution.stats.n_steps))
+            with waits_are("error"):
+                solution.y.sum().backward()
+        (short, few), (long, many) = found
+        assert many > 2 * few
+        assert short == long <= 2  # the control block, and the record of steps
+
+
+@on_cuda
+class TestStreams:
+    @both_engines
+    def test_a_side_stream(self, engine_name: str) -> None:
+        net, y0 = Net(), start()
+        expected = self._solved(net, y0, engine_name)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late = (y0.detach() * 1).requires_grad_()  # there when the stream has slept
+            found = self._solved(net, late, engine_name)
+        stream.synchronize()
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other)
+
+    @both_engines
+    def test_two_streams_in_turn(self, engine_name: str) -> None:
+        net = Net()
+        starts = [start() for _ in range(10)]
+        expected = [self._solved(net, y0, engine_name) for y0 in starts]
+        torch.cuda.synchronize()
+        streams, found = (torch.cuda.Stream(), torch.cuda.Stream()), []
+        for i, y0 in enumerate(starts):
+            with torch.cuda.stream(streams[i % 2]):
+                found.append(self._solved(net, y0, engine_name))
+        torch.cuda.synchronize()
+        for ones, others in zip(expected, found, strict=True):
+            for one, other in zip(ones, others, strict=True):
+                assert torch.equal(one, other)
+
+    def test_two_funcs_on_two_streams_do_not_share_what_they_work_in(self) -> None:
+        nets = [Net(64), Net(64)]
+        y0 = start(256, 64)
+        settings: dict[str, Any] = {"method": "rk4", "options": {"step_size": 0.02}, "engine": "graph"}
+        expected = [odeint(net, y0, T, **settings) for net in nets]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in nets]
+        for _ in range(5):
+            found = []
+            for net, stream in zip(nets, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(odeint(net, y0, T, **settings))
+            torch.cuda.synchronize()
+            for one, other in zip(expected, found, strict=True):
+                assert torch.equal(one, other)
+
+    def _solved(self, net: nn.Module, y0: Tensor, engine_name: str) -> list[Tensor]:
+        y = odeint(net, y0, T, engine=engine_name, rtol=1e-6, atol=1e-6)
+        grads = torch.autograd.grad(y.square().sum(), [y0, *net.parameters()])
+        return [y.detach(), *grads]  # without its graph, whose ends belong to this stream
+
+
+@on_cuda
+class TestMemory:
+    @pytest.mark.parametrize(("engine_name", "solves_of_a_shape"), [("eager", 1), ("graph", 25)])
+    def test_does_not_grow_with_solves_of_changing_shapes(self, engine_name: str, solves_of_a_shape: int) -> None:
+        net, allocated = Net(), []
+        for i in range(1000):
+            rows = 1 + (i // solves_of_a_shape) % 40
+            odeint(net, start(rows), T, engine=engine_name).sum().backward()
+            if i in (499, 999):
+                gc.collect()
+                torch.cuda.synchronize()
+                allocated.append(torch.cuda.memory_allocated())
+        assert allocated[1] - allocated[0] <= MIB
+
+    def test_of_a_graph_goes_with_its_func(self) -> None:
+        odeint(Net(), start(50_000), T, engine="graph").sum().backward()  # what cuBLAS and the like keep
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        net = Net()
+        odeint(net, start(50_000), T, engine="graph").sum().backward()
+        assert torch.cuda.memory_allocated() - before > MIB
+        del net
+        gc.collect()
+        assert torch.cuda.memory_allocated() - before <= MIB // 4
+        assert not engine._by_owner
+
+
+@on_cuda
+class TestDeviceLoops:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"rtol": 1e-6, "atol": 1e-6},
+            {"rtol": 1e-6, "atol": 1e-6, "method": "tsit5"},
+            {"options": {"step_size": 0.1}},
+        ],
+        ids=["dopri5", "tsit5", "fixed"],
+    )
+    @pytest.mark.parametrize("times", [[0.0, 5.0], [0.0, 0.3, 2.2, 5.0]], ids=["end", "outputs"])
+    def test_equal_launched_ahead(
+        self, settings: dict[str, Any], times: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not supports_device_loops() or not programs._keeps_graphs():
+            pytest.skip("needs CUDA 12.4 in the build and the driver, and torch 2.8")
+        net, y0, found = Net(), start(), []
+        for device_loops in (False, True):
+            monkeypatch.setattr(programs, "DEVICE_LOOPS", device_loops)
+            for _ in range(2):
+                solution = solve(net, y0, torch.tensor(times), engine="graph", **settings)
+                grads = torch.autograd.grad(solution.y.square().sum(), [y0, *net.parameters()])
+                found.append([solution.y, solution.steps, *grads])
+        plans = list(engine._plans_of(net)._plans.values())
+        assert [type(plan._solve) is programs._Loop for plan in plans] == [False, True]
+        assert [type(plan._transpose) is programs._Loop for plan in plans] == [False, True]
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@on_cuda
+class TestCaptures:
+    def test_a_solve_in_a_capture_of_the_user_is_refused(self) -> None:
+        net, y0 = Net(), start()
+        x = torch.zeros(3, device="cuda")
+        odeint(net, y0, T, engine="graph")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x.add_(1)
+            with pytest.raises(GraphError, match="part of another capture"):
+                odeint(net, y0, T, engine="graph")
+        graph.replay()
+        assert torch.equal(x, torch.ones_like(x))
+
+    @pytest.mark.parametrize("fails_in", ["forward", "backward"])
+    def test_one_that_fails_leaves_nothing_behind(self, fails_in: str) -> None:
+        func = _Waits() if fails_in == "forward" else _WaitsBackward()
+        good, y0 = Net(), start()
+        stream = torch.cuda.current_stream()
+        for _ in range(2):
+            with pytest.raises(GraphError, match="captured"):
+                odeint(func, y0, T, engine="graph").sum().backward()
+            assert torch.cuda.current_stream() == stream
+            assert not torch.cuda.is_current_stream_capturing()
+            torch.cuda.empty_cache()  # refuses while a capture is thought to be under way
+            torch.randn(3, device="cuda")  # so do random generators
+            one, other = (solve(good, y0, T, engine=name) for name in ("eager", "graph"))
+            assert torch.equal(one.y, other.y)
+            engine._by_owner.clear()
+
+    def test_a_constant_made_in_func(self) -> None:
+        with pytest.raises(GraphError):
+            odeint(lambda t, y: y * torch.tensor([1.0, 2.0, 3.0], device="cuda"), start(), T, engine="graph")
+        y0 = start()
+        assert torch.equal(odeint(_minus, y0, T, engine="graph"), odeint(_minus, y0, T))
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device or none")
+    @both_engines
+    def test_the_other_device(self, engine_name: str) -> None:
+        y0 = torch.randn(4, 3)
+        net = Net(device="cpu")
+        found = []
+        for device in ("cuda:0", "cuda:1"):
+            x = y0.to(device).requires_grad_()
+            y = odeint(net.to(device), x, T, engine=engine_name)
+            found.append([z.cpu() for z in (y, *torch.autograd.grad(y.sum(), [x, *net.parameters()]))])
+            assert torch.cuda.current_device() == 0
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def _minus(t: Tensor, y: Tensor) -> Tensor:
+    return -y
+
+
+class _Waits(nn.Module):
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        torch.cuda.current_stream().synchronize()
+        return -y
+
+
+class _WaitsBackward(nn.Module):
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = _Backward.apply(y)
+        return result
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return -y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        torch.cuda.current_stream().synchronize()
+        return -g

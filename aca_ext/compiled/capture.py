@@ -7,17 +7,17 @@ import itertools
 import threading
 import types
 import warnings
-import weakref
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from aca_ext.compiled.methods import Methods, code_in_trace
 from aca_ext.errors import CompileError
+from aca_ext.owners import PerOwner
 from aca_ext.state import Packing, State
 
 # Private to torch: without it, graphs are found in TorchDynamo's usual way, which takes longer.
@@ -26,7 +26,6 @@ _cache_entries: Any = getattr(_eval_frame, "_debug_get_cache_entry_list", None)
 
 _ORIGINAL = "_torchdynamo_orig_callable"
 
-_MAX_OWNERS = 64  # modules and functions whose graphs are kept, each with as many as TorchDynamo's recompile limit
 _HINT = 'Use engine="eager", or change func.'
 
 
@@ -136,8 +135,8 @@ def _trace(
         return entry
     except Exception as error:
         if type(error).__name__ in _TOO_MANY and not is_fresh:
-            del _by_owner[_owner(func)]  # as many graphs as are kept: begin anew
-            return _trace(_entry_of(func), func, t, y, args, is_fresh=True)
+            # As many graphs as are kept: begin anew.
+            return _trace(_by_owner.anew(func), func, t, y, args, is_fresh=True)
         reason = str(error).strip().split("\n\nfrom user code")[0]
         raise CompileError(f"func cannot be traced as one graph. {_HINT} TorchDynamo says: {reason}") from error
 
@@ -268,22 +267,9 @@ class _Entry:
         return _Kept(manager, manager.root.check, find)
 
 
-_by_owner: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
-
-
-def _owner(func: Any) -> Any:
-    """Whose lifetime the graphs share: a module, or the code of a function, so that a lambda made anew finds them."""
-    if isinstance(func, nn.Module):
-        return func
-    func = getattr(func, "__func__", func)
-    return getattr(func, "__code__", None) or type(func)
+_by_owner = PerOwner(_Entry)
 
 
 def _entry_of(func: Any) -> _Entry:
-    owner = _owner(func)
-    entry = _by_owner.get(owner)
-    if entry is None or not entry.methods.are_unchanged():
-        while len(_by_owner) >= _MAX_OWNERS:
-            del _by_owner[next(iter(_by_owner))]
-        entry = _by_owner[owner] = _Entry()
-    return entry
+    entry = _by_owner.of(func)
+    return entry if entry.methods.are_unchanged() else _by_owner.anew(func)

@@ -24,7 +24,7 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.ops import KernelOperations, compiled_loop, operations_for
 from aca_ext.problem import Problem
 from aca_ext.runge_kutta import scheme_of
-from aca_ext.solver import Stats, reason_of
+from aca_ext.solver import NO_TOLERANCE, Stats, failure_of
 from aca_ext.vector_field import AutocastState
 
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -180,14 +180,13 @@ class _Run:
                 "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
             )
         elif loop.error_ratio == math.inf and self.problem.tolerance.forbids_error():
-            kind = StepSizeError
-            message = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
+            kind, message = StepSizeError, NO_TOLERANCE
         elif outcome == 4:
             message = f"func returned NaN or infinity at t={loop.t:.17g}, or the state is so there; look at func there."
-        problem = self.problem
-        raise kind(
-            f"The solve with {problem.tableau.name} stopped: "
-            f"{message or reason_of(kind, problem.max_num_steps, problem.times[-1])}",
+        raise failure_of(
+            self.problem,
+            kind,
+            message,
             t=loop.t,
             h=loop.h,
             error_ratio=loop.error_ratio,

@@ -2,26 +2,30 @@
 
 import argparse
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
 from benchmarks import (
     checkpoints,
+    convolution,
+    ensemble,
     equal_accuracy,
     independent,
     kernels,
     large_state,
     memory,
     sampling,
+    solve_rate,
     state_size,
     step_throughput,
 )
 from benchmarks.harness import Settings, print_table, write_json
 
-BENCHMARKS = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (
+# What runs on each device unless one is named; any can be.
+BY_DEVICE = {
+    "cpu": (
         step_throughput,
         equal_accuracy,
         sampling,
@@ -31,8 +35,10 @@ BENCHMARKS = {
         checkpoints,
         independent,
         kernels,
-    )
+    ),
+    "cuda": (solve_rate, convolution, ensemble, kernels),
 }
+BENCHMARKS = {module.__name__.rpartition(".")[2]: module for modules in BY_DEVICE.values() for module in modules}
 
 
 def main() -> None:
@@ -51,20 +57,35 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here.")
     settings = Settings(device=args.device, quick=args.quick)
-    for name in [args.only] if args.only else BENCHMARKS:
-        module = BENCHMARKS[name]
-        print(f"== {name}: {question_of(module)}", flush=True)
-        start = time.perf_counter()
-        result = module.run(settings)
-        for note in result.notes:
-            print(note)
-        for table in result.tables:
-            print_table(table)
-        paths = [write_json(args.output, name, question_of(module), settings, result)]
-        if hasattr(module, "draw"):
-            paths.append(args.output / f"{name}.png")
-            module.draw(result).savefig(paths[-1], dpi=150)
-        print(f"\n{time.perf_counter() - start:.0f} s, written to {', '.join(map(str, paths))}\n", flush=True)
+    failed = []
+    for module in [BENCHMARKS[args.only]] if args.only else BY_DEVICE[args.device]:
+        try:
+            _run(module, settings, args.output)
+        except Exception:  # the others may have an answer
+            traceback.print_exc()
+            failed.append(name_of(module))
+    if failed:
+        parser.exit(1, f"failed: {', '.join(failed)}\n")
+
+
+def _run(module, settings: Settings, output: Path) -> None:
+    name = name_of(module)
+    print(f"== {name}: {question_of(module)}", flush=True)
+    start = time.perf_counter()
+    result = module.run(settings)
+    for note in result.notes:
+        print(note)
+    for table in result.tables:
+        print_table(table)
+    paths = [write_json(output, name, question_of(module), settings, result)]
+    if hasattr(module, "draw"):
+        paths.append(output / f"{name}.png")
+        module.draw(result).savefig(paths[-1], dpi=150)
+    print(f"\n{time.perf_counter() - start:.0f} s, written to {', '.join(map(str, paths))}\n", flush=True)
+
+
+def name_of(module) -> str:
+    return module.__name__.rpartition(".")[2]
 
 
 def question_of(module) -> str:

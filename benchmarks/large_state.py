@@ -84,10 +84,10 @@ def _f_evaluations(problem: Problem, pairs: list[tuple[Tensor, Tensor]]) -> None
         problem.func(problem.time, x)
 
 
-def arrays_per_step() -> int:
-    """Arrays that a dopri5 step reads or writes outside f."""
-    tableau = METHODS["dopri5"]
+def arrays_per_step(method: str = "dopri5", adaptive: bool = True) -> int:
+    """Arrays that a step reads or writes outside f."""
+    tableau = METHODS[method]
     stage_sums = sum(2 + sum(w != 0 for w in row) for row in tableau.a[1:STAGES])  # base, slopes, result
-    solution_and_error = 3 + sum(w != 0 for w in tableau.b)  # base, slopes, two results
-    error_norm = 4  # partial error, last slope, both states
-    return stage_sums + solution_and_error + error_norm
+    solution = 2 + sum(w != 0 for w in tableau.b)  # base, slopes, result
+    error_and_norm = 1 + 4  # partial error; its norm reads it, the last slope, both states
+    return stage_sums + solution + (error_and_norm if adaptive else 0)

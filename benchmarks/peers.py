@@ -40,12 +40,14 @@ class Solver:
     """``own_forward`` is False where, without gradient, it runs the forward pass of the solver before it.
 
     ``count`` counts evaluations where calls of f cannot be seen: compiled solvers call it when they trace it alone.
+    Those are measured on the CPU alone unless ``on_gpu`` is True.
     """
 
     name: str
     prepare: Callable[[Problem], Run]
     own_forward: bool = True
     count: Callable[[Problem, bool], "Counts"] | None = None
+    on_gpu: bool = False
 
     @property
     def is_compiled(self) -> bool:
@@ -217,19 +219,16 @@ def _torch_diff_eq_pack() -> list[Solver]:
 
 
 def _diffrax() -> list[Solver]:
-    # Before jax starts: one thread, as the other solvers are measured with.
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
-    import diffrax
-    import jax
+    jax, diffrax = jax_and_diffrax()
     import numpy as np
 
     def precision(p: Problem) -> Any:
         return jax.enable_x64(True) if p.y0.dtype == torch.float64 else nullcontext()
 
     def operands(p: Problem) -> tuple[Any, ...]:
-        if p.y0.device.type != "cpu":
-            raise ValueError("diffrax is measured on the CPU alone.")
-        y0, *params = (jax.numpy.asarray(x.detach().numpy()) for x in (p.y0, *p.func.parameters()))
+        device = jax.devices("gpu" if p.y0.is_cuda else "cpu")[0]
+        tensors = (p.y0, *p.func.parameters())
+        y0, *params = (jax.device_put(x.detach().cpu().numpy(), device) for x in tensors)
         return y0, params, p.tol
 
     @cache
@@ -276,7 +275,26 @@ def _diffrax() -> list[Solver]:
         evaluations = 2 + 6 * int(stats["num_steps"])
         return Counts(int(stats["num_accepted_steps"]), evaluations, evaluations, None)
 
-    return [Solver("diffrax, jit", prepare, count=count_steps)]
+    return [Solver("diffrax, jit", prepare, count=count_steps, on_gpu=jax_sees_a_gpu())]
+
+
+def jax_and_diffrax() -> tuple[Any, Any]:
+    """The modules, set up as the other solvers are measured."""
+    # Before jax starts: one thread, and memory of a GPU that is shared with torch.
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import diffrax
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")  # as torch by default
+    return jax, diffrax
+
+
+def jax_sees_a_gpu() -> bool:
+    try:
+        return bool(jax_and_diffrax()[0].devices("gpu"))
+    except RuntimeError:
+        return False
 
 
 def _in_jax(jax: Any, func: nn.Module, y: Any, params: Any) -> Any:
@@ -306,7 +324,7 @@ PACKAGES = {
 def installed(*names: str, device: str = "cpu") -> tuple[list[Solver], list[str]]:
     """The solvers of the named packages, by default of all, and a sentence for each that is left out.
 
-    Compiled ones are measured on the CPU alone.
+    On a GPU without the compiled ones that do not run there.
     """
     solvers: list[Solver] = []
     skipped: list[str] = []
@@ -316,8 +334,7 @@ def installed(*names: str, device: str = "cpu") -> tuple[list[Solver], list[str]
         except ImportError as error:
             skipped.append(f"{name} is skipped: module {error.name} cannot be imported.")
     if device != "cpu":
-        skipped += [
-            f"{solver.name} is skipped: it is measured on the CPU alone." for solver in solvers if solver.is_compiled
-        ]
-        solvers = [solver for solver in solvers if not solver.is_compiled]
+        on_cpu = [solver for solver in solvers if solver.is_compiled and not solver.on_gpu]
+        skipped += [f"{solver.name} is skipped: it is measured, or can run, on the CPU alone." for solver in on_cpu]
+        solvers = [solver for solver in solvers if solver not in on_cpu]
     return solvers, skipped

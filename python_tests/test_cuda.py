@@ -176,7 +176,7 @@ class TestMemory:
         net, allocated = Net(), []
         for i in range(1000):
             rows = 1 + (i // solves_of_a_shape) % 40
-            odeint(net, start(rows), T, engine=engine_name).sum().backward()
+            odeint(net, start(rows), T, engine=engine_name, rtol=1e-2, atol=1e-2).sum().backward()
             if i in (499, 999):
                 gc.collect()
                 torch.cuda.synchronize()

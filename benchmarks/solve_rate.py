@@ -1,0 +1,286 @@
+"""How many steps per second do whole solves make on a GPU, by engine, next to torchdiffeq and diffrax?
+
+float32, dopri5 at the workload's tolerance, all solvers in turn; products in full precision, jax's too. ``/ odeint`` is
+how many times faster than torchdiffeq's odeint, ``apart`` how far the end state is from the eager engine's. ``capture
+s`` is what a graph solve takes the first time. ``launched for nothing`` are trial steps beyond those that the solve
+took, per solve, where every solve starts elsewhere; ``rounds`` how often it looked how far it had come.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import aca_ext
+from aca_ext.graph import programs
+from benchmarks import peers
+from benchmarks.harness import Result, Settings, Table, Timings, interleave
+from benchmarks.workloads import W1, W2, W3, Network, Problem
+
+SOLVES = 20  # from different starts, to count launches
+BASE = "torchdiffeq odeint"
+COLUMNS = {
+    "solver": ("solver", ""),
+    "accepted": ("accepted", "d"),
+    "ms": ("ms", ".3f"),
+    "steps/s": ("steps_per_s", ".0f"),
+    "/ odeint": ("speedup", ".1f"),
+    "/ diffrax": ("over_diffrax", ".1f"),
+    "apart": ("apart", ".1e"),
+    "capture s": ("capture_s", ".3f"),
+}
+LAUNCHES = {
+    "workload": ("workload", ""),
+    "solves": ("solves", "d"),
+    "trial steps": ("trial_steps", ".1f"),
+    "launched for nothing": ("wasted", ".1f"),
+    "rounds": ("rounds", ".2f"),
+}
+# A JAX release knows one of them: what of a program becomes a CUDA graph.
+COMMAND_BUFFERS = (
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUDNN,CUSTOM_CALL,CONDITIONALS",
+    "--xla_gpu_graph_level=3",
+)
+
+
+@dataclass
+class Case:
+    """One solver: its two passes, and the number of accepted steps."""
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any]
+    accepted: int
+    end: Tensor
+    capture_s: tuple[float, float] | None = None
+
+
+@dataclass
+class Cases:
+    of: dict[str, Case] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, make: Callable[[], Case]) -> None:
+        """Adds it if it runs, else says why not."""
+        try:
+            case = make()
+            case.forward()
+            case.both()
+        except Exception as error:
+            self.notes.append(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0][:300]}")
+        else:
+            self.of[name] = case
+
+
+def workloads(settings: Settings) -> list[Network]:
+    found = [W1, W3]
+    for batch in (256, 8192):
+        found.append(replace(W2, name=f"MLP 64-128-64, batch {batch}", batch=batch))
+    if settings.quick:
+        found = [replace(w, t_end=w.t_end / 10, batch=min(w.batch, 8)) for w in found]
+    return found
+
+
+def run(settings: Settings) -> Result:
+    notes: list[str] = []
+    tables: list[Table] = []
+    launches = Table("Trial steps that were launched ahead", LAUNCHES)
+    for workload in workloads(settings):
+        problem = workload.problem(torch.float32, settings.device)
+        cases = _cases(problem)
+        notes += [note for note in cases.notes if note not in notes]
+        tables += _measure(workload, cases.of, settings)
+        if "aca_ext graph" in cases.of:
+            launches.rows.append({"workload": workload.name, **_launches(problem)})
+    if launches.rows:
+        tables.append(launches)
+    if settings.device == "cuda" and not settings.quick:
+        table, note = _with_command_buffers()
+        tables += [] if table is None else [table]
+        notes += [] if note is None else [note]
+    return Result(tables, notes)
+
+
+def _cases(problem: Problem) -> Cases:
+    cases = Cases()
+    cases.add("aca_ext eager", partial(_ours, problem, "eager", device_loops=False))
+    cases.add("aca_ext graph", partial(_ours, problem, "graph", device_loops=False))
+    cases.add("aca_ext graph, device loops", partial(_ours, problem, "graph", device_loops=True))
+    solvers, skipped = peers.installed("torchdiffeq", "diffrax", device=problem.y0.device.type)
+    cases.notes += skipped
+    for solver in solvers:
+        if solver.name in (BASE, "diffrax, jit"):
+            cases.add(solver.name, partial(_theirs, problem, solver))
+    return cases
+
+
+def _ours(problem: Problem, engine: str, device_loops: bool) -> Case:
+    t = torch.tensor([0.0, problem.t_end])
+    settings: dict[str, Any] = {"rtol": problem.tol, "atol": problem.tol, "engine": engine}
+
+    def solve() -> aca_ext.Solution:
+        return aca_ext.solve(problem.func, problem.y0, t, **settings)
+
+    def forward() -> Tensor:
+        with _device_loops(device_loops), torch.no_grad():
+            return solve().y[-1]
+
+    def both() -> tuple[Tensor, ...]:
+        with _device_loops(device_loops):
+            return problem.gradient(solve().y[-1])
+
+    with _device_loops(device_loops):
+        first = _seconds(solve)
+        capture = first[0].stats.compile_seconds, max(0.0, _seconds(both)[1] - _seconds(both)[1])
+        if engine == "graph" and device_loops:
+            _check_loops(problem)
+    return Case(
+        forward, both, first[0].stats.n_accepted, first[0].y[-1].detach(), capture if engine == "graph" else None
+    )
+
+
+def _check_loops(problem: Problem) -> None:
+    from aca_ext.graph import engine
+
+    plans = engine._plans_of(problem.func)._plans.values()
+    if not any(isinstance(plan._solve, programs._Loop) for plan in plans):
+        raise RuntimeError("this build, driver or torch has no loops on the device; steps were launched ahead instead")
+
+
+def _theirs(problem: Problem, solver: peers.Solver) -> Case:
+    run = solver.prepare(problem)
+    return Case(
+        partial(peers.forward, run),
+        partial(peers.forward_backward, run, problem),
+        run.accepted() if solver.count is not None else peers.count(solver, problem, backward=False).accepted,
+        run.tensors(run.solve()).detach(),
+    )
+
+
+@contextmanager
+def _device_loops(value: bool) -> Iterator[None]:
+    before, programs.DEVICE_LOOPS = programs.DEVICE_LOOPS, value
+    try:
+        yield
+    finally:
+        programs.DEVICE_LOOPS = before
+
+
+def _seconds(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What it returns and how long it took, the device included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def _measure(workload: Network, cases: dict[str, Case], settings: Settings) -> list[Table]:
+    title = f"{workload.name}, T = {workload.t_end:g}, tolerance {workload.tol:g}"
+    tables = []
+    for i, passes in enumerate(("forward", "both")):
+        calls = {name: getattr(case, passes) for name, case in cases.items()}
+        timings = interleave(calls, settings, threads=torch.get_num_threads(), seconds=3)
+        table = Table(f"{title}: {'forward' if passes == 'forward' else 'forward and backward'}", COLUMNS)
+        eager = cases["aca_ext eager"].end.cpu()
+        for name, case in cases.items():
+            table.rows.append(
+                {
+                    "solver": name,
+                    "accepted": case.accepted,
+                    "ms": 1e3 * timings.median(name),
+                    "steps_per_s": case.accepted / timings.median(name),
+                    "speedup": _times_faster(timings, name, BASE),
+                    "over_diffrax": _times_faster(timings, name, "diffrax, jit"),
+                    "apart": float((case.end.cpu() - eager).abs().max()),
+                    "capture_s": None if case.capture_s is None else case.capture_s[i],
+                    "rounds": len(timings.samples[name]),
+                }
+            )
+        tables.append(table)
+    return tables
+
+
+def _times_faster(timings: Timings, name: str, other: str) -> float | None:
+    return timings.ratio(other, name) if other in timings.samples else None
+
+
+def _launches(problem: Problem) -> dict[str, Any]:
+    """Trial steps launched and taken by solves that each start elsewhere, as in training."""
+    t, launched, rounds, taken = torch.tensor([0.0, problem.t_end]), 0, 0, 0
+    program = programs.CudaProgram.launch
+
+    def counted(self: Any, times: int = 1) -> None:
+        nonlocal launched, rounds
+        launched += times
+        rounds += 1
+        program(self, times)
+
+    programs.CudaProgram.launch = counted  # type: ignore[method-assign]
+    try:
+        with torch.no_grad(), _device_loops(False):
+            for i in range(SOLVES):
+                y0 = problem.y0 * (0.5 + i / SOLVES)
+                solution = aca_ext.solve(problem.func, y0, t, rtol=problem.tol, atol=problem.tol, engine="graph")
+                if solution.stats.compile_seconds:  # its check launches, too
+                    raise RuntimeError("a solve that was to find its plan captured anew")
+                taken += solution.stats.n_steps
+    finally:
+        programs.CudaProgram.launch = program  # type: ignore[method-assign]
+    # One launch of a solve, and one of its rounds, finds the first step.
+    return {
+        "solves": SOLVES,
+        "trial_steps": taken / SOLVES,
+        "wasted": (launched - taken) / SOLVES - 1,
+        "rounds": rounds / SOLVES - 1,
+    }
+
+
+def _with_command_buffers() -> tuple[Table | None, str | None]:
+    """diffrax on the first workload in processes of their own, without command buffers and with them."""
+    rows, wrong = [], ""
+    for flags in ("--xla_gpu_enable_command_buffer=", *COMMAND_BUFFERS):
+        if len(rows) == 2:
+            break
+        environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.solve_rate"],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=45,
+                check=True,
+            )
+            rows.append({"flags": flags, **json.loads(done.stdout.splitlines()[-1])})
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            wrong = said[-1][:300] if said else repr(error)
+    if not rows:
+        return None, f"diffrax with command buffers is left out: {wrong}"
+    columns = {"XLA_FLAGS": ("flags", ""), "forward ms": ("forward_ms", ".3f")}
+    return Table(f"diffrax, jit, by command buffers: {W1.name}, forward", columns, rows), None
+
+
+def _diffrax_alone() -> dict[str, float]:
+    solvers, skipped = peers.installed("diffrax", device="cuda")
+    if not solvers:
+        raise SystemExit("\n".join(skipped))
+    run = solvers[0].prepare(W1.problem(torch.float32, "cuda"))
+    timings = interleave({"diffrax": partial(peers.forward, run)}, Settings("cuda"), seconds=2)
+    return {"forward_ms": 1e3 * timings.median("diffrax")}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_diffrax_alone()))

@@ -123,6 +123,9 @@ class Stepper:
         /,
     ) -> Tensor: ...
 
+# Addresses of a function and of its preparation, bytes of its workspace and of what is prepared.
+_Code = tuple[int, int, int, int]
+
 class CompiledSpecification:
     forward_bytes: int
 
@@ -145,11 +148,10 @@ class CompiledSpecification:
         jumps: Sequence[float],
         grid: Sequence[float],
         max_num_steps: int,
-        slope: int,
-        step: int,
-        /,
+        slope: _Code,
+        step: _Code,
     ) -> None: ...
-    def backward_bytes(self, inside: bool, /) -> int: ...
+    def backward_bytes(self, end_only: _Code | None, inside: _Code | None, /) -> int: ...
 
 class CompiledLoop:
     n_accepted: int
@@ -173,8 +175,8 @@ class CompiledLoop:
     ) -> int: ...
     def transpose(
         self,
-        end_only: int,
-        inside: int,
+        end_only: _Code | None,
+        inside: _Code | None,
         memory: int,
         inputs: Sequence[int],
         grad_outputs: int,

@@ -22,10 +22,11 @@ from aca_ext.graph import engine as graph_engine
 from aca_ext.independent import gradients as independent_gradients
 from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
 from aca_ext.ops import TorchOperations
-from aca_ext.problem import Problem, problem_of
+from aca_ext.problem import Problem, known_problem, problem_of
 from aca_ext.progress import Callback, both, progress_bar
 from aca_ext.resumption import SolverState
-from aca_ext.solution import Solution, stopped
+from aca_ext.solution import LazySolution, Solution, stopped
+from aca_ext.solver import Stats
 from aca_ext.state import State
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
@@ -75,6 +76,30 @@ def run(
                         callback=callback, adjoint=adjoint, **settings)  # fmt: skip
         return stopped(solution, problem, result.record, again)
     return solution
+
+
+def run_compiled_again(
+    func: Callable[..., State],
+    y0: State,
+    t: Tensor | Sequence[float],
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: Mapping[str, Any] | None,
+    args: Sequence[Any],
+) -> Solution | None:
+    """What ``run`` returns for engine="compiled" without the rest of its checks, where they were made before."""
+    refuse_transforms("y0", y0)
+    refuse_transforms("t", t)
+    problem = known_problem(func, y0, t, rtol, atol, method, options, args)
+    if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
+        return None
+    result = _compiled_engine()(problem, None, partial(_eager_task, problem, None, _NO_ADJOINT))
+    assert isinstance(result.stats, Stats)
+    return LazySolution.of(t, result.ys, result.record, result.stats)
+
+
+_NO_ADJOINT = AdjointOptions(rtol=0.0, atol=0.0, method=None, options={})  # of gradients that solve nothing backward
 
 
 def _resumed(

@@ -9,6 +9,7 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "CompileError",
+    "GraphError",
     "NonFiniteError",
     "NotCompiledError",
     "NotInstalledError",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.checkpoints import checked_policy
-from aca_ext.engines import run
+from aca_ext.engines import run, run_compiled_again
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.base import AdjointOptions
 from aca_ext.gradients.parameters import checked_params
@@ -182,6 +182,11 @@ def solve(
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
+    is_plain = params is None and adjoint_params is None and checkpoints is None and callback is None and not progress
+    if is_plain and engine == "compiled" and gradient == "aca":
+        solution = run_compiled_again(func, y0, t, rtol, atol, method, options, args)
+        if solution is not None:
+            return solution
     return run(
         func,
         y0,

@@ -140,8 +140,8 @@ class KernelOperations(TorchOperations):
             norm = (tolerance.segments, self._sums, *self._tolerances)
         return _C.Stepper(self._on, self._n, c, rows, solution, fsal, states, times, norm)
 
-    def compiled_specification(self, problem: Any, slope: int, step: int) -> _C.CompiledSpecification:
-        """A ``Problem`` for the loop over the compiled programs at these addresses."""
+    def compiled_specification(self, problem: Any, slope: Any, step: Any) -> _C.CompiledSpecification:
+        """A ``Problem`` for the loop over these compiled programs."""
         tableau, control = problem.tableau, problem.controller
         return _C.CompiledSpecification(
             self._on,

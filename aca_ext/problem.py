@@ -97,7 +97,8 @@ class Problem:
 
 
 _MAX_KNOWN = 64
-_known: dict[tuple[Any, ...], Problem] = {}  # problems checked before, without their func, args and y0
+_LONGEST_KNOWN_GRID = 10_000
+_known: dict[tuple[Any, ...] | None, Problem] = {}  # problems checked before, without their func, args and y0
 
 
 def problem_of(
@@ -118,28 +119,62 @@ def problem_of(
     """
     if not callable(func):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
-    is_known_kind = not options and type(rtol) is type(atol) is float and (method is None or type(method) is str)
-    if not (is_known_kind and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
-        return _checked(func, y0, t, rtol, atol, method, options, args)
-    key = tuple(t.tolist()), rtol, atol, method, y0.shape, y0.stride(), y0.dtype, torch.get_num_threads()
+    key = _key(y0, t, rtol, atol, method, options)
     known = _known.get(key)
     if known is not None:
+        assert isinstance(y0, Tensor)
         return known.of(func, _args(args), y0)
     problem = _checked(func, y0, t, rtol, atol, method, options, args)
-    if problem.y0 is y0:
+    if key is not None and problem.y0 is y0 and len(problem.grid or ()) <= _LONGEST_KNOWN_GRID:
         if len(_known) >= _MAX_KNOWN:
             _known.pop(next(iter(_known)), None)
         _known[key] = problem.of(_nothing, (), torch.empty(0))
     return problem
 
 
+def known_problem(
+    func: Callable[..., State],
+    y0: State,
+    t: object,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: Options | None,
+    args: Sequence[Any],
+) -> Problem | None:
+    """What ``problem_of`` returns, where arguments like these were checked before and none needs a closer look."""
+    known = _known.get(_key(y0, t, rtol, atol, method, options))
+    if known is None or args != () or not callable(func):
+        return None
+    assert isinstance(y0, Tensor)
+    return known.of(func, (), y0)
+
+
+def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tuple[Any, ...] | None:
+    """What a problem depends on besides func, args and the values of y0; None where that is more than plain values."""
+    numbers = _numbers_in(options)
+    is_known_kind = type(rtol) is type(atol) is float and (method is None or type(method) is str)
+    if not (is_known_kind and numbers is not None and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
+        return None
+    return tuple(t.tolist()), rtol, atol, method, numbers, y0.shape, y0.stride(), y0.dtype, torch.get_num_threads()
+
+
 def _nothing() -> Tensor:
     raise AssertionError("stands where func was")
 
 
+def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
+    """The options where they are numbers and nothing else."""
+    if not options:
+        return ()
+    if type(options) is not dict or any(type(value) not in (int, float) for value in options.values()):
+        return None
+    return tuple(options.items())
+
+
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
     """A tensor on the CPU of a floating dtype that means what its elements say."""
-    return type(x) is Tensor and x.dtype in _PLAIN and x.device.type == "cpu" and not x.is_neg()
+    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg()
 
 
 def _checked(

@@ -66,7 +66,8 @@ def progress_bar(length: float) -> Iterator[Callback]:
         def show(step: Step) -> None:
             advance = abs(step.t_next - step.t) * step.is_accepted
             bar.set_postfix(steps=_number(step.n_steps), rejected=_number(step.n_rejected), refresh=False)
-            bar.update(advance if isinstance(advance, float) else float(advance.mean()))
+            advance = advance if isinstance(advance, float) else float(advance.mean())
+            bar.update(min(advance, length - bar.n))  # the sum of the steps is rounded
 
         yield show
 

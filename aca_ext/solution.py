@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aca_ext.checkpoints import StepRecord
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
+from aca_ext.gradients.base import Record
 from aca_ext.independent.solver import BatchStats
 from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem
@@ -141,6 +144,24 @@ def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Cal
         is_complete=end.is_complete,
         continuation=continuation,
     )
+
+
+class LazySolution(Solution):
+    """A solution that makes ``steps`` when it is asked for them."""
+
+    @classmethod
+    def of(cls, t: Tensor, y: State, record: Record, stats: Stats) -> LazySolution:
+        solution = object.__new__(cls)
+        vars(solution).update(t=t, y=y, stats=stats, _record=record)
+        return solution
+
+    @cached_property
+    def steps(self) -> Tensor | tuple[Tensor, ...]:
+        record: Record = vars(self)["_record"]
+        return record.bounds()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Solution, (self.t, self.y, self.steps, self.stats)
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:

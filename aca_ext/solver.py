@@ -363,11 +363,12 @@ class Solver:
     def _failure(
         self, kind: type[SolveError], t: Number, h: Number, ratio: Number, message: str | None = None
     ) -> SolveError:
-        stats, problem = self.stats, self.problem
-        reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
+        stats = self.stats
         stats.n_f_evals = self.field.n_evals
-        return kind(
-            f"The solve with {problem.tableau.name} stopped: {reason}",
+        return failure_of(
+            self.problem,
+            kind,
+            message,
             t=_float(t),
             h=_float(h),
             error_ratio=_float(ratio),
@@ -375,6 +376,12 @@ class Solver:
             n_rejected=stats.n_rejected,
             n_f_evals=stats.n_f_evals,
         )
+
+
+def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **numbers: Any) -> SolveError:
+    """What is raised where a solve stopped: why, or what ``kind`` says in general, and how far it came."""
+    reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
+    return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
 
 
 def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:

@@ -1,6 +1,6 @@
 """What do few checkpoints cost? Memory and steps computed again for a long solve, against the fewest possible.
 
-100 000 steps of dopri5 on a state of 256 doubles, forward and backward, each choice in a process of its own (Linux).
+20 000 steps of dopri5 on a state of 256 doubles, forward and backward, each choice in a process of its own (Linux).
 ``states`` is the memory of those kept, ``process`` how much the process grew at most, the record of (t, h) included.
 ``again`` is how many steps were computed again per step of the solve; ``least`` the fewest of any schedule that keeps
 as many states and knows the number of steps beforehand: (r·N - C(K + r, r - 1) - (N - 1)) / N for the smallest r with
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import aca_ext
 from benchmarks.harness import Result, Settings, Table
 
-STEPS, QUICK_STEPS = 100_000, 500
+STEPS, QUICK_STEPS = 20_000, 500
 WIDTH = 256
 POLICIES = (None, 30, 300, "cpu")
 EVALUATIONS = 6  # of f per replayed dopri5 step that is computed again, and per step replayed for its transpose

@@ -48,8 +48,8 @@ def _table(stiffest: float, settings: Settings) -> Table:
         "common steps": partial(_solve, y0, mu, {}),
         "one by one": lambda: [_solve(y0[i : i + 1], mu[i : i + 1], {})[0] for i in range(count)],
     }
-    forward = interleave({name: partial(_forward, call) for name, call in solvers.items()}, settings, seconds=6)
-    both = interleave({name: partial(_both, call, y0, mu) for name, call in solvers.items()}, settings, seconds=20)
+    forward = interleave({name: partial(_forward, call) for name, call in solvers.items()}, settings, seconds=3)
+    both = interleave({name: partial(_both, call, y0, mu) for name, call in solvers.items()}, settings, seconds=10)
     table = Table(f"{count} oscillators, stiffness 1 to {stiffest:g}, T = {T_END:g}, tolerance {TOLERANCE:g}", COLUMNS)
     for name, call in solvers.items():
         solutions = call()

@@ -21,7 +21,7 @@ CUDA_SIZES = [1, 1 << 12, 1 << 20]
 CUDA_LARGE_BYTES, CUDA_LARGE_BYTES_QUICK = 1 << 28, 1 << 20
 OPERANDS = range(1, 14)
 SLOPES_OF_SOLUTION = 6
-SECONDS_PER_SIZE = 4
+SECONDS_PER_SIZE = 3
 COLUMNS = {
     "operation": ("operation", ""),
     "operands": ("operands", "d"),

@@ -47,7 +47,7 @@ def run(settings: Settings) -> Result:
         seconds=3,
     )
     cases = {name: partial(peers.forward, run) for name, run in runs.items()}
-    timings = interleave(cases, settings, threads=THREADS, seconds=20)
+    timings = interleave(cases, settings, threads=THREADS, seconds=15)
 
     f, per_array = machine.best("f evaluations") / len(pairs), machine.best("copies") / len(pairs) / 2
     floor = f + arrays_per_step() / STAGES * per_array

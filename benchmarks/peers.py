@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -137,11 +137,11 @@ def _aca_ext() -> list[Solver]:
     ]
 
 
-def _compiled(func: nn.Module) -> nn.Module:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64  # for all workloads, which share one code
-    return torch.compile(func)
+    return torch.compile(function)
 
 
 def _counted_as(other: Solver) -> Callable[[Problem, bool], Counts]:
@@ -177,7 +177,7 @@ def _torchdiffeq() -> list[Solver]:
 def _torchode() -> list[Solver]:
     import torchode
 
-    def prepare(p: Problem) -> Run:
+    def prepare(p: Problem, compiled: bool = False) -> Run:
         term = torchode.ODETerm(p.func, with_stats=False)
         # Without a gradient through the step size control: faster, and the gradient that the others compute.
         solver = torchode.AutoDiffAdjoint(
@@ -191,13 +191,12 @@ def _torchode() -> list[Solver]:
         def accepted() -> int:
             return int(solver.solve(problem, term).stats["n_accepted"].max())
 
-        return Run(lambda: solver.solve(problem, term).ys[:, -1], accepted)
-
-    def prepare_compiled(p: Problem) -> Run:
-        return prepare(replace(p, func=_compiled(p.func)))
+        solve = _compiled(solver.solve) if compiled else solver.solve
+        return Run(lambda: solve(problem, term).ys[:, -1], accepted)
 
     eager = Solver("torchode AutoDiffAdjoint", prepare)
-    return [eager, Solver("torchode, f compiled", prepare_compiled, count=_counted_as(eager))]
+    # The whole solve under torch.compile, which torchode supports; it takes long to compile.
+    return [eager, Solver("torchode, solve compiled", partial(prepare, compiled=True), count=_counted_as(eager))]
 
 
 def _torch_diff_eq_pack() -> list[Solver]:
@@ -226,46 +225,53 @@ def _diffrax() -> list[Solver]:
     def precision(p: Problem) -> Any:
         return jax.enable_x64(True) if p.y0.dtype == torch.float64 else nullcontext()
 
-    def solve(p: Problem, y0: Any, params: Any) -> Any:
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, params: _in_jax(jax, p.func, y, params)),
-            diffrax.Dopri5(),
-            0.0,
-            p.t_end,
-            None,
-            y0,
-            args=params,
-            saveat=diffrax.SaveAt(t1=True),
-            stepsize_controller=diffrax.PIDController(rtol=p.tol, atol=p.tol),
-            adjoint=diffrax.RecursiveCheckpointAdjoint(),
-        )
-
-    def arrays(p: Problem) -> list[Any]:
+    def operands(p: Problem) -> tuple[Any, ...]:
         device = jax.devices("gpu" if p.y0.is_cuda else "cpu")[0]
-        return [jax.device_put(x.detach().cpu().numpy(), device) for x in (p.y0, *p.func.parameters())]
+        tensors = (p.y0, *p.func.parameters())
+        y0, *params = (jax.device_put(x.detach().cpu().numpy(), device) for x in tensors)
+        return y0, params, p.tol
+
+    @cache
+    def compiled(func: nn.Module, t_end: float) -> tuple[Callable[..., Any], ...]:
+        """The end, its gradient, and the counts, once for all tolerances and dtypes."""
+
+        def solve(y0: Any, params: Any, tol: Any) -> Any:
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, params: _in_jax(jax, func, y, params)),
+                diffrax.Dopri5(),
+                0.0,
+                t_end,
+                None,
+                y0,
+                args=params,
+                saveat=diffrax.SaveAt(t1=True),
+                stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
+                adjoint=diffrax.RecursiveCheckpointAdjoint(),
+            )
+
+        end = jax.jit(lambda *given: solve(*given).ys[-1])
+        gradient = jax.jit(jax.grad(lambda *given: solve(*given).ys[-1].sum(), argnums=(0, 1)))
+        return end, gradient, jax.jit(lambda *given: solve(*given).stats)
 
     def prepare(p: Problem) -> Run:
         with precision(p):
-            y0, *params = arrays(p)
-        end = jax.jit(lambda y0, params: solve(p, y0, params).ys[-1])
-        gradient = jax.jit(jax.grad(lambda y0, params: solve(p, y0, params).ys[-1].sum(), argnums=(0, 1)))
-        accepted = jax.jit(lambda y0, params: solve(p, y0, params).stats["num_accepted_steps"])
+            given = operands(p)
+        end, gradient, _ = compiled(p.func, p.t_end)
 
         def run(function: Callable[..., Any]) -> Any:
             with precision(p):
-                return jax.block_until_ready(function(y0, params))
+                return jax.block_until_ready(function(*given))
 
         def tensors(x: Any) -> Any:
             if isinstance(x, tuple):
                 return tuple(torch.from_numpy(np.array(part)) for part in (x[0], *x[1]))
             return torch.from_numpy(np.array(x))
 
-        return Run(lambda: run(end), lambda: int(run(accepted)), lambda: run(gradient), tensors)
+        return Run(lambda: run(end), lambda: count_steps(p).accepted, lambda: run(gradient), tensors)
 
-    def count_steps(p: Problem, _: bool) -> Counts:
+    def count_steps(p: Problem, _: bool = False) -> Counts:
         with precision(p):
-            y0, *params = arrays(p)
-            stats = solve(p, y0, params).stats
+            stats = compiled(p.func, p.t_end)[2](*operands(p))
         evaluations = 2 + 6 * int(stats["num_steps"])
         return Counts(int(stats["num_accepted_steps"]), evaluations, evaluations, None)
 

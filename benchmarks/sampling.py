@@ -44,7 +44,7 @@ def _measure(workload: Network, odeints: dict, settings: Settings) -> Table:
             cases[f"{name} {method} {len(grid)}"] = partial(_solve, odeint, problem, grid, method, {})
             ends, options = grid[[0, -1]], {"step_size": 1 / STEPS}
             cases[f"{name} {method} 2"] = partial(_solve, odeint, problem, ends, method, options)
-    timings = interleave(cases, settings, seconds=8)
+    timings = interleave(cases, settings, seconds=6)
     f_us = 1e6 * timings.median("f")
     table = Table(f"{workload.name}: {STEPS} steps (f {f_us:.1f} µs)", COLUMNS)
     for name in odeints:

@@ -32,7 +32,7 @@ def run(settings: Settings) -> Result:
         problem = replace(W4, elements=n).problem(torch.float32, settings.device)
         runs = {solver.name: solver.prepare(problem) for solver in solvers}
         cases = {"f": partial(_f, problem)} | {name: partial(peers.forward, run) for name, run in runs.items()}
-        timings = interleave(cases, settings, threads=torch.get_num_threads(), seconds=2)
+        timings = interleave(cases, settings, threads=torch.get_num_threads(), seconds=1.5)
         f = timings.median("f")
         for solver in solvers:
             evaluations = peers.count(solver, problem, backward=False).forward

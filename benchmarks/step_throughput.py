@@ -50,12 +50,12 @@ def _measure(workload: Network, solvers: list[peers.Solver], settings: Settings)
     forward_names = [solver.name for solver in solvers if solver.own_forward]
     bare = {"f": partial(_f, problem), "f and VJP": partial(_f_and_vjp, problem)}
     forward = interleave(
-        bare | {name: partial(peers.forward, runs[name]) for name in forward_names}, settings, seconds=4
+        bare | {name: partial(peers.forward, runs[name]) for name in forward_names}, settings, seconds=3
     )
     both = interleave(
         bare | {name: partial(peers.forward_backward, run, problem) for name, run in runs.items()},
         settings,
-        seconds=10,
+        seconds=8,
     )
     title = f"{workload.name}, T = {workload.t_end:g}, tolerance {workload.tol:g}"
     bare_us = f"f {1e6 * forward.median('f'):.1f} µs, with graph and VJP {1e6 * both.median('f and VJP'):.1f} µs"

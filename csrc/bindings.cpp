@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "compiled_backward.h"
 #include "compiled_loop.h"
 #include "control_bindings.h"
 #include "ops.h"
@@ -171,13 +174,21 @@ void use_torch(const py::type& tensor, const py::object& exchange_api, const py:
     if (api->major == 1) torch.view = api->view;
 }
 
+// What Code holds, in its order; none for a program that is not there.
+using CodeFields = std::array<uintptr_t, 4>;
+
+Code make_code(const CodeFields& fields) { return {fields[0], fields[1], size_t(fields[2]), size_t(fields[3])}; }
+
+Code make_code(const std::optional<CodeFields>& fields) { return fields ? make_code(*fields) : Code{}; }
+
 std::shared_ptr<Specification> make_specification(const BoundTarget& on, int64_t n, std::vector<double> c, bool fsal,
                                                   std::vector<std::vector<double>> dense, double rtol, double atol,
                                                   uintptr_t rtol_each, uintptr_t atol_each, std::vector<int64_t> bounds,
                                                   const Controller& control, double first_step,
                                                   std::vector<double> times, std::vector<double> stops,
                                                   std::vector<double> jumps, std::vector<double> grid,
-                                                  int64_t max_num_steps, uintptr_t slope, uintptr_t step) {
+                                                  int64_t max_num_steps, const CodeFields& slope,
+                                                  const CodeFields& step) {
     return std::shared_ptr<Specification>(new Specification{on.target,
                                                             *on.backend,
                                                             n,
@@ -190,8 +201,8 @@ std::shared_ptr<Specification> make_specification(const BoundTarget& on, int64_t
                                                             std::move(jumps),
                                                             std::move(grid),
                                                             max_num_steps,
-                                                            slope,
-                                                            step});
+                                                            make_code(slope),
+                                                            make_code(step)});
 }
 
 int solve_compiled(CompiledLoop& loop, uintptr_t memory, const std::vector<uintptr_t>& inputs, uintptr_t y0,
@@ -208,6 +219,18 @@ int solve_compiled(CompiledLoop& loop, uintptr_t memory, const std::vector<uintp
     };
     const py::gil_scoped_release release;
     return int(loop.solve(memory, inputs, y0, outputs, std::move(slots), check_signals));
+}
+
+size_t backward_bytes(const Specification& spec, const std::optional<CodeFields>& end_only,
+                      const std::optional<CodeFields>& inside) {
+    return CompiledBackward(spec, make_code(end_only), make_code(inside)).memory_bytes();
+}
+
+uintptr_t transpose(const CompiledLoop& loop, const std::optional<CodeFields>& end_only,
+                    const std::optional<CodeFields>& inside, uintptr_t memory, const std::vector<uintptr_t>& inputs,
+                    uintptr_t grad_outputs, uintptr_t g, uintptr_t g_next) {
+    CompiledBackward backward(loop.specification(), make_code(end_only), make_code(inside));
+    return backward.run(loop.steps, memory, inputs, grad_outputs, g, g_next);
 }
 
 // (t, h, t_next, outputs) of each accepted step.
@@ -278,16 +301,12 @@ PYBIND11_MODULE(_C, m) {
         .def("vjp", &Stepper::vjp);
     py::class_<Specification, std::shared_ptr<Specification>>(m, "CompiledSpecification")
         .def(py::init(&make_specification))
-        .def_property_readonly(
-            "forward_bytes",
-            [](const Specification& spec) { return spec.memory_bytes(CompiledLoop::forward_states(spec)); })
-        .def("backward_bytes", [](const Specification& spec, bool inside) {
-            return spec.memory_bytes(CompiledLoop::backward_states(spec, inside));
-        });
+        .def_property_readonly("forward_bytes", &CompiledLoop::memory_bytes)
+        .def("backward_bytes", &backward_bytes);
     py::class_<CompiledLoop>(m, "CompiledLoop")
         .def(py::init<std::shared_ptr<Specification>>())
         .def("solve", &solve_compiled)
-        .def("transpose", &CompiledLoop::transpose, py::call_guard<py::gil_scoped_release>())
+        .def("transpose", &transpose, py::call_guard<py::gil_scoped_release>())
         .def("accepted_steps", &accepted_steps)
         .def("bounds", &bounds)
         .def_property_readonly("n_accepted", [](const CompiledLoop& loop) { return loop.steps.size(); })

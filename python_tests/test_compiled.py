@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,16 +18,19 @@ from autograd_reference import relative_error, solve_over
 from problems import CoupledMlp, DrivenMlp, Mlp, sample
 from torch import Tensor, nn
 
-from aca_ext import NeuralODE, odeint, solve
+from aca_ext import NeuralODE, Solution, odeint, solve
 from aca_ext.compiled import capture
 from aca_ext.compiled import engine as compiled_engine
 from aca_ext.errors import (
     AcaError,
+    ArgumentTypeError,
     CompileError,
     NonFiniteError,
     SlopeError,
     StepLimitError,
     StepSizeError,
+    TimeError,
+    ToleranceError,
     UnknownNameError,
 )
 
@@ -260,6 +266,71 @@ class TestCache:
                 y0 = sample(4)
             solution = solve(func, y0, TIMES, **TOLERANCES, engine="compiled")
             assert relative_error(solution.y, odeint(func, y0, TIMES, **TOLERANCES)) < 1e-9, change
+
+    def test_what_is_solved_may_change_between_solves(self) -> None:
+        """A solve like one before, but for what the shortened checks have to see."""
+        func, y0, t = Wave(), sample(3), TIMES.clone()
+        for name in ("", "y0", "t", "y0.requires_grad", "no_grad", "dtype of t", "strides", "tolerance", "method"):
+            settings: dict[str, Any] = dict(TOLERANCES)
+            if name == "y0":
+                y0.mul_(0.5)
+            elif name == "t":
+                t.add_(0.1)
+            elif name == "y0.requires_grad":
+                y0.requires_grad_()
+            elif name == "dtype of t":
+                t = t.float()
+            elif name == "strides":
+                y0 = sample(3, 2).t()
+            elif name == "tolerance":
+                settings["rtol"] = 1e-3
+            elif name == "method":
+                settings["method"] = "bosh3"
+            with torch.set_grad_enabled(name != "no_grad"):
+                solution = solve(func, y0, t, **settings, engine="compiled")
+                expected = solve(func, y0, t, **settings)
+            assert relative_error(solution.y, expected.y) < 1e-9, name
+            assert solution.steps.shape == expected.steps.shape, name
+            assert solution.y.requires_grad == expected.y.requires_grad, name
+            if solution.y.requires_grad:
+                inputs = [y0, func.p] if y0.requires_grad else [func.p]
+                for ours, theirs in zip(gradients(solution, inputs), gradients(expected, inputs), strict=True):
+                    assert ours is not None, name
+                    assert theirs is not None, name
+                    assert relative_error(ours, theirs) < 1e-8, name
+
+    def test_a_repeated_solve_checks_its_arguments(self) -> None:
+        func, y0, t = shared(), sample(3), TIMES[[0, 3]].clone()
+        settings: dict[str, Any] = {**TOLERANCES, "engine": "compiled"}
+        for _ in range(2):
+            odeint(func, y0, t, **settings)
+        with pytest.raises(TimeError, match="repeat"):
+            odeint(func, y0, t.flip(0)[[0, 0]], **settings)
+        with pytest.raises(ToleranceError, match="rtol"):
+            odeint(func, y0, t, **{**settings, "rtol": -1.0})
+        with pytest.raises(ArgumentTypeError, match="callable"):
+            odeint(3, y0, t, **settings)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentTypeError, match="args"):
+            odeint(func, y0, t, args=3, **settings)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentTypeError, match="transform"):
+            torch.func.vmap(lambda y: odeint(func, y, t, **settings))(sample(2, 3))
+        with torch.autocast("cpu"), pytest.raises(CompileError, match="autocast"):
+            odeint(func, y0, t, **settings)
+        seen: list[Any] = []
+        with pytest.raises(CompileError, match="callback"):
+            odeint(func, y0, t, callback=seen.append, **settings)
+
+    def test_a_repeated_solution_is_like_any_other(self) -> None:
+        func, y0 = shared(), sample(3)
+        with torch.no_grad():
+            first, repeated = (solve(func, y0, TIMES, **TOLERANCES, engine="compiled") for _ in range(2))
+        for other in (repeated, pickle.loads(pickle.dumps(repeated)), copy.deepcopy(repeated), replace(repeated)):
+            assert isinstance(other, Solution)
+            assert torch.equal(other.steps, first.steps)  # type: ignore[arg-type]
+            assert torch.equal(other.y, first.y)  # type: ignore[arg-type]
+            assert other.stats.n_accepted == first.stats.n_accepted
+            assert other.is_complete
+            assert "steps=" in repr(other)
 
     def test_a_lambda_made_anew_finds_its_graph(self) -> None:
         net = Wave()

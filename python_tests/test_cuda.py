@@ -220,7 +220,7 @@ class TestDeviceLoops:
                 solution = solve(net, y0, torch.tensor(times), engine="graph", **settings)
                 grads = torch.autograd.grad(solution.y.square().sum(), [y0, *net.parameters()])
                 found.append([solution.y, solution.steps, *grads])
-        plans = list(engine._plans_of(net)._plans.values())
+        plans = list(engine._by_owner.of(net)._plans.values())
         assert [type(plan._solve) is programs._Loop for plan in plans] == [False, True]
         assert [type(plan._transpose) is programs._Loop for plan in plans] == [False, True]
         for other in found[1:]:

@@ -34,6 +34,7 @@ BUILTIN = {
     errors.SlopeError: (TypeError, ValueError),
     errors.ReplayError: RuntimeError,
     errors.CompileError: RuntimeError,
+    errors.GraphError: RuntimeError,
     errors.SolveError: RuntimeError,
     errors.NonFiniteError: RuntimeError,
     errors.StepSizeError: RuntimeError,

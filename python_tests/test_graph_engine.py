@@ -392,7 +392,7 @@ class TestCaptures:
         net = Net().to(device)
         for n in range(1, 20):
             solve(net, torch.ones(n, 3, dtype=torch.float64, device=device), self.T, engine="graph")
-        assert len(engine._plans_of(net)._plans) == engine._MAX_PLANS
+        assert len(engine._by_owner.of(net)._plans) == engine._MAX_PLANS
 
     def test_go_with_their_module(self, device: str, made: list[CalledAgain]) -> None:
         net = Net().to(device)

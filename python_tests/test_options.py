@@ -108,6 +108,16 @@ class TestOptions:
         names = ("first_step", "min_step", "max_step", "max_num_steps", "safety", "norm", "step_t", "step_size")
         assert torch.equal(self.solve(**dict.fromkeys(names)).steps, self.solve().steps)
 
+    def test_numbers_seen_before_let_no_other_value_pass(self) -> None:
+        fewer = len(self.lengths(max_step=1.0))
+        assert len(self.lengths(max_step=0.01)) > fewer
+        assert len(self.lengths(max_step=1)) == fewer
+        for other in (True, "1.0", [1.0]):  # True == 1.0
+            with pytest.raises(errors.OptionError):
+                self.solve(max_step=other)
+        with pytest.raises(errors.UnknownNameError):
+            self.solve(max_steps=1.0)
+
     def test_options_are_not_changed(self) -> None:
         options = {"first_step": 0.1, "max_step": 1.0}
         aca_ext.odeint(decay, torch.ones(2), self.T, options=options)

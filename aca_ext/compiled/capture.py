@@ -7,23 +7,25 @@ import itertools
 import threading
 import types
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from aca_ext.compiled.methods import Methods, code_in_trace
 from aca_ext.errors import CompileError
-from aca_ext.state import Packing
+from aca_ext.owners import PerOwner
+from aca_ext.state import Packing, State
 
-# Private to torch: without it, graphs are found in TorchDynamo's usual way.
-_set_eval_frame: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_set_eval_frame = getattr(_set_eval_frame, "set_eval_frame", None)
+# Private to torch: without it, graphs are found in TorchDynamo's usual way, which takes longer.
+_eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_cache_entries: Any = getattr(_eval_frame, "_debug_get_cache_entry_list", None)
 
-_MAX_OWNERS = 64  # modules and functions whose graphs are kept, each with as many as TorchDynamo's recompile limit
+_ORIGINAL = "_torchdynamo_orig_callable"
+
 _HINT = 'Use engine="eager", or change func.'
 
 
@@ -35,6 +37,7 @@ class Captured:
         graph: called with its inputs, returns the components of the slope.
         roles: of each input: "t", ("y", i) for component i of the state, or ("input", i).
         inputs: what each input i that is neither time nor state looked like: copies, for tracing.
+        places: of the inputs that are neither time nor state, among all of them.
         wants_gradient: whether input i requires grad.
         plans: what was compiled from it, by layout and method.
         solves: what solves of a kind share, by their settings.
@@ -43,6 +46,7 @@ class Captured:
     graph: fx.GraphModule
     roles: tuple[tuple[str, int], ...] = ()
     inputs: tuple[Tensor, ...] = ()
+    places: tuple[int, ...] = ()
     wants_gradient: tuple[bool, ...] = ()
     plans: dict[Any, Any] = field(default_factory=dict)
     solves: dict[Any, Any] = field(default_factory=dict)
@@ -55,6 +59,7 @@ class _Request(threading.local):
     y: Sequence[Tensor]
     captured: Captured | None = None
     inputs: tuple[Tensor, ...] = ()
+    code: Set[types.CodeType] = frozenset()
 
 
 _request = _Request()
@@ -68,53 +73,70 @@ def capture(
     Raises:
         CompileError: TorchDynamo cannot trace func as one graph.
     """
+    has_graph = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(True)  # torch.enable_grad() takes several times as long
+    try:
+        return _captured(func, t, y0, packing, args)
+    finally:
+        torch._C._set_grad_enabled(has_graph)
+
+
+def _captured(
+    func: Callable[..., Any], t: Tensor, y0: Tensor, packing: Packing, args: tuple[Any, ...]
+) -> tuple[Captured, list[Tensor]]:
+    # A state that requires grad, or TorchDynamo would look through custom derivatives as if there were none.
+    y: State
+    if packing.is_tuple:
+        parts = packing.unpack(y0.detach())
+        y = parts = tuple(part.detach().requires_grad_() for part in parts)
+    else:
+        y = y0.detach().requires_grad_()
+        parts = (y,)
     entry = _entry_of(func)
-    with torch.enable_grad():
-        # A state that requires grad, or TorchDynamo would look through custom derivatives as if there were none.
-        y = packing.unpack(y0.detach())
-        parts = y if isinstance(y, tuple) else (y,)
-        parts = tuple(part.detach().requires_grad_() for part in parts)
-        y = parts if isinstance(y, tuple) else parts[0]
-        _request.t, _request.y, _request.captured = t, parts, None
-        entry.look_up(func, t, y, args)
-        if _request.captured is None:
-            entry = _trace(entry, func, t, y, args)
-            _check_again(entry, func, t, y, args)
+    _request.captured = None
+    entry.look_up(func, t, y, args)
     captured = _request.captured
     if captured is None:
-        raise CompileError(f"func computes nothing from tensors that TorchDynamo can see. {_HINT}")
-    _request.captured = None
-    inputs = [x for x, (kind, _) in zip(_request.inputs, captured.roles, strict=True) if kind == "input"]
-    _request.inputs = ()
+        _request.t, _request.y = t, parts
+        entry = _trace(entry, func, t, y, args)
+        captured = _request.captured
+        if captured is None:
+            raise CompileError(f"func computes nothing from tensors that TorchDynamo can see. {_HINT}")
+        _check_again(entry, captured, func, t, y, args)
+    inputs = [_request.inputs[i] for i in captured.places]
+    _request.captured, _request.inputs = None, ()
     return captured, inputs
 
 
-def _check_again(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
+def _check_again(
+    entry: _Entry, captured: Captured, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]
+) -> None:
     """Raises where the graph just made does not serve a second time, so that every solve would compile."""
-    captured, inputs = _request.captured, _request.inputs
-    _request.captured = None
+    inputs, _request.captured = _request.inputs, None
     entry.look_up(func, t, y, args)
-    if _set_eval_frame is not None and _request.captured is not captured:
+    if entry.kept is not None and _request.captured is not captured:
         raise CompileError(
             "func changes a Python value that it depends on, such as a counter of its evaluations, so that no graph of "
             f"it would hold twice. {_HINT}"
         )
-    _request.captured, _request.inputs = captured, inputs
+    _request.inputs = inputs
 
 
 def _trace(
     entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...], is_fresh: bool = False
 ) -> _Entry:
     try:
-        with torch._dynamo.config.patch(_lean_settings()), warnings.catch_warnings():
+        with torch._dynamo.config.patch(_settings()), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own modules
+            _request.code = frozenset()
             entry.trace(func, t, y, args)
-        entry.is_traced = True
+        entry.keep()
+        entry.methods.add(func, _request.code)
         return entry
     except Exception as error:
         if type(error).__name__ in _TOO_MANY and not is_fresh:
-            del _by_owner[_owner(func)]  # as many graphs as are kept: begin anew
-            return _trace(_entry_of(func), func, t, y, args, is_fresh=True)
+            # As many graphs as are kept: begin anew.
+            return _trace(_by_owner.anew(func), func, t, y, args, is_fresh=True)
         reason = str(error).strip().split("\n\nfrom user code")[0]
         raise CompileError(f"func cannot be traced as one graph. {_HINT} TorchDynamo says: {reason}") from error
 
@@ -122,9 +144,10 @@ def _trace(
 _TOO_MANY = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the name depends on torch's version
 
 
-def _lean_settings() -> dict[str, Any]:
-    """Settings that spare each call of a graph work for profilers."""
-    return {"record_runtime_overhead": False} if hasattr(torch._dynamo.config, "record_runtime_overhead") else {}
+def _settings() -> dict[str, Any]:
+    """Guard hooks too, and spare each call of a graph work for profilers."""
+    settings = {"skip_nnmodule_hook_guards": False, "record_runtime_overhead": False}
+    return {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
 
 
 def _call(func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> list[Tensor]:
@@ -142,7 +165,7 @@ def _backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
                         f"func uses {node.target}: a custom autograd.Function, checkpointing or control flow on "
                         f"tensors, which is not supported. {_HINT}"
                     )
-    captured = Captured(graph)
+    captured, _request.code = Captured(graph), code_in_trace()
     results = next(len(node.args[0]) for node in graph.graph.nodes if node.op == "output")
     nothing = tuple(torch.empty(0) for _ in range(results))
 
@@ -169,6 +192,7 @@ def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
             others.append(x)
     captured.roles = tuple(roles)
     captured.inputs = tuple(_like(x) for x in others)
+    captured.places = tuple(i for i, (kind, _) in enumerate(roles) if kind == "input")
     captured.wants_gradient = tuple(x.requires_grad for x in others)
 
 
@@ -192,6 +216,21 @@ def _span(x: Tensor) -> tuple[int]:
 _numbers = itertools.count()
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A graph as TorchDynamo keeps it.
+
+    Attributes:
+        manager: of its guards; TorchDynamo takes its ``cache_entry`` away when it gives the graph up.
+        holds: whether the guards hold, given the arguments of ``_call`` by name.
+        find: called with these arguments, gathers the inputs of the graph and calls it.
+    """
+
+    manager: Any
+    holds: Callable[[dict[str, Any]], bool]
+    find: Callable[..., Any]
+
+
 class _Entry:
     """The graphs of one owner. TorchDynamo keeps them with a code object: each entry has one of its own."""
 
@@ -199,36 +238,38 @@ class _Entry:
         code = _call.__code__.replace(co_name=f"_call_{next(_numbers)}")  # equal to no other
         self._call = types.FunctionType(code, globals(), "_call")
         self.trace = torch.compile(self._call, backend=_backend, fullgraph=True, dynamic=False)
-        self.is_traced = False
+        self.kept: list[_Kept] | None = []  # None: not to be had from this torch
+        self.methods = Methods()
 
     def look_up(self, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
-        """What ``trace`` does where there is a graph whose guards hold, at a third of its overhead, else nothing."""
-        if self.is_traced and _set_eval_frame is not None:
-            previous = _set_eval_frame(False)  # run graphs that are there, trace none
-            try:
-                self._call(func, t, y, args)
-            except Exception:
-                _request.captured = None  # func ran as it is, and failed: tracing it will tell
-            finally:
-                _set_eval_frame(previous)
+        """What ``trace`` does where there is a graph whose guards hold, at a fifth of its overhead, else nothing."""
+        if self.kept:
+            values = {"func": func, "t": t, "y": y, "args": args}
+            for graph in self.kept:
+                if graph.manager.cache_entry is not None and graph.holds(values):
+                    graph.find(func, t, y, args)
+                    return
+
+    def keep(self) -> None:
+        """Notes which graphs there are, after ``trace`` made another."""
+        try:
+            self.kept = [self._kept(entry) for entry in _cache_entries(self._call.__code__)]
+        except (AttributeError, StopIteration, TypeError, ValueError):
+            self.kept = None
+
+    def _kept(self, entry: Any) -> _Kept:
+        scope, manager = self._call.__globals__, entry.guard_manager
+        if manager.cache_entry is None:
+            raise ValueError("there is no telling when TorchDynamo gives this graph up")
+        # The code calls the graph by a name of its own; here without the wrapper that keeps TorchDynamo out of it.
+        name = next(name for name in entry.code.co_names if getattr(scope.get(name), _ORIGINAL, None) is not None)
+        find = types.FunctionType(entry.code, {**scope, name: getattr(scope[name], _ORIGINAL)})
+        return _Kept(manager, manager.root.check, find)
 
 
-_by_owner: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
-
-
-def _owner(func: Any) -> Any:
-    """Whose lifetime the graphs share: a module, or the code of a function, so that a lambda made anew finds them."""
-    if isinstance(func, nn.Module):
-        return func
-    func = getattr(func, "__func__", func)
-    return getattr(func, "__code__", None) or type(func)
+_by_owner = PerOwner(_Entry)
 
 
 def _entry_of(func: Any) -> _Entry:
-    owner = _owner(func)
-    entry = _by_owner.get(owner)
-    if entry is None:
-        while len(_by_owner) >= _MAX_OWNERS:
-            del _by_owner[next(iter(_by_owner))]
-        entry = _by_owner[owner] = _Entry()
-    return entry
+    entry = _by_owner.of(func)
+    return entry if entry.methods.are_unchanged() else _by_owner.anew(func)

@@ -21,10 +21,10 @@ from aca_ext.compiled.program import Program, Traced, compile_programs
 from aca_ext.errors import AcaError, CompileError, NonFiniteError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
-from aca_ext.ops import KernelOperations, compiled_loop, empty_rows, operations_for
+from aca_ext.ops import KernelOperations, compiled_loop, operations_for
 from aca_ext.problem import Problem
 from aca_ext.runge_kutta import scheme_of
-from aca_ext.solver import Stats, reason_of
+from aca_ext.solver import NO_TOLERANCE, Stats, failure_of
 from aca_ext.vector_field import AutocastState
 
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -40,10 +40,10 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
         CompileError: func cannot be compiled, or this kind of solve is not supported.
     """
     run = _Run(problem, params, task)
-    if not torch.is_grad_enabled() or not (problem.y0.requires_grad or any(run.wants_gradient)):
-        ys = run.forward(None)
-    else:
+    if torch.is_grad_enabled() and (problem.y0.requires_grad or True in run.wants_gradient):
         ys = _CompiledAca.apply(run, problem.y0, *run.inputs)
+    else:
+        ys = run.forward(None)
     return Result(ys, run.record, run.stats)
 
 
@@ -83,15 +83,30 @@ class _Plan:
 
 
 class _Specification:
-    """What one solve and the next share beyond the programs: times, tolerances, step control."""
+    """What one solve and the next share beyond the programs: times, tolerances, step control, and sizes."""
 
     def __init__(self, problem: Problem, plan: _Plan, stats: Stats) -> None:
-        slope, step = plan.forward(stats)
-        ops = operations_for(problem.y0.detach(), problem.tolerance)
+        self._plan, y0 = plan, problem.y0.detach()
+        ops = operations_for(y0, problem.tolerance)
         assert isinstance(ops, KernelOperations)
         self._ops = ops  # holds the tolerances of each element
-        self.loop = ops.compiled_specification(problem, slope.address, step.address)
-        self.forward_bytes = self.loop.forward_bytes + max(slope.workspace_bytes, step.workspace_bytes)
+        self.loop = ops.compiled_specification(problem, *plan.forward(stats))
+        self.forward_bytes = self.loop.forward_bytes
+        self.rows_shape, self.rows_stride = (len(problem.times), *y0.shape), (y0.numel(), *y0.stride())
+        # Each step is replayed up to the last stage that an output needs.
+        solution = scheme_of(problem.tableau, problem.adaptive).solution
+        self._evals = 1 + max(i for i, w in enumerate(solution) if w != 0), len(solution)
+        self._backward: dict[tuple[bool, bool], tuple[Program | None, Program | None, int]] = {}
+
+    def backward(self, stats: Stats, n_end_only: int, n_inside: int) -> tuple[Program | None, Program | None, int]:
+        """Programs for so many steps without and with outputs inside, and the bytes that they need."""
+        key = n_end_only > 0, n_inside > 0
+        if key not in self._backward:
+            end_only = self._plan.transpose(stats, inside=False) if key[0] else None
+            inside = self._plan.transpose(stats, inside=True) if key[1] else None
+            self._backward[key] = end_only, inside, self.loop.backward_bytes(end_only, inside)
+        stats.n_f_evals_backward = n_end_only * self._evals[0] + n_inside * self._evals[1]
+        return self._backward[key]
 
 
 class _Run:
@@ -102,11 +117,11 @@ class _Run:
         self.problem, self.task = problem, task
         self.stats = Stats(backend="compiled")
         self.y0 = problem.y0.detach()
-        self.plan, self.specification = self._find(params)
+        self.specification = self._find(params)
         self.loop = compiled_loop(self.specification.loop)
         self.record = _LoopRecord(self.loop)
 
-    def _find(self, params: Sequence[Tensor] | None) -> tuple[_Plan, _Specification]:
+    def _find(self, params: Sequence[Tensor] | None) -> _Specification:
         problem, y0 = self.problem, self.y0
         start = time.perf_counter()
         try:
@@ -119,15 +134,14 @@ class _Run:
             named = {id(x) for x in (*params, *problem.args)}
             self.inputs = [x if id(x) in named else x.detach() for x in inputs]
         self.wants_gradient = captured.wants_gradient
-        found = captured.solves.get(problem.settings)
+        found: _Specification | None = captured.solves.get(problem.settings)
         if found is None:
             if len(captured.solves) >= _MAX_SPECIFICATIONS:
                 del captured.solves[next(iter(captured.solves))]
             plan = self._plan(captured)
             self.stats.compile_seconds += time.perf_counter() - start
-            found = captured.solves[problem.settings] = plan, _Specification(problem, plan, self.stats)
-        shared: tuple[_Plan, _Specification] = found
-        return shared
+            found = captured.solves[problem.settings] = _Specification(problem, plan, self.stats)
+        return found
 
     def _plan(self, captured: Captured) -> _Plan:
         problem, tolerance, y0 = self.problem, self.problem.tolerance, self.y0
@@ -141,16 +155,16 @@ class _Run:
         return plan
 
     def forward(self, checkpoints: Blocks | None) -> Tensor:
-        ys = empty_rows(len(self.problem.times), self.y0)
-        memory = torch.empty(self.specification.forward_bytes, dtype=torch.uint8)
-        outcome = self.loop.solve(
+        specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
+        ys = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype)
+        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8)
+        outcome = loop.solve(
             memory.data_ptr(),
             [x.data_ptr() for x in self.inputs],
-            self.y0.data_ptr(),
+            y0.data_ptr(),
             ys.data_ptr(),
             None if checkpoints is None else checkpoints.add,
         )
-        loop, stats = self.loop, self.stats
         stats.n_steps, stats.n_accepted, stats.n_rejected = loop.n_steps, loop.n_accepted, loop.n_rejected
         stats.n_f_evals = loop.n_f_evals
         if outcome != 0:
@@ -166,14 +180,13 @@ class _Run:
                 "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
             )
         elif loop.error_ratio == math.inf and self.problem.tolerance.forbids_error():
-            kind = StepSizeError
-            message = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
+            kind, message = StepSizeError, NO_TOLERANCE
         elif outcome == 4:
             message = f"func returned NaN or infinity at t={loop.t:.17g}, or the state is so there; look at func there."
-        problem = self.problem
-        raise kind(
-            f"The solve with {problem.tableau.name} stopped: "
-            f"{message or reason_of(kind, problem.max_num_steps, problem.times[-1])}",
+        raise failure_of(
+            self.problem,
+            kind,
+            message,
             t=loop.t,
             h=loop.h,
             error_ratio=loop.error_ratio,
@@ -184,32 +197,24 @@ class _Run:
 
     def backward(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         """The cotangent of y0 and those of func's inputs."""
-        plan, like = self.plan, self.y0
-        rows = empty_rows(len(grad_ys), like)
-        if grad_ys.stride() != rows.stride() or grad_ys.is_neg():
+        specification, loop, y0 = self.specification, self.loop, self.y0
+        if grad_ys.stride() != specification.rows_stride or grad_ys.is_neg():
+            rows = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype)
             grad_ys = rows.copy_(grad_ys)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
-        g, g_next = torch.empty_like(like), torch.empty_like(like)
-        loop, stats = self.loop, self.stats
-        end_only = plan.transpose(stats, inside=False) if loop.n_inside < loop.n_accepted else None
-        inside = plan.transpose(stats, inside=True) if loop.n_inside else None
-        workspace_bytes = max((p.workspace_bytes for p in (end_only, inside) if p), default=0)
-        memory = torch.empty(
-            self.specification.loop.backward_bytes(inside is not None) + workspace_bytes, dtype=torch.uint8
-        )
+        g, g_next = torch.empty_like(y0), torch.empty_like(y0)
+        n_inside = loop.n_inside
+        end_only, inside, n_bytes = specification.backward(self.stats, loop.n_accepted - n_inside, n_inside)
+        memory = torch.empty(n_bytes, dtype=torch.uint8)
         result = loop.transpose(
-            end_only.address if end_only else 0,
-            inside.address if inside else 0,
+            end_only,
+            inside,
             memory.data_ptr(),
             [x.data_ptr() for x in (*grads, *inputs) if x is not None],
             grad_ys.data_ptr(),
             g.data_ptr(),
             g_next.data_ptr(),
         )
-        # Each step is replayed up to the last stage that an output needs.
-        solution = scheme_of(self.problem.tableau, self.problem.adaptive).solution
-        used = 1 + max(i for i, w in enumerate(solution) if w != 0)
-        stats.n_f_evals_backward = loop.n_accepted * used + loop.n_inside * (len(solution) - used)
         return g if result == g.data_ptr() else g_next, grads
 
 
@@ -278,7 +283,7 @@ def _check_supported(problem: Problem) -> None:
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer, on whose compiler it rests; '
             f"here is {torch.__version__}. {hint}"
         )
-    if y0.device.type != "cpu" or y0.dtype not in (torch.float32, torch.float64) or problem.packing.is_complex:
+    if not y0.is_cpu or y0.dtype not in _ZEROS or problem.packing.is_complex:
         raise CompileError(
             f'engine="compiled" takes real float32 and float64 states on the CPU; y0 is '
             f"{'complex' if problem.packing.is_complex else y0.dtype} on {y0.device}. {hint}"

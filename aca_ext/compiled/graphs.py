@@ -74,7 +74,7 @@ class _Slope:
         y_parts = self._packing.unpack(y)
         parts = y_parts if isinstance(y_parts, tuple) else (y_parts,)
         operands = {"t": (t,), "y": parts, "input": self._inputs}
-        k = self._captured.graph(*(operands[kind][i] for kind, i in self._captured.roles))
+        k = self._captured.graph.forward(*(operands[kind][i] for kind, i in self._captured.roles))
         return self._packing.pack(tuple(k) if self._packing.is_tuple else k[0])
 
 
@@ -104,7 +104,7 @@ def slope_graph(captured: Captured, layout: Layout) -> Traced:
         k.copy_(_Slope(captured, layout.packing, inputs)(scalars[0], y))
         return ()
 
-    return _trace(slope, [layout.scalars(), layout.state(), layout.state(), *captured.inputs], {2})
+    return _trace(slope, [layout.scalars(), layout.state(), layout.state()], {2}, captured.inputs)
 
 
 def step_graph(captured: Captured, layout: Layout) -> Traced:
@@ -129,8 +129,8 @@ def step_graph(captured: Captured, layout: Layout) -> Traced:
 
     sums = torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64)
     states = [layout.state() for _ in range(s + 2)]
-    inputs = [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors, *captured.inputs]
-    return _trace(whole_step, inputs, {3, 4, *range(5, 4 + s)})
+    inputs = [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors]
+    return _trace(whole_step, inputs, {3, 4, *range(5, 4 + s)}, captured.inputs)
 
 
 def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Traced:
@@ -160,19 +160,22 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
 
     states = [layout.state() for _ in range(3 + n_inside)]
     grads = [torch.zeros_like(x) for x in wanted]
-    inputs = [layout.scalars(), *states, *grads, *captured.inputs]
+    inputs = [layout.scalars(), *states, *grads]
     first = 4 + n_inside
-    return _trace(transpose, inputs, {3, *range(first, first + n_wanted)})
+    return _trace(transpose, inputs, {3, *range(first, first + n_wanted)}, captured.inputs)
 
 
-def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int]) -> Traced:
-    """A functional graph of ``function`` that ends in writing to the inputs at ``written``.
+def _trace(
+    function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], of_func: Sequence[Tensor]
+) -> Traced:
+    """A functional graph of ``function`` of ``inputs`` and then those of func; it ends in writing to those ``written``.
 
     Raises:
         CompileError: the graph draws random numbers, or changes another input.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    inputs = [*inputs, *of_func]
     examples = [x.clone() for x in inputs]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own modules
@@ -192,4 +195,4 @@ def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: se
             )
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph, inputs
+    return graph, inputs, len(of_func)

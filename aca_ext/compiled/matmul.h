@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace aca {
 
@@ -71,69 +73,91 @@ struct Copy {
     }
 };
 
-// Vectors along n.
+// With vectors along n. `copied` elements of a copy of b make them contiguous, full and aligned; 0: b is so as it is.
 template <typename T, long M, long N, long K, long SAM, long SAK, long SBK, long SBN, long SCM, long SCN>
-inline void along_n(const T* a, const T* b, T* c) {
-    constexpr long L = Lanes<T>::count, WIDTH = (N + L - 1) / L * L;
-    constexpr bool PACK = SBN != 1 || N != WIDTH;
-    constexpr long LDB = PACK ? WIDTH : SBK;
-    Copy<T, PACK ? K * WIDTH : 1> copy;
-    if (PACK) {
-        T* const packed = copy.start;
-        for (long k = 0; k < K; ++k) {
-            for (long n = 0; n < N; ++n) packed[k * WIDTH + n] = b[k * SBK + n * SBN];
-            for (long n = N; n < WIDTH; ++n) packed[k * WIDTH + n] = 0;
-        }
-        b = packed;
-    }
-    long n = 0;
-    for (; n + 2 * L <= WIDTH; n += 2 * L) columns<T, 2, M, N, K, SAM, SAK, LDB, SCM, SCN>(a, b, c, n);
-    if (n < WIDTH) columns<T, 1, M, N, K, SAM, SAK, LDB, SCM, SCN>(a, b, c, n);
-}
+struct AlongN {
+    static constexpr long L = Lanes<T>::count, WIDTH = (N + L - 1) / L * L;
+    static constexpr long copied = SBN != 1 || N != WIDTH ? K * WIDTH : 0;
 
-// Vectors along k: for few columns, of which each is a dot product.
-template <typename T, long M, long N, long K, long SAM, long SBK, long SBN, long SCM, long SCN>
-inline void along_k(const T* a, const T* b, T* c) {
-    using V = typename Lanes<T>::Vector;
-    constexpr long L = Lanes<T>::count, FULL = K / L * L;
-    constexpr bool PACK = SBK != 1;
-    constexpr long LDB = PACK ? K : SBN;
-    Copy<T, PACK ? N * K : 1> copy;
-    if (PACK) {
-        T* const packed = copy.start;
-        for (long n = 0; n < N; ++n)
-            for (long k = 0; k < K; ++k) packed[n * K + k] = b[k * SBK + n * SBN];
-        b = packed;
+    static void copy(const T* b, T* to) {
+        for (long k = 0; k < K; ++k) {
+            for (long n = 0; n < N; ++n) to[k * WIDTH + n] = b[k * SBK + n * SBN];
+            for (long n = N; n < WIDTH; ++n) to[k * WIDTH + n] = 0;
+        }
     }
-    for (long m = 0; m < M; ++m) {
-        V sum[N] = {};
-        for (long k = 0; k < FULL; k += L) {
-            V x, y;
-            std::memcpy(&x, a + m * SAM + k, sizeof x);
+
+    static void run(const T* a, const T* b, T* c) {
+        constexpr long LDB = copied ? WIDTH : SBK;
+        long n = 0;
+        for (; n + 2 * L <= WIDTH; n += 2 * L) columns<T, 2, M, N, K, SAM, SAK, LDB, SCM, SCN>(a, b, c, n);
+        if (n < WIDTH) columns<T, 1, M, N, K, SAM, SAK, LDB, SCM, SCN>(a, b, c, n);
+    }
+};
+
+// With vectors along k, along which a is contiguous: for few columns, of which each is a dot product.
+template <typename T, long M, long N, long K, long SAM, long SBK, long SBN, long SCM, long SCN>
+struct AlongK {
+    static constexpr long L = Lanes<T>::count, FULL = K / L * L;
+    static constexpr long copied = SBK != 1 ? N * K : 0;
+
+    static void copy(const T* b, T* to) {
+        for (long n = 0; n < N; ++n)
+            for (long k = 0; k < K; ++k) to[n * K + k] = b[k * SBK + n * SBN];
+    }
+
+    static void run(const T* a, const T* b, T* c) {
+        using V = typename Lanes<T>::Vector;
+        constexpr long LDB = copied ? K : SBN;
+        for (long m = 0; m < M; ++m) {
+            V sum[N] = {};
+            for (long k = 0; k < FULL; k += L) {
+                V x, y;
+                std::memcpy(&x, a + m * SAM + k, sizeof x);
+#pragma GCC unroll 16
+                for (long n = 0; n < N; ++n) {
+                    std::memcpy(&y, b + n * LDB + k, sizeof y);
+                    sum[n] += x * y;
+                }
+            }
 #pragma GCC unroll 16
             for (long n = 0; n < N; ++n) {
-                std::memcpy(&y, b + n * LDB + k, sizeof y);
-                sum[n] += x * y;
+                T total = sum_of_lanes<T>(sum[n]);
+                for (long k = FULL; k < K; ++k) total += a[m * SAM + k] * b[n * LDB + k];
+                c[m * SCM + n * SCN] = total;
             }
         }
-#pragma GCC unroll 16
-        for (long n = 0; n < N; ++n) {
-            T total = sum_of_lanes<T>(sum[n]);
-            for (long k = FULL; k < K; ++k) total += a[m * SAM + k] * b[n * LDB + k];
-            c[m * SCM + n * SCN] = total;
+    }
+};
+
+// c = a·b. Of an operand that LASTS from one product to the next, the copy is made beforehand.
+template <typename T, long M, long N, long K, long SAM, long SAK, long SBK, long SBN, long SCM, long SCN, bool A_LASTS,
+          bool B_LASTS>
+struct Product {
+    static constexpr long L = Lanes<T>::count;
+    static constexpr bool along_k = N < L && SAK == 1 && K >= L;
+    static constexpr bool swapped = !along_k && N < L && N < M;  // the transposed product: vectors along m
+    using Way = std::conditional_t<along_k, AlongK<T, M, N, K, SAM, SBK, SBN, SCM, SCN>,
+                                   std::conditional_t<swapped, AlongN<T, N, M, K, SBN, SBK, SAK, SAM, SCN, SCM>,
+                                                      AlongN<T, M, N, K, SAM, SAK, SBK, SBN, SCM, SCN>>>;
+    static constexpr bool is_prepared = Way::copied && (swapped ? A_LASTS : B_LASTS);
+    static constexpr long prepared_bytes = is_prepared ? (Way::copied * long(sizeof(T)) + 63) / 64 * 64 : 0;
+
+    static void prepare(const T* a, const T* b, char* to) {
+        if constexpr (is_prepared) Way::copy(swapped ? a : b, reinterpret_cast<T*>(to));
+    }
+
+    static void run(const T* a, const T* b, T* c, const char* prepared) {
+        if (swapped) std::swap(a, b);
+        if constexpr (is_prepared) {
+            Way::run(a, reinterpret_cast<const T*>(prepared), c);
+        } else if constexpr (Way::copied) {
+            Copy<T, Way::copied> copy;
+            Way::copy(b, copy.start);
+            Way::run(a, copy.start, c);
+        } else {
+            Way::run(a, b, c);
         }
     }
-}
-
-template <typename T, long M, long N, long K, long SAM, long SAK, long SBK, long SBN, long SCM, long SCN>
-inline void matmul(const T* a, const T* b, T* c) {
-    constexpr long L = Lanes<T>::count;
-    if constexpr (N < L && SAK == 1 && K >= L)
-        along_k<T, M, N, K, SAM, SBK, SBN, SCM, SCN>(a, b, c);
-    else if constexpr (N >= L || N >= M)
-        along_n<T, M, N, K, SAM, SAK, SBK, SBN, SCM, SCN>(a, b, c);
-    else  // the transposed product: vectors along m
-        along_n<T, N, M, K, SBN, SBK, SAK, SAM, SCN, SCM>(b, a, c);
-}
+};
 
 }  // namespace aca

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aca_ext.checkpoints import AcceptedStep, StepRecord
 from aca_ext.control import SolveMemory
@@ -29,15 +28,15 @@ from aca_ext.graph.plan import Plan
 from aca_ext.graph.programs import Capturer, CudaCapturer
 from aca_ext.graph.trace import Trace, TracedFunction
 from aca_ext.ops import has_kernels
+from aca_ext.owners import PerOwner
 from aca_ext.problem import Problem
-from aca_ext.solver import NO_TOLERANCE, Stats, reason_of
+from aca_ext.solver import NO_TOLERANCE, Stats, failure_of
 from aca_ext.state import tensors_in
 from aca_ext.torch_operations import TorchOperations
 from aca_ext.vector_field import AutocastState, VectorField
 
 DEVICES = ("cuda",)
 _MAX_PLANS = 8  # of one func; beyond, the one that was used longest ago is captured anew
-_MAX_OWNERS = 64
 _HINT = 'Use engine="eager".'
 
 
@@ -82,7 +81,9 @@ class _Run:
         self.problem, self.params, self._k0 = problem, params, k0.detach()
         self.stats = Stats(backend="graph")
         start = time.perf_counter()
-        self.plan, is_new = _plans_of(problem.func).find(_key_of(problem, traced.trace, params), self._new_plan(traced))
+        self.plan, is_new = _by_owner.of(problem.func).find(
+            _key_of(problem, traced.trace, params), self._new_plan(traced)
+        )
         if is_new:
             self.stats.compile_seconds = time.perf_counter() - start
         self.record: _GraphRecord = _GraphRecord()
@@ -137,10 +138,10 @@ class _Run:
             elif ratio == math.inf and problem.tolerance.forbids_error():
                 status, message = "step_size", NO_TOLERANCE
         kinds = {"step_limit": StepLimitError, "step_size": StepSizeError, "not_finite": NonFiniteError}
-        kind = kinds[status]
-        raise kind(
-            f"The solve with {problem.tableau.name} stopped: "
-            f"{message or reason_of(kind, problem.max_num_steps, problem.times[-1])}",
+        raise failure_of(
+            problem,
+            kinds[status],
+            message,
             t=t,
             h=h if control.n_steps else math.nan,  # no step was tried yet
             error_ratio=ratio,
@@ -237,21 +238,7 @@ class _Plans:
             return self._plans[key], is_new
 
 
-_by_owner: weakref.WeakKeyDictionary[Any, _Plans] = weakref.WeakKeyDictionary()
-
-
-def _plans_of(func: Any) -> _Plans:
-    """Those of a module, or of the code of a function, so that a lambda made anew finds them."""
-    owner = func
-    if not isinstance(func, nn.Module):
-        func = getattr(func, "__func__", func)
-        owner = getattr(func, "__code__", None) or type(func)
-    plans = _by_owner.get(owner)
-    if plans is None:
-        while len(_by_owner) >= _MAX_OWNERS:
-            del _by_owner[next(iter(_by_owner))]
-        plans = _by_owner[owner] = _Plans()
-    return plans
+_by_owner = PerOwner(_Plans)
 
 
 def _key_of(problem: Problem, trace: Trace, params: Sequence[Tensor]) -> Hashable:

@@ -1,0 +1,167 @@
+"""The C++ of compiled programs: the calls of a graph's kernels and matrix products, one after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import CompileError
+
+C_TYPES = {torch.float32: "float", torch.float64: "double"}
+_ALIGNMENT = 64
+_MAX_CONSTANT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel, given by its C++ source and argument types, or (source "") a product of operands (a, b, c)."""
+
+    source: str
+    types: tuple[str, ...]
+    operands: tuple[Tensor, ...]
+
+    @property
+    def read_only(self) -> list[bool]:
+        return [kind.startswith("const") for kind in self.types] if self.source else [True, True, False]
+
+
+class Source:
+    """The C++ of one or more programs."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[str, str] = {}
+        self._constants: list[str] = []
+        self._programs: list[str] = []
+
+    def add(self, calls: Sequence[Call], inputs: Sequence[Tensor], constant: int) -> int:
+        """Adds a program whose last ``constant`` inputs stay as they are, and returns the bytes of its workspace."""
+        places, workspace_bytes, constants = _places(calls, inputs)
+        for storage in constants:
+            name = f"constant_{len(self._constants)}"
+            values = ", ".join(map(str, bytes(storage.tolist())))
+            self._constants.append(f"alignas({_ALIGNMENT}) static unsigned char {name}[] = {{{values}}};")
+            places[storage.data_ptr()] = f"(char*){name}"
+        lasting = {x.untyped_storage().data_ptr() for x in inputs[len(inputs) - constant :]}
+        products = _Products(len(self._programs), lasting)
+        body: list[str] = []
+        for call in calls:
+            at = [
+                f"{places[x.untyped_storage().data_ptr()]} + {x.storage_offset() * x.element_size()}"
+                for x in call.operands
+            ]
+            if call.source:
+                name = self._kernels.setdefault(call.source, f"kernel_{len(self._kernels)}")
+                operands = ", ".join(f"({kind})({place})" for kind, place in zip(call.types, at, strict=True))
+                body.append(f"{name}({operands});")
+            else:
+                body.append(products.call(call.operands, at))
+        i = len(self._programs)
+        self._programs.append(
+            products.text() + _function(f"program_{i}(char** in, char* workspace, char* prepared)", body)
+        )
+        return workspace_bytes
+
+    def text(self) -> str:
+        kernels: list[str] = []
+        headers: dict[str, None] = {}
+        for source, name in self._kernels.items():
+            lines = source.splitlines()
+            headers.update((line, None) for line in lines if line.startswith("#include"))
+            code = "\n".join(line for line in lines if not line.startswith("#include"))
+            kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"static void {name}(", code))
+        matmul = Path(__file__).with_name("matmul.h").read_text().replace("#pragma once", "")
+        return "\n".join([*headers, matmul, *self._constants, *kernels, *self._programs])
+
+
+def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, str], int, list[torch.UntypedStorage]]:
+    """Where each storage lies: an input, or a part of the workspace that is its own from its first use to its last.
+
+    Also the bytes of the workspace, and the storages without a place: constants, read without having been written.
+    """
+    places = {x.untyped_storage().data_ptr(): f"in[{i}]" for i, x in enumerate(inputs)}
+    uses: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
+    constants: dict[int, torch.UntypedStorage] = {}
+    for n, call in enumerate(calls):
+        for x, is_read_only in zip(call.operands, call.read_only, strict=True):
+            memory = x.untyped_storage()
+            address = memory.data_ptr()
+            if address in places or address in constants:
+                continue
+            if address not in uses and is_read_only:
+                constants[address] = memory
+                continue
+            uses.setdefault(address, []).append(n)
+            sizes[address] = -(-memory.nbytes() // _ALIGNMENT) * _ALIGNMENT
+    if sum(memory.nbytes() for memory in constants.values()) > _MAX_CONSTANT_BYTES:
+        raise CompileError('func makes large constant tensors. Make them once, outside of it, or use engine="eager".')
+    taken: list[tuple[int, int, int, int]] = []  # first use, last use, start, end
+    for address, used in sorted(uses.items(), key=lambda item: -sizes[item[0]]):
+        start = 0
+        for _, _, low, high in sorted((t for t in taken if t[0] <= used[-1] and used[0] <= t[1]), key=lambda t: t[2]):
+            if start + sizes[address] <= low:
+                break
+            start = max(start, high)
+        taken.append((used[0], used[-1], start, start + sizes[address]))
+        places[address] = f"workspace + {start}"
+    return places, max((end for *_, end in taken), default=0), list(constants.values())
+
+
+class _Products:
+    """The matrix products of a program. Of operands that last, what they are to be copied to is prepared."""
+
+    def __init__(self, program: int, lasting: set[int]) -> None:
+        self._program, self._lasting = program, lasting
+        self._prepared: dict[tuple[str, ...], str] = {}  # where a prepared copy lies, by product and operands
+        self._declarations: list[str] = []
+        self._prepare: list[str] = []
+
+    def call(self, operands: Sequence[Tensor], at: Sequence[str]) -> str:
+        """c = a @ b, or for three dimensions that of each pair of matrices."""
+        a, b, _ = operands
+        kind = C_TYPES[a.dtype]
+        (m, k), n = a.shape[-2:], b.shape[-1]
+        strides = ", ".join(str(s) for x in operands for s in x.stride()[-2:])
+        lasts = [a.dim() == 2 and x.untyped_storage().data_ptr() in self._lasting for x in (a, b)]
+        product = f"aca::Product<{kind}, {m}, {n}, {k}, {strides}, {str(lasts[0]).lower()}, {str(lasts[1]).lower()}>"
+        if a.dim() == 2:
+            types = (f"const {kind}*", f"const {kind}*", f"{kind}*")
+            *factors, result = (f"({pointer})({place})" for pointer, place in zip(types, at, strict=True))
+            prepared = self._place(
+                product, [x if is_lasting else "nullptr" for x, is_lasting in zip(factors, lasts, strict=True)]
+            )
+            return f"{product}::run({', '.join(factors)}, {result}, {prepared});"
+        steps = [x.stride(0) * x.element_size() for x in operands]
+        moved = [f"{place} + i * {step}" for place, step in zip(at, steps, strict=True)]
+        call = f"(const {kind}*)({moved[0]}), (const {kind}*)({moved[1]}), ({kind}*)({moved[2]}), nullptr"
+        return f"for (long i = 0; i < {a.shape[0]}; ++i) {product}::run({call});"
+
+    def _place(self, product: str, lasting: Sequence[str]) -> str:
+        """Where the copy of an operand of a product lies, if it lasts and is copied at all."""
+        key = (product, *lasting)
+        if key not in self._prepared:
+            n = len(self._prepared)
+            start = f"end_{self._program}_{n - 1}" if n else "0"
+            self._declarations.append(
+                f"static constexpr long end_{self._program}_{n} = {start} + {product}::prepared_bytes;"
+            )
+            place = self._prepared[key] = f"prepared + {start}"
+            self._prepare.append(f"{product}::prepare({', '.join(lasting)}, {place});")
+        return self._prepared[key]
+
+    def text(self) -> str:
+        """How much is prepared, and the function that does it."""
+        n, i = len(self._prepared), self._program
+        size = f'extern "C" const long prepared_bytes_{i} = {f"end_{i}_{n - 1}" if n else 0};'
+        lines = [*self._declarations, size]
+        return "\n".join(lines) + "\n" + _function(f"prepare_{i}(char** in, char* prepared)", self._prepare)
+
+
+def _function(head: str, body: Sequence[str]) -> str:
+    lines = "\n    ".join(body)
+    return f'extern "C" void {head}\n{{\n    {lines}\n}}\n'

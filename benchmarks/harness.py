@@ -20,7 +20,6 @@ import aca_ext
 
 PACKAGES = ("aca_ext", "torchdiffeq", "torchode", "TorchDiffEqPack", "diffrax", "jax")
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter callables are repeated within one sample
-LONGEST_FIRST = 1.0  # seconds; longer callables are called once before they are timed, not twice
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 100
 
 
@@ -74,10 +73,10 @@ def interleave(
     with torch_threads(threads):
         repeats, round_seconds = {}, 0.0
         for name, call in cases.items():
-            repeats[name], sample = 1, _time(call, 1, settings.device)
-            if sample < LONGEST_FIRST:  # else what comes with the first call does not matter
-                while (sample := repeats[name] * _time(call, repeats[name], settings.device)) < SHORTEST_SAMPLE:
-                    repeats[name] *= 2
+            call()  # which may compile
+            repeats[name] = 1
+            while (sample := repeats[name] * _time(call, repeats[name], settings.device)) < SHORTEST_SAMPLE:
+                repeats[name] *= 2
             round_seconds += sample
         wanted = 0 if settings.quick else int(seconds / round_seconds)
         for _ in range(min(max(wanted, FEWEST_ROUNDS), MOST_ROUNDS)):

@@ -18,7 +18,7 @@ from autograd_reference import relative_error, solve_over
 from problems import CoupledMlp, DrivenMlp, Mlp, sample
 from torch import Tensor, nn
 
-from aca_ext import NeuralODE, Solution, odeint, solve
+from aca_ext import NeuralODE, Solution, odeint, owners, solve
 from aca_ext.compiled import capture
 from aca_ext.compiled import engine as compiled_engine
 from aca_ext.errors import (
@@ -347,7 +347,7 @@ class TestCache:
         assert gone() is None
 
     def test_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(capture, "_MAX_OWNERS", 2)
+        monkeypatch.setattr(owners, "_MAX_OWNERS", 2)
         kept = [Wave() for _ in range(3)]
         for func in kept:
             solve(func, sample(3), TIMES, **TOLERANCES, engine="compiled")

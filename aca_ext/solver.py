@@ -19,6 +19,7 @@ from torch import Tensor
 from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.controller import Controller
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
+from aca_ext.failures import NO_TOLERANCE, failure_of
 from aca_ext.ops import TorchOperations, controller_for
 from aca_ext.outputs import OutputTimes
 from aca_ext.problem import Problem
@@ -37,9 +38,6 @@ from aca_ext.runge_kutta import (
 from aca_ext.vector_field import RandomState, VectorField
 
 Leap = Callable[..., Any]  # ``_C.Stepper.leap`` but for where it starts and ends
-
-
-NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
 
 
 @dataclass
@@ -376,25 +374,6 @@ class Solver:
             n_rejected=stats.n_rejected,
             n_f_evals=stats.n_f_evals,
         )
-
-
-def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **numbers: Any) -> SolveError:
-    """What is raised where a solve stopped: why, or what ``kind`` says in general, and how far it came."""
-    reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
-    return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
-
-
-def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:
-    """Why a solve to t = ``end`` stopped, and what to do about it."""
-    return {
-        StepLimitError: f"the {max_num_steps} trial steps of option max_num_steps did not reach t={end:.17g}. Raise "
-        "max_num_steps, loosen rtol or atol, or look for stiffness or blow-up.",
-        StepSizeError: "the step became too small: the problem is too stiff for an explicit method here, has a "
-        "singularity or a jump, or the tolerance is below rounding. Loosen rtol or atol, use float64, lower "
-        "min_step, or end the solve earlier.",
-        NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
-        "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",
-    }[kind]
 
 
 def _is_finite(x: Tensor) -> bool:

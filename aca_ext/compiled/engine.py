@@ -19,12 +19,13 @@ from aca_ext.compiled.capture import Captured, capture
 from aca_ext.compiled.graphs import Layout, slope_graph, step_graph, transpose_graph
 from aca_ext.compiled.program import Program, Traced, compile_programs
 from aca_ext.errors import AcaError, CompileError, NonFiniteError, StepLimitError, StepSizeError
+from aca_ext.failures import NO_TOLERANCE, failure_of
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.ops import KernelOperations, compiled_loop, operations_for
 from aca_ext.problem import Problem
 from aca_ext.runge_kutta import scheme_of
-from aca_ext.solver import NO_TOLERANCE, Stats, failure_of
+from aca_ext.solver import Stats
 from aca_ext.vector_field import AutocastState
 
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}

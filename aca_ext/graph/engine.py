@@ -20,6 +20,7 @@ from torch import Tensor
 from aca_ext.checkpoints import AcceptedStep, StepRecord
 from aca_ext.control import SolveMemory
 from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
+from aca_ext.failures import NO_TOLERANCE, failure_of
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
@@ -30,7 +31,7 @@ from aca_ext.graph.trace import Trace, TracedFunction
 from aca_ext.ops import has_kernels
 from aca_ext.owners import PerOwner
 from aca_ext.problem import Problem
-from aca_ext.solver import NO_TOLERANCE, Stats, failure_of
+from aca_ext.solver import Stats
 from aca_ext.state import tensors_in
 from aca_ext.torch_operations import TorchOperations
 from aca_ext.vector_field import AutocastState, VectorField

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
+from aca_ext.failures import NO_TOLERANCE, reason_of
 from aca_ext.independent.controller import RowController
 from aca_ext.independent.problem import BatchProblem
 from aca_ext.ops import Array, RowOperations
 from aca_ext.progress import Step
 from aca_ext.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
-from aca_ext.solver import NO_TOLERANCE, reason_of
 from aca_ext.vector_field import VectorField
 
 Mask = NDArray[np.bool_]

@@ -572,11 +572,20 @@ class TestRefusals:
         with pytest.raises(GraphError, match="changes"):
             solve(func, torch.randn(4, 3, device=device), self.T, engine="graph")
 
-    def test_a_tensor_that_func_changes(self, device: str) -> None:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda x: x.add_(1),
+            lambda x: torch.add(x, 1, out=x),
+            lambda x: torch._foreach_add_([x], 1),
+        ],
+        ids=["in place", "out", "in a list"],
+    )
+    def test_a_tensor_that_func_changes(self, device: str, change: Callable[[Tensor], object]) -> None:
         counter = torch.zeros((), device=device)
 
         def func(t: Tensor, y: Tensor) -> Tensor:
-            counter.add_(1)
+            change(counter)
             return y * 1
 
         with pytest.raises(GraphError, match="changes a tensor that it holds"):

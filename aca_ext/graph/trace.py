@@ -4,15 +4,18 @@ be captured at all."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.errors import GraphError
+from aca_ext.state import tensors_in
 
 _HINT = 'Use engine="eager", or change func.'
+_NUMBERS = (int, float, bool, complex)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 # Random numbers are told by the generators that moved: attention without dropout is tagged as if it drew some.
 _REASONS = {
@@ -47,21 +50,18 @@ class Trace(TorchDispatchMode):
         return tuple(self._operations)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tag, reason in _REASONS.items():
-            if tag in func.tags:
-                raise GraphError(f"func {reason} ({func}), which a captured step cannot repeat. {_HINT}")
+        operator = _operator(func)
+        if operator.reason is not None:
+            raise GraphError(f"func {operator.reason} ({func}), which a captured step cannot repeat. {_HINT}")
         if func is torch.ops.aten.lift_fresh.default:  # a constant that func makes anew: what counts is its value
             given: Hashable = (func, repr(args[0].tolist()), args[0].dtype)
         else:
-            given = (func, self._described(args), self._described(kwargs or {}))
-        written = {
-            i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-        }
-        for i, x in enumerate(args):
-            if i in written and isinstance(x, Tensor) and self._is_foreign(x):
-                raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
+            given = (func, *map(self._described, args), self._described(kwargs))
+        written = [args[i] if i < len(args) else (kwargs or {}).get(name) for i, name in operator.written]
+        if any(map(self._is_foreign, tensors_in(written))):
+            raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
         result = func(*args, **(kwargs or {}))
-        if func in _COPIES and len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
+        if operator.copies and len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
             # Waits, which a capture may not, or leaves a host's memory in the capture that is gone when it is repeated.
             raise GraphError(f"func copies between the host and the device ({func}). {_HINT}")
         self._name_results(result)
@@ -69,20 +69,21 @@ class Trace(TorchDispatchMode):
         return result
 
     def _is_foreign(self, x: Tensor) -> bool:
-        name = self._names[_memory_of(x)]
-        return isinstance(name, tuple) and name[0] in ("given", "held")
+        name: Any = self._names[_memory_of(x)]
+        return name[0] in ("given", "held")
 
     def _described(self, x: Any) -> Hashable:
         if isinstance(x, Tensor):
             return self._described_tensor(x)
+        if type(x) in _NUMBERS:  # by type too, since 1, 1.0 and True are equal; by digits, since nan is not itself
+            return type(x), repr(x)
         if isinstance(x, (tuple, list)):
             return tuple(map(self._described, x))
         if isinstance(x, dict):
             return tuple((name, self._described(value)) for name, value in x.items())
         if isinstance(x, torch.Generator):
             raise GraphError(f"func draws random numbers, which a captured step cannot repeat. {_HINT}")
-        # By type too, since 1, 1.0 and True are equal; and by its digits, since nan is not equal to itself.
-        return type(x), repr(x) if isinstance(x, (int, float, complex)) else x
+        return type(x), x
 
     def _described_tensor(self, x: Tensor) -> Hashable:
         memory = _memory_of(x)
@@ -90,10 +91,10 @@ class Trace(TorchDispatchMode):
             self._names[memory] = ("held", x.untyped_storage().data_ptr())
             self._alive.append(x)
             self.held.append(x)
-        layout = tuple(x.shape), tuple(x.stride()), x.storage_offset(), x.dtype, x.device
+        layout = x.shape, x.stride(), x.storage_offset(), x.dtype, x.device
         # A number in the host's memory goes into a launch on a GPU by its value.
-        value = repr(x.item()) if x.dim() == 0 and x.device.type == "cpu" != self._device.type else None
-        return self._names[memory], layout, value
+        is_number = x.dim() == 0 and x.device != self._device and x.device.type == "cpu"
+        return self._names[memory], layout, repr(x.item()) if is_number else None
 
     def _name_results(self, result: Any) -> None:
         for i, x in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
@@ -131,5 +132,21 @@ class TracedFunction:
             return self._func(t, y, *args)
 
 
+class _Operator(NamedTuple):
+    """What is known of an operation before it is called."""
+
+    reason: str | None  # why it cannot be captured
+    written: tuple[tuple[int, str], ...]  # positions and names of the arguments that it changes
+    copies: bool  # perhaps from one device to another
+
+
+@cache
+def _operator(func: Any) -> _Operator:
+    reasons = [reason for tag, reason in _REASONS.items() if tag in func.tags]
+    arguments = enumerate(func._schema.arguments)
+    written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return _Operator(reasons[0] if reasons else None, written, func in _COPIES)
+
+
 def _memory_of(x: Tensor) -> int:
-    return int(x.untyped_storage()._cdata)
+    return x.untyped_storage()._cdata

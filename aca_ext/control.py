@@ -105,13 +105,16 @@ class SolveMemory:
 
     Attributes:
         ys: the outputs, one row for each time.
-        blocks: the states, each block as large as all before it together; none where ``keeps_states`` is false.
+        keeps_states: whether states are kept.
+        blocks: the states, each block as large as all before it together.
         steps: the record of accepted steps, one row for each.
         control: the control block as it was last written or read.
         n_steps, n_accepted: counts of trial steps and of accepted ones, at the end.
+        turn: which use of its plan's memory the solve is.
     """
 
     control: _C.Control
+    turn: int
 
     def __init__(self, times: DeviceTimes, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
         device, count = y0.device, len(times.of[0])
@@ -120,7 +123,7 @@ class SolveMemory:
         self.weights = None
         if has_weights:
             self.weights = torch.empty(count, _C.MAX_TERMS, dtype=torch.float64, device=device)
-        self._y0, self._keeps_states, self._first = y0, keeps_states, n_states
+        self._y0, self.keeps_states, self._first = y0, keeps_states, n_states
         self.blocks: list[Tensor] = []
         self.n_steps = self.n_accepted = 0
         self.steps = torch.empty(0, STEP_ENTRY, dtype=torch.float64, device=device)
@@ -138,7 +141,7 @@ class SolveMemory:
     def grow(self, control: _C.Control) -> None:
         """Makes room for as many further states as there are, and tells ``control``."""
         more = max(self._first, control.n_states)
-        if self._keeps_states:
+        if self.keeps_states:
             self.blocks.append(empty_rows(more, self._y0))
             control.add_block(self.blocks[-1].data_ptr(), more)
         else:
@@ -189,7 +192,7 @@ class ControlledKernels(RowKernels):
             )
 
     def decide(self, decision: str) -> None:
-        """One decision about the control block: "euler", "first", "next", "resume" or "transpose"."""
+        """One decision about the control block: "start", "euler", "first", "next", "resume" or "transpose"."""
         _C.decide(self._on, self.block.address, decision)
 
     def finish(self, y: Tensor, k: Sequence[Tensor], y1: Tensor, k_first: Tensor | None) -> None:

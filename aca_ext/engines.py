@@ -69,7 +69,10 @@ def run(
             problem = replace(problem, resumed=resumed, jumps=jumps)
         result = _by_eager_engine(problem, learnt, gradient, checkpoints, params, progress, callback, adjoint)
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
-    solution = Solution(times, problem.packing.unpack_rows(result.ys), result.record.bounds(), result.stats)
+    y = problem.packing.unpack_rows(result.ys)
+    if engine == "graph":  # a look at its steps waits for the device
+        return LazySolution.of(times, y, result.record, result.stats)
+    solution = Solution(times, y, result.record.bounds(), result.stats)
     if problem.stops_at_limit:
         assert isinstance(result.record, StepRecord)
         again = partial(_resumed, func, gradient=gradient, checkpoints=checkpoints, params=params, progress=progress,

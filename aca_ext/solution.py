@@ -150,7 +150,7 @@ class LazySolution(Solution):
     """A solution that makes ``steps`` when it is asked for them."""
 
     @classmethod
-    def of(cls, t: Tensor, y: State, record: Record, stats: Stats) -> LazySolution:
+    def of(cls, t: Tensor, y: State, record: Record, stats: Stats | BatchStats) -> LazySolution:
         solution = object.__new__(cls)
         vars(solution).update(t=t, y=y, stats=stats, _record=record)
         return solution

@@ -57,7 +57,7 @@ struct Control {
 };
 
 // What the one thread is asked to do.
-enum class Decision { euler, first, next, resume, transpose };
+enum class Decision { start, euler, first, next, resume, transpose };
 
 namespace control {
 
@@ -130,6 +130,9 @@ ACA_HD void prepare(Control& s) {
     s.status = Status::running;
     s.is_unfinished = 1;
 }
+
+// Before anything else, where the device is to find f(t0, y0) by itself.
+ACA_HD void start(Control& s) { write_stage_times(s, s.t, 0, s.t); }
 
 // The first half of the first step: how far along f(t0, y0) to go to see it change. `sums` hold those of f(t0, y0) and
 // then those of y0.
@@ -221,6 +224,8 @@ ACA_HD void transpose(Control& s) {
 
 ACA_HD void decide(Control& s, Decision decision) {
     switch (decision) {
+        case Decision::start:
+            return start(s);
         case Decision::euler:
             return euler(s);
         case Decision::first:

@@ -47,8 +47,8 @@ inline Control control_from(const py::bytes& bytes) {
 }
 
 inline Decision decision_named(const std::string& name) {
-    const char* const names[] = {"euler", "first", "next", "resume", "transpose"};
-    for (int i = 0; i < 5; ++i)
+    const char* const names[] = {"start", "euler", "first", "next", "resume", "transpose"};
+    for (int i = 0; i < 6; ++i)
         if (name == names[i]) return Decision(i);
     throw std::invalid_argument("no decision " + name);
 }

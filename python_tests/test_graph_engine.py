@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +21,7 @@ from aca_ext.control import ControlBlock
 from aca_ext.errors import ArgumentTypeError, GraphError, NonFiniteError, SlopeError, StepLimitError, StepSizeError
 from aca_ext.graph import engine, programs
 from aca_ext.graph.plan import Plan
-from aca_ext.graph.trace import Trace
+from aca_ext.graph.trace import Trace, TracedFunction
 
 ADAPTIVE = [name for name, method in METHODS.items() if method.adaptive]
 FIXED = [name for name, method in METHODS.items() if not method.adaptive]
@@ -459,6 +460,88 @@ class TestCaptures:
         y = odeint(net, y0, self.T, engine="graph")
         first = torch.autograd.grad(y.sum(), y0, retain_graph=True)[0]
         assert torch.equal(first, torch.autograd.grad(y.sum(), y0)[0])
+
+
+@pytest.mark.usefixtures("loops")
+class TestEarlyStart:
+    """Of a solve like one before, while the host still looks at func."""
+
+    T = torch.tensor([0.0, 1.0])
+
+    @pytest.fixture
+    def looks(self, monkeypatch: pytest.MonkeyPatch, made: list[CalledAgain]) -> list[int]:
+        """How much was launched by the time of each look at func."""
+        found: list[int] = []
+        look = TracedFunction.__call__
+
+        def noted(self: TracedFunction, *args: Any) -> Any:
+            found.append(sum(program.launches for program in made))
+            return look(self, *args)
+
+        monkeypatch.setattr(TracedFunction, "__call__", noted)
+        return found
+
+    @pytest.mark.parametrize("is_small", [True, False])
+    def test_of_small_states(
+        self, device: str, looks: list[int], made: list[CalledAgain], is_small: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if device != "cpu":
+            pytest.skip("counts calls of bodies")
+        if not is_small:
+            monkeypatch.setattr("aca_ext.graph.plan._SMALL", 0)
+        net, y0 = Net(), torch.randn(3, dtype=torch.float64, requires_grad=True)
+        both_engines(net, y0, self.T)
+        before = sum(program.launches for program in made)
+        solution = solve(net, y0, self.T, engine="graph")
+        assert (looks[-1] > before) == is_small
+        assert (looks[-1] == sum(program.launches for program in made)) == is_small
+        assert torch.equal(solution.y, solve(net, y0, self.T).y)
+
+    def test_of_one_layout_among_several(self, device: str, looks: list[int], made: list[CalledAgain]) -> None:
+        if device != "cpu":
+            pytest.skip("counts calls of bodies")
+        net, states = Net(), [torch.randn(n, 3, dtype=torch.float64) for n in (2, 5)]
+        for y0 in states:
+            solve(net, y0, self.T, engine="graph")
+        for y0 in states:
+            before = sum(program.launches for program in made)
+            assert torch.equal(solve(net, y0, self.T, engine="graph").y, solve(net, y0, self.T).y)
+            assert looks[-1] > before
+
+    def test_is_made_up_for_where_another_solve_came_in_between(
+        self, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        net = Net().to(device)
+        y0, other = (torch.randn(3, dtype=torch.float64, device=device) for _ in range(2))
+        expected = solve(net, y0, self.T)
+        solve(net, y0, self.T, engine="graph")
+        look, interruptions = TracedFunction.__call__, [lambda: solve(net, other, self.T, engine="graph")]
+
+        def interrupted(self: TracedFunction, *args: Any) -> Any:
+            if interruptions:
+                thread = threading.Thread(target=interruptions.pop())
+                thread.start()
+                thread.join()
+            return look(self, *args)
+
+        monkeypatch.setattr(TracedFunction, "__call__", interrupted)
+        found = solve(net, y0, self.T, engine="graph")
+        assert not interruptions
+        assert torch.equal(found.y, expected.y)
+        assert torch.equal(found.steps, expected.steps)
+
+    def test_not_where_what_func_holds_has_moved(self, device: str) -> None:
+        net, y0 = Net().to(device), torch.randn(3, dtype=torch.float64, device=device)
+        solve(net, y0, self.T, engine="graph")
+        (plan,) = engine._by_owner.of(net)._plans.values()
+        assert plan.can_start_early()
+        storage = net.inner[0].weight.untyped_storage()
+        weight = net.inner[0].weight.detach().clone()
+        storage.resize_(0)  # as whoever moves parameters elsewhere for a time does
+        assert not plan.can_start_early()
+        storage.resize_(weight.nbytes)
+        net.inner[0].weight.data.copy_(weight)
+        assert torch.equal(solve(net, y0, self.T, engine="graph").y, solve(net, y0, self.T).y)
 
 
 @pytest.mark.usefixtures("loops")

@@ -27,12 +27,11 @@ from aca_ext.gradients.parameters import first_slope_and_params
 from aca_ext.graph import programs
 from aca_ext.graph.plan import Plan
 from aca_ext.graph.programs import Capturer, CudaCapturer
-from aca_ext.graph.trace import Trace, TracedFunction
+from aca_ext.graph.trace import TracedFunction
 from aca_ext.ops import has_kernels
 from aca_ext.owners import PerOwner
 from aca_ext.problem import Problem
 from aca_ext.solver import Stats
-from aca_ext.state import tensors_in
 from aca_ext.torch_operations import TorchOperations
 from aca_ext.vector_field import AutocastState, VectorField
 
@@ -63,6 +62,8 @@ class _Run:
 
     def __init__(self, task: Task) -> None:
         problem = task.problem
+        plans, layout = _by_owner.of(problem.func), _layout_of(problem)
+        likely, started = plans.started_early(problem, layout)
         self.autocast = AutocastState(problem.y0.device.type)
         traced = TracedFunction(problem.func, self.autocast.restored)
         field = VectorField(
@@ -82,9 +83,9 @@ class _Run:
         self.problem, self.params, self._k0 = problem, params, k0.detach()
         self.stats = Stats(backend="graph")
         start = time.perf_counter()
-        self.plan, is_new = _by_owner.of(problem.func).find(
-            _key_of(problem, traced.trace, params), self._new_plan(traced)
-        )
+        key = traced.trace.key(), tuple(p.data_ptr() for p in params), layout
+        self.plan, is_new = plans.find(key, self._new_plan(traced))
+        self._started = started if self.plan is likely else None
         if is_new:
             self.stats.compile_seconds = time.perf_counter() - start
         self.record: _GraphRecord = _GraphRecord()
@@ -111,9 +112,10 @@ class _Run:
         problem, stats = self.problem, self.stats
         self._n_f_evals = 1 + (problem.controller is not None and problem.controller.first_step is None)
         with self.plan.in_order(), torch.no_grad():
-            memory = self.plan.forward(
-                problem, problem.y0.detach(), self._k0, keeps_states=keeps_states, look=self._look
-            )
+            memory = self._started
+            if memory is None or memory.keeps_states != keeps_states or not self.plan.has_in_hand(memory):
+                memory = self.plan.start(problem, problem.y0.detach(), self._k0, keeps_states)
+            self.plan.finish(problem, memory, self._look)
         stats.n_steps, stats.n_accepted = memory.n_steps, memory.n_accepted
         stats.n_rejected = stats.n_steps - stats.n_accepted
         stats.n_f_evals = self._evaluations(memory.n_steps)
@@ -224,10 +226,23 @@ class _Plans:
     """The plans of one owner of func, the one used last at the end."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Hashable, ...], Plan] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, key: Hashable, make: Callable[[], Plan]) -> tuple[Plan, bool]:
+    def started_early(self, problem: Problem, layout: Hashable) -> tuple[Plan | None, SolveMemory | None]:
+        """A solve by the plan that was used last for this ``layout``, and that plan.
+
+        The device is at it while the host looks whether func still does what was captured: that takes about as long,
+        and nearly always it does. If not, the solve is left alone.
+        """
+        with self._lock:
+            plan = next((plan for (*_, of), plan in reversed(self._plans.items()) if of == layout), None)
+        if plan is None or not plan.can_start_early():
+            return None, None
+        with plan.in_order(), torch.no_grad():
+            return plan, plan.start(problem, problem.y0.detach())
+
+    def find(self, key: tuple[Hashable, ...], make: Callable[[], Plan]) -> tuple[Plan, bool]:
         """The plan for ``key``, and whether it was made now."""
         with self._lock:
             is_new = key not in self._plans
@@ -242,14 +257,12 @@ class _Plans:
 _by_owner = PerOwner(_Plans)
 
 
-def _key_of(problem: Problem, trace: Trace, params: Sequence[Tensor]) -> Hashable:
-    """What a capture takes for constant: func's operations, the layout of what it is given, method and tolerances."""
+def _layout_of(problem: Problem) -> Hashable:
+    """What a capture takes for constant besides what func does: the layout of its arguments, method and tolerances."""
     y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
     return (
-        trace.key(),
-        tuple(p.data_ptr() for p in params),
         (y0.shape, y0.stride(), y0.dtype, y0.device),
-        tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors_in(problem.args)),
+        tuple((x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else None for x in problem.args),
         problem.packing,
         problem.tableau,
         controller is None or controller.first_step is None,

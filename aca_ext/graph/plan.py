@@ -22,6 +22,7 @@ from aca_ext.vector_field import AutocastState, VectorField
 _FIRST_STATES = 64  # that a first solve has room for, within the bytes below
 _FIRST_BYTES = 1 << 26
 _FIRST_STEPS = 16  # launched by a first solve before it looks how far it has come
+_SMALL = 1 << 20  # bytes of a state whose func takes longer to look at than to evaluate on the device
 _NEAR = 5e-2  # bfloat16 sums in another order differ by 1 %, what was not captured by more
 
 # What a solve does when the control block asks for the host: given the status, whether to go on.
@@ -52,17 +53,21 @@ class Plan:
         self._times: DeviceTimes | None = None  # of the last solve: the next one's are often the same
         self._n_states = max(2, min(_FIRST_STATES, _FIRST_BYTES // max(1, like.numel() * like.element_size())))
         self._n_steps = _FIRST_STEPS
+        self._keeps_states = False
+        self._turn = 0
+        self._slope: Program | None = None
         self._solve: Repeat | None = None
         self._go_on: Repeat | None = None
         self._transpose: Repeat | None = None
         self.held = [x.detach() for x in held]
+        self._held_addresses = [x.data_ptr() for x in held]
         self.args = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in problem.args)
         self.n_evals_per_step = len(self._scheme.c) - self._scheme.fsal
         last = max(i for i, w in enumerate(self._scheme.solution) if w != 0)
         self.n_evals_per_transpose = len(self._scheme.c) if self._has_inside else 1 + last
 
     def capture_forward(self, problem: Problem, k0: Tensor, autocast: AutocastState) -> None:
-        """Captures a trial step, and what finds the first one.
+        """Captures a trial step, what finds the first one, and for small states the slope that a solve begins with.
 
         Raises:
             GraphError: func cannot be captured.
@@ -76,6 +81,10 @@ class Plan:
                     body()
 
             return call
+
+        def slope() -> Callable[[], None]:
+            ops = ControlledKernels(self._block, self._tolerance)
+            return under_conditions(lambda: self._find_slope(field, ops))
 
         def first() -> Callable[[], None]:
             ops = ControlledKernels(self._block, self._tolerance)
@@ -95,8 +104,14 @@ class Plan:
             other = y0 * 1.25 + 0.5
             k = field(problem.start_time(other), other).clone()
         self._check(trying, trial(), lambda: reset_trial(other, k))
+        if y0.numel() * y0.element_size() <= _SMALL:
+            self._slope = self._capturer.capture(slope, lambda: self._begin(problem, memory, y0, k0))
         self._solve = self._capturer.repeat(finding_first, trying, self._block)
         self._go_on = self._capturer.repeat(None, trying, self._block)
+
+    def _find_slope(self, field: VectorField, ops: ControlledKernels) -> None:
+        ops.decide("start")
+        self._k_first.copy_(field(self._block.stage_times[0], self._y))
 
     def _find_first_step(self, field: VectorField, ops: ControlledKernels, problem: Problem) -> None:
         block, y, k = self._block, self._y, self._k_first
@@ -119,21 +134,42 @@ class Plan:
         ops.finish(y, trial.k, trial.y1, self._k_first if scheme.fsal else None)
         self._probe = [*trial.k[1:], trial.y1]
 
-    def forward(self, problem: Problem, y0: Tensor, k0: Tensor, *, keeps_states: bool, look: Look) -> SolveMemory:
-        """One solve. ``look`` is called with the control block where only the host can tell how to go on.
+    def can_start_early(self) -> bool:
+        """Whether ``start`` needs no slope, and what func held is where it was."""
+        return self._slope is not None and self._held_addresses == [x.data_ptr() for x in self.held]
 
-        What the control block said at the end is the ``control`` of the result.
+    def start(
+        self, problem: Problem, y0: Tensor, k0: Tensor | None = None, keeps_states: bool | None = None
+    ) -> SolveMemory:
+        """Launches as many steps as the last solve took, and does not wait for them.
+
+        Args:
+            k0: f(t0, y0); None: to be found on the device.
+            keeps_states: for a backward pass; None: as in the last solve.
         """
         assert self._solve is not None
-        assert self._go_on is not None
+        if keeps_states is not None:
+            self._keeps_states = keeps_states
         self._take(problem.args)
-        memory = self._memory(problem, keeps_states=keeps_states)
+        memory = self._memory(problem, keeps_states=self._keeps_states)
         self._begin(problem, memory, y0, k0)
+        self._solve(self._n_steps if problem.grid is None else len(problem.grid) - 1)
+        return memory
+
+    def has_in_hand(self, memory: SolveMemory) -> bool:
+        """Whether no other solve has used the plan since this one started."""
+        return self._turn == memory.turn
+
+    def finish(self, problem: Problem, memory: SolveMemory, look: Look) -> None:
+        """Waits for a solve that was started. ``look`` is called with the control block where only the host can tell
+        how to go on.
+
+        What the control block said at the end is the ``control`` of ``memory``.
+        """
+        assert self._go_on is not None
         if problem.grid is not None:  # every step is known
-            self._solve(len(problem.grid) - 1)
             memory.n_accepted = memory.n_steps = len(problem.grid) - 1
-            return memory
-        self._solve(self._n_steps)
+            return
         while True:
             control = memory.control = self._block.read()
             if control.status == "done":
@@ -148,7 +184,6 @@ class Plan:
             self._go_on(max(4, control.n_steps // 4))
         memory.n_accepted, memory.n_steps = control.n_accepted, control.n_steps
         self._n_steps, self._n_states = control.n_steps, control.n_accepted + 2
-        return memory
 
     def _take(self, args: Sequence[Any]) -> None:
         """Copies args to where the programs read them."""
@@ -166,16 +201,22 @@ class Plan:
         )
 
     def _begin(
-        self, problem: Problem, memory: SolveMemory, y0: Tensor, k0: Tensor, first_step: float | None = None
+        self, problem: Problem, memory: SolveMemory, y0: Tensor, k0: Tensor | None, first_step: float | None = None
     ) -> None:
+        self._turn += 1
+        memory.turn = self._turn
         control = memory.control = self._block.control(problem, memory, self._tolerance)
         if first_step is not None:
             control.first_step = first_step
         memory.room_in(control)
         for to in (self._y, memory.ys[0], *(block[0] for block in memory.blocks[:1])):
             to.copy_(y0)
-        self._k_first.copy_(k0)
         self._block.write(control)
+        if k0 is not None:
+            self._k_first.copy_(k0)
+        else:
+            assert self._slope is not None
+            self._slope.launch()
 
     def capture_backward(
         self, problem: Problem, memory: SolveMemory, params: Sequence[Tensor], autocast: AutocastState
@@ -255,6 +296,7 @@ class Plan:
         return None if bool(torch.isfinite(self._k_first).all()) else "func returned NaN or infinity at"
 
     def _begin_backward(self, memory: SolveMemory, grad_ys: Tensor) -> None:
+        self._turn += 1
         control = memory.control
         control.grad_outputs, control.step = grad_ys.data_ptr(), memory.n_accepted
         self._block.write(control)

@@ -45,7 +45,8 @@ class Stats:
     """Counts of one solve.
 
     Attributes:
-        n_f_evals: evaluations of func in the forward pass.
+        n_f_evals: evaluations of func in the forward pass, of which engine="graph" makes more than it counts: steps
+            launched ahead in vain, and a look at whether func has changed.
         n_steps: trial steps, n_accepted + n_rejected.
         n_accepted: steps that became part of the solution.
         n_rejected: steps whose error was too large.

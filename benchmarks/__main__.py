@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    breakdown,
     checkpoints,
     convolution,
     ensemble,
@@ -36,7 +37,7 @@ BY_DEVICE = {
         independent,
         kernels,
     ),
-    "cuda": (solve_rate, convolution, ensemble, kernels),
+    "cuda": (solve_rate, kernels, breakdown, convolution, ensemble),
 }
 BENCHMARKS = {module.__name__.rpartition(".")[2]: module for modules in BY_DEVICE.values() for module in modules}
 

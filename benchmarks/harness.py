@@ -164,7 +164,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": device,
     }
     if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
+        machine["gpu"], machine["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
     return machine
 
 

@@ -2,11 +2,10 @@
 
 float32, dopri5 at the workload's tolerance, all solvers in turn; products in full precision, jax's too. Times are those
 of the host from the call until the device is done. aca_ext is given t on the CPU, where it wants it, torchdiffeq on the
-device. ``/ odeint`` is how many times faster than torchdiffeq's odeint,
-``apart`` how far the end state is from the eager engine's. ``capture s`` is what a graph solve takes the first time.
-``launched for nothing`` are trial steps beyond those that the solve took, per solve, where every solve starts
-elsewhere; ``rounds`` how often it looked how far it had come. Loops on the device, in place of steps launched ahead,
-come last: where they hang, the rest is there.
+device. ``/ odeint`` is how many times faster than torchdiffeq's odeint, ``apart`` how far the end state is from the
+eager engine's. ``capture s`` is what a graph solve takes the first time. ``launched for nothing`` are trial steps
+beyond those that the solve took, per solve, where every solve starts elsewhere; ``rounds`` how often it looked how far
+it had come. Loops on the device, in place of steps launched ahead, come last: where they hang, the rest is there.
 """
 
 import json
@@ -303,7 +302,7 @@ def _with_command_buffers() -> Table | str:
             rows.append({"flags": flags, **json.loads(done.stdout.splitlines()[-1])})
         except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            wrong = said[-1][:300] if said else repr(error)
+            wrong = wrong or (said[-1][:300] if said else repr(error))
     if not rows:
         return f"diffrax with command buffers is left out: {wrong}"
     columns = {"XLA_FLAGS": ("flags", ""), "forward ms": ("forward_ms", ".3f")}

@@ -71,7 +71,7 @@ def run(settings: Settings) -> Parts:
                     )
                     kernels.append(Table(f"{workload.name}, {engine}, {name}: GPU time", BY_KERNEL, by_kernel))
             except Exception as error:
-                yield f"{engine} is left out: {type(error).__name__}: {first_line(error)}"
+                yield f"aca_ext {engine} is left out: {type(error).__name__}: {first_line(error)}"
         yield counts
         yield from (table for table in kernels if table.rows)
         for engine in {row["engine"]: None for row in counts.rows}:

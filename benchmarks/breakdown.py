@@ -9,7 +9,6 @@ such table.
 
 import cProfile
 import os
-import pstats
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -143,7 +142,8 @@ def _in_python(title: str, problem: Problem, engine: str) -> Table:
     for _ in range(SOLVES):
         call()
     profiler.disable()
-    for (file, line, name), (_, n_calls, own, whole, _) in pstats.Stats(profiler).stats.items():
+    profiler.create_stats()
+    for (file, line, name), (_, n_calls, own, whole, _) in profiler.stats.items():
         if package in Path(file).parents:
             where = f"{Path(file).relative_to(package)}:{line} {name}"
             row = {"function": where, "per_solve": n_calls / SOLVES}

@@ -26,6 +26,7 @@ from benchmarks.workloads import W1, W3, Problem
 
 SOLVES = 10  # under a profiler
 KERNELS, FUNCTIONS = 15, 25  # rows of a table
+WORKLOADS = (W3, W1)
 ENGINES = ("eager", "graph")
 COUNTS = {
     "engine": ("engine", ""),
@@ -56,7 +57,7 @@ BY_FUNCTION = {
 def run(settings: Settings) -> Parts:
     # Captured graphs do not survive that the profiler's library is unloaded between two profiles.
     os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
-    for workload in (W3, W1):
+    for workload in WORKLOADS:
         problem = workload.problem(torch.float32, settings.device)
         counts, kernels = Table(f"{workload.name}: a solve", COUNTS), list[Table]()
         for engine in ENGINES:

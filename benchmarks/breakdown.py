@@ -2,9 +2,9 @@
 
 float32, dopri5. ``busy`` is the part of a solve's time in which the GPU has work: the sum over its kernels and copies,
 seen by PyTorch's profiler, over the time of the solve without it. ``launches`` are those of the host, a whole graph
-being one; ``waits`` its calls that wait for the GPU; each per solve. ``own`` is without, ``all`` with what a function
-calls; both are longer than without Python's profiler. Of the backward pass, which has a thread of its own, there is no
-such table.
+being one; ``kernels`` also those of trial steps launched for nothing; ``waits`` the host's calls that wait for the GPU;
+each per solve. ``own`` is without, ``all`` with what a function calls; both are longer than without Python's profiler.
+Of the backward pass, which has a thread of its own, there is no such table.
 """
 
 import cProfile

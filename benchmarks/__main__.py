@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    breakdown,
     checkpoints,
     convolution,
     ensemble,
@@ -21,7 +22,7 @@ from benchmarks import (
     state_size,
     step_throughput,
 )
-from benchmarks.harness import Settings, print_table, write_json
+from benchmarks.harness import Result, Settings, Table, first_line, print_table, write_json
 
 # What runs on each device unless one is named; any can be.
 BY_DEVICE = {
@@ -36,7 +37,7 @@ BY_DEVICE = {
         independent,
         kernels,
     ),
-    "cuda": (solve_rate, convolution, ensemble, kernels),
+    "cuda": (solve_rate, kernels, breakdown, convolution, ensemble),
 }
 BENCHMARKS = {module.__name__.rpartition(".")[2]: module for modules in BY_DEVICE.values() for module in modules}
 
@@ -69,19 +70,32 @@ def main() -> None:
 
 
 def _run(module, settings: Settings, output: Path) -> None:
-    name = name_of(module)
+    name, result = name_of(module), Result()
     print(f"== {name}: {question_of(module)}", flush=True)
     start = time.perf_counter()
-    result = module.run(settings)
-    for note in result.notes:
-        print(note)
-    for table in result.tables:
-        print_table(table)
-    paths = [write_json(output, name, question_of(module), settings, result)]
+    try:
+        for part in module.run(settings):
+            _take(part, result)
+            write_json(output, name, question_of(module), settings, result)  # it may be stopped before its end
+        result.is_complete = True
+    except BaseException as error:
+        result.notes.append(f"Not complete: {type(error).__name__}: {first_line(error)}")
+        raise
+    finally:
+        paths = [write_json(output, name, question_of(module), settings, result)]
     if hasattr(module, "draw"):
         paths.append(output / f"{name}.png")
         module.draw(result).savefig(paths[-1], dpi=150)
     print(f"\n{time.perf_counter() - start:.0f} s, written to {', '.join(map(str, paths))}\n", flush=True)
+
+
+def _take(part: Table | str, result: Result) -> None:
+    if isinstance(part, Table):
+        print_table(part)
+        result.tables.append(part)
+    elif part not in result.notes:
+        print(part, flush=True)
+        result.notes.append(part)
 
 
 def name_of(module) -> str:

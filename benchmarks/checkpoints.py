@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import aca_ext
-from benchmarks.harness import Result, Settings, Table
+from benchmarks.harness import Parts, Settings, Table
 
 STEPS, QUICK_STEPS = 20_000, 500
 WIDTH = 256
@@ -50,7 +50,7 @@ class Measured:
     gradient: list[float]
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> Parts:
     n_steps = QUICK_STEPS if settings.quick else STEPS
     table = Table(f"{n_steps} steps, {WIDTH} doubles", COLUMNS)
     spawn = multiprocessing.get_context("spawn")
@@ -60,7 +60,7 @@ def run(settings: Settings) -> Result:
             measured = pool.apply(_measure, (policy, n_steps, settings.device))
         gradients.append(measured.gradient)
         table.rows.append(measured.row | {"same_gradient": str(measured.gradient == gradients[0])})
-    return Result([table])
+    yield table
 
 
 def _measure(policy: int | str | None, n_steps: int, device: str) -> Measured:

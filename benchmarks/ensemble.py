@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import aca_ext
-from benchmarks.harness import Result, Settings, Table, interleave
-from benchmarks.large_state import WORKING_SET, arrays_per_step
+from benchmarks.harness import Parts, Settings, Table, first_line, interleave
+from benchmarks.large_state import STAGES, WORKING_SET, arrays_per_step
 from benchmarks.peers import jax_and_diffrax, jax_sees_a_gpu
 
 TRAJECTORIES, QUICK_TRAJECTORIES = 1 << 23, 1 << 10
@@ -35,6 +35,10 @@ COLUMNS = {
 }
 
 
+EAGER = "aca_ext eager"
+Counts = tuple[int, int]  # trial steps, evaluations of f
+
+
 class Lorenz(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -46,17 +50,14 @@ class Lorenz(nn.Module):
         return torch.stack((SIGMA * (b - a), a * (RHO - c) - b, a * b - BETA * c))
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> Parts:
     n = QUICK_TRAJECTORIES if settings.quick else TRAJECTORIES
     torch.manual_seed(0)
     y0 = torch.randn(3, n, device=settings.device) + torch.tensor([[1.0], [1.0], [25.0]], device=settings.device)
     f_s, array_s = _speeds(y0, settings)
-    notes: list[str] = []
-    tables = []
     for method in ("dopri5", "tsit5"):
         for adaptive in (False, True):
-            tables.append(_table(method, adaptive, y0, f_s, array_s, settings, notes))
-    return Result(tables, notes)
+            yield from _measure(method, adaptive, y0, f_s, array_s, settings)
 
 
 @torch.no_grad()
@@ -73,28 +74,22 @@ def _speeds(y0: Tensor, settings: Settings) -> tuple[float, float]:
     return timings.best("f") / len(arrays), timings.best("copies") / len(pairs) / 2
 
 
-def _table(
-    method: str, adaptive: bool, y0: Tensor, f_s: float, array_s: float, settings: Settings, notes: list[str]
-) -> Table:
-    func, runs = Lorenz(), dict[str, Callable[[], int]]()
-    for name, make in _solvers(notes).items():
+def _measure(method: str, adaptive: bool, y0: Tensor, f_s: float, array_s: float, settings: Settings) -> Parts:
+    func, runs = Lorenz(), dict[str, Callable[[], Counts]]()
+    for name, make in SOLVERS.items():
         try:
             solve = make(method, adaptive, func, y0)
             solve()
         except Exception as error:
-            note = f"{name}, {method}, is left out: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
-            notes += [note] if note not in notes else []
+            yield f"{name}, {method}, is left out: {type(error).__name__}: {first_line(error)}"
         else:
             runs[name] = solve
-    timings = interleave(runs, settings, threads=torch.get_num_threads(), seconds=4)
+    timings = interleave(runs, settings, threads=torch.get_num_threads(), seconds=3)
     steps = f"adaptive at {TOLERANCE:g}" if adaptive else f"{STEPS} fixed steps"
     speeds = f"f {1e3 * f_s:.2f} ms, copy {y0.nbytes / array_s / 1e9:.0f} GB/s"
     table = Table(f"{method}, {steps}, {y0.shape[1]} trajectories to T = {T_END:g} ({speeds})", COLUMNS)
     for name, solve in runs.items():
-        func.calls = 0
-        n_steps = solve()
-        # Where calls of f cannot be seen, they are as many as in the eager engine.
-        evaluations = func.calls if func.calls > 1 else table.rows[0]["n_f_evals"]
+        n_steps, evaluations = solve()
         floor = evaluations * f_s + n_steps * arrays_per_step(method, adaptive) * array_s
         seconds = timings.median(name)
         table.rows.append(
@@ -104,39 +99,32 @@ def _table(
                 "n_f_evals": evaluations,
                 "ms": 1e3 * seconds,
                 "over_floor": seconds / floor,
-                "over_eager": timings.ratio(name, "aca_ext eager"),
+                "over_eager": timings.ratio(name, EAGER) if EAGER in runs else None,
                 "floor_ms": 1e3 * floor,
                 "f_ms": 1e3 * f_s,
                 "copy_gb_per_s": y0.nbytes / array_s / 1e9,
                 "rounds": len(timings.samples[name]),
             }
         )
-    return table
+    if runs:
+        yield table
 
 
-# Of (method, adaptive, func, y0) a solve that returns the number of its trial steps.
-Maker = Callable[[str, bool, Lorenz, Tensor], Callable[[], int]]
-
-
-def _solvers(notes: list[str]) -> dict[str, Maker]:
-    solvers: dict[str, Maker] = {"aca_ext eager": partial(_ours, "eager"), "aca_ext graph": partial(_ours, "graph")}
-    return solvers | {"torchdiffeq odeint": _torchdiffeq, "diffrax, jit": _diffrax}
-
-
-def _ours(engine: str, method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[[], int]:
+def _ours(engine: str, method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[[], Counts]:
     t = torch.tensor([0.0, T_END])
     settings: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE, "method": method, "engine": engine}
     if not adaptive:
         settings["options"] = {"step_size": T_END / STEPS}
 
     @torch.no_grad()
-    def solve() -> int:
-        return aca_ext.solve(func, y0, t, **settings).stats.n_steps
+    def solve() -> Counts:
+        stats = aca_ext.solve(func, y0, t, **settings).stats
+        return stats.n_steps, stats.n_f_evals
 
     return solve
 
 
-def _torchdiffeq(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[[], int]:
+def _torchdiffeq(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[[], Counts]:
     import torchdiffeq
 
     t = torch.tensor([0.0, T_END], device=y0.device)
@@ -146,15 +134,15 @@ def _torchdiffeq(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Calla
         settings |= {"rtol": LOOSE, "atol": LOOSE, "options": {"first_step": step, "max_step": step}}
 
     @torch.no_grad()
-    def solve() -> int:
-        before = func.calls
+    def solve() -> Counts:
+        func.calls = 0
         torchdiffeq.odeint(func, y0, t, **settings)
-        return round((func.calls - before) / 6)  # evaluations of each step, and one or two at the start
+        return func.calls // STAGES, func.calls  # one or two at the start
 
     return solve
 
 
-def _diffrax(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[[], int]:
+def _diffrax(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[[], Counts]:
     jax, diffrax = jax_and_diffrax()
     if y0.is_cuda and not jax_sees_a_gpu():
         raise RuntimeError("jax sees no GPU")
@@ -180,7 +168,17 @@ def _diffrax(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[
         )
         return solution.ys[-1], solution.stats["num_steps"]
 
-    def solve() -> int:
-        return int(jax.block_until_ready(end_and_steps(start))[1])
+    def solve() -> Counts:
+        n_steps = int(jax.block_until_ready(end_and_steps(start))[1])
+        return n_steps, STAGES * n_steps + 1 + adaptive  # its calls of f cannot be seen
 
     return solve
+
+
+# Of (method, adaptive, func, y0) what solves and returns its counts.
+SOLVERS: dict[str, Callable[[str, bool, Lorenz, Tensor], Callable[[], Counts]]] = {
+    EAGER: partial(_ours, "eager"),
+    "aca_ext graph": partial(_ours, "graph"),
+    "torchdiffeq odeint": _torchdiffeq,
+    "diffrax, jit": _diffrax,
+}

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import Result, Settings, Table, interleave, new_figure
+from benchmarks.harness import Parts, Result, Settings, Table, interleave, new_figure
 from benchmarks.workloads import Network, flat, networks, reference, relative_error
 
 TOLERANCES = [1e-3, 1e-5, 1e-7]
@@ -35,21 +35,17 @@ SWEEP = {
 }
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> Parts:
     solvers, notes = peers.installed("aca_ext", "torchdiffeq", "diffrax", device=settings.device)
-    tables = []
+    yield from notes
     for workload in networks(settings):
         sweep = _sweep(workload, solvers, settings)
-        tables += [
-            sweep,
-            _at_equal_error(f"{workload.name}: forward, at equal error", sweep, "error", "forward_ms"),
-            _at_equal_error(
-                f"{workload.name}: forward and backward, at equal gradient error", sweep, "gradient_error", "both_ms"
-            ),
-        ]
+        yield sweep
+        yield _at_equal_error(f"{workload.name}: forward, at equal error", sweep, "error", "forward_ms")
+        title = f"{workload.name}: forward and backward, at equal gradient error"
+        yield _at_equal_error(title, sweep, "gradient_error", "both_ms")
         if find_spec("torchdiffeq") is not None:
-            notes.append(f"{workload.name}: the reference differs from torchdiffeq's by {_doubt(workload):.0e}.")
-    return Result(tables, notes)
+            yield f"{workload.name}: the reference differs from torchdiffeq's by {_doubt(workload):.0e}."
 
 
 def _sweep(workload: Network, solvers: list[peers.Solver], settings: Settings) -> Table:

@@ -40,12 +40,17 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
+# What a benchmark yields: each table when it is measured, and sentences on what it leaves out.
+Parts = Iterator[Table | str]
+
+
 @dataclass
 class Result:
-    """What a benchmark returns: its tables, and sentences on what it skipped."""
+    """What a benchmark has yielded; ``is_complete`` once it has reached its end."""
 
-    tables: list[Table]
+    tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    is_complete: bool = False
 
 
 class Timings:
@@ -106,6 +111,11 @@ def torch_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def first_line(error: BaseException) -> str:
+    """What it says, cut short."""
+    return next(iter(str(error).splitlines()), "")[:300]
+
+
 def new_figure(width: float = 8.0, height: float = 4.0) -> Any:
     """An empty matplotlib figure in inches that needs no display; its axes: ``figure.subplots(rows, columns)``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -124,7 +134,7 @@ def print_table(table: Table) -> None:
     print(f"\n{table.title}")
     for line in lines:
         cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        print("  ".join(cells))
+        print("  ".join(cells), flush=True)
 
 
 def write_json(folder: Path, name: str, question: str, settings: Settings, result: Result) -> Path:
@@ -136,6 +146,7 @@ def write_json(folder: Path, name: str, question: str, settings: Settings, resul
         "commit": commit(),
         "machine": machine(settings.device),
         "versions": versions(),
+        "complete": result.is_complete,
         "notes": result.notes,
         "tables": [{"title": table.title, "rows": table.rows} for table in result.tables],
     }
@@ -153,7 +164,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": device,
     }
     if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
+        machine["gpu"], machine["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
     return machine
 
 

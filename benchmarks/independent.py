@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import aca_ext
-from benchmarks.harness import Result, Settings, Table, interleave
+from benchmarks.harness import Parts, Settings, Table, interleave
 
 COUNT, QUICK_COUNT = 32, 4
 STIFFEST = (3.0, 100.0)
@@ -34,8 +34,9 @@ def van_der_pol(t: Tensor, y: Tensor, mu: Tensor) -> Tensor:
     return torch.cat([v, mu * (1 - x * x) * v - x], 1)
 
 
-def run(settings: Settings) -> Result:
-    return Result([_table(stiffest, settings) for stiffest in STIFFEST])
+def run(settings: Settings) -> Parts:
+    for stiffest in STIFFEST:
+        yield _table(stiffest, settings)
 
 
 def _table(stiffest: float, settings: Settings) -> Table:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.ops import Tolerance, TorchOperations, operations_for, row_operations_for
-from benchmarks.harness import Result, Settings, Table, interleave
+from benchmarks.harness import Parts, Settings, Table, interleave
 
 SIZES = [1, 1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 22]
 SIZES_QUICK = [1, 1 << 12]
@@ -36,13 +36,14 @@ CUDA_COLUMNS = COLUMNS | {"/ copy": ("over_copy", ".3f")}
 Call = tuple[str, int, int, Callable[[], object]]
 
 
-def run(settings: Settings) -> Result:
-    if settings.device == "cpu":
-        return Result([_measure(n, settings) for n in (SIZES_QUICK if settings.quick else SIZES)])
-    small = [_measure(n, settings) for n in (SIZES_QUICK if settings.quick else CUDA_SIZES)]
-    large = CUDA_LARGE_BYTES_QUICK if settings.quick else CUDA_LARGE_BYTES
-    dtypes = (torch.float32, torch.float64)
-    return Result([*small, *(_measure(large // dtype.itemsize, settings, dtype) for dtype in dtypes)])
+def run(settings: Settings) -> Parts:
+    sizes = SIZES if settings.device == "cpu" else CUDA_SIZES
+    for n in SIZES_QUICK if settings.quick else sizes:
+        yield _measure(n, settings)
+    if settings.device == "cuda":
+        large = CUDA_LARGE_BYTES_QUICK if settings.quick else CUDA_LARGE_BYTES
+        for dtype in (torch.float32, torch.float64):
+            yield _measure(large // dtype.itemsize, settings, dtype)
 
 
 def _measure(n: int, settings: Settings, dtype: torch.dtype = torch.float32) -> Table:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aca_ext import METHODS
 from benchmarks import peers
-from benchmarks.harness import Result, Settings, Table, interleave
+from benchmarks.harness import Parts, Settings, Table, interleave
 from benchmarks.workloads import W4, Problem
 
 THREADS = 2
@@ -31,10 +31,11 @@ COLUMNS = {
 }
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> Parts:
     workload = replace(W4, elements=1 << 16) if settings.quick else W4
     problem = workload.problem(torch.float32, settings.device)
     solvers, skipped = peers.installed(device=settings.device)
+    yield from skipped
     solvers = [solver for solver in solvers if not solver.is_compiled]
     solvers = [solver for solver in solvers if solver.own_forward]
     runs = {solver.name: solver.prepare(problem) for solver in solvers}
@@ -71,7 +72,7 @@ def run(settings: Settings) -> Result:
                 "rounds": len(timings.samples[solver.name]),
             }
         )
-    return Result([table], skipped)
+    yield table
 
 
 def _copies(pairs: list[tuple[Tensor, Tensor]]) -> None:

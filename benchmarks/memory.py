@@ -11,7 +11,7 @@ from torch import Tensor
 
 import aca_ext
 from aca_ext.memory import TensorMemory
-from benchmarks.harness import Result, Settings, Table, new_figure
+from benchmarks.harness import Parts, Result, Settings, Table, new_figure
 from benchmarks.workloads import W2, Problem
 
 STEPS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -25,13 +25,12 @@ COLUMNS = {
 }
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> Parts:
     solvers = {f"aca_ext {name}": partial(_ours, name) for name in aca_ext.GRADIENTS}
-    notes = []
     try:
         import torchdiffeq
     except ImportError:
-        notes.append("torchdiffeq is skipped: it cannot be imported.")
+        yield "torchdiffeq is skipped: it cannot be imported."
     else:
         solvers["torchdiffeq odeint"] = partial(_torchdiffeq, torchdiffeq.odeint)
         solvers["torchdiffeq odeint_adjoint"] = partial(_torchdiffeq, torchdiffeq.odeint_adjoint)
@@ -44,7 +43,7 @@ def run(settings: Settings) -> Result:
             state = problem.y0.nbytes
             row = {"solver": name, "steps": steps, "mib": memory.peak / 2**20, "over_state": memory.peak / state}
             table.rows.append(row)
-    return Result([table], notes)
+    yield table
 
 
 def _ours(gradient: str, problem: Problem, steps: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import aca_ext
+from benchmarks.harness import first_line
 from benchmarks.workloads import Problem, flat
 
 
@@ -324,7 +325,7 @@ PACKAGES = {
 def installed(*names: str, device: str = "cpu") -> tuple[list[Solver], list[str]]:
     """The solvers of the named packages, by default of all, and a sentence for each that is left out.
 
-    On a GPU without the compiled ones that do not run there.
+    On a GPU without the compiled ones that do not run there. A package that fails as it is set up is left out, too.
     """
     solvers: list[Solver] = []
     skipped: list[str] = []
@@ -333,6 +334,8 @@ def installed(*names: str, device: str = "cpu") -> tuple[list[Solver], list[str]
             solvers += PACKAGES[name]()
         except ImportError as error:
             skipped.append(f"{name} is skipped: module {error.name} cannot be imported.")
+        except Exception as error:
+            skipped.append(f"{name} is skipped: {type(error).__name__}: {first_line(error)}")
     if device != "cpu":
         on_cpu = [solver for solver in solvers if solver.is_compiled and not solver.on_gpu]
         skipped += [f"{solver.name} is skipped: it is measured, or can run, on the CPU alone." for solver in on_cpu]

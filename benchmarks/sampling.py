@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import aca_ext
-from benchmarks.harness import Result, Settings, Table, interleave
+from benchmarks.harness import Parts, Settings, Table, interleave
 from benchmarks.workloads import Network, Problem, networks
 
 STEPS = 100
@@ -24,15 +24,16 @@ COLUMNS = {
 }
 
 
-def run(settings: Settings) -> Result:
-    odeints, notes = {"aca_ext": aca_ext.odeint}, []
+def run(settings: Settings) -> Parts:
+    odeints = {"aca_ext": aca_ext.odeint}
     try:
         import torchdiffeq
     except ImportError:
-        notes.append("torchdiffeq is skipped: it cannot be imported.")
+        yield "torchdiffeq is skipped: it cannot be imported."
     else:
         odeints["torchdiffeq"] = torchdiffeq.odeint
-    return Result([_measure(workload, odeints, settings) for workload in networks(settings)], notes)
+    for workload in networks(settings):
+        yield _measure(workload, odeints, settings)
 
 
 def _measure(workload: Network, odeints: dict, settings: Settings) -> Table:

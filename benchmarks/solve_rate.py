@@ -1,9 +1,11 @@
 """How many steps per second do whole solves make on a GPU, by engine, next to torchdiffeq and diffrax?
 
-float32, dopri5 at the workload's tolerance, all solvers in turn; products in full precision, jax's too. ``/ odeint`` is
-how many times faster than torchdiffeq's odeint, ``apart`` how far the end state is from the eager engine's. ``capture
-s`` is what a graph solve takes the first time. ``launched for nothing`` are trial steps beyond those that the solve
-took, per solve, where every solve starts elsewhere; ``rounds`` how often it looked how far it had come.
+float32, dopri5 at the workload's tolerance, all solvers in turn; products in full precision, jax's too. Times are those
+of the host from the call until the device is done. aca_ext is given t on the CPU, where it wants it, torchdiffeq on the
+device. ``/ odeint`` is how many times faster than torchdiffeq's odeint, ``apart`` how far the end state is from the
+eager engine's. ``capture s`` is what a graph solve takes the first time. ``launched for nothing`` are trial steps
+beyond those that the solve took, per solve, where every solve starts elsewhere; ``rounds`` how often it looked how far
+it had come. Loops on the device, in place of steps launched ahead, come last: where they hang, the rest is there.
 """
 
 import json
@@ -23,7 +25,7 @@ from torch import Tensor
 import aca_ext
 from aca_ext.graph import programs
 from benchmarks import peers
-from benchmarks.harness import Result, Settings, Table, Timings, interleave
+from benchmarks.harness import Parts, Settings, Table, Timings, first_line, interleave
 from benchmarks.workloads import W1, W2, W3, Network, Problem
 
 SOLVES = 20  # from different starts, to count launches
@@ -45,6 +47,16 @@ LAUNCHES = {
     "launched for nothing": ("wasted", ".1f"),
     "rounds": ("rounds", ".2f"),
 }
+LOOPS = {
+    "workload": ("workload", ""),
+    "pass": ("pass", ""),
+    "ahead ms": ("ahead_ms", ".3f"),
+    "loop ms": ("loop_ms", ".3f"),
+    "ahead / loop": ("speedup", ".2f"),
+}
+PASSES = {"forward": "forward", "both": "forward and backward"}
+EAGER, GRAPH, LOOP = "aca_ext eager", "aca_ext graph", "aca_ext graph, device loop"
+DIFFRAX = "diffrax, jit"
 # A JAX release knows one of them: what of a program becomes a CUDA graph.
 COMMAND_BUFFERS = (
     "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
@@ -76,7 +88,7 @@ class Cases:
             case.forward()
             case.both()
         except Exception as error:
-            self.notes.append(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0][:300]}")
+            self.notes.append(f"{name} is left out: {type(error).__name__}: {first_line(error)}")
         else:
             self.of[name] = case
 
@@ -90,40 +102,61 @@ def workloads(settings: Settings) -> list[Network]:
     return found
 
 
-def run(settings: Settings) -> Result:
-    notes: list[str] = []
-    tables: list[Table] = []
-    launches = Table("Trial steps that were launched ahead", LAUNCHES)
-    for workload in workloads(settings):
-        problem = workload.problem(torch.float32, settings.device)
+def run(settings: Settings) -> Parts:
+    problems = {workload: workload.problem(torch.float32, settings.device) for workload in workloads(settings)}
+    captured = {}
+    for workload, problem in problems.items():
         cases = _cases(problem)
-        notes += [note for note in cases.notes if note not in notes]
-        tables += _measure(workload, cases.of, settings)
-        if "aca_ext graph" in cases.of:
-            launches.rows.append({"workload": workload.name, **_launches(problem)})
-    if launches.rows:
-        tables.append(launches)
+        yield from cases.notes
+        if cases.of:
+            yield from _measure(workload, cases.of, settings)
+        if GRAPH in cases.of:
+            captured[workload] = problem
+    if captured:
+        yield from _launches(captured)
+        yield from _loops(captured, settings)
     if settings.device == "cuda" and not settings.quick:
-        table, note = _with_command_buffers()
-        tables += [] if table is None else [table]
-        notes += [] if note is None else [note]
-    return Result(tables, notes)
+        yield _with_command_buffers()
 
 
 def _cases(problem: Problem) -> Cases:
     cases = Cases()
-    cases.add("aca_ext eager", partial(_ours, problem, "eager", device_loops=False))
-    cases.add("aca_ext graph", partial(_ours, problem, "graph", device_loops=False))
-    cases.add("aca_ext graph, device loops", partial(_ours, problem, "graph", device_loops=True))
+    cases.add(EAGER, partial(_ours, problem, "eager"))
+    cases.add(GRAPH, partial(_ours, problem, "graph"))
     solvers, skipped = peers.installed("torchdiffeq", "diffrax", device=problem.y0.device.type)
     cases.notes += skipped
     for solver in solvers:
-        if solver.name in (BASE, "diffrax, jit"):
+        if solver.name in (BASE, DIFFRAX):
             cases.add(solver.name, partial(_theirs, problem, solver))
     return cases
 
 
-def _ours(problem: Problem, engine: str, device_loops: bool) -> Case:
+def _loops(problems: dict[Network, Problem], settings: Settings) -> Parts:
+    table = Table("Loops on the device against steps that are launched ahead", LOOPS)
+    for workload, problem in problems.items():
+        cases = Cases()
+        cases.add(GRAPH, partial(_ours, problem, "graph"))
+        cases.add(LOOP, partial(_ours, problem, "graph", device_loops=True))
+        yield from cases.notes
+        if len(cases.of) < 2:
+            continue
+        for name, title in PASSES.items():
+            calls = {which: getattr(case, name) for which, case in cases.of.items()}
+            timings = interleave(calls, settings, threads=torch.get_num_threads(), seconds=1)
+            table.rows.append(
+                {
+                    "workload": workload.name,
+                    "pass": title,
+                    "ahead_ms": 1e3 * timings.median(GRAPH),
+                    "loop_ms": 1e3 * timings.median(LOOP),
+                    "speedup": timings.ratio(GRAPH, LOOP),
+                }
+            )
+    if table.rows:
+        yield table
+
+
+def _ours(problem: Problem, engine: str, device_loops: bool = False) -> Case:
     t = torch.tensor([0.0, problem.t_end])
     settings: dict[str, Any] = {"rtol": problem.tol, "atol": problem.tol, "engine": engine}
 
@@ -151,7 +184,7 @@ def _ours(problem: Problem, engine: str, device_loops: bool) -> Case:
 def _check_loops(problem: Problem) -> None:
     from aca_ext.graph import engine
 
-    plans = engine._plans_of(problem.func)._plans.values()
+    plans = engine._by_owner.of(problem.func)._plans.values()
     if not any(isinstance(plan._solve, programs._Loop) for plan in plans):
         raise RuntimeError("this build, driver or torch has no loops on the device; steps were launched ahead instead")
 
@@ -186,14 +219,12 @@ def _seconds(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def _measure(workload: Network, cases: dict[str, Case], settings: Settings) -> list[Table]:
-    title = f"{workload.name}, T = {workload.t_end:g}, tolerance {workload.tol:g}"
-    tables = []
-    for i, passes in enumerate(("forward", "both")):
+def _measure(workload: Network, cases: dict[str, Case], settings: Settings) -> Parts:
+    problem = f"{workload.name}, T = {workload.t_end:g}, tolerance {workload.tol:g}"
+    for i, (passes, title) in enumerate(PASSES.items()):
         calls = {name: getattr(case, passes) for name, case in cases.items()}
         timings = interleave(calls, settings, threads=torch.get_num_threads(), seconds=3)
-        table = Table(f"{title}: {'forward' if passes == 'forward' else 'forward and backward'}", COLUMNS)
-        eager = cases["aca_ext eager"].end.cpu()
+        table = Table(f"{problem}: {title}", COLUMNS)
         for name, case in cases.items():
             table.rows.append(
                 {
@@ -202,23 +233,34 @@ def _measure(workload: Network, cases: dict[str, Case], settings: Settings) -> l
                     "ms": 1e3 * timings.median(name),
                     "steps_per_s": case.accepted / timings.median(name),
                     "speedup": _times_faster(timings, name, BASE),
-                    "over_diffrax": _times_faster(timings, name, "diffrax, jit"),
-                    "apart": float((case.end.cpu() - eager).abs().max()),
+                    "over_diffrax": _times_faster(timings, name, DIFFRAX),
+                    "apart": float((case.end.cpu() - cases[EAGER].end.cpu()).abs().max()) if EAGER in cases else None,
                     "capture_s": None if case.capture_s is None else case.capture_s[i],
                     "rounds": len(timings.samples[name]),
                 }
             )
-        tables.append(table)
-    return tables
+        yield table
 
 
 def _times_faster(timings: Timings, name: str, other: str) -> float | None:
     return timings.ratio(other, name) if other in timings.samples else None
 
 
-def _launches(problem: Problem) -> dict[str, Any]:
+def _launches(problems: dict[Network, Problem]) -> Parts:
+    table = Table("Trial steps that were launched ahead", LAUNCHES)
+    for workload, problem in problems.items():
+        try:
+            table.rows.append({"workload": workload.name, **_count_launches(problem)})
+        except Exception as error:
+            yield f"{workload.name}, launches: {type(error).__name__}: {first_line(error)}"
+    if table.rows:
+        yield table
+
+
+def _count_launches(problem: Problem) -> dict[str, Any]:
     """Trial steps launched and taken by solves that each start elsewhere, as in training."""
-    t, launched, rounds, taken = torch.tensor([0.0, problem.t_end]), 0, 0, 0
+    t = torch.tensor([0.0, problem.t_end])
+    launched = rounds = taken = 0
     program = programs.CudaProgram.launch
 
     def counted(self: Any, times: int = 1) -> None:
@@ -247,9 +289,10 @@ def _launches(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _with_command_buffers() -> tuple[Table | None, str | None]:
-    """diffrax on the first workload in processes of their own, without command buffers and with them."""
-    rows, wrong = [], ""
+def _with_command_buffers() -> Table | str:
+    """diffrax on the first workload in processes of their own, without command buffers and with them; or why not."""
+    rows: list[dict[str, Any]] = []
+    wrong = ""
     for flags in ("--xla_gpu_enable_command_buffer=", *COMMAND_BUFFERS):
         if len(rows) == 2:
             break
@@ -266,11 +309,11 @@ def _with_command_buffers() -> tuple[Table | None, str | None]:
             rows.append({"flags": flags, **json.loads(done.stdout.splitlines()[-1])})
         except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            wrong = said[-1][:300] if said else repr(error)
+            wrong = wrong or (said[-1][:300] if said else repr(error))
     if not rows:
-        return None, f"diffrax with command buffers is left out: {wrong}"
+        return f"diffrax with command buffers is left out: {wrong}"
     columns = {"XLA_FLAGS": ("flags", ""), "forward ms": ("forward_ms", ".3f")}
-    return Table(f"diffrax, jit, by command buffers: {W1.name}, forward", columns, rows), None
+    return Table(f"diffrax, jit, by command buffers: {W1.name}, forward", columns, rows)
 
 
 def _diffrax_alone() -> dict[str, float]:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import Result, Settings, Table, interleave, new_figure
+from benchmarks.harness import Parts, Result, Settings, Table, interleave, new_figure
 from benchmarks.workloads import W4, Problem
 
 SIZES = [1 << n for n in range(0, 23, 2)]
@@ -24,8 +24,9 @@ COLUMNS = {
 }
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> Parts:
     solvers, skipped = peers.installed(device=settings.device)
+    yield from skipped
     solvers = [solver for solver in solvers if solver.own_forward and not solver.is_compiled]
     table = Table("time that the solver adds to an evaluation of f", COLUMNS)
     for n in SIZES_QUICK if settings.quick else SIZES:
@@ -39,7 +40,7 @@ def run(settings: Settings) -> Result:
             overhead = timings.median(solver.name) / evaluations - f
             row = {"solver": solver.name, "elements": n, "n_f_evals": evaluations, "f_us": 1e6 * f}
             table.rows.append({**row, "overhead_us": 1e6 * overhead})
-    return Result([table], skipped)
+    yield table
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import Result, Settings, Table, Timings, interleave
+from benchmarks.harness import Parts, Settings, Table, Timings, interleave
 from benchmarks.workloads import Network, Problem, networks, reference, relative_error
 
 STAGES = 6  # evaluations of f per accepted dopri5 step
@@ -35,10 +35,11 @@ BOTH = {
 }
 
 
-def run(settings: Settings) -> Result:
+def run(settings: Settings) -> Parts:
     solvers, skipped = peers.installed(device=settings.device)
-    tables = [table for workload in networks(settings) for table in _measure(workload, solvers, settings)]
-    return Result(tables, skipped)
+    yield from skipped
+    for workload in networks(settings):
+        yield from _measure(workload, solvers, settings)
 
 
 def _measure(workload: Network, solvers: list[peers.Solver], settings: Settings) -> list[Table]:

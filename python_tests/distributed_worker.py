@@ -61,7 +61,7 @@ def wrapped_by(wrapping: str, model: nn.Module, world: int) -> nn.Module:
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
     if wrapping == "fsdp by layer":
-        for layer in model:
+        for layer in model.children():
             fully_shard(layer, mesh=mesh)
     if wrapping == "fsdp inside":
         fully_shard(model[1].func, mesh=mesh)

@@ -453,14 +453,15 @@ class TestFailures:
         ],
     )
     def test_are_those_of_the_eager_engine(self, func: Any, end: float, options: Any, error: Any) -> None:
-        caught = []
+        caught: list[Any] = []
         for engine in ("compiled", "eager"):
             with pytest.raises(error) as failure:
                 odeint(func, torch.ones(2).double(), [0.0, end], **TOLERANCES, options=options, engine=engine)
             caught.append(failure.value)
+        one, other = caught
         assert isinstance(caught[0], AcaError)
-        assert type(caught[0]) is type(caught[1])
-        assert caught[0].t == pytest.approx(caught[1].t, rel=1e-6)
+        assert type(one) is type(other)
+        assert one.t == pytest.approx(other.t, rel=1e-6)
 
 
 def test_layer() -> None:

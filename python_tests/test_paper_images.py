@@ -112,7 +112,7 @@ def test_an_interrupted_training_continues_where_it_stopped(tmp_path):
 def test_the_node_replaces_every_second_block():
     net = image.ACA.build(3, (64, 128, 256, 512), 10)
     resnet = image.RESNET.build(3, (64, 128, 256, 512), 10)
-    assert [type(layer).__name__ for layer in net[3:11]] == ["Residual", "NeuralODE"] * 4
+    assert [type(layer).__name__ for layer in [*net.children()][3:11]] == ["Residual", "NeuralODE"] * 4
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in resnet.parameters()) == 11_173_962
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import hopper, three_body
 from benchmarks.paper.common import MissingError, Settings

@@ -147,7 +147,7 @@ class LatentODE(Model):
 class Recurrent(Model):
     """Predicts each point from those before it, reading its own prediction where none is shown."""
 
-    def __init__(self, train: Tensor, size: Size, cell: type[nn.RNNCellBase]) -> None:
+    def __init__(self, train: Tensor, size: Size, cell: Callable[[int, int], nn.RNNCellBase]) -> None:
         super().__init__(train)
         self.size = size
         self.cell = cell(N_DIMS + 1, size.recurrent)

@@ -1,0 +1,59 @@
+"""The benchmarks that are for a GPU run through on the CPU, where captured bodies are called again."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_graph_engine import Caller
+
+from aca_ext.graph import engine, programs
+from benchmarks import breakdown, convolution, ensemble, solve_rate
+from benchmarks.harness import Settings, Table, print_table
+from benchmarks.workloads import W3
+
+SHORT = replace(W3, t_end=1.0)
+
+
+class Loop(programs._Loop):
+    def __init__(self, repeat: Any) -> None:
+        self.repeat = repeat
+
+    def __call__(self, times: int) -> None:
+        self.repeat(times)
+
+
+class LoopingCaller(Caller):
+    def repeat(self, *args: Any) -> Any:
+        repeat = super().repeat(*args)
+        return Loop(repeat) if programs.DEVICE_LOOPS else repeat
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (breakdown, ["eager   forward", "graph   forward", "graph/engine.py", "solver.py"]),
+        (convolution, ["aca_ext eager", "aca_ext graph"]),
+        (ensemble, ["aca_ext eager", "aca_ext graph"]),
+        (solve_rate, ["aca_ext eager", "aca_ext graph", "launched for nothing", "ahead / loop"]),
+    ],
+    ids=lambda x: x.__name__.rpartition(".")[2] if hasattr(x, "__name__") else "",
+)
+def test_runs_with_every_engine(
+    module: Any, found: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "DEVICES", ("cpu",))
+    monkeypatch.setattr(engine, "capturer_for", lambda device: LoopingCaller([]))
+    monkeypatch.setattr(solve_rate, "workloads", lambda settings: [SHORT])
+    monkeypatch.setattr(breakdown, "WORKLOADS", [SHORT])
+    monkeypatch.setitem(sys.modules, "diffrax", None)  # takes long to compile
+    for part in module.run(Settings(quick=True)):
+        if isinstance(part, Table):
+            assert part.rows
+            print_table(part)
+        else:
+            assert not part.startswith("aca_ext"), part
+    printed = capsys.readouterr().out
+    assert [text for text in found if text not in printed] == []

@@ -263,11 +263,12 @@ def _count_launches(problem: Problem) -> dict[str, Any]:
     launched = rounds = taken = 0
     program = programs.CudaProgram.launch
 
-    def counted(self: Any, times: int = 1) -> None:
+    def counted(self: Any, times: int | None = None) -> None:
         nonlocal launched, rounds
-        launched += times
-        rounds += 1
-        program(self, times)
+        if times is not None:  # what begins a solve is launched without a number
+            launched += times
+            rounds += 1
+        program(self, times or 1)
 
     programs.CudaProgram.launch = counted  # type: ignore[method-assign]
     try:
@@ -280,12 +281,11 @@ def _count_launches(problem: Problem) -> dict[str, Any]:
                 taken += solution.stats.n_steps
     finally:
         programs.CudaProgram.launch = program  # type: ignore[method-assign]
-    # One launch of a solve, and one of its rounds, finds the first step.
     return {
         "solves": SOLVES,
         "trial_steps": taken / SOLVES,
-        "wasted": (launched - taken) / SOLVES - 1,
-        "rounds": rounds / SOLVES - 1,
+        "wasted": (launched - taken) / SOLVES,
+        "rounds": rounds / SOLVES,
     }
 
 

@@ -68,7 +68,7 @@ class _Run:
         field = VectorField(
             traced, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)
         )
-        field.func = problem.func  # whose modules are to be looked at
+        field.func, field.held = problem.func, task.field.held  # whose modules are to be looked at, and were
         self.task = replace(task, field=field)
         if torch.is_grad_enabled():
             k0, params = first_slope_and_params(self.task)
@@ -157,7 +157,7 @@ class _Run:
             grad_ys = torch.empty_like(memory.ys).copy_(grad_ys)
         with plan.in_order():
             if not plan.has_backward:
-                plan.capture_backward(self.problem, memory, params, self.autocast)
+                plan.capture_backward(self.problem, memory, params, self.task.field.held, self.autocast)
             elif not plan.reads(params):
                 raise ReplayError(
                     "The memory of a parameter was replaced between the forward and the backward pass, so that a "

@@ -13,6 +13,7 @@ from torch import Tensor
 from aca_ext.control import ControlBlock, ControlledKernels, DeviceTimes, SolveMemory
 from aca_ext.errors import GraphError
 from aca_ext.graph.programs import Capturer, Program, Repeat
+from aca_ext.modules import Held
 from aca_ext.problem import Problem
 from aca_ext.replay import Replay
 from aca_ext.runge_kutta import scheme_of, step, step_vjp
@@ -178,14 +179,22 @@ class Plan:
         self._block.write(control)
 
     def capture_backward(
-        self, problem: Problem, memory: SolveMemory, params: Sequence[Tensor], autocast: AutocastState
+        self,
+        problem: Problem,
+        memory: SolveMemory,
+        params: Sequence[Tensor],
+        held: Sequence[Held],
+        autocast: AutocastState,
     ) -> None:
         """Captures a step's transpose, with the gradients of ``params`` and of args that require grad.
+
+        ``held`` is what func's modules held in the forward pass.
 
         Raises:
             GraphError: func's backward pass cannot be captured.
         """
         field = self._field(problem)
+        field.held = list(held)
         args = [x for x, given in zip(field.args, problem.args, strict=True) if _requires_grad(given)]
         for arg in args:
             arg.requires_grad_()

@@ -3,7 +3,7 @@ be captured at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.errors import GraphError
+from aca_ext.state import tensors_in
 
 _HINT = 'Use engine="eager", or change func.'
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -40,6 +41,7 @@ class Trace(TorchDispatchMode):
         self._device = given[0].device
         self._operations: list[Hashable] = []
         self._names: dict[int, Hashable] = {_memory_of(x): ("given", i) for i, x in enumerate(given)}
+        self._starts = {_memory_of(x): _start_of(x) for x in given}  # what is given next may be another part of a tensor
         self._alive: list[Tensor] = list(given)  # so that memory stays what it was named for
 
     def key(self) -> Hashable:
@@ -54,12 +56,8 @@ class Trace(TorchDispatchMode):
             given: Hashable = (func, repr(args[0].tolist()), args[0].dtype)
         else:
             given = (func, self._described(args), self._described(kwargs or {}))
-        written = {
-            i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-        }
-        for i, x in enumerate(args):
-            if i in written and isinstance(x, Tensor) and self._is_foreign(x):
-                raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
+        if any(self._is_foreign(x) for x in _written(func, args, kwargs or {})):
+            raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
         result = func(*args, **(kwargs or {}))
         if func in _COPIES and len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
             # Waits, which a capture may not, or leaves a host's memory in the capture that is gone when it is repeated.
@@ -90,7 +88,8 @@ class Trace(TorchDispatchMode):
             self._names[memory] = ("held", x.untyped_storage().data_ptr())
             self._alive.append(x)
             self.held.append(x)
-        layout = tuple(x.shape), tuple(x.stride()), x.storage_offset(), x.dtype, x.device
+        start = _start_of(x) - self._starts.get(memory, 0)
+        layout = tuple(x.shape), tuple(x.stride()), start, x.dtype, x.device
         # A number in the host's memory goes into a launch on a GPU by its value.
         value = repr(x.item()) if x.dim() == 0 and x.device.type == "cpu" != self._device.type else None
         return self._names[memory], layout, value
@@ -131,5 +130,19 @@ class TracedFunction:
             return self._func(t, y, *args)
 
 
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+    """The operands that an operation changes, lists of them and out=... included."""
+    arguments = func._schema.arguments
+    operands = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+    changed = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tensors_in([operands.get(name) for name in changed])
+
+
 def _memory_of(x: Tensor) -> int:
+    if x.layout is not torch.strided:
+        raise GraphError(f"func works with a tensor of layout {x.layout}, which a captured step cannot. {_HINT}")
     return int(x.untyped_storage()._cdata)
+
+
+def _start_of(x: Tensor) -> int:
+    return x.storage_offset() * x.element_size()

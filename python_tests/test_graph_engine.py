@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 from autograd_reference import relative_error
 from problems import LotkaVolterra, ThreeBody, VanDerPol
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aca_ext import METHODS, odeint, solve
 from aca_ext.control import ControlBlock
@@ -229,6 +233,35 @@ class TestAgainstEager:
         y0 = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
         both_engines(lambda t, y: y, y0, torch.tensor([0.0, 0.7, 1.0]))
 
+    def test_func_that_differentiates(self, device: str) -> None:
+        class Hamiltonian(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.energy = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1, bias=False))
+
+            def forward(self, t: Tensor, y: Tensor) -> Tensor:
+                with torch.enable_grad():
+                    y = y if y.requires_grad else y.detach().requires_grad_()
+                    (slope,) = torch.autograd.grad(self.energy(y).sum(), y, create_graph=True)
+                return torch.stack([slope[..., 1], -slope[..., 0]], -1)
+
+        y0 = torch.randn(5, 2, dtype=torch.float64, device=device, requires_grad=True)
+        both_engines(Hamiltonian().to(device).double(), y0, torch.tensor([0.0, 1.0]))
+
+    def test_recomputed_in_the_backward_pass(self, device: str) -> None:
+        net = Net().to(device)
+        y0 = torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+        grads = []
+        for name in ("eager", "graph"):
+            solved = partial(odeint, net, t=torch.tensor([0.0, 1.0]), engine=name)
+            ys = checkpoint(solved, y0 * 1.0, use_reentrant=True)
+            ys.sin().sum().backward()
+            grads.append([x.grad.clone() for x in (y0, *net.parameters())])
+            for x in (y0, *net.parameters()):
+                x.grad = None
+        for one, other in zip(*grads, strict=True):
+            assert relative_error(other, one) <= 1e-12
+
     def test_times_receive_gradients(self, device: str) -> None:
         net = Net().to(device)
         y0 = torch.randn(3, dtype=torch.float64, device=device)
@@ -333,6 +366,57 @@ class TestCaptures:
         solution = solve(net, y0, t, engine="graph")
         assert solution.stats.compile_seconds == 0
         assert torch.equal(solution.y, solve(net, y0, t).y)
+
+    def test_other_parts_of_a_tensor_need_none(self, device: str) -> None:
+        starts, rates = (torch.randn(4, 3, dtype=torch.float64, device=device) for _ in range(2))
+        func = lambda t, y, a: -a * y.view(3)  # noqa: E731
+        for i, (y0, rate) in enumerate(zip(starts, rates, strict=True)):
+            solution = solve(func, y0, self.T, engine="graph", args=(rate,))
+            assert (solution.stats.compile_seconds > 0) == (i == 0)
+            assert torch.equal(solution.y, solve(func, y0, self.T, args=(rate,)).y)
+
+    @pytest.mark.parametrize("twice", [False, True], ids=["", "create_graph"])
+    def test_after_functional_call(self, device: str, twice: bool) -> None:
+        class Solving(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net, self.engine = Net(), "eager"
+
+            def forward(self, y: Tensor) -> Tensor:
+                return odeint(self.net, y, TestCaptures.T, engine=self.engine)[-1]
+
+        model = Solving().to(device)
+        y0 = torch.randn(2, 3, dtype=torch.float64, device=device)
+        params = {name: (1.5 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+        grads = []
+        for model.engine in ("eager", "graph"):
+            y = torch.func.functional_call(model, params, (y0,))
+            grads.append(torch.autograd.grad(y.sum(), list(params.values()), create_graph=twice))
+        for one, other in zip(*grads, strict=True):
+            assert relative_error(other, one) <= 1e-12
+
+    def test_an_arg_that_holds_tensors(self, device: str) -> None:
+        rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device=device, requires_grad=True)
+        y0 = torch.ones(3, dtype=torch.float64, device=device)
+        for name in ("eager", "graph", "graph"):
+            held = SimpleNamespace(rate=rate.view(3))  # another tensor each time, of the same memory
+            y = odeint(lambda t, y, held: -y * held.rate, y0, self.T, engine=name, args=(held,))[-1]
+        (grad,) = torch.autograd.grad(y.sum(), rate)
+        assert torch.allclose(grad, -torch.exp(-rate), rtol=1e-5)
+
+    def test_keep_nothing_of_an_evaluation(self, device: str) -> None:
+        made = list[weakref.ref[Tensor]]()
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            k = torch.tanh(2 * y)
+            made.append(weakref.ref(k))
+            return 3 * k
+
+        y0 = torch.ones(3, dtype=torch.float64, device=device, requires_grad=True)
+        y = odeint(func, y0, self.T, engine="graph")
+        assert y.requires_grad
+        assert made
+        assert not any(x() is not None for x in made)
 
     def test_see_parameters_updated_in_place(self, device: str) -> None:
         net = Net().to(device)
@@ -581,6 +665,30 @@ class TestRefusals:
 
         with pytest.raises(GraphError, match="changes a tensor that it holds"):
             solve(func, torch.randn(3, device=device), self.T, engine="graph")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda held, y: torch.mul(y, 2, out=held),
+            lambda held, y: torch._foreach_add_([held], 1.0),
+            lambda held, y: held.view(-1).copy_(y),
+        ],
+        ids=["out", "foreach", "view"],
+    )
+    def test_other_ways_to_change_one(self, device: str, change: Any) -> None:
+        held = torch.zeros(3, device=device)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            change(held, y)
+            return -y
+
+        with pytest.raises(GraphError, match="changes a tensor that it holds"):
+            solve(func, torch.randn(3, device=device), self.T, engine="graph")
+
+    def test_sparse_tensors(self, device: str) -> None:
+        weights = torch.eye(3, device=device).to_sparse()
+        with pytest.raises(GraphError, match=r"layout torch\.sparse_coo"):
+            solve(lambda t, y: weights @ y, torch.randn(3, 2, device=device), self.T, engine="graph")
 
     def test_copies_from_the_host(self) -> None:
         y = torch.empty(3, device="meta")  # what any device that is not the host's looks like to a trace

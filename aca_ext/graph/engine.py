@@ -69,11 +69,11 @@ class _Run:
             traced, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)
         )
         field.func, field.held = problem.func, task.field.held  # whose modules are to be looked at, and were
-        self.task = replace(task, field=field)
+        self.task, watched = task, replace(task, field=field)
         if torch.is_grad_enabled():
-            k0, params = first_slope_and_params(self.task)
+            k0, params = first_slope_and_params(watched)
         else:
-            k0, params = self.task.first_slope(problem.y0.detach()), []
+            k0, params = watched.first_slope(problem.y0.detach()), []
         assert k0 is not None
         assert traced.trace is not None
         if field.draws_random_numbers or field.moving_buffers:
@@ -249,6 +249,7 @@ def _key_of(problem: Problem, trace: Trace, params: Sequence[Tensor]) -> Hashabl
         trace.key(),
         tuple(p.data_ptr() for p in params),
         (y0.shape, y0.stride(), y0.dtype, y0.device),
+        _stream_of(y0),
         tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors_in(problem.args)),
         problem.packing,
         problem.tableau,
@@ -259,6 +260,11 @@ def _key_of(problem: Problem, trace: Trace, params: Sequence[Tensor]) -> Hashabl
         programs.DEVICE_LOOPS,
         _precision(),
     )
+
+
+def _stream_of(y0: Tensor) -> int:
+    """The stream that a plan has its memory from: given back, it may be used there at once, but not on others."""
+    return int(torch.cuda.current_stream(y0.device).cuda_stream) if y0.is_cuda else 0
 
 
 def _precision() -> Hashable:

@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         held: the tensors that func held when it was captured, whose memory the programs read.
-        args: those of func, in memory of the plan's own; each solve copies its own there.
+        args: the tensors among func's, in memory of the plan's own, where each solve copies its own; None for others.
         n_evals_per_step, n_evals_per_transpose: evaluations of func in a trial step, and in one transposed.
     """
 
@@ -57,7 +57,7 @@ class Plan:
         self._go_on: Repeat | None = None
         self._transpose: Repeat | None = None
         self.held = [x.detach() for x in held]
-        self.args = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in problem.args)
+        self.args = tuple(x.detach().clone() if isinstance(x, Tensor) else None for x in problem.args)
         self.n_evals_per_step = len(self._scheme.c) - self._scheme.fsal
         last = max(i for i, w in enumerate(self._scheme.solution) if w != 0)
         self.n_evals_per_transpose = len(self._scheme.c) if self._has_inside else 1 + last
@@ -154,7 +154,7 @@ class Plan:
     def _take(self, args: Sequence[Any]) -> None:
         """Copies args to where the programs read them."""
         for mine, given in zip(self.args, args, strict=True):
-            if isinstance(mine, Tensor):
+            if mine is not None:
                 mine.copy_(given.detach())
 
     def _memory(self, problem: Problem, *, keeps_states: bool) -> SolveMemory:
@@ -273,7 +273,8 @@ class Plan:
                 grad.zero_()
 
     def _field(self, problem: Problem) -> VectorField:
-        return VectorField(problem.func, self.args, problem.packing, TorchOperations(self._like, self._tolerance))
+        args = [given if mine is None else mine for mine, given in zip(self.args, problem.args, strict=True)]
+        return VectorField(problem.func, args, problem.packing, TorchOperations(self._like, self._tolerance))
 
     def _check(self, program: Program, body: Callable[[], None], reset: Callable[[], None]) -> None:
         """Raises where the program, on input that it has not seen, does not what its body does."""

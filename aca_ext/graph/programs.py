@@ -4,9 +4,10 @@ itself. Nothing here has run on a GPU yet.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import Any, Protocol
 
@@ -51,6 +52,31 @@ class _Turns:
 
     def __init__(self, device: torch.device) -> None:
         self.stream, self.done, self.lock = torch.cuda.Stream(device), torch.cuda.Event(), threading.RLock()
+        with torch.cuda.device(device):
+            self._workspaces = torch.cuda.MemPool() if hasattr(torch.cuda, "MemPool") else None  # torch 2.5 and newer
+
+    def keep_workspaces(self) -> None:
+        """Has cuBLAS's workspace for the stream in memory that nothing else ever gets; current is the stream.
+
+        torch gives it back when any graph that was captured on the stream is destroyed (2.12 and newer), and when
+        torch.compile captures graphs of its own, while the programs captured here go on writing to it.
+        """
+        self._keep_workspace_of_this_thread()
+        # Another thread, with a workspace of its own, is that in which autograd works where func itself differentiates.
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones((), device=self.stream.device, requires_grad=True)
+            y = x * 1
+            y.register_hook(self._keep_workspace_of_this_thread)
+            torch.autograd.grad(y, x)
+
+    def _keep_workspace_of_this_thread(self, _: Any = None) -> None:
+        if self._workspaces is None:
+            return
+        try:
+            with torch.cuda.use_mem_pool(self._workspaces, self.stream.device):
+                torch.cuda.current_blas_handle()  # which makes the workspace where there is none
+        except RuntimeError:  # torch 2.8 has no such pools in expandable segments
+            self._workspaces = None
 
 
 _turns_of = cache(_Turns)
@@ -79,6 +105,7 @@ class CudaCapturer:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
+            self._turns.keep_workspaces()
             body = make_body()
             for _ in range(_WARM_UPS):
                 reset()
@@ -87,12 +114,14 @@ class CudaCapturer:
         torch.cuda.synchronize(self._device)
         graph = _new_graph()
         try:
-            with (
-                torch.cuda.stream(current),  # which the next would leave aside if it failed to end
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
+            # The stream, since a capture that fails to end would leave its own behind.
+            with torch.cuda.stream(current), _no_garbage_collection(), ExitStack() as capture:
+                with torch.inference_mode(False):  # torch makes tensors that it writes to at all later captures
+                    capture.enter_context(
+                        torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+                    )
                 self._run_captured(body)
-        except AcaError:
+        except (AcaError, torch.cuda.OutOfMemoryError):
             raise
         except RuntimeError as error:
             raise GraphError(f"A step with func cannot be captured. {_HINT} CUDA says: {error}") from error
@@ -154,6 +183,18 @@ class _Loop:
 
     def __call__(self, times: int) -> None:
         self._loop.launch(torch.cuda.current_stream(self._device).cuda_stream)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A captured graph that is destroyed by the way, in the same thread, would spoil a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _keeps_graphs() -> bool:

@@ -41,7 +41,7 @@ class Trace(TorchDispatchMode):
         self._device = given[0].device
         self._operations: list[Hashable] = []
         self._names: dict[int, Hashable] = {_memory_of(x): ("given", i) for i, x in enumerate(given)}
-        self._starts = {_memory_of(x): _start_of(x) for x in given}  # what is given next may be another part of a tensor
+        self._starts = {_memory_of(x): _start_of(x) for x in given}  # the next may be another part of the same tensor
         self._alive: list[Tensor] = list(given)  # so that memory stays what it was named for
 
     def key(self) -> Hashable:
@@ -145,4 +145,4 @@ def _memory_of(x: Tensor) -> int:
 
 
 def _start_of(x: Tensor) -> int:
-    return x.storage_offset() * x.element_size()
+    return int(x.storage_offset()) * x.element_size()

@@ -545,6 +545,17 @@ class TestCaptures:
         assert torch.equal(first, torch.autograd.grad(y.sum(), y0)[0])
 
 
+def test_a_workspace_is_kept_once_for_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = list[torch.device]()
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool, device: nullcontext(kept.append(device)))
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 0)
+    x = torch.full((3,), 2.0, requires_grad=True)
+    with programs._Keeping(None, x.device):
+        (grad,) = torch.autograd.grad(x.square().sum(), x)
+    assert torch.equal(grad, 2 * x)
+    assert kept == [x.device]
+
+
 @pytest.mark.usefixtures("loops")
 class TestRoom:
     def test_grows(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:

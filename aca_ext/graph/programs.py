@@ -7,11 +7,12 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.control import ControlBlock, device_loop, obstacle_to_loop, restart_capture, supports_device_loops
 from aca_ext.errors import AcaError, GraphError
@@ -55,28 +56,31 @@ class _Turns:
         with torch.cuda.device(device):
             self._workspaces = torch.cuda.MemPool() if hasattr(torch.cuda, "MemPool") else None  # torch 2.5 and newer
 
-    def keep_workspaces(self) -> None:
-        """Has cuBLAS's workspace for the stream in memory that nothing else ever gets; current is the stream.
+    def keeping_workspaces(self) -> AbstractContextManager[Any]:
+        """Around a warm-up: what cuBLAS works in, on this stream, is in memory that nothing else ever gets."""
+        return nullcontext() if self._workspaces is None else _Keeping(self._workspaces, self.stream.device)
 
-        torch gives it back when any graph that was captured on the stream is destroyed (2.12 and newer), and when
-        torch.compile captures graphs of its own, while the programs captured here go on writing to it.
-        """
-        self._keep_workspace_of_this_thread()
-        # Another thread, with a workspace of its own, is that in which autograd works where func itself differentiates.
-        with torch.inference_mode(False), torch.enable_grad():
-            x = torch.ones((), device=self.stream.device, requires_grad=True)
-            y = x * 1
-            y.register_hook(self._keep_workspace_of_this_thread)
-            torch.autograd.grad(y, x)
 
-    def _keep_workspace_of_this_thread(self, _: Any = None) -> None:
-        if self._workspaces is None:
-            return
-        try:
-            with torch.cuda.use_mem_pool(self._workspaces, self.stream.device):
-                torch.cuda.current_blas_handle()  # which makes the workspace where there is none
-        except RuntimeError:  # torch 2.8 has no such pools in expandable segments
-            self._workspaces = None
+class _Keeping(TorchDispatchMode):
+    """Has cuBLAS's workspaces, one for each thread that works, in ``pool``.
+
+    torch gives those of a stream back when any graph that was captured on it is destroyed (2.12 and newer), or when
+    torch.compile captures graphs of its own, while programs captured before go on writing to them.
+    """
+
+    def __init__(self, pool: Any, device: torch.device) -> None:
+        super().__init__()
+        self._pool, self._device = pool, device
+        self._threads = set[int]()  # that of autograd is another one
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        thread = threading.get_ident()
+        if thread not in self._threads:
+            self._threads.add(thread)
+            # Not every torch has pools in expandable segments.
+            with suppress(RuntimeError), torch.cuda.use_mem_pool(self._pool, self._device):
+                torch.cuda.current_blas_handle()  # makes the workspace where there is none
+        return func(*args, **(kwargs or {}))
 
 
 _turns_of = cache(_Turns)
@@ -105,8 +109,10 @@ class CudaCapturer:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._turns.keep_workspaces()
             body = make_body()
+            reset()
+            with self._turns.keeping_workspaces():
+                body()
             for _ in range(_WARM_UPS):
                 reset()
                 body()

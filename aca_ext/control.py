@@ -149,9 +149,23 @@ class SolveMemory:
         control.steps = steps.data_ptr()
 
     def hand_over_states(self) -> list[Tensor]:
-        """The blocks, for whoever keeps them from now on; the control block goes on pointing to them."""
+        """The blocks, as far as they were filled, for whoever keeps them from now on."""
         blocks, self.blocks = self.blocks, []
-        return blocks
+        handed, left = list[Tensor](), self.n_accepted + 1
+        for block in blocks:
+            if left > 0:
+                handed.append(block[:left])
+            left -= len(block)
+        return handed
+
+    def take_states(self, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tells ``control`` where the states are now, which hooks on saved tensors may have moved; returns them."""
+        like = self._y0
+        laid_out = [b if b.stride() == self.ys.stride() else empty_rows(len(b), like).copy_(b) for b in blocks]
+        self.control.n_blocks = 0
+        for block in laid_out:
+            self.control.add_block(block.data_ptr(), len(block))
+        return laid_out
 
 
 class ControlledKernels(RowKernels):

@@ -151,11 +151,12 @@ class _Run:
             n_f_evals=self._evaluations(control.n_steps),
         )
 
-    def backward(self, grad_ys: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        memory, plan = self.record.memory, self.plan
+    def backward(self, grad_ys: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        memory, plan, params = self.record.memory, self.plan, self.params
         if grad_ys.stride() != memory.ys.stride() or grad_ys.is_neg():
             grad_ys = torch.empty_like(memory.ys).copy_(grad_ys)
         with plan.in_order():
+            blocks = memory.take_states(blocks)  # referred to until all is launched
             if not plan.has_backward:
                 plan.capture_backward(self.problem, memory, params, self.task.field.held, self.autocast)
             elif not plan.reads(params):
@@ -179,14 +180,14 @@ class _GraphAca(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
-        run, saved = ctx.run, ctx.saved_tensors[ctx.n_blocks :]
-        inputs = saved[ctx.has_y0 :]
+        run, saved = ctx.run, ctx.saved_tensors
+        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
         if torch.is_grad_enabled():
             ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
-            y0 = saved[0] if ctx.has_y0 else run.problem.y0.detach()
+            y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.problem.y0.detach()
             grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, {}, inputs)
         else:
-            grad_y0, found = run.backward(grad_ys, inputs[: ctx.n_params])
+            grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
             grads = [grad_y0, *found]
         needed = ctx.needs_input_grad[1:]
         return None, *(g if n else None for g, n in zip(grads, needed, strict=True))

@@ -160,12 +160,24 @@ class SolveMemory:
 
     def take_states(self, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
         """Tells ``control`` where the states are now, which hooks on saved tensors may have moved; returns them."""
-        like = self._y0
-        laid_out = [b if b.stride() == self.ys.stride() else empty_rows(len(b), like).copy_(b) for b in blocks]
+        blocks = [self.laid_out(block) for block in blocks]
         self.control.n_blocks = 0
-        for block in laid_out:
+        for block in blocks:
             self.control.add_block(block.data_ptr(), len(block))
-        return laid_out
+        return blocks
+
+    def hand_over_outputs(self) -> Tensor:
+        """The outputs, for whoever keeps them from now on: their graph refers to this object."""
+        ys = self.ys
+        del self.ys
+        return ys
+
+    def laid_out(self, rows: Tensor) -> Tensor:
+        """``rows``, a copy only where they are laid out unlike the outputs."""
+        like = self._y0
+        if rows.stride() == (like.numel(), *like.stride()) and not rows.is_neg():
+            return rows
+        return empty_rows(len(rows), like).copy_(rows)
 
 
 class ControlledKernels(RowKernels):

@@ -405,6 +405,27 @@ class TestCaptures:
         (grad,) = torch.autograd.grad(y.sum(), rate)
         assert torch.allclose(grad, -torch.exp(-rate), rtol=1e-5)
 
+    def test_a_solve_goes_without_the_garbage_collector(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        runs = list[weakref.ref[Any]]()
+        made = engine._Run.forward
+
+        def forward(run: Any, **settings: Any) -> Tensor:
+            runs.append(weakref.ref(run))
+            return made(run, **settings)
+
+        monkeypatch.setattr(engine._Run, "forward", forward)
+        net, y0 = Net().to(device), torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+        gc.collect()
+        gc.disable()
+        try:
+            odeint(net, y0, self.T, engine="graph")
+            odeint(net, y0, self.T, engine="graph").sum().backward()
+            (grad,) = torch.autograd.grad(odeint(net, y0, self.T, engine="graph").sum(), y0, create_graph=True)
+            del grad
+            assert [run() for run in runs] == [None] * 3
+        finally:
+            gc.enable()
+
     def test_keep_nothing_of_an_evaluation(self, device: str) -> None:
         made = list[weakref.ref[Tensor]]()
 

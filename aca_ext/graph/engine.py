@@ -118,7 +118,7 @@ class _Run:
         stats.n_rejected = stats.n_steps - stats.n_accepted
         stats.n_f_evals = self._evaluations(memory.n_steps)
         self.record.memory, self.record.times = memory, problem.times
-        return memory.ys
+        return memory.hand_over_outputs()
 
     def _evaluations(self, n_steps: int) -> int:
         return self._n_f_evals + n_steps * self.plan.n_evals_per_step
@@ -153,8 +153,6 @@ class _Run:
 
     def backward(self, grad_ys: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         memory, plan, params = self.record.memory, self.plan, self.params
-        if grad_ys.stride() != memory.ys.stride() or grad_ys.is_neg():
-            grad_ys = torch.empty_like(memory.ys).copy_(grad_ys)
         with plan.in_order():
             blocks = memory.take_states(blocks)  # referred to until all is launched
             if not plan.has_backward:
@@ -165,7 +163,7 @@ class _Run:
                     "replay would not repeat the forward pass. Replace it before the one or after the other."
                 )
             self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
-            return plan.backward(memory, self.problem.args, grad_ys)
+            return plan.backward(memory, self.problem.args, memory.laid_out(grad_ys))
 
 
 class _GraphAca(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch import Tensor
 from aca_ext.control import ControlBlock, ControlledKernels, DeviceTimes, SolveMemory
 from aca_ext.errors import GraphError
 from aca_ext.graph.programs import Capturer, Program, Repeat
+from aca_ext.layout import empty_rows
 from aca_ext.modules import Held
 from aca_ext.problem import Problem
 from aca_ext.replay import Replay
@@ -201,7 +202,7 @@ class Plan:
         if self._has_inside:
             self._inside = torch.empty_like(self._like), [torch.empty_like(self._like) for _ in self._scheme.c]
         self._param_addresses = [p.data_ptr() for p in params]
-        grad_ys = torch.ones_like(memory.ys)
+        grad_ys = empty_rows(len(problem.times), self._like).fill_(1.0)
 
         def reset() -> None:
             self._begin_backward(memory, grad_ys)

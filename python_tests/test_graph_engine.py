@@ -229,6 +229,12 @@ class TestAgainstEager:
 
         both_engines(func, y0, torch.tensor([0.0, 1.0]), args=(scale, 2))
 
+    def test_gather_and_scatter(self, device: str) -> None:
+        source, target = (torch.tensor(x, device=device) for x in ([0, 1, 2, 2], [1, 2, 0, 1]))
+        y0 = torch.randn(3, 2, dtype=torch.float64, device=device, requires_grad=True)
+        func = lambda t, y: torch.zeros_like(y).index_add(0, target, torch.tanh(y[source])) - y[target[:3]]  # noqa: E731
+        both_engines(func, y0, torch.tensor([0.0, 1.0]))
+
     def test_func_that_returns_its_input(self, device: str) -> None:
         y0 = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
         both_engines(lambda t, y: y, y0, torch.tensor([0.0, 0.7, 1.0]))
@@ -745,10 +751,27 @@ class TestRefusals:
         with pytest.raises(GraphError, match=r"layout torch\.sparse_coo"):
             solve(lambda t, y: weights @ y, torch.randn(3, 2, device=device), self.T, engine="graph")
 
-    def test_copies_from_the_host(self) -> None:
+    @pytest.mark.parametrize(
+        "func",
+        [
+            lambda y: torch.arange(3.0).to(y.device, non_blocking=True),
+            lambda y: y[torch.arange(2)],
+        ],
+        ids=["to", "index"],
+    )
+    def test_copies_from_the_host(self, func: Callable[[Tensor], Tensor]) -> None:
         y = torch.empty(3, device="meta")  # what any device that is not the host's looks like to a trace
         with pytest.raises(GraphError, match="between the host and the device"), Trace([y]):
-            torch.arange(3.0).to(y.device, non_blocking=True)
+            func(y)
+
+    def test_numbers_of_the_host_are_fine(self) -> None:
+        y, held = torch.empty(3, device="meta"), torch.tensor([1.0, 2.0])
+        keys = []
+        for held[1] in (2.0, 3.0, 2.0):
+            with Trace([y]) as trace:
+                assert (y * held[1] + torch.tensor(0.5)).device == y.device
+            keys.append(trace.key())
+        assert keys[0] == keys[2] != keys[1]
 
     def test_a_func_that_is_another_each_time(self, device: str) -> None:
         calls = iter(range(100))

@@ -15,6 +15,7 @@ from aca_ext.state import tensors_in
 
 _HINT = 'Use engine="eager", or change func.'
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+_MASKS = (torch.bool, torch.uint8)
 # Random numbers are told by the generators that moved: attention without dropout is tagged as if it drew some.
 _REASONS = {
     torch.Tag.data_dependent_output: "decides on the host by what a tensor holds",
@@ -50,17 +51,20 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tag, reason in _REASONS.items():
-            if tag in func.tags:
+            if tag in func.tags and not _is_gather(func, args):
                 raise GraphError(f"func {reason} ({func}), which a captured step cannot repeat. {_HINT}")
         if func is torch.ops.aten.lift_fresh.default:  # a constant that func makes anew: what counts is its value
+            if args[0].device.type != "cpu":  # the copy there does not show
+                raise GraphError(
+                    f"func makes a tensor of Python's numbers on the device. Make it once, outside. {_HINT}"
+                )
             given: Hashable = (func, repr(args[0].tolist()), args[0].dtype)
         else:
             given = (func, self._described(args), self._described(kwargs or {}))
         if any(self._is_foreign(x) for x in _written(func, args, kwargs or {})):
             raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
         result = func(*args, **(kwargs or {}))
-        if func in _COPIES and len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
-            # Waits, which a capture may not, or leaves a host's memory in the capture that is gone when it is repeated.
+        if _crosses(func, tensors_in((args, kwargs or {}, result))):
             raise GraphError(f"func copies between the host and the device ({func}). {_HINT}")
         self._name_results(result)
         self._operations.append(given)
@@ -128,6 +132,20 @@ class TracedFunction:
         self._had_grad = torch.is_grad_enabled()
         with self._around(), self.trace:
             return self._func(t, y, *args)
+
+
+def _is_gather(func: Any, args: Sequence[Any]) -> bool:
+    """Whether it is x[i] with numbers: only masks make the shape depend on what they hold."""
+    return func is torch.ops.aten.index.Tensor and all(i is None or i.dtype not in _MASKS for i in args[1])
+
+
+def _crosses(func: Any, operands: Iterable[Tensor]) -> bool:
+    """Whether an operation copies from the host to the device or back, as all but taking a number there does.
+
+    The copy waits, which a capture may not, or leaves a host's memory in the capture that is gone when it is repeated.
+    """
+    devices = {x.device.type for x in operands if func in _COPIES or x.dim() or x.device.type != "cpu"}
+    return "cpu" in devices and len(devices) > 1
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:

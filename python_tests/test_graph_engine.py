@@ -746,6 +746,11 @@ class TestRefusals:
         with pytest.raises(GraphError, match="changes a tensor that it holds"):
             solve(func, torch.randn(3, device=device), self.T, engine="graph")
 
+    def test_a_solve_in_func(self, device: str) -> None:
+        func = lambda t, y: odeint(lambda t, y: -y, y, self.T, engine="graph")[-1]  # noqa: E731
+        with pytest.raises(GraphError, match="part of the func of another"):
+            solve(func, torch.randn(3, device=device), self.T, engine="graph")
+
     def test_sparse_tensors(self, device: str) -> None:
         weights = torch.eye(3, device=device).to_sparse()
         with pytest.raises(GraphError, match=r"layout torch\.sparse_coo"):

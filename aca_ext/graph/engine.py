@@ -27,7 +27,7 @@ from aca_ext.gradients.parameters import first_slope_and_params
 from aca_ext.graph import programs
 from aca_ext.graph.plan import Plan
 from aca_ext.graph.programs import Capturer, CudaCapturer
-from aca_ext.graph.trace import Trace, TracedFunction
+from aca_ext.graph.trace import Trace, TracedFunction, is_tracing
 from aca_ext.ops import has_kernels
 from aca_ext.owners import PerOwner
 from aca_ext.problem import Problem
@@ -291,6 +291,8 @@ def _check_supported(problem: Problem) -> None:
             'engine="graph" takes plain tensors of float32 and float64, or complex of them, and a build with CUDA; '
             f"y0 is {y0.dtype}, a {type(y0).__name__}. {_HINT}"
         )
+    if is_tracing():
+        raise GraphError(f'A solve with engine="graph" cannot be part of the func of another. {_HINT}')
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
         raise GraphError(f'A solve with engine="graph" cannot be part of another capture. {_HINT}')
     if tolerance.norm is not None or isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor):

@@ -53,8 +53,9 @@ class _Turns:
 
     def __init__(self, device: torch.device) -> None:
         self.stream, self.done, self.lock = torch.cuda.Stream(device), torch.cuda.Event(), threading.RLock()
-        with torch.cuda.device(device):
-            self._workspaces = torch.cuda.MemPool() if hasattr(torch.cuda, "MemPool") else None  # torch 2.5 and newer
+        self._workspaces: Any = None
+        with torch.cuda.device(device), suppress(AttributeError, RuntimeError):  # not in every torch and allocator
+            self._workspaces = torch.cuda.MemPool()
 
     def keeping_workspaces(self) -> AbstractContextManager[Any]:
         """Around a warm-up: what cuBLAS works in, on this stream, is in memory that nothing else ever gets."""
@@ -77,7 +78,6 @@ class _Keeping(TorchDispatchMode):
         thread = threading.get_ident()
         if thread not in self._threads:
             self._threads.add(thread)
-            # Not every torch has pools in expandable segments.
             with suppress(RuntimeError), torch.cuda.use_mem_pool(self._pool, self._device):
                 torch.cuda.current_blas_handle()  # makes the workspace where there is none
         return func(*args, **(kwargs or {}))

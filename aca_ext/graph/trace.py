@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from aca_ext.errors import GraphError
 from aca_ext.state import tensors_in
@@ -132,6 +132,11 @@ class TracedFunction:
         self._had_grad = torch.is_grad_enabled()
         with self._around(), self.trace:
             return self._func(t, y, *args)
+
+
+def is_tracing() -> bool:
+    """Whether the caller is part of an evaluation that is traced."""
+    return any(isinstance(mode, Trace) for mode in _get_current_dispatch_mode_stack())
 
 
 def _is_gather(func: Any, args: Sequence[Any]) -> bool:

@@ -375,12 +375,22 @@ class TestCaptures:
         assert torch.equal(solution.y, solve(net, y0, t).y)
 
     def test_other_parts_of_a_tensor_need_none(self, device: str) -> None:
-        starts, rates = (torch.randn(4, 3, dtype=torch.float64, device=device) for _ in range(2))
+        rows = torch.randn(4, 3, dtype=torch.float64, device=device)
         func = lambda t, y, a: -a * y.view(3)  # noqa: E731
-        for i, (y0, rate) in enumerate(zip(starts, rates, strict=True)):
+        for i, (y0, rate) in enumerate(zip(rows, rows.flip(0), strict=True)):
             solution = solve(func, y0, self.T, engine="graph", args=(rate,))
             assert (solution.stats.compile_seconds > 0) == (i == 0)
             assert torch.equal(solution.y, solve(func, y0, self.T, args=(rate,)).y)
+
+    @pytest.mark.parametrize("holds", ["y0", "arg"])
+    def test_tell_what_func_holds_from_what_it_is_given(self, device: str, holds: str) -> None:
+        def solved(engine: str, y0: Tensor, arg: Tensor) -> Tensor:
+            held = y0 if holds == "y0" else arg
+            return odeint(lambda t, y, a: -y * a * held, y0, self.T, engine=engine, args=(arg,))
+
+        for _ in range(3):
+            given = torch.rand(2, 3, dtype=torch.float64, device=device).unbind(0)
+            assert torch.equal(solved("graph", *given), solved("eager", *given))
 
     @pytest.mark.parametrize("twice", [False, True], ids=["", "create_graph"])
     def test_after_functional_call(self, device: str, twice: bool) -> None:

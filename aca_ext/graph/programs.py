@@ -84,6 +84,7 @@ class _Keeping(TorchDispatchMode):
 
 
 _turns_of = cache(_Turns)
+_one_capture = threading.RLock()  # at a time in a process is what torch supports, whatever the device
 
 
 class CudaCapturer:
@@ -121,7 +122,7 @@ class CudaCapturer:
         graph = _new_graph()
         try:
             # The stream, since a capture that fails to end would leave its own behind.
-            with torch.cuda.stream(current), _no_garbage_collection(), ExitStack() as capture:
+            with torch.cuda.stream(current), _one_capture, _no_garbage_collection(), ExitStack() as capture:
                 with torch.inference_mode(False):  # torch makes tensors that it writes to at all later captures
                     capture.enter_context(
                         torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")

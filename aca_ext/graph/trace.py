@@ -42,7 +42,6 @@ class Trace(TorchDispatchMode):
         self._device = given[0].device
         self._operations: list[Hashable] = []
         self._names: dict[int, Hashable] = {_memory_of(x): ("given", i) for i, x in enumerate(given)}
-        self._starts = {_memory_of(x): _start_of(x) for x in given}  # the next may be another part of the same tensor
         self._alive: list[Tensor] = list(given)  # so that memory stays what it was named for
 
     def key(self) -> Hashable:
@@ -92,8 +91,7 @@ class Trace(TorchDispatchMode):
             self._names[memory] = ("held", x.untyped_storage().data_ptr())
             self._alive.append(x)
             self.held.append(x)
-        start = _start_of(x) - self._starts.get(memory, 0)
-        layout = tuple(x.shape), tuple(x.stride()), start, x.dtype, x.device
+        layout = tuple(x.shape), tuple(x.stride()), x.storage_offset(), x.dtype, x.device
         # A number in the host's memory goes into a launch on a GPU by its value.
         value = repr(x.item()) if x.dim() == 0 and x.device.type == "cpu" != self._device.type else None
         return self._names[memory], layout, value
@@ -127,8 +125,10 @@ class TracedFunction:
         return found
 
     def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
-        parts = y if isinstance(y, tuple) else (y,)
-        self.trace = Trace([t, *parts, *(a for a in args if isinstance(a, Tensor))])
+        # Copies, since func may hold what it is given too, or another part of the same memory: that is another operand.
+        y = tuple(map(torch.clone, y)) if isinstance(y, tuple) else y.clone()
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        self.trace = Trace([t, *tensors_in((y, [a for a in args if isinstance(a, Tensor)]))])
         self._had_grad = torch.is_grad_enabled()
         with self._around(), self.trace:
             return self._func(t, y, *args)
@@ -165,7 +165,3 @@ def _memory_of(x: Tensor) -> int:
     if x.layout is not torch.strided:
         raise GraphError(f"func works with a tensor of layout {x.layout}, which a captured step cannot. {_HINT}")
     return int(x.untyped_storage()._cdata)
-
-
-def _start_of(x: Tensor) -> int:
-    return int(x.storage_offset()) * x.element_size()

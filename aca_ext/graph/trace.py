@@ -63,7 +63,7 @@ class Trace(TorchDispatchMode):
         if any(self._is_foreign(x) for x in _written(func, args, kwargs or {})):
             raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
         result = func(*args, **(kwargs or {}))
-        if _crosses(func, tensors_in((args, kwargs or {}, result))):
+        if _crosses(func, tensors_in((args, kwargs or {}, result if func in _COPIES else None))):
             raise GraphError(f"func copies between the host and the device ({func}). {_HINT}")
         self._name_results(result)
         self._operations.append(given)

@@ -198,6 +198,7 @@ class Control:
     max_num_steps: int
     n_times: int
     n_states: int
+    n_blocks: int
     row_bytes: int
     times: int
     stops: int

@@ -152,9 +152,35 @@ class SolveMemory:
         control.steps = steps.data_ptr()
 
     def hand_over_states(self) -> list[Tensor]:
-        """The blocks, for whoever keeps them from now on; the control block goes on pointing to them."""
+        """The blocks, as far as they were filled, for whoever keeps them from now on."""
         blocks, self.blocks = self.blocks, []
+        handed, left = list[Tensor](), self.n_accepted + 1
+        for block in blocks:
+            if left > 0:
+                handed.append(block[:left])
+            left -= len(block)
+        return handed
+
+    def take_states(self, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tells ``control`` where the states are now, which hooks on saved tensors may have moved; returns them."""
+        blocks = [self.laid_out(block) for block in blocks]
+        self.control.n_blocks = 0
+        for block in blocks:
+            self.control.add_block(block.data_ptr(), len(block))
         return blocks
+
+    def hand_over_outputs(self) -> Tensor:
+        """The outputs, for whoever keeps them from now on: their graph refers to this object."""
+        ys = self.ys
+        del self.ys
+        return ys
+
+    def laid_out(self, rows: Tensor) -> Tensor:
+        """``rows``, a copy only where they are laid out unlike the outputs."""
+        like = self._y0
+        if rows.stride() == (like.numel(), *like.stride()) and not rows.is_neg():
+            return rows
+        return empty_rows(len(rows), like).copy_(rows)
 
 
 class ControlledKernels(RowKernels):

@@ -93,6 +93,7 @@ inline void bind_control(py::module_& m) {
         .def_readwrite("max_num_steps", &Control::max_num_steps)
         .def_readwrite("n_times", &Control::n_times)
         .def_readwrite("n_states", &Control::n_states)
+        .def_readwrite("n_blocks", &Control::n_blocks)
         .def_readwrite("row_bytes", &Control::row_bytes)
         .def_readwrite("times", &Control::times)
         .def_readwrite("stops", &Control::stops)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -257,6 +258,80 @@ class TestCaptures:
             assert torch.equal(one.y, other.y)
             engine._by_owner.clear()
 
+    def test_outlive_others(self) -> None:
+        """torch gives back what cuBLAS works in when another graph goes, and when torch.compile captures its own."""
+        kept, y0 = Net(64), start(256, 64)
+        settings: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+        expected = self._solved(kept, y0, settings)
+        for _ in range(3):
+            odeint(Net(64), y0, T, engine="graph").sum().backward()
+            gc.collect()
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+            others = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(32)]
+            for one, other in zip(expected, self._solved(kept, y0, settings), strict=True):
+                assert torch.equal(one, other)
+            assert all(bool((x == 7).all()) for x in others)
+
+    def test_leave_garbage_alone(self) -> None:
+        """A graph that the garbage collector destroys during a capture would spoil it."""
+        y0, thresholds = start(), gc.get_threshold()
+        gc.collect()
+        gc.set_threshold(1_000_000)
+        try:
+            forgotten = Net()
+            odeint(forgotten, y0, T, engine="graph")
+            forgotten.itself = [forgotten]
+            del forgotten
+            odeint(_Collecting(), y0, T, engine="graph").sum().backward()
+        finally:
+            gc.set_threshold(*thresholds)
+        assert gc.isenabled()
+
+    def test_the_first_in_inference_mode(self) -> None:
+        gc.collect()
+        net, y0 = Net(), start()
+        expected = odeint(net, y0, T)
+        with torch.inference_mode():
+            assert torch.equal(odeint(net, y0, T, engine="graph"), expected)
+        odeint(net, y0, T, engine="graph").sum().backward()
+        x, graph = torch.zeros(3, device="cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x.add_(1)
+
+    def test_leaves_that_another_stream_knows(self) -> None:
+        """As DistributedDataParallel and losses of the parameters alone keep them."""
+        net, y0 = Net(), start()
+        known = [p.expand_as(p).grad_fn.next_functions[0][0] for p in net.parameters()]
+        grads = []
+        for name in ("eager", "graph"):
+            loss = sum(p.square().sum() for p in net.parameters()) + odeint(net, y0, T, engine=name).sin().sum()
+            grads.append(torch.autograd.grad(loss, [y0, *net.parameters()]))
+        assert known
+        for one, other in zip(*grads, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+    def test_no_room(self) -> None:
+        """Running out of memory during a capture is told as such, and a later solve is as good as ever."""
+        net, y0 = Net(), start()
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            odeint(_Huge(), y0, T, engine="graph")
+        assert torch.equal(odeint(net, y0, T, engine="graph"), odeint(net, y0, T))
+
+    def test_two_threads(self) -> None:
+        nets, y0 = [Net() for _ in range(2)], start()
+        expected = [self._solved(net, y0, {}) for net in nets]
+        engine._by_owner.clear()
+        with ThreadPoolExecutor(2) as threads:
+            for _ in range(3):
+                found = list(threads.map(lambda net: self._solved(net, y0, {}), nets))
+                for ones, others in zip(expected, found, strict=True):
+                    assert all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+    def _solved(self, net: nn.Module, y0: Tensor, settings: dict[str, Any]) -> list[Tensor]:
+        y = odeint(net, y0, T, engine="graph", **settings)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [y0, *net.parameters()])]
+
     def test_a_constant_made_in_func(self) -> None:
         with pytest.raises(GraphError):
             odeint(lambda t, y: y * torch.tensor([1.0, 2.0, 3.0], device="cuda"), start(), T, engine="graph")
@@ -284,6 +359,25 @@ def _minus(t: Tensor, y: Tensor) -> Tensor:
 class _Waits(nn.Module):
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         torch.cuda.current_stream().synchronize()
+        return -y
+
+
+class _Collecting(nn.Module):
+    """Has garbage collected, if it is at all, in captures."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            gc.set_threshold(1)
+            assert len([[] for _ in range(100)]) == 100
+        return -y
+
+
+class _Huge(nn.Module):
+    """Takes all memory that there is, but only in a capture."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            y = torch.empty(torch.cuda.get_device_properties(y.device).total_memory, device=y.device)[0] * y
         return -y
 
 

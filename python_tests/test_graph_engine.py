@@ -6,8 +6,11 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 from autograd_reference import relative_error
 from problems import LotkaVolterra, ThreeBody, VanDerPol
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aca_ext import METHODS, odeint, solve
 from aca_ext.control import ControlBlock
@@ -226,9 +230,45 @@ class TestAgainstEager:
 
         both_engines(func, y0, torch.tensor([0.0, 1.0]), args=(scale, 2))
 
+    def test_gather_and_scatter(self, device: str) -> None:
+        source, target = (torch.tensor(x, device=device) for x in ([0, 1, 2, 2], [1, 2, 0, 1]))
+        y0 = torch.randn(3, 2, dtype=torch.float64, device=device, requires_grad=True)
+        func = lambda t, y: torch.zeros_like(y).index_add(0, target, torch.tanh(y[source])) - y[target[:3]]  # noqa: E731
+        both_engines(func, y0, torch.tensor([0.0, 1.0]))
+
     def test_func_that_returns_its_input(self, device: str) -> None:
         y0 = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
         both_engines(lambda t, y: y, y0, torch.tensor([0.0, 0.7, 1.0]))
+
+    def test_func_that_differentiates(self, device: str) -> None:
+        class Hamiltonian(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.energy = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1, bias=False))
+
+            def forward(self, t: Tensor, y: Tensor) -> Tensor:
+                with torch.enable_grad():
+                    y = y if y.requires_grad else y.detach().requires_grad_()
+                    (slope,) = torch.autograd.grad(self.energy(y).sum(), y, create_graph=True)
+                return torch.stack([slope[..., 1], -slope[..., 0]], -1)
+
+        y0 = torch.randn(5, 2, dtype=torch.float64, device=device, requires_grad=True)
+        both_engines(Hamiltonian().to(device).double(), y0, torch.tensor([0.0, 1.0]))
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_recomputed_in_the_backward_pass(self, device: str, reentrant: bool) -> None:
+        net = Net().to(device)
+        y0 = torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+        grads = []
+        for name in ("eager", "graph"):
+            solved = partial(odeint, net, t=torch.tensor([0.0, 1.0]), engine=name)
+            ys = checkpoint(solved, y0 * 1.0, use_reentrant=reentrant)
+            ys.sin().sum().backward()
+            grads.append([x.grad.clone() for x in (y0, *net.parameters())])
+            for x in (y0, *net.parameters()):
+                x.grad = None
+        for one, other in zip(*grads, strict=True):
+            assert relative_error(other, one) <= 1e-12
 
     def test_times_receive_gradients(self, device: str) -> None:
         net = Net().to(device)
@@ -334,6 +374,88 @@ class TestCaptures:
         solution = solve(net, y0, t, engine="graph")
         assert solution.stats.compile_seconds == 0
         assert torch.equal(solution.y, solve(net, y0, t).y)
+
+    def test_other_parts_of_a_tensor_need_none(self, device: str) -> None:
+        rows = torch.randn(4, 3, dtype=torch.float64, device=device)
+        func = lambda t, y, a: -a * y.view(3)  # noqa: E731
+        for i, (y0, rate) in enumerate(zip(rows, rows.flip(0), strict=True)):
+            solution = solve(func, y0, self.T, engine="graph", args=(rate,))
+            assert (solution.stats.compile_seconds > 0) == (i == 0)
+            assert torch.equal(solution.y, solve(func, y0, self.T, args=(rate,)).y)
+
+    @pytest.mark.parametrize("holds", ["y0", "arg"])
+    def test_tell_what_func_holds_from_what_it_is_given(self, device: str, holds: str) -> None:
+        def solved(engine: str, y0: Tensor, arg: Tensor) -> Tensor:
+            held = y0 if holds == "y0" else arg
+            return odeint(lambda t, y, a: -y * a * held, y0, self.T, engine=engine, args=(arg,))
+
+        for _ in range(3):
+            given = torch.rand(2, 3, dtype=torch.float64, device=device).unbind(0)
+            assert torch.equal(solved("graph", *given), solved("eager", *given))
+
+    @pytest.mark.parametrize("twice", [False, True], ids=["", "create_graph"])
+    def test_after_functional_call(self, device: str, twice: bool) -> None:
+        class Solving(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net, self.engine = Net(), "eager"
+
+            def forward(self, y: Tensor) -> Tensor:
+                return odeint(self.net, y, TestCaptures.T, engine=self.engine)[-1]
+
+        model = Solving().to(device)
+        y0 = torch.randn(2, 3, dtype=torch.float64, device=device)
+        params = {name: (1.5 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+        grads = []
+        for model.engine in ("eager", "graph"):
+            y = torch.func.functional_call(model, params, (y0,))
+            grads.append(torch.autograd.grad(y.sum(), list(params.values()), create_graph=twice))
+        for one, other in zip(*grads, strict=True):
+            assert relative_error(other, one) <= 1e-12
+
+    def test_an_arg_that_holds_tensors(self, device: str) -> None:
+        rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device=device, requires_grad=True)
+        y0 = torch.ones(3, dtype=torch.float64, device=device)
+        for name in ("eager", "graph", "graph"):
+            held = SimpleNamespace(rate=rate.view(3))  # another tensor each time, of the same memory
+            y = odeint(lambda t, y, held: -y * held.rate, y0, self.T, engine=name, args=(held,))[-1]
+        (grad,) = torch.autograd.grad(y.sum(), rate)
+        assert torch.allclose(grad, -torch.exp(-rate), rtol=1e-5)
+
+    def test_a_solve_goes_without_the_garbage_collector(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        runs = list[weakref.ref[Any]]()
+        made = engine._Run.forward
+
+        def forward(run: Any, **settings: Any) -> Tensor:
+            runs.append(weakref.ref(run))
+            return made(run, **settings)
+
+        monkeypatch.setattr(engine._Run, "forward", forward)
+        net, y0 = Net().to(device), torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+        gc.collect()
+        gc.disable()
+        try:
+            odeint(net, y0, self.T, engine="graph")
+            odeint(net, y0, self.T, engine="graph").sum().backward()
+            (grad,) = torch.autograd.grad(odeint(net, y0, self.T, engine="graph").sum(), y0, create_graph=True)
+            del grad
+            assert [run() for run in runs] == [None] * 3
+        finally:
+            gc.enable()
+
+    def test_keep_nothing_of_an_evaluation(self, device: str) -> None:
+        made = list[weakref.ref[Tensor]]()
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            k = torch.tanh(2 * y)
+            made.append(weakref.ref(k))
+            return 3 * k
+
+        y0 = torch.ones(3, dtype=torch.float64, device=device, requires_grad=True)
+        y = odeint(func, y0, self.T, engine="graph")
+        assert y.requires_grad
+        assert made
+        assert not any(x() is not None for x in made)
 
     def test_see_parameters_updated_in_place(self, device: str) -> None:
         net = Net().to(device)
@@ -454,12 +576,43 @@ class TestCaptures:
             with mode():
                 assert torch.equal(solve(net, y0, self.T, engine="graph").y, expected)
 
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_saved_tensors_that_hooks_move(self, device: str, layout: torch.memory_format) -> None:
+        conv = _Wrapped(nn.Conv2d(3, 3, 1)).to(device=device, dtype=torch.float64)
+        y0 = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device).contiguous(memory_format=layout)
+        y0.requires_grad_()
+
+        def packed(x: Tensor) -> Tensor:
+            kept = x.detach().contiguous().clone()
+            if x.dim() == 5:  # states, which nobody else has
+                x.data.fill_(math.nan)
+            return kept
+
+        grads = []
+        for name in ("eager", "graph"):
+            with torch.autograd.graph.saved_tensors_hooks(packed, Tensor.clone) if name == "graph" else nullcontext():
+                y = odeint(conv, y0, self.T, engine=name)
+            grads.append(torch.autograd.grad(y.sin().sum(), [y0, *conv.parameters()]))
+        for one, other in zip(*grads, strict=True):
+            assert relative_error(other, one) <= 1e-12
+
     def test_a_retained_graph_is_used_twice(self, device: str) -> None:
         net = Net().to(device)
         y0 = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
         y = odeint(net, y0, self.T, engine="graph")
         first = torch.autograd.grad(y.sum(), y0, retain_graph=True)[0]
         assert torch.equal(first, torch.autograd.grad(y.sum(), y0)[0])
+
+
+def test_a_workspace_is_kept_once_for_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = list[torch.device]()
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool, device: nullcontext(kept.append(device)))
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 0)
+    x = torch.full((3,), 2.0, requires_grad=True)
+    with programs._Keeping(None, x.device):
+        (grad,) = torch.autograd.grad(x.square().sum(), x)
+    assert torch.equal(grad, 2 * x)
+    assert kept == [x.device]
 
 
 @pytest.mark.usefixtures("loops")
@@ -580,7 +733,9 @@ class TestRoom:
         solve(func, y0, t, engine="graph")
         solution = solve(func, y0, t, engine="graph")
         saved = solution.y.grad_fn.saved_tensors  # type: ignore[union-attr, attr-defined]
-        assert sum(len(block) for block in saved if block.dim() == 2) == solution.stats.n_accepted + 2
+        (block,) = (x for x in saved if x.dim() == 2)
+        assert len(block) == solution.stats.n_accepted + 1
+        assert block.untyped_storage().nbytes() == (len(block) + 1) * y0.nbytes
 
 
 @pytest.mark.usefixtures("loops")
@@ -674,10 +829,56 @@ class TestRefusals:
         with pytest.raises(GraphError, match="changes a tensor that it holds"):
             solve(func, torch.randn(3, device=device), self.T, engine="graph")
 
-    def test_copies_from_the_host(self) -> None:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda held, y: torch.mul(y, 2, out=held),
+            lambda held, y: torch._foreach_add_([held], 1.0),
+            lambda held, y: held.view(-1).copy_(y),
+        ],
+        ids=["out", "foreach", "view"],
+    )
+    def test_other_ways_to_change_one(self, device: str, change: Any) -> None:
+        held = torch.zeros(3, device=device)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            change(held, y)
+            return -y
+
+        with pytest.raises(GraphError, match="changes a tensor that it holds"):
+            solve(func, torch.randn(3, device=device), self.T, engine="graph")
+
+    def test_a_solve_in_func(self, device: str) -> None:
+        func = lambda t, y: odeint(lambda t, y: -y, y, self.T, engine="graph")[-1]  # noqa: E731
+        with pytest.raises(GraphError, match="part of the func of another"):
+            solve(func, torch.randn(3, device=device), self.T, engine="graph")
+
+    def test_sparse_tensors(self, device: str) -> None:
+        weights = torch.eye(3, device=device).to_sparse()
+        with pytest.raises(GraphError, match=r"layout torch\.sparse_coo"):
+            solve(lambda t, y: weights @ y, torch.randn(3, 2, device=device), self.T, engine="graph")
+
+    @pytest.mark.parametrize(
+        "func",
+        [
+            lambda y: torch.arange(3.0).to(y.device, non_blocking=True),
+            lambda y: y[torch.arange(2)],
+        ],
+        ids=["to", "index"],
+    )
+    def test_copies_from_the_host(self, func: Callable[[Tensor], Tensor]) -> None:
         y = torch.empty(3, device="meta")  # what any device that is not the host's looks like to a trace
         with pytest.raises(GraphError, match="between the host and the device"), Trace([y]):
-            torch.arange(3.0).to(y.device, non_blocking=True)
+            func(y)
+
+    def test_numbers_of_the_host_are_fine(self) -> None:
+        y, held = torch.empty(3, device="meta"), torch.tensor([1.0, 2.0])
+        keys = []
+        for held[1] in (2.0, 3.0, 2.0):
+            with Trace([y]) as trace:
+                assert (y * held[1] + torch.tensor(0.5)).device == y.device
+            keys.append(trace.key())
+        assert keys[0] == keys[2] != keys[1]
 
     def test_a_func_that_is_another_each_time(self, device: str) -> None:
         calls = iter(range(100))

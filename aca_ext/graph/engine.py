@@ -27,7 +27,7 @@ from aca_ext.gradients.parameters import first_slope_and_params
 from aca_ext.graph import programs
 from aca_ext.graph.plan import Plan
 from aca_ext.graph.programs import Capturer, CudaCapturer
-from aca_ext.graph.trace import TracedFunction
+from aca_ext.graph.trace import TracedFunction, is_tracing
 from aca_ext.ops import has_kernels
 from aca_ext.owners import PerOwner
 from aca_ext.problem import Problem
@@ -69,12 +69,12 @@ class _Run:
         field = VectorField(
             traced, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)
         )
-        field.func = problem.func  # whose modules are to be looked at
-        self.task = replace(task, field=field)
+        field.func, field.held = problem.func, task.field.held  # whose modules are to be looked at, and were
+        self.task, watched = task, replace(task, field=field)
         if torch.is_grad_enabled():
-            k0, params = first_slope_and_params(self.task)
+            k0, params = first_slope_and_params(watched)
         else:
-            k0, params = self.task.first_slope(problem.y0.detach()), []
+            k0, params = watched.first_slope(problem.y0.detach()), []
         assert k0 is not None
         assert traced.trace is not None
         if field.draws_random_numbers or field.moving_buffers:
@@ -120,7 +120,7 @@ class _Run:
         stats.n_rejected = stats.n_steps - stats.n_accepted
         stats.n_f_evals = self._evaluations(memory.n_steps)
         self.record.memory, self.record.times = memory, problem.times
-        return memory.ys
+        return memory.hand_over_outputs()
 
     def _evaluations(self, n_steps: int) -> int:
         return self._n_f_evals + n_steps * self.plan.n_evals_per_step
@@ -153,20 +153,19 @@ class _Run:
             n_f_evals=self._evaluations(control.n_steps),
         )
 
-    def backward(self, grad_ys: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        memory, plan = self.record.memory, self.plan
-        if grad_ys.stride() != memory.ys.stride() or grad_ys.is_neg():
-            grad_ys = torch.empty_like(memory.ys).copy_(grad_ys)
+    def backward(self, grad_ys: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        memory, plan, params = self.record.memory, self.plan, self.params
         with plan.in_order():
+            blocks = memory.take_states(blocks)  # referred to until all is launched
             if not plan.has_backward:
-                plan.capture_backward(self.problem, memory, params, self.autocast)
+                plan.capture_backward(self.problem, memory, params, self.task.field.held, self.autocast)
             elif not plan.reads(params):
                 raise ReplayError(
                     "The memory of a parameter was replaced between the forward and the backward pass, so that a "
                     "replay would not repeat the forward pass. Replace it before the one or after the other."
                 )
             self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
-            return plan.backward(memory, self.problem.args, grad_ys)
+            return plan.backward(memory, self.problem.args, memory.laid_out(grad_ys))
 
 
 class _GraphAca(torch.autograd.Function):
@@ -181,14 +180,14 @@ class _GraphAca(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
-        run, saved = ctx.run, ctx.saved_tensors[ctx.n_blocks :]
-        inputs = saved[ctx.has_y0 :]
+        run, saved = ctx.run, ctx.saved_tensors
+        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
         if torch.is_grad_enabled():
             ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
-            y0 = saved[0] if ctx.has_y0 else run.problem.y0.detach()
+            y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.problem.y0.detach()
             grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, {}, inputs)
         else:
-            grad_y0, found = run.backward(grad_ys, inputs[: ctx.n_params])
+            grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
             grads = [grad_y0, *found]
         needed = ctx.needs_input_grad[1:]
         return None, *(g if n else None for g, n in zip(grads, needed, strict=True))
@@ -262,6 +261,7 @@ def _layout_of(problem: Problem) -> Hashable:
     y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
     return (
         (y0.shape, y0.stride(), y0.dtype, y0.device),
+        _stream_of(y0),
         tuple((x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else None for x in problem.args),
         problem.packing,
         problem.tableau,
@@ -272,6 +272,11 @@ def _layout_of(problem: Problem) -> Hashable:
         programs.DEVICE_LOOPS,
         _precision(),
     )
+
+
+def _stream_of(y0: Tensor) -> int:
+    """The stream that a plan has its memory from: given back, it may be used there at once, but not on others."""
+    return int(torch.cuda.current_stream(y0.device).cuda_stream) if y0.is_cuda else 0
 
 
 def _precision() -> Hashable:
@@ -299,6 +304,8 @@ def _check_supported(problem: Problem) -> None:
             'engine="graph" takes plain tensors of float32 and float64, or complex of them, and a build with CUDA; '
             f"y0 is {y0.dtype}, a {type(y0).__name__}. {_HINT}"
         )
+    if is_tracing():
+        raise GraphError(f'A solve with engine="graph" cannot be part of the func of another. {_HINT}')
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
         raise GraphError(f'A solve with engine="graph" cannot be part of another capture. {_HINT}')
     if tolerance.norm is not None or isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor):

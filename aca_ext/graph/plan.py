@@ -13,6 +13,8 @@ from torch import Tensor
 from aca_ext.control import ControlBlock, ControlledKernels, DeviceTimes, SolveMemory
 from aca_ext.errors import GraphError
 from aca_ext.graph.programs import Capturer, Program, Repeat
+from aca_ext.layout import empty_rows
+from aca_ext.modules import Held
 from aca_ext.problem import Problem
 from aca_ext.replay import Replay
 from aca_ext.runge_kutta import scheme_of, step, step_vjp
@@ -34,7 +36,7 @@ class Plan:
 
     Attributes:
         held: the tensors that func held when it was captured, whose memory the programs read.
-        args: those of func, in memory of the plan's own; each solve copies its own there.
+        args: the tensors among func's, in memory of the plan's own, where each solve copies its own; None for others.
         n_evals_per_step, n_evals_per_transpose: evaluations of func in a trial step, and in one transposed.
     """
 
@@ -61,7 +63,7 @@ class Plan:
         self._transpose: Repeat | None = None
         self.held = [x.detach() for x in held]
         self._held_addresses = [x.data_ptr() for x in held]
-        self.args = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in problem.args)
+        self.args = tuple(x.detach().clone() if isinstance(x, Tensor) else None for x in problem.args)
         self.n_evals_per_step = len(self._scheme.c) - self._scheme.fsal
         last = max(i for i, w in enumerate(self._scheme.solution) if w != 0)
         self.n_evals_per_transpose = len(self._scheme.c) if self._has_inside else 1 + last
@@ -188,7 +190,7 @@ class Plan:
     def _take(self, args: Sequence[Any]) -> None:
         """Copies args to where the programs read them."""
         for mine, given in zip(self.args, args, strict=True):
-            if isinstance(mine, Tensor):
+            if mine is not None:
                 mine.copy_(given.detach())
 
     def _memory(self, problem: Problem, *, keeps_states: bool) -> SolveMemory:
@@ -219,21 +221,29 @@ class Plan:
             self._slope.launch()
 
     def capture_backward(
-        self, problem: Problem, memory: SolveMemory, params: Sequence[Tensor], autocast: AutocastState
+        self,
+        problem: Problem,
+        memory: SolveMemory,
+        params: Sequence[Tensor],
+        held: Sequence[Held],
+        autocast: AutocastState,
     ) -> None:
         """Captures a step's transpose, with the gradients of ``params`` and of args that require grad.
+
+        ``held`` is what func's modules held in the forward pass.
 
         Raises:
             GraphError: func's backward pass cannot be captured.
         """
         field = self._field(problem)
+        field.held = list(held)
         args = [x for x, given in zip(field.args, problem.args, strict=True) if _requires_grad(given)]
         for arg in args:
             arg.requires_grad_()
         if self._has_inside:
             self._inside = torch.empty_like(self._like), [torch.empty_like(self._like) for _ in self._scheme.c]
         self._param_addresses = [p.data_ptr() for p in params]
-        grad_ys = torch.ones_like(memory.ys)
+        grad_ys = empty_rows(len(problem.times), self._like).fill_(1.0)
 
         def reset() -> None:
             self._begin_backward(memory, grad_ys)
@@ -306,7 +316,8 @@ class Plan:
                 grad.zero_()
 
     def _field(self, problem: Problem) -> VectorField:
-        return VectorField(problem.func, self.args, problem.packing, TorchOperations(self._like, self._tolerance))
+        args = [given if mine is None else mine for mine, given in zip(self.args, problem.args, strict=True)]
+        return VectorField(problem.func, args, problem.packing, TorchOperations(self._like, self._tolerance))
 
     def _check(self, program: Program, body: Callable[[], None], reset: Callable[[], None]) -> None:
         """Raises where the program, on input that it has not seen, does not what its body does."""

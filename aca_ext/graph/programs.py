@@ -4,13 +4,15 @@ itself. Nothing here has run on a GPU yet.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.control import ControlBlock, device_loop, obstacle_to_loop, restart_capture, supports_device_loops
 from aca_ext.errors import AcaError, GraphError
@@ -51,9 +53,38 @@ class _Turns:
 
     def __init__(self, device: torch.device) -> None:
         self.stream, self.done, self.lock = torch.cuda.Stream(device), torch.cuda.Event(), threading.RLock()
+        self._workspaces: Any = None
+        with torch.cuda.device(device), suppress(AttributeError, RuntimeError):  # not in every torch and allocator
+            self._workspaces = torch.cuda.MemPool()
+
+    def keeping_workspaces(self) -> AbstractContextManager[Any]:
+        """Around a warm-up: what cuBLAS works in, on this stream, is in memory that nothing else ever gets."""
+        return nullcontext() if self._workspaces is None else _Keeping(self._workspaces, self.stream.device)
+
+
+class _Keeping(TorchDispatchMode):
+    """Has cuBLAS's workspaces, one for each thread that works, in ``pool``.
+
+    torch gives those of a stream back when any graph that was captured on it is destroyed (2.12 and newer), or when
+    torch.compile captures graphs of its own, while programs captured before go on writing to them.
+    """
+
+    def __init__(self, pool: Any, device: torch.device) -> None:
+        super().__init__()
+        self._pool, self._device = pool, device
+        self._threads = set[int]()  # that of autograd is another one
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        thread = threading.get_ident()
+        if thread not in self._threads:
+            self._threads.add(thread)
+            with suppress(RuntimeError), torch.cuda.use_mem_pool(self._pool, self._device):
+                torch.cuda.current_blas_handle()  # makes the workspace where there is none
+        return func(*args, **(kwargs or {}))
 
 
 _turns_of = cache(_Turns)
+_one_capture = threading.RLock()  # at a time in a process is what torch supports, whatever the device
 
 
 class CudaCapturer:
@@ -80,6 +111,9 @@ class CudaCapturer:
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             body = make_body()
+            reset()
+            with self._turns.keeping_workspaces():
+                body()
             for _ in range(_WARM_UPS):
                 reset()
                 body()
@@ -87,12 +121,14 @@ class CudaCapturer:
         torch.cuda.synchronize(self._device)
         graph = _new_graph()
         try:
-            with (
-                torch.cuda.stream(current),  # which the next would leave aside if it failed to end
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
+            # The stream, since a capture that fails to end would leave its own behind.
+            with torch.cuda.stream(current), _one_capture, _no_garbage_collection(), ExitStack() as capture:
+                with torch.inference_mode(False):  # torch makes tensors that it writes to at all later captures
+                    capture.enter_context(
+                        torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+                    )
                 self._run_captured(body)
-        except AcaError:
+        except (AcaError, torch.cuda.OutOfMemoryError):
             raise
         except RuntimeError as error:
             raise GraphError(f"A step with func cannot be captured. {_HINT} CUDA says: {error}") from error
@@ -154,6 +190,18 @@ class _Loop:
 
     def __call__(self, times: int) -> None:
         self._loop.launch(torch.cuda.current_stream(self._device).cuda_stream)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A captured graph that is destroyed by the way, in the same thread, would spoil a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _keeps_graphs() -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from aca_ext.errors import GraphError
 from aca_ext.state import tensors_in
@@ -17,6 +17,7 @@ from aca_ext.state import tensors_in
 _HINT = 'Use engine="eager", or change func.'
 _NUMBERS = (int, float, bool, complex)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+_MASKS = (torch.bool, torch.uint8)
 # Random numbers are told by the generators that moved: attention without dropout is tagged as if it drew some.
 _REASONS = {
     torch.Tag.data_dependent_output: "decides on the host by what a tensor holds",
@@ -51,9 +52,13 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operator = _operator(func)
-        if operator.reason is not None:
+        if operator.reason is not None and not _is_gather(func, args):
             raise GraphError(f"func {operator.reason} ({func}), which a captured step cannot repeat. {_HINT}")
         if func is torch.ops.aten.lift_fresh.default:  # a constant that func makes anew: what counts is its value
+            if args[0].device.type != "cpu":  # the copy there does not show
+                raise GraphError(
+                    f"func makes a tensor of Python's numbers on the device. Make it once, outside. {_HINT}"
+                )
             given: Hashable = (func, repr(args[0].tolist()), args[0].dtype)
         else:
             given = (func, *map(self._described, args), self._described(kwargs))
@@ -61,12 +66,21 @@ class Trace(TorchDispatchMode):
         if any(map(self._is_foreign, tensors_in(written))):
             raise GraphError(f"func changes a tensor that it holds ({func}). {_HINT}")
         result = func(*args, **(kwargs or {}))
-        if operator.copies and len({x.device.type for x in (*args, result) if isinstance(x, Tensor)}) > 1:
-            # Waits, which a capture may not, or leaves a host's memory in the capture that is gone when it is repeated.
+        if self._crosses(operator, tensors_in((args, kwargs, result if operator.copies else None))):
             raise GraphError(f"func copies between the host and the device ({func}). {_HINT}")
         self._name_results(result)
         self._operations.append(given)
         return result
+
+    def _crosses(self, operator: _Operator, operands: Sequence[Tensor]) -> bool:
+        """Whether an operation copies from the host to the device or back, as all but taking a number there does.
+
+        The copy waits, which a capture may not, or leaves host memory in the capture that is gone when it is repeated.
+        """
+        if all(x.device == self._device for x in operands):
+            return False
+        devices = {x.device.type for x in operands if operator.copies or x.dim() or x.device.type != "cpu"}
+        return "cpu" in devices and len(devices) > 1
 
     def _is_foreign(self, x: Tensor) -> bool:
         name: Any = self._names[_memory_of(x)]
@@ -125,11 +139,18 @@ class TracedFunction:
         return found
 
     def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
-        parts = y if isinstance(y, tuple) else (y,)
-        self.trace = Trace([t, *parts, *(a for a in args if isinstance(a, Tensor))])
+        # Copies, since func may hold what it is given too, or another part of the same memory: that is another operand.
+        y = tuple(map(torch.clone, y)) if isinstance(y, tuple) else y.clone()
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        self.trace = Trace([t, *tensors_in((y, [a for a in args if isinstance(a, Tensor)]))])
         self._had_grad = torch.is_grad_enabled()
         with self._around(), self.trace:
             return self._func(t, y, *args)
+
+
+def is_tracing() -> bool:
+    """Whether the caller is part of an evaluation that is traced."""
+    return any(isinstance(mode, Trace) for mode in _get_current_dispatch_mode_stack())
 
 
 class _Operator(NamedTuple):
@@ -148,5 +169,12 @@ def _operator(func: Any) -> _Operator:
     return _Operator(reasons[0] if reasons else None, written, func in _COPIES)
 
 
+def _is_gather(func: Any, args: Sequence[Any]) -> bool:
+    """Whether it is x[i] with numbers: only masks make the shape depend on what they hold."""
+    return func is torch.ops.aten.index.Tensor and all(i is None or i.dtype not in _MASKS for i in args[1])
+
+
 def _memory_of(x: Tensor) -> int:
+    if x.layout is not torch.strided:
+        raise GraphError(f"func works with a tensor of layout {x.layout}, which a captured step cannot. {_HINT}")
     return x.untyped_storage()._cdata

@@ -184,9 +184,9 @@ def _ours(problem: Problem, engine: str, device_loops: bool = False) -> Case:
 def _check_loops(problem: Problem) -> None:
     from aca_ext.graph import engine
 
-    plans = engine._by_owner.of(problem.func)._plans.values()
-    if not any(isinstance(plan._solve, programs._Loop) for plan in plans):
-        raise RuntimeError("this build, driver or torch has no loops on the device; steps were launched ahead instead")
+    *_, plan = engine._by_owner.of(problem.func)._plans.values()
+    if not isinstance(plan._solve, programs._Loop):
+        raise RuntimeError(f"steps were launched ahead: {getattr(plan._solve, 'obstacle', 'no loop was asked for')}")
 
 
 def _theirs(problem: Problem, solver: peers.Solver) -> Case:

@@ -144,20 +144,23 @@ class CudaCapturer:
 
     def repeat(self, first: CudaProgram | None, body: CudaProgram, block: ControlBlock) -> Repeat:
         """``first``, then ``body`` again and again."""
+        if not DEVICE_LOOPS:
+            return _Ahead(first, body)
+        try:
+            return self._loop(first, body, block)
+        except RuntimeError as error:
+            return _Ahead(first, body, str(error))
+
+    def _loop(self, first: CudaProgram | None, body: CudaProgram, block: ControlBlock) -> _Loop:
+        if not (_keeps_graphs() and supports_device_loops()):
+            raise RuntimeError("loops on the device take torch 2.8, and CUDA 12.4 in the build and in the driver")
         programs = [body] if first is None else [first, body]
-        if DEVICE_LOOPS and _keeps_graphs() and supports_device_loops():
-            graphs = [program.graph.raw_cuda_graph() for program in programs]
-            if not any(map(obstacle_to_loop, graphs)):
-                before = 0 if first is None else graphs[0]
-                loop = device_loop(self._device.index or 0, before, graphs[-1], block.address)
-                return _Loop(loop, self._device, programs)
-
-        def ahead(times: int) -> None:
-            if first is not None:
-                first.launch()
-            body.launch(times)
-
-        return ahead
+        graphs = [program.graph.raw_cuda_graph() for program in programs]
+        for graph in graphs:
+            if obstacle := obstacle_to_loop(graph):
+                raise RuntimeError(f"the captured step holds {obstacle}")
+        before = 0 if first is None else graphs[0]
+        return _Loop(device_loop(self._device.index or 0, before, graphs[-1], block.address), self._device, programs)
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
@@ -180,6 +183,18 @@ class CudaProgram:
     def launch(self, times: int = 1) -> None:
         for _ in range(times):
             self.graph.replay()
+
+
+class _Ahead:
+    """Launches one after another. ``obstacle``: why not a loop on the device, where one was asked for."""
+
+    def __init__(self, first: CudaProgram | None, body: CudaProgram, obstacle: str = "") -> None:
+        self._first, self._body, self.obstacle = first, body, obstacle
+
+    def __call__(self, times: int) -> None:
+        if self._first is not None:
+            self._first.launch()
+        self._body.launch(times)
 
 
 class _Loop:

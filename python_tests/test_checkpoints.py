@@ -252,7 +252,7 @@ class TestHost:
         assert all(state.stride() == y0.stride() for state in states)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
-    def test_is_pinned_for_a_gpu(self) -> None:
+    def test_is_pinned_for_cuda(self) -> None:
         checkpoints = HostCheckpoints(torch.zeros(3, device="cuda"))
         assert all(block.is_pinned() for block in checkpoints.blocks)
         assert checkpoints.slot().is_cuda

@@ -145,7 +145,7 @@ def test_processes_forked_after_the_import_and_after_a_solve(tmp_path: Path) -> 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 @pytest.mark.parametrize("options", [{}, {"batch": "independent"}])
-def test_a_model_on_another_device_than_the_current(options: dict[str, Any]) -> None:
+def test_a_model_on_another_cuda_device_than_the_current(options: dict[str, Any]) -> None:
     found = []
     for device in ("cpu", "cuda:1"):
         net, y0 = Mlp().to(device), sample(4, 3).to(device).requires_grad_()

@@ -277,7 +277,7 @@ def test_bad_argument_leaves_func_uncalled(case: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_t_may_be_on_any_device() -> None:
+def test_t_may_be_on_cuda() -> None:
     assert torch.equal(call(t=T.cuda()).y, call(t=T).y)
     y0 = torch.ones(3, device="cuda")
     assert torch.equal(call(y0=y0, t=T.cuda()).y, call(y0=y0, t=T).y)

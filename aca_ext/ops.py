@@ -169,7 +169,10 @@ class KernelOperations(TorchOperations):
 
 
 class RowKernels(RowOperations, KernelOperations):
-    """The same by the kernels: every row sees the arithmetic that it would see by itself, bit for bit."""
+    """The same by the kernels: every row sees the arithmetic that it would see by itself, on a CPU bit for bit.
+
+    A GPU adds up the error norms of many rows in another order than that of a single one.
+    """
 
     def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
         super().__init__(like, tolerance)

@@ -20,7 +20,7 @@ int grid(int64_t items, int64_t limit) {
 // The step size of a functor where it stands when the kernel runs, for steps that are launched before it is known.
 template <typename F>
 struct WithStepAt {
-    using value_type = typename F::value_type;
+    static constexpr int width = F::width;
     F f;
     const double* step;
 
@@ -31,16 +31,12 @@ struct WithStepAt {
 };
 
 template <int V, typename F>
-__global__ void __launch_bounds__(kThreads) for_each_kernel(int64_t packs, F f) {
+__global__ void __launch_bounds__(kThreads) for_each_kernel(int64_t n, F f) {
     const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-    for (int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < packs; p += stride)
-        f.template operator()<V>(p * V);
-}
-
-// The last n % V elements of a vectorised loop.
-template <typename F>
-__global__ void tail_kernel(int64_t start, F f) {
-    f.template operator()<1>(start + threadIdx.x);
+    const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t packs = n / V, tail = packs * V + thread;
+    if (V > 1 && tail < n) f.template operator()<1>(tail);
+    for (int64_t p = thread; p < packs; p += stride) f.template operator()<V>(p * V);
 }
 
 __device__ double sum_of_block(double value) {
@@ -95,23 +91,26 @@ __global__ void __launch_bounds__(kThreads)
         f.of_row(each[p / packs_per_row]).template operator()<V>(p * V);
 }
 
-// A warp, or a whole block where rows are long, adds up each segment of each row in an order of its own: no atomics.
-template <bool WholeBlock, typename F>
+// Each segment of each row is added up by `Lanes` threads, more of them where rows are longer, in an order of its own:
+// no atomics.
+template <int Lanes, typename F>
 __global__ void __launch_bounds__(kThreads)
     sum_rows_kernel(int64_t sums, int64_t length, int segments, int segment, int64_t start, int64_t n,
                     const double* each, F f, double* out) {
-    constexpr int kLanes = WholeBlock ? kThreads : 32, kPerBlock = kThreads / kLanes;
-    const int lane = threadIdx.x % kLanes;
+    constexpr int kPerBlock = kThreads / Lanes;
+    const int lane = threadIdx.x % Lanes;
     const int64_t stride = int64_t(gridDim.x) * kPerBlock;
-    for (int64_t row = int64_t(blockIdx.x) * kPerBlock + threadIdx.x / kLanes; row < sums; row += stride) {
+    for (int64_t row = int64_t(blockIdx.x) * kPerBlock + threadIdx.x / Lanes; row < sums; row += stride) {
         const F of_row = f.of_row(each[row]);
         double value = 0;
 #pragma unroll 1
-        for (int64_t i = lane; i < n; i += kLanes) value += of_row.template operator()<1>(row * length + start + i);
-        if constexpr (WholeBlock) {
+        for (int64_t i = lane; i < n; i += Lanes) value += of_row.template operator()<1>(row * length + start + i);
+        if constexpr (Lanes == kThreads) {
             value = sum_of_block(value);
-        } else {
+        } else if constexpr (Lanes == 32) {
             for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_down_sync(~0u, value, offset);
+        } else {
+            static_assert(Lanes == 1, "threads, warps or blocks");
         }
         if (lane == 0) out[row * segments + segment] = value;
     }
@@ -124,14 +123,11 @@ struct Cuda {
         const DeviceGuard guard(target.device);
         const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
         constexpr int64_t kMaxBlocks = 1 << 20;
-        if (vectorisable) {
-            constexpr int V = 16 / sizeof(typename F::value_type);
-            const int64_t packs = n / V, tail = n % V;
-            if (packs) for_each_kernel<V><<<grid(packs, kMaxBlocks), kThreads, 0, stream>>>(packs, f);
-            if (tail) tail_kernel<<<1, unsigned(tail), 0, stream>>>(packs * V, f);
-        } else {
+        constexpr int V = F::width;
+        if (vectorisable)
+            for_each_kernel<V><<<grid(n / V + 1, kMaxBlocks), kThreads, 0, stream>>>(n, f);
+        else
             for_each_kernel<1><<<grid(n, kMaxBlocks), kThreads, 0, stream>>>(n, f);
-        }
         check(cudaGetLastError(), "kernel launch");
     }
 
@@ -141,7 +137,7 @@ struct Cuda {
         const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
         auto* const partial = reinterpret_cast<double*>(target.workspace);
         auto* const finished = reinterpret_cast<unsigned*>(partial + kMaxPartials);
-        constexpr int V = 16 / sizeof(typename F::value_type);
+        constexpr int V = F::width;
         if (vectorisable)
             sum_kernel<V><<<grid(n / V + 1, kMaxPartials), kThreads, 0, stream>>>(n, f, partial, finished, out);
         else
@@ -163,7 +159,7 @@ struct Cuda {
         const DeviceGuard guard(target.device);
         const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
         constexpr int64_t kMaxBlocks = 1 << 20;
-        constexpr int V = 16 / sizeof(typename F::value_type);
+        constexpr int V = F::width;
         if (vectorisable && rows.length % V == 0)
             for_each_row_kernel<V><<<grid(n / V, kMaxBlocks), kThreads, 0, stream>>>(n / V, rows.length / V, each, f);
         else
@@ -178,15 +174,19 @@ struct Cuda {
         const DeviceGuard guard(target.device);
         const auto stream = reinterpret_cast<cudaStream_t>(target.stream);
         const auto* const each = reinterpret_cast<const double*>(rows.each);
-        constexpr int64_t kMaxBlocks = 1 << 20, kLong = 1024;
         for (int s = 0; s < segments; ++s) {
             const int64_t start = bounds[s], n = bounds[s + 1] - bounds[s];
-            if (n > kLong)
-                sum_rows_kernel<true><<<grid(rows.count * kThreads, kMaxBlocks), kThreads, 0, stream>>>(
+            const auto launch = [&](auto lanes) {
+                constexpr int kLanes = decltype(lanes)::value;
+                sum_rows_kernel<kLanes><<<grid(rows.count * kLanes, 1 << 20), kThreads, 0, stream>>>(
                     rows.count, rows.length, segments, s, start, n, each, f, out);
+            };
+            if (n <= 8)
+                launch(Count<1>{});
+            else if (n <= 1024)
+                launch(Count<32>{});
             else
-                sum_rows_kernel<false><<<grid(rows.count * 32, kMaxBlocks), kThreads, 0, stream>>>(
-                    rows.count, rows.length, segments, s, start, n, each, f, out);
+                launch(Count<kThreads>{});
             check(cudaGetLastError(), "kernel launch");
         }
     }

@@ -72,13 +72,14 @@ struct Terms {
     }
 };
 
+// A functor's `width` is how many elements one call may take at most.
 // Where every row (sample) has a step size of its own, a functor is asked for the one `of_row`, which differs in that
 // alone: each row sees the arithmetic that it would see by itself.
 
 // out = base + h·Σ_j w_j·x_j, or without base: stage states, solutions, dense output, and every sum of the transpose.
 template <typename T, int N, bool HasBase>
 struct WeightedSum {
-    using value_type = T;
+    static constexpr int width = 16 / sizeof(T);
     Terms<T, N> terms;
     const T* base;
     T h;
@@ -106,7 +107,7 @@ struct WeightedSum {
 // y1 = y + h·Σ_j b_j·k_j and error = h·Σ_j e_j·k_j from one read of the slopes.
 template <typename T, int N>
 struct SolutionAndError {
-    using value_type = T;
+    static constexpr int width = 16 / sizeof(T);
     Terms<T, N> terms;  // the slopes, weighted by b
     T error_weight[N];
     const T* y;
@@ -167,7 +168,7 @@ struct ElementTolerance {
 // A y1 that is not finite makes the sum NaN, so a step to infinity is never accepted.
 template <typename T, typename Tolerance, bool HasSlope>
 struct SquaredErrorRatio {
-    using value_type = T;
+    static constexpr int width = 16 / sizeof(T);
     const T *partial, *k;
     T w;
     const T *y0, *y1;
@@ -206,7 +207,7 @@ struct SquaredErrorRatio {
 // What an accepted step leaves: its outputs, its solution where states are kept, and what the next step starts from.
 template <typename T>
 struct FinishStep {
-    using value_type = T;
+    static constexpr int width = 1;
     const Control* control;
     T* y;
     const T* y1;
@@ -242,7 +243,7 @@ struct FinishStep {
 // by themselves (inside) and of its slopes, over the step size.
 template <typename T>
 struct RestoreStep {
-    using value_type = T;
+    static constexpr int width = 1;
     const Control* control;
     T *y, *g, *inside;
     int stages;
@@ -273,7 +274,7 @@ struct RestoreStep {
 // out[i] = value[i]: the few numbers of a step, its stage times, written on the device without a copy from the host.
 template <typename T>
 struct Scalars {
-    using value_type = T;
+    static constexpr int width = 1;
     T value[kMaxTerms];
     T* out;
 

@@ -128,6 +128,8 @@ void restart_capture(int device, uintptr_t stream) {
     cudaStreamEndCapture(captured, &left);  // tells once more what is known already
     cudaGetLastError();
     if (left) check(cudaGraphDestroy(left), "cudaGraphDestroy");
+    cudaFuncAttributes loaded{};  // with which the kernel is, as it may not be for the first time inside a capture
+    check(cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(&nothing_kernel)), "cudaFuncGetAttributes");
     check(cudaStreamBeginCapture(captured, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
     nothing_kernel<<<1, 1, 0, captured>>>();
     check(cudaGetLastError(), "kernel launch");

@@ -85,7 +85,7 @@ class _Run:
         start = time.perf_counter()
         key = traced.trace.key(), tuple(p.data_ptr() for p in params), layout
         self.plan, is_new = plans.find(key, self._new_plan(traced))
-        self._started = started if self.plan is likely else None
+        self._started: SolveMemory | None = started if self.plan is likely else None
         if is_new:
             self.stats.compile_seconds = time.perf_counter() - start
         self.record: _GraphRecord = _GraphRecord()
@@ -112,7 +112,7 @@ class _Run:
         problem, stats = self.problem, self.stats
         self._n_f_evals = 1 + (problem.controller is not None and problem.controller.first_step is None)
         with self.plan.in_order(), torch.no_grad():
-            memory = self._started
+            memory, self._started = self._started, None
             if memory is None or memory.keeps_states != keeps_states or not self.plan.has_in_hand(memory):
                 memory = self.plan.start(problem, problem.y0.detach(), self._k0, keeps_states)
             self.plan.finish(problem, memory, self._look)

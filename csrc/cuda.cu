@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kThreads) for_each_kernel(int64_t n, F f) {
     const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t packs = n / V, tail = packs * V + thread;
     if (V > 1 && tail < n) f.template operator()<1>(tail);
+#pragma unroll 1  // most threads have one pack; more at a time spill registers
     for (int64_t p = thread; p < packs; p += stride) f.template operator()<V>(p * V);
 }
 

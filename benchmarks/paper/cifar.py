@@ -96,6 +96,8 @@ class Images:
         images, labels, test_images, test_labels = (x.to(settings.device) for x in parts)
         variance, mean = torch.var_mean(images.float(), (0, 2, 3) if images.shape[1] == 3 else None, keepdim=True)
         images, test_images = ((x.float() - mean) / variance.sqrt() for x in (images[:n], test_images[:n_test]))
+        # An axis of length 1 may leave it open which comes last in memory; convolutions on some CPUs crash over that.
+        images, test_images = (x.clone(memory_format=torch.contiguous_format) for x in (images, test_images))
         return Images(
             name, n_classes, settings.data is not None, (images, labels[:n]), (test_images, test_labels[:n_test])
         )

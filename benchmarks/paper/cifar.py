@@ -96,7 +96,7 @@ class Images:
         images, labels, test_images, test_labels = (x.to(settings.device) for x in parts)
         variance, mean = torch.var_mean(images.float(), (0, 2, 3) if images.shape[1] == 3 else None, keepdim=True)
         images, test_images = ((x.float() - mean) / variance.sqrt() for x in (images[:n], test_images[:n_test]))
-        # An axis of length 1 may leave it open which comes last in memory; convolutions on some CPUs crash over that.
+        # Channels not last in memory, as an axis of length 1 leaves open: on some CPUs torch's convolutions crash then.
         images, test_images = (x.clone(memory_format=torch.contiguous_format) for x in (images, test_images))
         return Images(
             name, n_classes, settings.data is not None, (images, labels[:n]), (test_images, test_labels[:n_test])
@@ -194,7 +194,7 @@ def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> T
     columns = torch.where(mirrored, columns.flip(1), columns)
     rows, columns, which = (x.to(images.device) for x in (rows, columns, torch.arange(n)))
     padded = F.pad(images, (padding,) * 4)
-    return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+    return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
 
 
 def _digits() -> tuple[Tensor, ...]:

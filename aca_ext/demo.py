@@ -217,6 +217,7 @@ def _table(runs: list[Run]) -> str:
 def _draw(runs: list[Run], arguments: argparse.Namespace) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     figure: Any = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -225,7 +226,7 @@ def _draw(runs: list[Run], arguments: argparse.Namespace) -> None:
     for r in done:
         over_time.plot(*zip(*r.curve, strict=True), marker="o", markersize=3, label=r.gradient)
     over_time.set(xlabel="training time [s]", ylabel="test accuracy", title=f"Handwritten digits, {arguments.method}")
-    over_time.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    over_time.yaxis.set_major_formatter(PercentFormatter(1.0))  # with as many digits as tell the ticks apart
     over_time.grid(alpha=0.3)
     if done:
         over_time.legend()

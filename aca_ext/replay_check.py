@@ -96,7 +96,7 @@ class ReplayCheck:
         with torch.no_grad():
             # NaN, or the same infinity, in both is no difference.
             difference = (y1 - y_next).nan_to_num_(0.0, math.inf, -math.inf)
-            sizes = self._sizes([difference, y1, y_next, y, *k])
+            sizes = self.sizes([difference, y1, y_next, y, *k])
         if self._is_deferred:
             self._pending.append((step, sizes))
         else:
@@ -112,7 +112,7 @@ class ReplayCheck:
         for (step, _), sizes in zip(pending, np.split(together, ends[:-1]), strict=True):
             self._judge(step, sizes)
 
-    def _sizes(self, tensors: Sequence[Tensor]) -> Tensor:
+    def sizes(self, tensors: Sequence[Tensor]) -> Tensor:
         """The largest magnitude in each component, (tensors, components, rows)."""
         if self._by_row:
             flat = [x.reshape(len(x), -1) for x in tensors]
@@ -189,3 +189,43 @@ def _uses_tf32() -> bool:
     if hasattr(torch.backends.cudnn, "conv"):
         return bool(matmul.fp32_precision == "tf32")
     return bool(matmul.allow_tf32)
+
+
+class CapturedCheck:
+    """The same where the steps are a captured program: the largest deviation stays on the device.
+
+    ``add`` is captured with the step, so it makes no tensor of Python's numbers and names no step. What is NaN passes.
+
+    Args:
+        n_slopes: how many slopes a step has.
+    """
+
+    def __init__(self, like: Tensor, segments: Sequence[int], n_slopes: int, autocast_dtype: torch.dtype | None) -> None:
+        self._check = ReplayCheck(like, segments, 0, autocast_dtype)
+        self._is_empty = like.numel() == 0
+        of_state, of_slopes = rounding(like, autocast_dtype)
+        # Of the difference, the three states and the slopes: what is added, and what is added for each unit of |h|.
+        shares = [[1.0, *[of_state] * 3, *[0.0] * n_slopes], [0.0] * 4 + [of_slopes] * n_slopes]
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=like.device).unsqueeze(-1)
+        self._worst = torch.zeros((), dtype=torch.float64, device=like.device)
+
+    def begin(self) -> None:
+        self._worst.zero_()
+
+    def add(self, h: Tensor, y: Tensor, y_next: Tensor, y1: Tensor, k: Sequence[Tensor]) -> None:
+        if self._is_empty:
+            return
+        with torch.no_grad():
+            sizes = self._check.sizes([y1 - y_next, y1, y_next, y, *k]).squeeze(-1)
+            sizes = sizes * torch.addcmul(self._shares[0], self._shares[1], h.abs())
+            ratio = (sizes[0] / sizes[1:].amax(0)).nan_to_num(0.0, math.inf)
+            torch.maximum(self._worst, ratio.amax(), out=self._worst)
+
+    def finish(self) -> None:
+        """Waits for the device; raises ReplayError where a step deviated by more than rounding."""
+        worst = self._worst.item()
+        if worst > 1:
+            raise ReplayError(
+                f"Replaying the steps did not repeat the forward pass: the end of one deviates {worst:.3g} times as far "
+                f"as rounding explains, and the gradient would be wrong. {causes()}"
+            )

@@ -392,7 +392,7 @@ class TestGradient:
                 y0.grad = None
                 assert memory.current <= 3 * size
             assert sol.stats.n_accepted == steps
-        assert peaks[90] == peaks[30] <= (capacity + 40) * size
+        assert peaks[90] - size <= peaks[30] <= (capacity + 40) * size  # the last state is kept too
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,8 @@ def rows_like(like: Tensor, rows: Tensor) -> Tensor:
     """``rows`` of states laid out like ``like``; a copy only where they are not: hooks on saved tensors make others."""
     if rows.stride()[1:] == like.stride() and rows.stride(0) == like.numel():
         return rows
-    return torch.empty_strided(
-        rows.shape, (like.numel(), *like.stride()), dtype=rows.dtype, device=rows.device
-    ).copy_(rows)
+    strides = like.numel(), *like.stride()
+    return torch.empty_strided(rows.shape, strides, dtype=rows.dtype, device=rows.device).copy_(rows)
 
 
 def aligned_rows(count: int, like: Tensor) -> Sequence[Tensor]:

@@ -120,7 +120,7 @@ class ReplayCheck:
         else:
             if not self._is_whole:
                 tensors = [x.reshape(-1)[lo:hi] for x in tensors for lo, hi in self._segments]
-            parts = list(torch._foreach_norm(tensors, math.inf))  # all in one launch
+            parts = list(torch._foreach_norm(list(tensors), math.inf))  # all in one launch
         return torch.stack(parts).view(-1, len(self._segments), len(tensors[0]) if self._by_row else 1)
 
     def _judge(self, step: ReplayedStep, sizes: Array) -> None:
@@ -158,10 +158,10 @@ class ReplayCheck:
 
 
 def causes(also: str = "") -> str:
-    """What makes a replay differ, and what to do about it."""
+    """Likely causes of a replay that differs, with their remedies; ``also`` is a further cause."""
     return (
         "func is no longer what it was: something that it reads was changed since (a control, a batch, a buffer, a "
-        "flag, a parameter through .data, train() or eval()); or it draws random numbers from NumPy or from a generator "
+        "flag, a parameter through .data, train() or eval()); or it draws random numbers from NumPy or a generator "
         f"that is not torch's; or it keeps something from one evaluation to the next{also}. Pass what changes by "
         "args=(...), or make one function for each solve (lambda t, y, u=u: ...), or call backward before the change, "
         'or use gradient="direct", which does not replay.'
@@ -169,7 +169,7 @@ def causes(also: str = "") -> str:
 
 
 def rounding(like: Tensor, autocast_dtype: torch.dtype | None) -> tuple[float, float]:
-    """What rounding may leave in a state like ``like``: relative to the state, and to the step size times the slopes."""
+    """The deviation that rounding explains, relative to the state, and to the step size times the slopes."""
     eps = torch.finfo(like.dtype).eps
     if autocast_dtype is not None:
         eps = max(eps, torch.finfo(autocast_dtype).eps)
@@ -200,7 +200,9 @@ class CapturedCheck:
         n_slopes: how many slopes a step has.
     """
 
-    def __init__(self, like: Tensor, segments: Sequence[int], n_slopes: int, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, like: Tensor, segments: Sequence[int], n_slopes: int, autocast_dtype: torch.dtype | None
+    ) -> None:
         self._check = ReplayCheck(like, segments, 0, autocast_dtype)
         self._is_empty = like.numel() == 0
         of_state, of_slopes = rounding(like, autocast_dtype)
@@ -226,6 +228,6 @@ class CapturedCheck:
         worst = self._worst.item()
         if worst > 1:
             raise ReplayError(
-                f"Replaying the steps did not repeat the forward pass: the end of one deviates {worst:.3g} times as far "
-                f"as rounding explains, and the gradient would be wrong. {causes()}"
+                "Replaying the steps did not repeat the forward pass: the end of one deviates "
+                f"{worst:.3g} times as far as rounding explains, and the gradient would be wrong. {causes()}"
             )

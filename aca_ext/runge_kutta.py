@@ -241,7 +241,8 @@ def step_vjp(
     ``outputs`` are pairs (w, g): g is the cotangent of y + h·Σ_i w[i]·k_i, so the end of the step is (b, g) and dense
     output is (b(theta), g). Only the stages that some output needs are evaluated. Cotangents of whatever else f
     depends on are left with ``f.pull_back``. ``compare`` is called with the end of the step and its slopes, where these
-    are evaluated; in compiled code on the CPU only if the end is not that of ``y_next``, bit for bit. ``inside`` is what further outputs contribute, summed up: the sum of g, and for each i that of w[i]·g.
+    are evaluated; in compiled code on the CPU only if the end is not that of ``y_next``, bit for bit. ``inside`` is
+    what further outputs contribute, summed up: the sum of g, and for each i that of w[i]·g.
     """
     count = 1 + max(i for w, _ in outputs for i, w_i in enumerate(w) if w_i != 0)
     if inside is not None:

@@ -189,11 +189,11 @@ def differentiable_backward(
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
     start = gate.of(y0)
     y, outputs = start, [start]
-    n_steps, segments = len(ctx.record.steps), problem.tolerance.segments
-    check = ReplayCheck(y0.detach(), segments, n_steps, ctx.autocast.dtype, restarts=False)
+    steps: Sequence[AcceptedStep] = ctx.record.steps
+    check = ReplayCheck(y0.detach(), problem.tolerance.segments, len(steps), ctx.autocast.dtype, restarts=False)
     distance = distances([0, *(n for n in states if n > 0)])
     with replay.repeating():
-        for n, s in enumerate(ctx.record.steps):
+        for n, s in enumerate(steps):
             replay.begin_step(s.random_states)
             times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
             trial = step(replay, ops, scheme, times, y, s.h)

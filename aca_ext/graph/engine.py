@@ -191,9 +191,7 @@ class _GraphAca(torch.autograd.Function):
             y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.problem.y0.detach()
             memory = run.record.memory
             states = rows([memory.laid_out(block) for block in saved[: ctx.n_blocks]], memory.n_accepted + 1)
-            grads: Iterable[Tensor | None] = differentiable_backward(
-                ctx, grad_ys, y0, dict(enumerate(states)), inputs
-            )
+            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, dict(enumerate(states)), inputs)
         else:
             grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
             grads = [grad_y0, *found]

@@ -59,6 +59,7 @@ class ReplayCheck:
         segments: where the components of the state start, and the end; for samples, within a row.
         n_steps: how many steps the forward pass accepted.
         autocast_dtype: what func computed with, where autocast was on.
+        held: tensors that func computes with besides the state; their dtypes may be coarser.
         by_row: the first dimension of the state are independent samples.
         restarts: each step is replayed from the state that the forward pass found.
     """
@@ -69,6 +70,7 @@ class ReplayCheck:
         segments: Sequence[int],
         n_steps: int,
         autocast_dtype: torch.dtype | None,
+        held: Sequence[Tensor] = (),
         *,
         by_row: bool = False,
         restarts: bool = True,
@@ -76,8 +78,8 @@ class ReplayCheck:
         self._segments = [(lo, hi) for lo, hi in pairwise(segments) if hi > lo]
         self._is_whole, self._by_row, self._restarts = len(segments) == 2, by_row, restarts
         self._n_steps = n_steps
-        self._is_empty = like.numel() == 0
-        self._weight_of_state, self._weight_of_slopes = rounding(like, autocast_dtype)
+        self._is_empty, self._is_cuda = like.numel() == 0, like.is_cuda
+        self._like, self._autocast_dtype, self._held = like, autocast_dtype, held
         self._is_deferred = is_deferred(like.device)
         self._pending: list[tuple[ReplayedStep, Tensor]] = []
         self._before: Array | float = 0.0  # deviation of the state that the step starts from
@@ -105,9 +107,10 @@ class ReplayCheck:
     def finish(self) -> None:
         """Looks at the comparisons that are left; raises ReplayError as ``compare`` does."""
         pending, self._pending = self._pending, []
-        if not pending:
+        # In a capture of the user's, which allows no look, func is what was captured.
+        if not pending or (self._is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        together = torch.cat([sizes for _, sizes in pending]).double().cpu().numpy()
+        together = torch.cat([sizes for _, sizes in pending]).cpu().double().numpy()
         ends = np.cumsum([len(sizes) for _, sizes in pending])
         for (step, _), sizes in zip(pending, np.split(together, ends[:-1]), strict=True):
             self._judge(step, sizes)
@@ -131,8 +134,8 @@ class ReplayCheck:
         rows = slice(None) if step.rows is None else step.rows
         h[rows] = np.abs(step.h)
         of_state, of_slopes = scale[1:4].max(0), scale[4:].max(0)
-        rounding = np.maximum(self._weight_of_state * of_state, self._weight_of_slopes * h * of_slopes)
-        allowed = step.distance * rounding
+        share_of_state, share_of_slopes = rounding(self._like, self._autocast_dtype, self._held)
+        allowed = step.distance * np.maximum(share_of_state * of_state, share_of_slopes * h * of_slopes)
         if not self._restarts:
             allowed = allowed + _GROWTH ** min(step.distance, 100) * self._before
             self._before = deviation
@@ -168,11 +171,12 @@ def causes(also: str = "") -> str:
     )
 
 
-def rounding(like: Tensor, autocast_dtype: torch.dtype | None) -> tuple[float, float]:
+def rounding(like: Tensor, autocast_dtype: torch.dtype | None, held: Sequence[Tensor]) -> tuple[float, float]:
     """The deviation that rounding explains, relative to the state, and to the step size times the slopes."""
-    eps = torch.finfo(like.dtype).eps
+    dtypes = {like.dtype, *(x.dtype for x in held if x.is_floating_point() and x.dtype.itemsize >= 2)}
     if autocast_dtype is not None:
-        eps = max(eps, torch.finfo(autocast_dtype).eps)
+        dtypes.add(autocast_dtype)
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     if like.is_cuda and like.dtype == torch.float32 and _uses_tf32():
         eps = max(eps, 2.0**-10)
     of_state, of_slopes = _COARSE if eps >= _COARSE_FROM else _FINE
@@ -201,11 +205,16 @@ class CapturedCheck:
     """
 
     def __init__(
-        self, like: Tensor, segments: Sequence[int], n_slopes: int, autocast_dtype: torch.dtype | None
+        self,
+        like: Tensor,
+        segments: Sequence[int],
+        n_slopes: int,
+        autocast_dtype: torch.dtype | None,
+        held: Sequence[Tensor],
     ) -> None:
         self._check = ReplayCheck(like, segments, 0, autocast_dtype)
         self._is_empty = like.numel() == 0
-        of_state, of_slopes = rounding(like, autocast_dtype)
+        of_state, of_slopes = rounding(like, autocast_dtype, held)
         # Of the difference, the three states and the slopes: what is added, and what is added for each unit of |h|.
         shares = [[1.0, *[of_state] * 3, *[0.0] * n_slopes], [0.0] * 4 + [of_slopes] * n_slopes]
         self._shares = torch.tensor(shares, dtype=torch.float64, device=like.device).unsqueeze(-1)

@@ -216,6 +216,34 @@ def test_another_kernel_where_gradients_are_recorded() -> None:
         y.sum().backward()
 
 
+def test_a_half_precision_model_under_a_float32_state() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval().bfloat16().requires_grad_(False)
+    y0 = torch.randn(5, 7, 16, requires_grad=True)
+    y = odeint(lambda t, y: layer(y.bfloat16()).float(), y0, TIMES, method="rk4", options={"step_size": 0.2})
+    y.sum().backward()
+
+
+def test_samples_that_depend_on_one_another() -> None:
+    y0 = torch.tensor([[1.0], [5.0], [0.2]], dtype=torch.float64, requires_grad=True)
+    options = {"batch": "independent", "first_step": 1.0}  # which some samples reject
+    y = odeint(lambda t, y: -y * y.mean() - torch.sin(y * 5) * y, y0, TIMES, options=options)
+    with pytest.raises(ReplayError, match="samples depend on one another"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_start_that_is_edited_before_the_backward_pass(create_graph: bool, policy: dict[str, Any]) -> None:
+    found = []
+    for edit in (False, True):
+        func, y0 = Driven(), torch.full((4, 3), 0.3, dtype=torch.float64)
+        y = odeint(func, y0, TIMES, rtol=1e-4, atol=1e-6, **policy)
+        if edit:
+            y0.mul_(2.0)
+        found.append(torch.autograd.grad(y.square().sum(), func.w, create_graph=create_graph)[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("kind", ["encoder", "attention", "GRU", "convolution"])
 def test_modules_in_evaluation_mode(kind: str) -> None:
     torch.manual_seed(1)

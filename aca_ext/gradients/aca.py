@@ -132,7 +132,7 @@ def _replay_backward(
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
     pull_back = transposed_stepper(replay, ops, scheme)
     like, segments = problem.y0.detach(), problem.tolerance.segments
-    check = ReplayCheck(like, segments, len(steps), ctx.autocast.dtype)
+    check = ReplayCheck(like, segments, len(steps), ctx.autocast.dtype, replay.held)
     distance = distances([n for n, _ in held]) if math.isfinite(ctx.capacity) else {}
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
@@ -190,7 +190,8 @@ def differentiable_backward(
     start = gate.of(y0)
     y, outputs = start, [start]
     steps: Sequence[AcceptedStep] = ctx.record.steps
-    check = ReplayCheck(y0.detach(), problem.tolerance.segments, len(steps), ctx.autocast.dtype, restarts=False)
+    segments, dtype = problem.tolerance.segments, ctx.autocast.dtype
+    check = ReplayCheck(y0.detach(), segments, len(steps), dtype, replay.held, restarts=False)
     distance = distances([0, *(n for n in states if n > 0)])
     with replay.repeating():
         for n, s in enumerate(steps):

@@ -188,10 +188,11 @@ class _GraphAca(torch.autograd.Function):
         inputs = saved[ctx.n_blocks + ctx.has_y0 :]
         if torch.is_grad_enabled():
             ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.problem.y0.detach()
             memory = run.record.memory
-            states = rows([memory.laid_out(block) for block in saved[: ctx.n_blocks]], memory.n_accepted + 1)
-            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, dict(enumerate(states)), inputs)
+            blocks = [memory.laid_out(block) for block in saved[: ctx.n_blocks]]
+            states = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
+            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
+            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, states, inputs)
         else:
             grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
             grads = [grad_y0, *found]

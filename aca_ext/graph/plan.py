@@ -249,7 +249,7 @@ class Plan:
             self._inside = torch.empty_like(self._like), [torch.empty_like(self._like) for _ in self._scheme.c]
         self._param_addresses = [p.data_ptr() for p in params]
         segments, n_slopes = self._tolerance.segments, self.n_evals_per_transpose
-        self._replayed = CapturedCheck(self._like, segments, n_slopes, autocast.dtype)
+        self._replayed = CapturedCheck(self._like, segments, n_slopes, autocast.dtype, self.held)
         grad_ys = empty_rows(len(problem.times), self._like).fill_(1.0)
 
         def reset() -> None:

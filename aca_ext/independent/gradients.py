@@ -130,17 +130,18 @@ class _Aca(torch.autograd.Function):
         saved = ctx.saved_tensors
         states, inputs = saved[: ctx.n_states], saved[ctx.n_states + ctx.has_y0 :]
         if torch.is_grad_enabled():
-            y0 = saved[ctx.n_states] if ctx.has_y0 else ctx.task.problem.y0.detach()
-            grads = _differentiable_backward(ctx, grad_ys, y0, states, inputs)
+            first, ends = _ends(ctx.record.steps, states)
+            y0 = saved[ctx.n_states] if ctx.has_y0 else first
+            grads = _differentiable_backward(ctx, grad_ys, y0, ends, inputs)
         else:
             grads = _replay_backward(ctx, grad_ys, states, inputs)
         needed = ctx.needs_input_grad[4:]
         return None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
 
 
-def _check_for(ctx: Any, y: Tensor, *, restarts: bool) -> ReplayCheck:
+def _check_for(ctx: Any, y: Tensor, replay: Replay, *, restarts: bool) -> ReplayCheck:
     segments, dtype = ctx.task.problem.tolerance.segments, ctx.autocast.dtype
-    return ReplayCheck(y, segments, len(ctx.record.steps), dtype, by_row=True, restarts=restarts)
+    return ReplayCheck(y, segments, len(ctx.record.steps), dtype, replay.held, by_row=True, restarts=restarts)
 
 
 class _Steps:
@@ -177,7 +178,7 @@ def _replay_backward(
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
     steps = _Steps(task, ops, replay)
-    check = _check_for(ctx, y, restarts=True)
+    check = _check_for(ctx, y, replay, restarts=True)
     g = torch.zeros_like(y)  # cotangents of the samples' states at the ends of the steps still to come
     with replay.repeating():
         for n, (s, start) in reversed(list(enumerate(zip(record.steps, starts, strict=True)))):
@@ -198,19 +199,19 @@ def _replay_backward(
     return g + grad_ys[0], *replay.grads
 
 
-def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> list[Tensor]:
-    """For each step the states of its rows at its end."""
+def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The first state, and for each step the states of its rows at its end."""
     *starts, y = states
     found: list[Tensor] = []
     for s, start in zip(reversed(steps), reversed(starts), strict=True):
         rows = index_of(s.rows, y)
         found.append(y[rows])
         y = y.index_copy(0, rows, start)
-    return found[::-1]
+    return y, found[::-1]
 
 
 def _differentiable_backward(
-    ctx: Any, grad_ys: Tensor, y0: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ctx: Any, grad_ys: Tensor, y0: Tensor, ends: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""
     task: Task = ctx.task
@@ -222,10 +223,10 @@ def _differentiable_backward(
     start = y = gate.of(y0)
     everything = np.arange(len(y0))
     outputs = [(everything, np.zeros_like(everything), start)]
-    check = _check_for(ctx, y0, restarts=False)
+    check = _check_for(ctx, y0.detach(), replay, restarts=False)
     expected = y0.detach()
     with replay.repeating():
-        for n, (s, end) in enumerate(zip(ctx.record.steps, _ends(ctx.record.steps, states), strict=True)):
+        for n, (s, end) in enumerate(zip(ctx.record.steps, ends, strict=True)):
             trial, h = steps.take(s, y)
             outputs += outputs_of_step(s.outputs, scheme, y, h, trial)
             rows = index_of(s.rows, y0)

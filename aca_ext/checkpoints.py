@@ -23,6 +23,7 @@ from aca_ext.resumption import SolverState
 
 # All states, at most so many, or "cpu".
 Policy = int | str | None
+ReversedStates = Iterator[tuple[int, Tensor, Tensor | None]]
 
 _BLOCK_BYTES = 1 << 20  # small states share blocks up to this size; it bounds what is allocated and not used
 _BLOCK_ROWS = 64
@@ -232,7 +233,7 @@ def reversed_states(
     n_steps: int,
     capacity: float,
     advance: Callable[[int, Tensor, Tensor], Tensor],
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+) -> ReversedStates:
     """(n, state n, state n + 1) for every step, last to first; state ``n_steps`` is None where it was not kept.
 
     ``held`` are numbers of states and the rows that hold them, with -1 for rows that are free. ``advance(n, y, out)``
@@ -269,9 +270,7 @@ def reversed_states(
         y_next = y
 
 
-def brought_to(
-    device: torch.device, states: Iterator[tuple[int, Tensor, Tensor | None]]
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def brought_to(device: torch.device, states: ReversedStates) -> ReversedStates:
     """The same on ``device``; a state that is the start of one step and the end of another comes over once."""
     brought: Tensor | None = None
     for n, y, y_next in states:

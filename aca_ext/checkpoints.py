@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import comb
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from aca_ext.resumption import SolverState
 
 # All states, at most so many, or "cpu".
 Policy = int | str | None
+ReversedStates = Iterator[tuple[int, Tensor, Tensor | None]]
 
 _BLOCK_BYTES = 1 << 20  # small states share blocks up to this size; it bounds what is allocated and not used
 _BLOCK_ROWS = 64
@@ -231,12 +233,13 @@ def reversed_states(
     n_steps: int,
     capacity: float,
     advance: Callable[[int, Tensor, Tensor], Tensor],
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+) -> ReversedStates:
     """(n, state n, state n + 1) for every step, last to first; state ``n_steps`` is None where it was not kept.
 
     ``held`` are numbers of states and the rows that hold them, with -1 for rows that are free. ``advance(n, y, out)``
     computes state n + 1 from state n into ``out``, for states that were not kept. Rows are written over as soon as the
-    states in them have been handed out: there are never more than ``capacity`` states beside those of the step at hand.
+    states in them have been handed out: there are never more than ``capacity`` states beside those of the step at hand
+    and the last one. The first and the last are never written over, so that a replay can be repeated and compared.
     """
     kept = sorted(((n, row) for n, row in held if n >= 0), key=lambda entry: entry[0])
     free = [row for n, row in held if n < 0]
@@ -262,9 +265,28 @@ def reversed_states(
         if kept[-1][0] == n:
             kept.pop()
         yield n, y, y_next
-        if y_next is not None:
+        if y_next is not None and n + 1 < n_steps:
             free.append(y_next)
         y_next = y
+
+
+def brought_to(device: torch.device, states: ReversedStates) -> ReversedStates:
+    """The same on ``device``; a state that is the start of one step and the end of another comes over once."""
+    brought: Tensor | None = None
+    for n, y, y_next in states:
+        if y.device == device:
+            yield n, y, y_next
+            continue
+        if brought is None and y_next is not None:
+            brought = y_next.to(device, non_blocking=True)
+        start = y.to(device, non_blocking=True)
+        yield n, start, brought
+        brought = start
+
+
+def distances(numbers: Sequence[int]) -> dict[int, int]:
+    """For each state that was kept, how many steps after the one kept before it; ``numbers`` has -1 for free rows."""
+    return {end: end - start for start, end in pairwise(sorted(n for n in numbers if n >= 0))}
 
 
 def revolve(n_steps: int, capacity: int) -> int:

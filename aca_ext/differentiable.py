@@ -37,11 +37,14 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernel: Any, h: float, w: Floats, base: Tensor | None, *x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.h, ctx.w, ctx.has_base = h, w, base is not None
         return kernel(base, h, x, w)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         return None, None, None, g if ctx.has_base else None, *_scaled(g, ctx.h, ctx.w, ctx.needs_input_grad[4:])
 
 
@@ -52,13 +55,16 @@ class _SolutionAndError(torch.autograd.Function):
     def forward(
         ctx: Any, kernel: Any, h: float, b: Floats, error_weight: Floats, y: Tensor, *k: Tensor
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.h, ctx.b = h, b
         y1, error = kernel(y, h, k, b, error_weight)
         ctx.mark_non_differentiable(error)
         return y1, error
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         return None, None, None, None, g, *_scaled(g, ctx.h, ctx.b, ctx.needs_input_grad[5:])
 
 

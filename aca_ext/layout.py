@@ -18,6 +18,14 @@ def empty_rows(count: int, like: Tensor) -> Tensor:
     )
 
 
+def rows_like(like: Tensor, rows: Tensor) -> Tensor:
+    """``rows`` of states laid out like ``like``; a copy only where they are not: hooks on saved tensors make others."""
+    if rows.stride()[1:] == like.stride() and rows.stride(0) == like.numel():
+        return rows
+    strides = like.numel(), *like.stride()
+    return torch.empty_strided(rows.shape, strides, dtype=rows.dtype, device=rows.device).copy_(rows)
+
+
 def aligned_rows(count: int, like: Tensor) -> Sequence[Tensor]:
     """``count`` uninitialised tensors laid out in memory like ``like``, each aligned like an allocation of its own."""
     if count == 1:
@@ -38,8 +46,9 @@ class Relayout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return torch.empty_like(like).copy_(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
         return g, None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aca_ext import _C
 from aca_ext.differentiable import DifferentiableOperations
-from aca_ext.layout import aligned_rows, empty_rows, scalars
+from aca_ext.layout import aligned_rows, empty_rows, rows_like, scalars
 from aca_ext.reference import Number
 from aca_ext.tolerance import Norm, Tolerance
 from aca_ext.torch_operations import Array, Floats, RowOperations, Tensors, TorchOperations
@@ -37,6 +37,7 @@ __all__ = [
     "has_kernels",
     "operations_for",
     "row_operations_for",
+    "rows_like",
     "show_config",
     "slope_function",
     "target_for",

@@ -84,6 +84,11 @@ class Replay:
         return self.field.n_evals
 
     @property
+    def held(self) -> list[Tensor]:
+        """The tensors that f is known to compute with."""
+        return [*self.inputs, *(x for _, _, x in self.field.held)]
+
+    @property
     def fastest(self) -> SlopeFunction:
         """What evaluates the next stage with the least in between."""
         return self if self.field.draws_random_numbers else self.field.fastest

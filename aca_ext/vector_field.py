@@ -168,15 +168,15 @@ def _bytes(state: Tensor) -> bytes:
 
 
 class AutocastState:
-    """torch.autocast as it was when this object was made."""
+    """torch.autocast as it was when this object was made; ``dtype`` is None where it was off."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
         self.enabled = torch.is_autocast_enabled(device_type)
-        self._dtype = torch.get_autocast_dtype(device_type) if self.enabled else None
+        self.dtype = torch.get_autocast_dtype(device_type) if self.enabled else None
 
     def restored(self) -> Any:
         if not self.enabled and not torch.is_autocast_enabled(self._device_type):
             return nullcontext()
         # Without the cache: a weight cast in a pass without a graph must not serve one with.
-        return torch.autocast(self._device_type, dtype=self._dtype, enabled=self.enabled, cache_enabled=False)
+        return torch.autocast(self._device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)

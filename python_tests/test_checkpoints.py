@@ -23,6 +23,7 @@ from aca_ext.checkpoints import (
     HostCheckpoints,
     StepRecord,
     ThinnedCheckpoints,
+    brought_to,
     reversed_states,
     revolve,
     rows,
@@ -392,7 +393,7 @@ class TestGradient:
                 y0.grad = None
                 assert memory.current <= 3 * size
             assert sol.stats.n_accepted == steps
-        assert peaks[90] == peaks[30] <= (capacity + 40) * size
+        assert peaks[90] - size <= peaks[30] <= (capacity + 40) * size  # the last state is kept too
 
 
 @pytest.mark.parametrize(
@@ -416,3 +417,11 @@ def test_a_layer_takes_the_policy() -> None:
     layer(sample(2, 3)).sum().backward()
     assert layer.stats is not None
     assert layer.stats.n_f_evals_backward > 7 * layer.stats.n_accepted
+
+
+def test_offloaded_states_are_brought_back_once() -> None:
+    states = [torch.zeros(2) for _ in range(4)]
+    found = list(brought_to(torch.device("meta"), iter([(n, states[n], states[n + 1]) for n in (2, 1, 0)])))
+    assert all(y.is_meta and y_next is not None and y_next.is_meta for _, y, y_next in found)
+    assert found[0][1] is found[1][2]
+    assert found[1][1] is found[2][2]

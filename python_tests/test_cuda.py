@@ -69,13 +69,16 @@ class TestWaits:
             x.cpu()
         assert len(noted) == 2
 
-    def test_none_in_fixed_steps(self) -> None:
+    def test_none_in_fixed_steps_but_one_in_the_backward_pass(self) -> None:
         net, y0 = Net(), start()
         options = {"step_size": 0.1}
         odeint(net, y0, T, method="rk4", options=options).sum().backward()
         torch.cuda.synchronize()
         with waits_are("error"):
-            odeint(net, y0, T, method="rk4", options=options).sum().backward()
+            loss = odeint(net, y0, T, method="rk4", options=options).sum()
+        with waits_are("warn") as noted:
+            loss.backward()
+        assert len(noted) <= 1  # to see that every step repeated the forward pass
 
     def test_one_for_each_trial_of_adaptive_steps(self) -> None:
         net, y0, t = Net(), start(), torch.tensor([0.0, 0.7, 5.0])
@@ -85,13 +88,14 @@ class TestWaits:
         assert solution.stats.n_steps > 10
         assert len(noted) <= solution.stats.n_steps + 3  # three norms for the first step
 
-    def test_none_in_an_adaptive_backward_pass(self) -> None:
+    def test_one_in_an_adaptive_backward_pass(self) -> None:
         net, y0 = Net(), start()
         odeint(net, y0, T).sum().backward()
         loss = odeint(net, y0, T).sum()
         torch.cuda.synchronize()
-        with waits_are("error"):
+        with waits_are("warn") as noted:
             loss.backward()
+        assert len(noted) <= 1
 
     @both_loops
     @pytest.mark.parametrize(
@@ -110,8 +114,9 @@ class TestWaits:
             with waits_are("warn") as noted:
                 solution = solve(net, y0, t, engine="graph", **settings)
             found.append((len(noted), solution.stats.n_steps))
-            with waits_are("error"):
+            with waits_are("warn") as noted:
                 solution.y.sum().backward()
+            assert len(noted) <= 1
         (short, few), (long, many) = found
         assert many > 2 * few
         assert short == long <= 2  # the control block, and the record of steps

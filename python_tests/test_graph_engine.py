@@ -22,7 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from aca_ext import METHODS, odeint, solve
 from aca_ext.control import ControlBlock
-from aca_ext.errors import ArgumentTypeError, GraphError, NonFiniteError, SlopeError, StepLimitError, StepSizeError
+from aca_ext.errors import (
+    ArgumentTypeError,
+    GraphError,
+    NonFiniteError,
+    ReplayError,
+    SlopeError,
+    StepLimitError,
+    StepSizeError,
+)
 from aca_ext.graph import engine, programs
 from aca_ext.graph.plan import Plan
 from aca_ext.graph.trace import Trace, TracedFunction
@@ -616,6 +624,68 @@ def test_a_workspace_is_kept_once_for_each_thread(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("loops")
+class Controlled(nn.Module):
+    """Reads a buffer and a tensor of its own from memory."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([0.5, -0.2, 0.3], dtype=dtype))
+        self.register_buffer("gain", torch.ones(3, dtype=dtype))
+        self.control = torch.tensor([1.0, 2.0, -1.0], dtype=dtype)
+
+    def forward(self, t: Tensor, y: Any) -> Any:
+        if isinstance(y, tuple):
+            return -y[0], self.gain * self.p * y[1]
+        return torch.tanh(self.p * y + self.control.to(y.device)) * self.gain
+
+
+@pytest.mark.usefixtures("loops")
+class TestReplays:
+    """Memory that func reads and that was overwritten between the passes."""
+
+    @pytest.mark.parametrize("create_graph", [False, True])
+    @pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.3, 0.4, 1.0]], ids=["at the end", "inside steps"])
+    @pytest.mark.parametrize("change", ["buffer", "control", "data"])
+    def test_overwritten_memory_is_found(
+        self, device: str, change: str, times: list[float], create_graph: bool
+    ) -> None:
+        func = Controlled()
+        func.control = func.control.to(device)
+        func.to(device)
+        y0 = torch.ones(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+        for _ in range(2):  # before and after the backward pass is captured
+            y = odeint(func, y0, torch.tensor(times), engine="graph")
+            torch.autograd.grad(y.sum(), y0, retain_graph=True, create_graph=create_graph)
+            memory = {"buffer": func.gain, "control": func.control, "data": func.p.data}[change]
+            before = memory.clone()
+            memory.mul_(1 + 1e-11)
+            with pytest.raises(ReplayError, match="did not repeat the forward pass"):
+                torch.autograd.grad(y.sum(), y0, retain_graph=True, create_graph=create_graph)
+            memory.copy_(before)
+            torch.autograd.grad(y.sum(), y0, create_graph=create_graph)
+
+    def test_float32_and_a_small_component(self, device: str) -> None:
+        func = Controlled(torch.float32).to(device)
+        y0 = torch.full((2,), 1e6, device=device), torch.full((3,), 1e-3, device=device, requires_grad=True)
+        y = odeint(func, y0, torch.tensor([0.0, 1.0]), engine="graph")
+        torch.autograd.grad(y[1].sum(), y0[1], retain_graph=True)
+        func.gain.mul_(1 + 1e-4)
+        with pytest.raises(ReplayError):
+            torch.autograd.grad(y[1].sum(), y0[1])
+
+    def test_a_control_that_is_another_tensor_is_not_mistaken(self, device: str) -> None:
+        grads = []
+        for name in ("eager", "graph"):
+            w = torch.tensor([0.7, -0.4], dtype=torch.float64, device=device, requires_grad=True)
+            y = torch.tensor([0.5, 1.0], dtype=torch.float64, device=device)
+            for k, values in enumerate(([1.0, 2.0], [-3.0, 0.5], [0.2, 0.1])):
+                control = torch.tensor(values, dtype=torch.float64, device=device)
+                func = lambda t, y, u=control: torch.tanh(w * y) * u  # noqa: B023, E731
+                y = odeint(func, y, torch.tensor([k, k + 1.0]), engine=name)[-1]
+            grads.append(torch.autograd.grad(y.sum(), w)[0])
+        assert relative_error(*grads) <= 1e-12
+
+
 class TestEarlyStart:
     """Of a solve like one before, while the host still looks at func."""
 

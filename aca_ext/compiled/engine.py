@@ -238,6 +238,7 @@ class _LoopRecord(StepRecord):
 class _CompiledAca(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         checkpoints = Blocks(run.y0)
         ys = run.forward(checkpoints)
         ctx.run, ctx.n_blocks, ctx.has_y0 = run, len(checkpoints.blocks), y0.requires_grad
@@ -245,7 +246,9 @@ class _CompiledAca(torch.autograd.Function):
         return ys
 
     @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
         saved, run = ctx.saved_tensors, ctx.run
         inputs = saved[ctx.n_blocks + ctx.has_y0 :]
         if torch.is_grad_enabled():
@@ -265,7 +268,7 @@ def _eager_backward(ctx: Any, run: _Run, grad_ys: Tensor, y0: Tensor, inputs: Se
     args = [(x, originals.get(id(x))) for x in field.args if isinstance(x, Tensor) and x.requires_grad]
     of_args = {i for _, i in args}
     of_params = [i for i, x in enumerate(inputs) if x.requires_grad and i not in of_args]
-    ctx.task, ctx.record, ctx.stats, ctx.must_check = task, run.record, run.stats, False
+    ctx.task, ctx.record, ctx.stats = task, run.record, run.stats
     ctx.n_params, ctx.autocast = len(of_params), AutocastState(y0.device.type)
     given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in args)]
     grad_y0, *found = differentiable_backward(ctx, grad_ys, y0, {}, given)

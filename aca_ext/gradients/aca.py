@@ -11,21 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, reversed_states, rows
+from aca_ext.checkpoints import (
+    AcceptedStep,
+    Checkpoints,
+    StepRecord,
+    brought_to,
+    checkpoints_for,
+    distances,
+    reversed_states,
+    rows,
+)
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
-from aca_ext.ops import TorchOperations, empty_rows, operations_for
+from aca_ext.ops import TorchOperations, empty_rows, operations_for, rows_like
 from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem
 from aca_ext.replay import Replay
+from aca_ext.replay_check import ReplayCheck, ReplayedStep
 from aca_ext.runge_kutta import (
     Scheme,
-    check_replay,
     compiled_stepper,
     interpolate,
     scheme_of,
@@ -75,18 +85,14 @@ class _Aca(torch.autograd.Function):
         y0: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
-        field = task.field
+        ctx.set_materialize_grads(False)
         checkpoints = checkpoints_for(task.checkpoints, y0.detach())
-        random_state = field.random_state()
         result = solve_without_graph(task, k0, checkpoints)
         assert isinstance(result.record, StepRecord)
         record.steps, record.end = result.record.steps, result.record.end
         vars(stats).update(vars(result.stats))
         ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, record, stats
         ctx.autocast = AutocastState(y0.device.type)
-        # A replay may go astray where func moves state that its first evaluation did not show: compare then.
-        drew_later = not field.draws_random_numbers and field.has_drawn_since(random_state)
-        ctx.must_check = drew_later or bool(field.moving_buffers)
         ctx.numbers, ctx.capacity, ctx.n_blocks = checkpoints.numbers(), checkpoints.capacity, len(checkpoints.blocks)
         ctx.has_y0 = y0.requires_grad
         # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
@@ -94,20 +100,23 @@ class _Aca(torch.autograd.Function):
         return result.ys
 
     @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         # Rows of states that were handed out are written over, which is none of autograd's business: .data.
-        blocks = [block.data for block in saved[: ctx.n_blocks]]
+        blocks = [rows_like(ctx.task.problem.y0, block.data) for block in saved[: ctx.n_blocks]]
         held = list(zip(ctx.numbers, rows(blocks, len(ctx.numbers)), strict=True))
         inputs = saved[ctx.n_blocks + ctx.has_y0 :]
         if torch.is_grad_enabled():
-            states = {n: row.to(grad_ys.device) for n, row in held if n == 0 or ctx.must_check}
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
+            states = dict(held)
+            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0].to(grad_ys.device)
             grads = differentiable_backward(ctx, grad_ys, y0, states, inputs)
         else:
-            if math.isfinite(ctx.capacity):  # all but the first may be gone when a retained graph is used again
-                ctx.numbers = [0 if n == 0 else -1 for n in ctx.numbers]
+            if math.isfinite(ctx.capacity):  # others than these may be gone when a retained graph is used again
+                ends = 0, len(ctx.record.steps)
+                ctx.numbers = [n if n in ends else -1 for n in ctx.numbers]
             grads = _replay_backward(ctx, grad_ys, held, inputs)
         needed = ctx.needs_input_grad[5:]
         return None, None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
@@ -122,18 +131,23 @@ def _replay_backward(
     scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
     pull_back = transposed_stepper(replay, ops, scheme)
+    like, segments = problem.y0.detach(), problem.tolerance.segments
+    check = ReplayCheck(like, segments, len(steps), ctx.autocast.dtype, replay.held)
+    distance = distances([n for n, _ in held]) if math.isfinite(ctx.capacity) else {}
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
         advance = _advance(replay, ops, scheme, problem, steps)
-        for n, y, y_next in reversed_states(held, len(steps), ctx.capacity, advance):
+        for n, y, y_next in brought_to(like.device, reversed_states(held, len(steps), ctx.capacity, advance)):
             s: AcceptedStep = steps[n]
             outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
             outputs += [(_weights(problem, scheme.solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
             replay.begin_step(s.random_states)
             if outputs:
                 times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
-                end = y_next.to(y.device) if ctx.must_check and y_next is not None else None
-                g = pull_back(times, y, s.h, outputs, end)
+                assert y_next is not None
+                compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance.get(n + 1, 1)), y, y_next)
+                g = pull_back(times, y, s.h, outputs, compare, y_next)
+    check.finish()
     ctx.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
@@ -163,7 +177,10 @@ def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[
 def differentiable_backward(
     ctx: Any, grad_ys: Tensor, y0: Tensor, states: Mapping[int, Tensor], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""
+    """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too.
+
+    ``states`` are those of the forward pass that are known, by their numbers.
+    """
     task: Task = ctx.task
     problem = task.problem
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
@@ -172,17 +189,23 @@ def differentiable_backward(
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
     start = gate.of(y0)
     y, outputs = start, [start]
+    steps: Sequence[AcceptedStep] = ctx.record.steps
+    segments, dtype = problem.tolerance.segments, ctx.autocast.dtype
+    check = ReplayCheck(y0.detach(), segments, len(steps), dtype, replay.held, restarts=False)
+    distance = distances([0, *(n for n in states if n > 0)])
     with replay.repeating():
-        for n, s in enumerate(ctx.record.steps):
+        for n, s in enumerate(steps):
             replay.begin_step(s.random_states)
             times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
             trial = step(replay, ops, scheme, times, y, s.h)
             if n + 1 in states:
-                check_replay(s.t, states[n + 1], trial.y1)
+                end = states[n + 1].to(y0.device)
+                check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)
             for _, theta in s.outputs:
                 y_i = trial.y1 if theta == 1.0 else interpolate(ops, problem.tableau, y, s.h, trial.k, theta)
                 outputs.append(y_i)
             y = trial.y1
+    check.finish()
     ctx.stats.n_f_evals_backward = replay.n_evals
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
     ys = stack_rows(outputs, y0)
@@ -216,9 +239,10 @@ class Gate:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:
+        ctx.set_materialize_grads(False)  # zeros would set off the replays of the solves that x comes from
         ctx.gate = gate
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
         return g if ctx.gate.is_open else None, None

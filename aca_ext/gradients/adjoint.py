@@ -45,6 +45,7 @@ class _Adjoint(torch.autograd.Function):
         y0: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         result = solve_without_graph(task, k0)
         assert isinstance(result.record, StepRecord)
         record.steps = result.record.steps
@@ -55,7 +56,9 @@ class _Adjoint(torch.autograd.Function):
         return result.ys
 
     @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("the gradient of the solution", grad_ys)
         ys, *inputs = ctx.saved_tensors
         task: Task = ctx.task
@@ -79,10 +82,13 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *origins: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+        if g is None:  # a walk through the graph that wants other gradients
+            return (None,) * len(ctx.needs_input_grad)
         raise ArgumentValueError(
             'gradient is "adjoint", which has no second derivatives. Use "aca", "direct" or "naive" for them.'
         )

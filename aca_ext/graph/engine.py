@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import AcceptedStep, StepRecord
+from aca_ext.checkpoints import AcceptedStep, StepRecord, rows
 from aca_ext.control import SolveMemory
 from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.failures import NO_TOLERANCE, failure_of
@@ -157,20 +157,22 @@ class _Run:
         memory, plan, params = self.record.memory, self.plan, self.params
         with plan.in_order():
             blocks = memory.take_states(blocks)  # referred to until all is launched
+            end = blocks[-1][-1]
             if not plan.has_backward:
-                plan.capture_backward(self.problem, memory, params, self.task.field.held, self.autocast)
+                plan.capture_backward(self.problem, memory, end, params, self.task.field.held, self.autocast)
             elif not plan.reads(params):
                 raise ReplayError(
                     "The memory of a parameter was replaced between the forward and the backward pass, so that a "
                     "replay would not repeat the forward pass. Replace it before the one or after the other."
                 )
             self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
-            return plan.backward(memory, self.problem.args, memory.laid_out(grad_ys))
+            return plan.backward(memory, end, self.problem.args, memory.laid_out(grad_ys))
 
 
 class _GraphAca(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ys = run.forward(keeps_states=True)
         blocks = run.record.memory.hand_over_states()
         ctx.run, ctx.n_params, ctx.n_blocks, ctx.has_y0 = run, len(run.params), len(blocks), y0.requires_grad
@@ -179,13 +181,18 @@ class _GraphAca(torch.autograd.Function):
         return ys
 
     @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
         run, saved = ctx.run, ctx.saved_tensors
         inputs = saved[ctx.n_blocks + ctx.has_y0 :]
         if torch.is_grad_enabled():
             ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.problem.y0.detach()
-            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, {}, inputs)
+            memory = run.record.memory
+            blocks = [memory.laid_out(block) for block in saved[: ctx.n_blocks]]
+            states = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
+            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
+            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, states, inputs)
         else:
             grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
             grads = [grad_y0, *found]

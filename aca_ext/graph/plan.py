@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from aca_ext.layout import empty_rows
 from aca_ext.modules import Held
 from aca_ext.problem import Problem
 from aca_ext.replay import Replay
+from aca_ext.replay_check import CapturedCheck
 from aca_ext.runge_kutta import scheme_of, step, step_vjp
 from aca_ext.torch_operations import TorchOperations
 from aca_ext.vector_field import AutocastState, VectorField
@@ -49,6 +51,8 @@ class Plan:
         self._g = torch.empty_like(like)
         self._has_inside = problem.adaptive and len(problem.times) > 2
         self._inside: tuple[Tensor, list[Tensor]] | None = None
+        self._end = torch.empty_like(like)  # of the step to transpose, as the forward pass found it
+        self._replayed: CapturedCheck | None = None
         self._grads: list[Tensor | None] = []
         self._param_addresses: list[int] = []
         self._probe: list[Tensor] = []
@@ -224,13 +228,14 @@ class Plan:
         self,
         problem: Problem,
         memory: SolveMemory,
+        end: Tensor,
         params: Sequence[Tensor],
         held: Sequence[Held],
         autocast: AutocastState,
     ) -> None:
         """Captures a step's transpose, with the gradients of ``params`` and of args that require grad.
 
-        ``held`` is what func's modules held in the forward pass.
+        ``end`` is the last state, ``held`` what func's modules held in the forward pass.
 
         Raises:
             GraphError: func's backward pass cannot be captured.
@@ -243,10 +248,12 @@ class Plan:
         if self._has_inside:
             self._inside = torch.empty_like(self._like), [torch.empty_like(self._like) for _ in self._scheme.c]
         self._param_addresses = [p.data_ptr() for p in params]
+        segments, n_slopes = self._tolerance.segments, self.n_evals_per_transpose
+        self._replayed = CapturedCheck(self._like, segments, n_slopes, autocast.dtype, self.held)
         grad_ys = empty_rows(len(problem.times), self._like).fill_(1.0)
 
         def reset() -> None:
-            self._begin_backward(memory, grad_ys)
+            self._begin_backward(memory, end, grad_ys)
 
         def transpose() -> Callable[[], None]:
             ops = ControlledKernels(self._block, self._tolerance)
@@ -267,23 +274,36 @@ class Plan:
 
     def _transpose_step(self, replay: Replay, ops: ControlledKernels) -> None:
         scheme, block, y, g = self._scheme, self._block, self._y, self._g
+        assert self._replayed is not None
+        self._end.copy_(y)
         ops.decide("transpose")
         ops.restore(y, g, self._inside)
+        compare = partial(self._replayed.add, block.h, y, self._end)
         with replay.repeating():
-            g_before = step_vjp(replay, ops, scheme, (), y, block.h, [(scheme.solution, g)], inside=self._inside)
+            g_before = step_vjp(
+                replay, ops, scheme, (), y, block.h, [(scheme.solution, g)], compare, inside=self._inside
+            )
         g.copy_(g_before)
         self._probe = [g, *(grad for grad in self._grads if grad is not None)]
 
-    def backward(self, memory: SolveMemory, args: Sequence[Any], grad_ys: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def backward(
+        self, memory: SolveMemory, end: Tensor, args: Sequence[Any], grad_ys: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """The cotangents of y0, and of the params and args that the backward pass was captured with.
 
-        None for those that func does not depend on.
+        None for those that func does not depend on. ``end`` is the last state.
+
+        Raises:
+            ReplayError: the steps were not those of the forward pass.
         """
         assert self._transpose is not None
+        assert self._replayed is not None
         self._take(args)
-        self._begin_backward(memory, grad_ys)
+        self._begin_backward(memory, end, grad_ys)
         self._transpose(memory.n_accepted)
-        return self._g + grad_ys[0], [None if grad is None else grad.clone() for grad in self._grads]
+        found = self._g + grad_ys[0], [None if grad is None else grad.clone() for grad in self._grads]
+        self._replayed.finish()
+        return found
 
     @property
     def has_backward(self) -> bool:
@@ -305,8 +325,11 @@ class Plan:
             return "the state is NaN or infinite at"
         return None if bool(torch.isfinite(self._k_first).all()) else "func returned NaN or infinity at"
 
-    def _begin_backward(self, memory: SolveMemory, grad_ys: Tensor) -> None:
+    def _begin_backward(self, memory: SolveMemory, end: Tensor, grad_ys: Tensor) -> None:
+        assert self._replayed is not None
         self._turn += 1
+        self._replayed.begin()
+        self._y.copy_(end)
         control = memory.control
         control.grad_outputs, control.step = grad_ys.data_ptr(), memory.n_accepted
         self._block.write(control)

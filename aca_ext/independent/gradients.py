@@ -30,6 +30,7 @@ from aca_ext.independent.solver import (
 )
 from aca_ext.ops import RowOperations, row_operations_for
 from aca_ext.replay import Replay
+from aca_ext.replay_check import ReplayCheck, ReplayedStep
 from aca_ext.runge_kutta import Trial, scheme_of, solution_only, step
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import AutocastState, VectorField
@@ -59,12 +60,13 @@ def solve_without_graph(task: Task) -> Result:
 
 
 def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, list[Tensor]]:
+    """The solve, with the states that are kept and the last one."""
     problem = task.problem
     assert isinstance(problem, BatchProblem)
     _check_buffers(task.field)
     y0 = problem.y0.detach()
     solver = BatchSolver(problem, task.field, row_operations_for(y0, problem.tolerance), k0, keep_states)
-    return Result(solver.run(y0.clone()), solver.record, solver.stats), solver.states
+    return Result(solver.run(y0.clone()), solver.record, solver.stats), [*solver.states, solver.y]
 
 
 def _direct(task: Task) -> Result:
@@ -104,6 +106,7 @@ class _Aca(torch.autograd.Function):
     def forward(
         ctx: Any, task: Task, k0: Tensor | None, n_params: int, known: list[Result], y0: Tensor, *inputs: Tensor
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         field = task.field
         random_state = field.random_state()
         result, states = _forward(task, k0, keep_states=True)
@@ -120,17 +123,25 @@ class _Aca(torch.autograd.Function):
         return result.ys
 
     @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         states, inputs = saved[: ctx.n_states], saved[ctx.n_states + ctx.has_y0 :]
         if torch.is_grad_enabled():
-            y0 = saved[ctx.n_states] if ctx.has_y0 else ctx.task.problem.y0.detach()
-            grads = _differentiable_backward(ctx, grad_ys, y0, inputs)
+            first, ends = _ends(ctx.record.steps, states)
+            y0 = saved[ctx.n_states] if ctx.has_y0 else first
+            grads = _differentiable_backward(ctx, grad_ys, y0, ends, inputs)
         else:
             grads = _replay_backward(ctx, grad_ys, states, inputs)
         needed = ctx.needs_input_grad[4:]
         return None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+
+
+def _check_for(ctx: Any, y: Tensor, replay: Replay, *, restarts: bool) -> ReplayCheck:
+    segments, dtype = ctx.task.problem.tolerance.segments, ctx.autocast.dtype
+    return ReplayCheck(y, segments, len(ctx.record.steps), dtype, replay.held, by_row=True, restarts=restarts)
 
 
 class _Steps:
@@ -162,17 +173,19 @@ def _replay_backward(
 ) -> Sequence[Tensor | None]:
     task: Task = ctx.task
     record: BatchRecord = ctx.record
-    y = task.problem.y0.detach().clone()
+    *starts, y = states
     ops = row_operations_for(y, task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
     steps = _Steps(task, ops, replay)
+    check = _check_for(ctx, y, replay, restarts=True)
     g = torch.zeros_like(y)  # cotangents of the samples' states at the ends of the steps still to come
     with replay.repeating():
-        for s, start in zip(reversed(record.steps), reversed(states), strict=True):
+        for n, (s, start) in reversed(list(enumerate(zip(record.steps, starts, strict=True)))):
             rows = index_of(s.rows, y)
-            y = y.index_copy(0, rows, start).requires_grad_()
+            y_next, y = y, y.index_copy(0, rows, start).requires_grad_()
             trial, h = steps.take(s, y)
+            check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, y_next, trial.y1, trial.k)
             found = outputs_of_step(s.outputs, scheme, y, h, trial)
             cotangents = [grad_ys[index_of(i, y), index_of(r, y)] for r, i, _ in found]
             at_end = torch.zeros_like(g).index_copy(0, rows, g[rows])
@@ -181,12 +194,24 @@ def _replay_backward(
             assert pulled is not None
             g = g.index_copy(0, rows, pulled[rows])
             y = y.detach()
+    check.finish()
     ctx.stats.n_f_evals_backward = replay.n_evals
     return g + grad_ys[0], *replay.grads
 
 
+def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The first state, and for each step the states of its rows at its end."""
+    *starts, y = states
+    found: list[Tensor] = []
+    for s, start in zip(reversed(steps), reversed(starts), strict=True):
+        rows = index_of(s.rows, y)
+        found.append(y[rows])
+        y = y.index_copy(0, rows, start)
+    return y, found[::-1]
+
+
 def _differentiable_backward(
-    ctx: Any, grad_ys: Tensor, y0: Tensor, inputs: Sequence[Tensor]
+    ctx: Any, grad_ys: Tensor, y0: Tensor, ends: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""
     task: Task = ctx.task
@@ -198,12 +223,17 @@ def _differentiable_backward(
     start = y = gate.of(y0)
     everything = np.arange(len(y0))
     outputs = [(everything, np.zeros_like(everything), start)]
+    check = _check_for(ctx, y0.detach(), replay, restarts=False)
+    expected = y0.detach()
     with replay.repeating():
-        for s in ctx.record.steps:
+        for n, (s, end) in enumerate(zip(ctx.record.steps, ends, strict=True)):
             trial, h = steps.take(s, y)
             outputs += outputs_of_step(s.outputs, scheme, y, h, trial)
             rows = index_of(s.rows, y0)
+            expected = expected.index_copy(0, rows, end)
+            check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, expected, trial.y1, trial.k)
             y = y.index_copy(0, rows, trial.y1[rows])
+    check.finish()
     ctx.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, task.problem.times_of_rows.shape, y0)  # type: ignore[attr-defined]
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]

@@ -123,6 +123,7 @@ class BatchSolver:
     Attributes:
         record: the accepted steps.
         states: for each entry of the record the states of its rows before, where they are kept.
+        y: the states of all samples at their ends.
         stats: the counts.
     """
 
@@ -151,13 +152,14 @@ class BatchSolver:
         """
         n = self.ops.n_rows
         self._outputs = [(np.arange(n), np.zeros(n, dtype=np.int64), y)]
+        self.y = y
         if self.problem.times_of_rows.shape[1] > 1 and n > 0:
-            self._run(y)
+            self.y = self._run(y)
         self.stats.n_f_evals = self.field.n_evals
         self.stats.n_f_rows = self.field.n_evals * n
         return assemble(self._outputs, self.problem.times_of_rows.shape, y)
 
-    def _run(self, y: Tensor) -> None:
+    def _run(self, y: Tensor) -> Tensor:
         problem, sign, end = self.problem, self._sign, self._end
         assert problem.controller is not None
         controller = RowController(problem.controller, len(end))
@@ -195,6 +197,7 @@ class BatchSolver:
                 y = trial.y1 if accepted.all() else torch.where(self._mask(accepted), trial.y1, y)
                 active &= ~(accepted & is_cut)
             del trial
+        return y
 
     def _report(self, t: Array, t_next: Array, h: Array, ratio: Array, accepted: Mask) -> None:
         if self.problem.on_step is not None:

@@ -143,6 +143,7 @@ def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     result: list[Tensor] = []
     for part, x in zip(parts, like, strict=True):
         if x.is_complex():
-            part = torch.view_as_complex(part.to(x.real.dtype).view(*x.shape, 2))
+            # A copy, as complex numbers begin at an even place in memory; a part may begin at any.
+            part = torch.view_as_complex(part.to(x.real.dtype, copy=True).view(*x.shape, 2))
         result.append(part.to(x.dtype).view(x.shape))
     return result

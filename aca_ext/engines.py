@@ -28,6 +28,7 @@ from aca_ext.resumption import SolverState
 from aca_ext.solution import LazySolution, Solution, stopped
 from aca_ext.solver import Stats
 from aca_ext.state import State
+from aca_ext.times import warn_where_time_stands_still
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
 
@@ -57,6 +58,8 @@ def run(
     problem = (batch_problem_of if is_batch else problem_of)(func, y0, t, **settings)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
     _check_together(problem, learnt, gradient, checkpoints, callback)
+    if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
+        warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
     if lookup("engine", engine, ENGINES) != "eager":
         _check_not_eager(engine, problem, gradient, checkpoints, progress, callback)
     if engine == "compiled":

@@ -98,6 +98,14 @@ class BatchProblem(Problem):
         times = self.times_of_rows
         return float(np.abs(times[:, -1] - times[:, 0]).mean()) if len(times) else 0.0
 
+    @property
+    def span(self) -> tuple[float, float]:
+        ends = self.times_of_rows[:, [0, -1]]
+        if len(ends) == 0:
+            return super().span
+        worst = np.argmin(np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(np.abs(ends).max(1), 1e-300))
+        return float(ends[worst, 0]), float(ends[worst, 1])
+
     def start_time(self, like: Tensor) -> Tensor:
         return torch.from_numpy(self.times_of_rows[:, 0].copy()).to(like).view(self._row_shape)
 

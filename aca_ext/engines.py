@@ -22,6 +22,7 @@ from aca_ext.graph import engine as graph_engine
 from aca_ext.independent import gradients as independent_gradients
 from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
 from aca_ext.ops import TorchOperations
+from aca_ext.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem import Problem, known_problem, problem_of
 from aca_ext.progress import Callback, both, progress_bar
 from aca_ext.resumption import SolverState
@@ -113,13 +114,17 @@ def _resumed(
     y: State,
     t: Tensor,
     state: SolverState,
-    max_num_steps: int | None,
     *,
+    max_num_steps: int | None,
+    is_beyond: bool,
     options: Mapping[str, Any],
     **settings: Any,
 ) -> Solution:
-    limit = {} if max_num_steps is None else {"max_num_steps": max_num_steps}
-    return run(func, y, t, state, options={**options, **limit}, **settings)
+    """A part of a solve from where another stopped, or beyond its end."""
+    limit = options.get("max_num_steps") if max_num_steps is None else max_num_steps
+    if is_beyond and max_num_steps is None:
+        limit = max(max_num_steps_of(limit), DEFAULT_MAX_NUM_STEPS)
+    return run(func, y, t, state, options={**options, "max_num_steps": limit}, **settings)
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from aca_ext.errors import ArgumentValueError
+from aca_ext.arguments import lookup
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, UnknownNameError, UnregisteredParameterWarning
+from aca_ext.gradients.parameters import leaves_of
 from aca_ext.independent.solver import BatchStats
 from aca_ext.odeint import solve
+from aca_ext.options import option_names, refuse_to_stop
 from aca_ext.solver import Stats
-from aca_ext.state import State
+from aca_ext.state import State, tensors_in
+from aca_ext.suggestions import meant_by
 from aca_ext.times import times_of
+from aca_ext.user_warnings import warn_user
 
 
 class NeuralODE(nn.Module):
@@ -35,6 +42,7 @@ class NeuralODE(nn.Module):
     """
 
     stats: Stats | BatchStats | None
+    _looked_for_unregistered = False
 
     def __init__(
         self,
@@ -47,6 +55,7 @@ class NeuralODE(nn.Module):
         super().__init__()
         if output not in ("end", "all"):
             raise ArgumentValueError(f'output is {output!r}; it is "end" (the last state) or "all".')
+        _check_settings(settings)
         self.func = func
         if isinstance(t, nn.Parameter):
             self.t: Tensor | tuple[float, ...] = t
@@ -60,10 +69,55 @@ class NeuralODE(nn.Module):
         """The state at the last time (or all), starting from ``y0``; ``t`` replaces the layer's times."""
         solution = solve(self.func, y0, self.t if t is None else t, args=args, **self.settings)
         self.stats = solution.stats
+        if not self._looked_for_unregistered:
+            self._look_for_unregistered(solution.y, y0, args)
         if self.output == "all":
             return solution.y
         return solution.y[-1] if isinstance(solution.y, Tensor) else tuple(part[-1] for part in solution.y)
 
+    def _look_for_unregistered(self, y: State, y0: State, args: Sequence[Any]) -> None:
+        """Warns, once, where func is no module and its solve depends on parameters that are not the layer's."""
+        if isinstance(self.func, nn.Module) or self.settings.get("params") is not None:
+            self._looked_for_unregistered = True
+            return
+        if torch.compiler.is_compiling() or not any(part.requires_grad for part in tensors_in(y)):
+            return
+        self._looked_for_unregistered = True
+        given = tensors_in((y0, args, self.t))
+        known = {id(x) for x in (*given, *self.parameters())}
+        stops = {x.grad_fn for x in given}
+        found = [x for x in leaves_of(tensors_in(y)[0].grad_fn, stops) if id(x) not in known]
+        if found:
+            warn_user(
+                f"NeuralODE is given a func that is no nn.Module ({_name(self.func)}) and depends on "
+                f"{len(found)} parameters (of shapes {[tuple(x.shape) for x in found[:3]]}...) which are not registered "
+                "with the layer: layer.parameters(), .to() and state_dict() leave them out. Make func an nn.Module, "
+                "unless another module of the model holds them.",
+                UnregisteredParameterWarning,
+            )
+
+    def __prepare_scriptable__(self) -> None:
+        raise ArgumentTypeError(
+            "torch.jit.script cannot compile a solve. Script func alone, NeuralODE(torch.jit.script(func)), or record "
+            "the model with torch.jit.trace or torch.export, with fixed steps (option step_size)."
+        )
+
     def extra_repr(self) -> str:
         settings = "".join(f", {name}={value!r}" for name, value in self.settings.items())
         return f"t={self.t!r}, output={self.output!r}{settings}"
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises where the layer's solves could not take them."""
+    refuse_to_stop("NeuralODE", settings.get("options"))
+    parameters = inspect.signature(solve).parameters.values()
+    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "args"]
+    for name in settings:
+        option = None if name in allowed else meant_by(name, option_names())
+        if option is not None and meant_by(name, allowed) is None:
+            raise UnknownNameError(f"unknown setting {name!r} of NeuralODE; did you mean options={{{option!r}: ...}}?")
+        lookup("setting of NeuralODE", name, allowed)
+
+
+def _name(func: object) -> str:
+    return str(getattr(func, "__qualname__", type(func).__name__))

@@ -14,6 +14,7 @@ from aca_ext.engines import run, run_compiled_again
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.base import AdjointOptions
 from aca_ext.gradients.parameters import checked_params
+from aca_ext.options import refuse_to_stop
 from aca_ext.progress import Callback
 from aca_ext.solution import Solution
 from aca_ext.state import State
@@ -135,6 +136,7 @@ def odeint(
         raise ArgumentValueError(
             "event_fn is given, but events are not there. Solve to given times and look for the event between them."
         )
+    refuse_to_stop("odeint", options)
     return solve(
         func,
         y0,

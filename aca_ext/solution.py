@@ -29,7 +29,7 @@ class Continuation:
     state: SolverState
     y: State
     times_left: tuple[float, ...]
-    again: Callable[[State, Tensor, SolverState, int | None], Solution]
+    again: Callable[..., Solution]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Solution:
 
         Args:
             t: (N,) further times, beyond those requested before, in the same direction.
-            max_num_steps: trial steps for this part of the solve; default as before.
+            max_num_steps: trial steps for this part of the solve. Default as before, but at least 100 000 where this
+                solution is complete: the limit was for the solve to its end, and one call goes on to the further times.
 
         Returns:
             The whole solution, with the counts of all its parts but for ``n_f_evals_backward``. Func is evaluated once
@@ -100,7 +101,8 @@ class Solution:
                     f"further times must go on from t={one!r} in the direction of the solve; given was {other!r}."
                 )
         start = torch.tensor([part.state.t, *times], dtype=torch.float64)
-        return self._joined(part.again(part.y, start, part.state, max_num_steps))
+        is_beyond = self.is_complete
+        return self._joined(part.again(part.y, start, part.state, max_num_steps=max_num_steps, is_beyond=is_beyond))
 
     def _continuation(self) -> Continuation:
         if self.continuation is None:

@@ -60,8 +60,8 @@ def warn_where_time_stands_still(start: float, end: float, n_gaps: int, dtype: t
     if spacing <= min(_COARSE, _COARSE_BETWEEN / n_gaps) * length:
         return
     warn_user(
-        f"func receives times as {dtype}, whose spacing near t={far:.17g} is about {spacing:.2g}; the solve from "
-        f"t={start:.17g} to {end:.17g} is only {length:.6g} long, so that for func time moves in leaps or stands "
+        f"func receives times as {dtype}, whose spacing near t={far:.10g} is about {spacing:.3g}; the solve from "
+        f"t={start:.10g} to {end:.10g} is only {length:.6g} long, so that for func time moves in leaps or stands "
         "still. Shift t to start at 0, t - t[0] (func adds the offset where it needs it), or use a float64 state.",
         TimeResolutionWarning,
     )

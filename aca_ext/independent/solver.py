@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.failures import NO_TOLERANCE, reason_of
+from aca_ext.failures import NO_TOLERANCE, fault_of_start, reason_of
 from aca_ext.independent.controller import RowController
 from aca_ext.independent.problem import BatchProblem
 from aca_ext.ops import Array, RowOperations
@@ -256,8 +256,11 @@ class BatchSolver:
         if not suspects.any() or y.numel() == 0:
             return
         for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
-            failed = suspects & ~torch.isfinite(x).flatten(1).all(1).cpu().numpy()
-            message = f"{what} t={t[failed.argmax()]:.17g}; look at func there."
+            failed = suspects & ~torch.isfinite(x).reshape(len(x), -1).all(1).cpu().numpy()
+            if not failed.any():
+                continue
+            row = int(failed.argmax())
+            message = fault_of_start(self.problem.y0[row]) or f"{what} t={t[row]:.17g}; look at func there."
             self._check(failed, NonFiniteError, t, h, ratio, message)
 
     def _check(

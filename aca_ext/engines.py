@@ -25,6 +25,7 @@ from aca_ext.ops import TorchOperations
 from aca_ext.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem import Problem, known_problem, problem_of
 from aca_ext.progress import Callback, both, progress_bar
+from aca_ext.recorded import recorder, solve_recorded
 from aca_ext.resumption import SolverState
 from aca_ext.solution import LazySolution, Solution, stopped
 from aca_ext.solver import Stats
@@ -55,6 +56,10 @@ def run(
     for what, x in (("y0", y0), ("t", t), ("args", settings["args"])):
         for part in x if isinstance(x, (tuple, list)) else (x,):
             refuse_transforms(what, part)
+    recording = recorder()
+    if recording is not None:
+        _check_recorded(recording, callback, progress, settings["options"])
+        return solve_recorded(recording, func, y0, t, **settings)
     is_batch = is_independent(settings["options"])
     problem = (batch_problem_of if is_batch else problem_of)(func, y0, t, **settings)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
@@ -85,6 +90,14 @@ def run(
     return solution
 
 
+def _check_recorded(recording: str, callback: Callback | None, progress: bool, options: Any) -> None:
+    """Raises where an argument asks for what happens in Python, or at steps of its own, while a recording is made."""
+    what = {"callback": callback is not None, "progress": progress, 'option batch="independent"': is_independent(options)}
+    for name, is_given in what.items():
+        if is_given:
+            raise ArgumentValueError(f"{recording} records no solve with {name}; leave it out.")
+
+
 def run_compiled_again(
     func: Callable[..., State],
     y0: State,
@@ -96,6 +109,8 @@ def run_compiled_again(
     args: Sequence[Any],
 ) -> Solution | None:
     """What ``run`` returns for engine="compiled" without the rest of its checks, where they were made before."""
+    if recorder() is not None:
+        return None
     refuse_transforms("y0", y0)
     refuse_transforms("t", t)
     problem = known_problem(func, y0, t, rtol, atol, method, options, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -23,9 +24,17 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+_REASON: dict[str, Any] = {}
+if "reason" in inspect.signature(torch.compiler.disable).parameters:  # newer versions of torch put it into their error
+    _REASON["reason"] = (
+        "a solve runs outside of what torch.compile compiles: leave out fullgraph=True. torch.export takes it with "
+        "strict=False and fixed steps"
+    )
+
+
 def _compiled_around(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Keeps torch.compile out of a function, so that a model which holds a solve is compiled around it."""
-    kept_out = torch.compiler.disable(function)
+    kept_out = torch.compiler.disable(function, **_REASON)
 
     @wraps(function)
     def either(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -129,7 +129,7 @@ def problem_of(
     if known is not None:
         assert isinstance(y0, Tensor)
         return known.of(func, _args(args), y0)
-    problem = _checked(func, y0, t, rtol, atol, method, options, args)
+    problem = checked_problem(func, y0, t, rtol, atol, method, options, args)
     if key is not None and problem.y0 is y0 and len(problem.grid or ()) <= _LONGEST_KNOWN_GRID:
         if len(_known) >= _MAX_KNOWN:
             _known.pop(next(iter(_known)), None)
@@ -183,7 +183,7 @@ def _is_plain(x: Any) -> TypeGuard[Tensor]:
     return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg()
 
 
-def _checked(
+def checked_problem(
     func: Callable[..., State],
     y0: State,
     t: object,
@@ -193,6 +193,7 @@ def _checked(
     options: Options | None,
     args: Sequence[Any],
 ) -> Problem:
+    """``problem_of`` for arguments that are not known."""
     packing = Packing.of(y0)
     packed = dense(packing.pack(y0))
     times = times_of(t)

@@ -19,13 +19,13 @@ Func = Callable[..., State]
 def checked_slope_function(func: Func, args: tuple[Any, ...], packing: Packing, ops: TorchOperations) -> Any:
     """func with its args, checks and count. It holds no reference to whoever asked for it, which would be a cycle."""
     like = ops.like
-    check = _SlopeCheck(packing, ops)
+    check = SlopeCheck(packing, ops)
     called = func if packing.is_trivial else partial(_unpacked, func, packing, check)
     versioned = not like.is_inference() and not torch.is_inference_mode_enabled()
     return slope_function(called, args, like, check, _changed_in_place, versioned)
 
 
-class _SlopeCheck:
+class SlopeCheck:
     """Makes the packed slope of what func returned, converted in layout and, under autocast, in dtype alone."""
 
     def __init__(self, packing: Packing, ops: TorchOperations) -> None:
@@ -83,7 +83,7 @@ class _SlopeCheck:
         )
 
 
-def _unpacked(func: Func, packing: Packing, check: _SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:
+def _unpacked(func: Func, packing: Packing, check: SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:
     return check(func(t, packing.unpack(y), *args))
 
 

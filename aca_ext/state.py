@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,9 +68,9 @@ class Packing:
         """The user's state is the packed tensor itself."""
         return not self.is_tuple and not self.is_complex
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
-        return [shape.numel() for shape in self.shapes]
+        return [math.prod(shape) for shape in self.shapes]  # torch.Size.numel would make symbolic sizes constants
 
     @property
     def segments(self) -> list[int]:
@@ -111,7 +113,7 @@ def dense(y: Tensor) -> Tensor:
     layout = torch.empty_like(y, device="meta").stride()
     if y.stride() == layout and not y.is_neg():
         return y
-    return torch.empty_strided(y.shape, layout, dtype=y.dtype, device=y.device).copy_(y)
+    return y.resolve_neg().clone(memory_format=torch.preserve_format)
 
 
 def tensors_in(x: Any) -> list[Tensor]:

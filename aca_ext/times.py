@@ -16,16 +16,19 @@ from aca_ext.errors import TimeError, TimeResolutionWarning
 from aca_ext.user_warnings import warn_user
 
 
-def as_float64(t: Any) -> Tensor:
-    """The times in a sequence, an array or a pandas Series, in its order whatever its index is.
+def as_float64(t: Any) -> Any:
+    """The times in a tensor, a sequence, or an array or pandas Series in its order, as an array of NumPy.
 
     Raises:
         TimeError: they are no numbers.
     """
     try:
-        if hasattr(t, "__array__"):
-            return torch.from_numpy(np.array(t, dtype=np.float64))
-        return torch.as_tensor(t, dtype=torch.float64)
+        if isinstance(t, Tensor) or (isinstance(t, (tuple, list)) and any(isinstance(item, Tensor) for item in t)):
+            return torch.as_tensor(t, dtype=torch.float64).detach().cpu().numpy()
+        array = np.asarray(t)
+        if array.dtype.kind not in "biufO":  # NumPy would drop imaginary parts, and make numbers of dates and strings
+            raise TypeError(f"it holds {array.dtype}")
+        return array.astype(np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TimeError(f"t is no sequence of numbers ({error}); give a 1-d tensor of times.") from None
 
@@ -81,15 +84,15 @@ def times_of(t: object) -> tuple[float, ...]:
                 f"t is a {type(t).__name__} holding a tensor that requires grad, which would be lost; give one 1-d "
                 "tensor of times, torch.stack(t)."
             )
-        t = as_float64(t)
-    if t.dim() != 1:
+    elif t.is_complex() or t.dtype == torch.bool:
+        raise TimeError(f"t has dtype {t.dtype}; times are real numbers.")
+    array = as_float64(t)
+    if array.ndim != 1:
         raise TimeError(
-            f"t has shape {tuple(t.shape)}; give a 1-d tensor of times, torch.tensor([0., 1.]). "
+            f"t has shape {array.shape}; give a 1-d tensor of times, torch.tensor([0., 1.]). "
             'Times for every sample take options={"batch": "independent"}.'
         )
-    if t.is_complex() or t.dtype == torch.bool:
-        raise TimeError(f"t has dtype {t.dtype}; times are real numbers.")
-    times: list[float] = t.detach().to(device="cpu", dtype=torch.float64).tolist()
+    times: list[float] = array.tolist()
     if not times:
         raise TimeError("t is empty; give at least the initial time.")
     for i, time in enumerate(times):

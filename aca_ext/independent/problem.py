@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class RowPacking(Packing):
     def n_rows(self) -> int:
         return self.shapes[0][0]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Elements of each component in a row."""
         return [shape[1:].numel() for shape in self.shapes]

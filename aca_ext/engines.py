@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aca_ext.arguments import lookup
 from aca_ext.checkpoints import Policy, StepRecord
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, GraphError, OptionError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, GraphError, OptionError, SlopeError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
@@ -92,7 +92,8 @@ def run(
 
 def _check_recorded(recording: str, callback: Callback | None, progress: bool, options: Any) -> None:
     """Raises where an argument asks for what happens in Python, or at steps of its own, while a recording is made."""
-    what = {"callback": callback is not None, "progress": progress, 'option batch="independent"': is_independent(options)}
+    is_batch = is_independent(options)
+    what = {"callback": callback is not None, "progress": progress, 'option batch="independent"': is_batch}
     for name, is_given in what.items():
         if is_given:
             raise ArgumentValueError(f"{recording} records no solve with {name}; leave it out.")
@@ -188,6 +189,20 @@ def _by_eager_engine(
         except TypeError:
             task.field.check_signature()
             raise
+        except RuntimeError as error:
+            if isinstance(problem, BatchProblem):
+                _explain_times_of_samples(error)
+            raise
+
+
+def _explain_times_of_samples(error: RuntimeError) -> None:
+    """Raises SlopeError where func took the times of all samples for one number."""
+    if any(sign in str(error) for sign in ("Boolean value of Tensor", "cannot be converted to Scalar")):
+        raise SlopeError(
+            f'func failed ({error}): with option batch="independent" t holds the time of every sample, of shape '
+            "(batch, 1, ..., 1), so that `if t > 1`, float(t) and t.item() have no answer. Use torch.where(t > 1, a, "
+            "b)."
+        ) from error
 
 
 def _method(problem: Problem, learnt: Tensor | None, gradient: str) -> Callable[[Task], Result]:

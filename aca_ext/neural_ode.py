@@ -16,7 +16,7 @@ from aca_ext.independent.solver import BatchStats
 from aca_ext.odeint import solve
 from aca_ext.options import option_names, refuse_to_stop
 from aca_ext.solver import Stats
-from aca_ext.state import State, tensors_in
+from aca_ext.state import State, like_tuple, tensors_in
 from aca_ext.suggestions import meant_by
 from aca_ext.times import times_of
 from aca_ext.user_warnings import warn_user
@@ -73,7 +73,8 @@ class NeuralODE(nn.Module):
             self._look_for_unregistered(solution.y, y0, args)
         if self.output == "all":
             return solution.y
-        return solution.y[-1] if isinstance(solution.y, Tensor) else tuple(part[-1] for part in solution.y)
+        y = solution.y
+        return y[-1] if isinstance(y, Tensor) else like_tuple(type(y), (part[-1] for part in y))
 
     def _look_for_unregistered(self, y: State, y0: State, args: Sequence[Any]) -> None:
         """Warns, once, where func is no module and its solve depends on parameters that are not the layer's."""
@@ -89,10 +90,10 @@ class NeuralODE(nn.Module):
         found = [x for x in leaves_of(tensors_in(y)[0].grad_fn, stops) if id(x) not in known]
         if found:
             warn_user(
-                f"NeuralODE is given a func that is no nn.Module ({_name(self.func)}) and depends on "
-                f"{len(found)} parameters (of shapes {[tuple(x.shape) for x in found[:3]]}...) which are not registered "
-                "with the layer: layer.parameters(), .to() and state_dict() leave them out. Make func an nn.Module, "
-                "unless another module of the model holds them.",
+                f"func of NeuralODE is no nn.Module ({_name(self.func)}) and depends on {len(found)} parameters, the "
+                f"first of shape {tuple(found[0].shape)}, which are not registered with the layer: layer.parameters(), "
+                ".to() and state_dict() leave them out. Make func an nn.Module, unless another module of the model "
+                "holds them.",
                 UnregisteredParameterWarning,
             )
 

@@ -27,6 +27,7 @@ from aca_ext.options import (
 )
 from aca_ext.progress import Callback
 from aca_ext.resumption import SolverState
+from aca_ext.signature import refuse_swapped
 from aca_ext.state import Packing, State, dense
 from aca_ext.tableau import Tableau
 from aca_ext.times import resolution_of, times_of
@@ -124,6 +125,7 @@ def problem_of(
     """
     if not callable(func):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
+    refuse_swapped(func)
     key = _key(y0, t, rtol, atol, method, options)
     known = _known.get(key)
     if known is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import TracerWarning
 
 from aca_ext.checkpoints import AcceptedStep, StepRecord
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
@@ -28,7 +29,7 @@ from aca_ext.solver import Stats
 from aca_ext.state import State
 from aca_ext.torch_operations import TorchOperations
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch
 
 
@@ -71,7 +72,7 @@ def solve_recorded(
 def _quiet() -> Iterator[None]:
     """Without the tracer's warnings of what becomes a constant: shapes, and numbers that were seen to be constants."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         yield
 
 

@@ -25,6 +25,9 @@ def checked_slope_function(func: Func, args: tuple[Any, ...], packing: Packing, 
     return slope_function(called, args, like, check, _changed_in_place, versioned)
 
 
+_SWAPPED = " It may have been computed from t alone: func is called as func(t, y), time first."
+
+
 class SlopeCheck:
     """Makes the packed slope of what func returned, converted in layout and, under autocast, in dtype alone."""
 
@@ -44,7 +47,7 @@ class SlopeCheck:
             if part.shape != expected:
                 raise SlopeError(
                     f"{where} has shape {tuple(part.shape)}; the state has {tuple(expected)}. The derivative has the "
-                    "shape of the state; nothing is broadcast."
+                    f"shape of the state; nothing is broadcast.{_SWAPPED if part.numel() == 1 else ''}"
                 )
             if part.layout is not torch.strided:
                 raise SlopeError(f"{where} has layout {part.layout}; return a dense tensor, .to_dense().")
@@ -77,6 +80,11 @@ class SlopeCheck:
             return part
         if part.is_floating_point() and torch.is_autocast_enabled(self._device.type):
             return part.to(expected)
+        if part.is_complex() and not packing.is_complex:
+            raise SlopeError(
+                f"{where} is complex ({part.dtype}) and the state is real ({expected}). Make y0 complex, for example "
+                f"y0.to({part.dtype}), or return a real derivative."
+            )
         raise SlopeError(
             f"{where} has dtype {part.dtype}; the state has {expected}. Convert y0 or the output, for example with "
             f".to({expected}). (Under torch.autocast a lower precision is converted for you.)"

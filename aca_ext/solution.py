@@ -19,7 +19,7 @@ from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem
 from aca_ext.resumption import SolverState
 from aca_ext.solver import Stats
-from aca_ext.state import State
+from aca_ext.state import State, like_tuple
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Solution:
             assert isinstance(rest.y, Tensor)
             y: State = _stacked(self.y, rest.y)
         else:
-            y = tuple(_stacked(one, other) for one, other in zip(self.y, rest.y, strict=True))
+            y = like_tuple(type(self.y), (_stacked(one, other) for one, other in zip(self.y, rest.y, strict=True)))
         assert isinstance(self.steps, Tensor)
         assert isinstance(rest.steps, Tensor)
         return replace(
@@ -133,18 +133,18 @@ def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Cal
     end = record.end
     if end is None:  # one time: nothing was solved
         return solution
-    is_tuple = isinstance(solution.y, tuple)
+    packing = problem.packing
     parts = solution.y if isinstance(solution.y, tuple) else (solution.y,)
     n_reached = len(parts[0]) - (not end.is_complete and len(record.steps) > 0)
     y_reached = tuple(part[-1] for part in parts)
     rows = tuple(part[:n_reached] for part in parts)
-    continuation = Continuation(end, y_reached if is_tuple else y_reached[0], problem.times[n_reached:], again)
+    y, left = packing.as_given(y_reached) if packing.is_tuple else y_reached[0], problem.times[n_reached:]
     return replace(
         solution,
         t=solution.t[:n_reached],
-        y=rows if is_tuple else rows[0],
+        y=packing.as_given(rows) if packing.is_tuple else rows[0],
         is_complete=end.is_complete,
-        continuation=continuation,
+        continuation=Continuation(end, y, left, again),
     )
 
 

@@ -189,15 +189,16 @@ def _by_eager_engine(
         except TypeError:
             task.field.check_signature()
             raise
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if isinstance(problem, BatchProblem):
                 _explain_times_of_samples(error)
             raise
 
 
-def _explain_times_of_samples(error: RuntimeError) -> None:
+def _explain_times_of_samples(error: Exception) -> None:
     """Raises SlopeError where func took the times of all samples for one number."""
-    if any(sign in str(error) for sign in ("Boolean value of Tensor", "cannot be converted to Scalar")):
+    signs = ("Boolean value of Tensor", "cannot be converted to Scalar", "can be converted to Python scalars")
+    if any(sign in str(error) for sign in signs):
         raise SlopeError(
             f'func failed ({error}): with option batch="independent" t holds the time of every sample, of shape '
             "(batch, 1, ..., 1), so that `if t > 1`, float(t) and t.item() have no answer. Use torch.where(t > 1, a, "

@@ -26,7 +26,8 @@ class NeuralODE(nn.Module):
     """A layer that carries its input along dy/dt = func(t, y).
 
     Args:
-        func: nn.Module or callable, called as func(t, y, \\*args).
+        func: nn.Module, called as func(t, y, \\*args). Another callable is solved alike, but the parameters that it
+            uses are not registered with the layer: an UnregisteredParameterWarning.
         t: times of the solve, the first that of the input. Numbers, or a tensor (with requires_grad, it is learnt).
         output: "end" returns the state at the last time, of the input's shape; "all" the states at all times, with a
             first dimension of len(t).
@@ -38,6 +39,8 @@ class NeuralODE(nn.Module):
 
     Raises:
         ArgumentValueError: ``output`` is neither "end" nor "all".
+        UnknownNameError: a keyword argument that ``odeint`` does not take.
+        OptionError: option ``on_step_limit="stop"``: a layer returns its last state, not how far it came.
         TimeError: ``t`` is no sequence of times. Errors of a solve are those of ``odeint``.
     """
 

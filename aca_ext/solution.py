@@ -32,7 +32,7 @@ class Continuation:
     again: Callable[..., Solution]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """What ``solve`` returns.
 
@@ -52,6 +52,14 @@ class Solution:
     stats: Stats | BatchStats
     is_complete: bool = True
     continuation: Continuation | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Shapes and counts; the values are in the attributes."""
+        t, y = self.t, self.y
+        states = _form(y) if isinstance(y, Tensor) else f"({', '.join(map(_form, y))})"
+        ends = f", {t[0].item():.6g} to {t[-1].item():.6g}" if t.dim() == 1 and len(t) else ""
+        is_complete = "" if self.is_complete else ", is_complete=False"
+        return f"{type(self).__name__}(t: {_form(t)}{ends}, y: {states},\n  {self.stats!r}{is_complete})"
 
     @property
     def t_reached(self) -> float:
@@ -164,6 +172,10 @@ class LazySolution(Solution):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Solution, (self.t, self.y, self.steps, self.stats)
+
+
+def _form(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:

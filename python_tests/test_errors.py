@@ -426,7 +426,9 @@ def test_non_finite_slope_at_the_start(bad: float, gradient: str, options: dict[
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_non_finite_state_at_the_start(bad: float) -> None:
-    with pytest.raises(errors.NonFiniteError, match=rf"y0 holds {'NaN' if bad != bad else 'infinity'} \(1 of 2") as raised:
+    with pytest.raises(
+        errors.NonFiniteError, match=rf"y0 holds {'NaN' if bad != bad else 'infinity'} \(1 of 2"
+    ) as raised:
         call(decay, torch.tensor([1.0, bad]))
     check_failure(raised.value)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import aca_ext
 
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 
 

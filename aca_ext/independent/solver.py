@@ -27,7 +27,7 @@ Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
 
 
-@dataclass
+@dataclass(repr=False)
 class BatchStats:
     """Counts of a solve whose samples are independent.
 
@@ -47,6 +47,15 @@ class BatchStats:
     n_f_rows: int = 0
     backend: str = ""
     n_f_evals_backward: int | None = None
+
+    def __repr__(self) -> str:
+        """Counts by sample as their range."""
+        parts = [f"n_f_evals={self.n_f_evals}", f"n_f_rows={self.n_f_rows}"]
+        for name in ("n_steps", "n_accepted", "n_rejected"):
+            count = getattr(self, name)
+            parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
+        parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
+        return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"
 
 
 @dataclass(frozen=True)

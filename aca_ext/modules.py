@@ -89,6 +89,11 @@ def held_by(module: nn.Module) -> list[Held]:
     return [(held, name, x) for held in members for name, x in held.items() if x is not None]
 
 
+def holds_script(func: Any) -> bool:
+    """Whether code of TorchScript, which sees no substitutes for its tensors, is in a module."""
+    return isinstance(func, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in modules_of(func))
+
+
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 

@@ -1,4 +1,4 @@
-"""Solves that torch.jit.trace or torch.export records: fixed steps in plain torch, or an error.
+"""Solves that torch.jit.trace, torch.export or make_fx records: fixed steps in plain torch, or an error.
 
 The kernels take addresses, of which a recording knows nothing: what it repeated would be memory that nobody wrote.
 Plain torch operations are recorded as they are, and so is the gradient. Step sizes become constants of the recording,
@@ -30,14 +30,22 @@ from aca_ext.state import State
 from aca_ext.torch_operations import TorchOperations
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+_JIT = "torch.jit.trace"
+# Dispatch modes, private to torch: where a version has none, its own errors take the place of those here.
+_count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_mode: Callable[[Any], object] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+_RECORDING_MODES = [key for name in ("PROXY", "FUNCTIONAL") if (key := getattr(_keys, name, None)) is not None]
 _value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch
 
 
 def recorder() -> str | None:
     """What records the operations of this thread, by name."""
     if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
-    return "torch.export" if _is_exporting() else None
+        return _JIT
+    if _is_exporting():
+        return "torch.export"
+    return "make_fx or AOTAutograd" if _count_modes() and any(map(_mode, _RECORDING_MODES)) else None
 
 
 def solve_recorded(
@@ -117,7 +125,7 @@ def _refuse_input(by: str, what: str, x: object) -> None:
     """Raises where a recording would keep a value that it is given, or that is learnt, as a constant."""
     if not isinstance(x, Tensor):
         return
-    if by == "torch.export":
+    if by != _JIT:
         raise ArgumentTypeError(f"{what} is a tensor, which {by} knows no values of; give numbers, t=(0.0, 1.0).")
     if (x.requires_grad and torch.is_grad_enabled()) or _depends_on_input(x):
         raise ArgumentTypeError(

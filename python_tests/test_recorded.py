@@ -11,6 +11,8 @@ import torch
 from autograd_reference import relative_error
 from problems import CoupledMlp, DrivenMlp, Mlp, sample
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import aca_ext
 from aca_ext import errors
@@ -187,6 +189,27 @@ def test_export_with_a_symbolic_batch_size() -> None:
     model = exported(pair, (sample(4, 3), sample(4, 3)), dynamic_shapes={"inputs": batch * 2})
     for one, other in zip(model(*inputs), pair(*inputs), strict=True):
         assert relative_error(one, other) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode: str) -> None:
+    def solve(y: Tensor, **call: Any) -> Tensor:
+        return aca_ext.odeint(lambda t, y: torch.tanh(t * y), y, TIMES, **call)
+
+    recorded = make_fx(lambda y: solve(y, method="rk4"), tracing_mode=mode)(sample(2, 3))
+    y = sample(2, 3, seed=1)
+    assert relative_error(recorded(y), solve(y, method="rk4")) <= 1e-12
+    with pytest.raises(errors.ArgumentValueError, match="adaptive steps"):
+        make_fx(solve, tracing_mode=mode)(sample(2, 3))
+    with pytest.raises(errors.ArgumentTypeError, match="t is a tensor"):
+        make_fx(lambda y, t: aca_ext.odeint(lambda t, y: -y, y, t, method="rk4"), tracing_mode=mode)(
+            y, torch.arange(3.0)
+        )
+
+
+def test_modes_that_record_nothing_leave_solves_as_they_are() -> None:
+    with FlopCounterMode(display=False):
+        assert aca_ext.solve(Mlp(), sample(2, 3), TIMES).stats.backend == "cpu"
 
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, nn.Sequential])

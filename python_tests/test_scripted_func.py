@@ -12,6 +12,7 @@ from problems import LOOSE, sample
 from torch import Tensor, nn
 
 import aca_ext
+from aca_ext import errors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::aca_ext.errors.BatchStatisticsWarning"
@@ -102,6 +103,18 @@ def test_batch_statistics_move_on_accepted_evaluations_alone(gradient: str) -> N
         found.append([module.norm.running_mean, module.linear.weight.grad])
     for one, other in zip(*found, strict=True):
         assert relative_error(one, other) <= 1e-10
+
+
+def test_hooks_on_parameters_that_a_replay_cannot_reach() -> None:
+    func = torch.jit.script(Field())
+    func.linear.weight.register_hook(lambda g: None)
+    for gradient in ("aca", "direct"):
+        y = aca_ext.odeint(func, sample(2, 3), [0.0, 1.0], gradient=gradient, **LOOSE)[-1]
+        if gradient == "direct":
+            assert torch.autograd.grad(y.sum(), func.linear.weight)[0].abs().sum() > 0
+        else:
+            with pytest.raises(errors.ArgumentTypeError, match="TorchScript"):
+                y.sum().backward()
 
 
 def test_layer() -> None:

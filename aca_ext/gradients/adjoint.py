@@ -128,7 +128,8 @@ def _interval(
     try:
         end = Solver(problem, field, ops, k0=k0).run(problem.y0)[-1]
     except SolveError as error:
-        error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {error}',)
+        what = str(error) if torch.isfinite(a).all() else "the gradient of the solution holds NaN or infinity."
+        error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {what}',)
         raise
     _, a_end, grads_end = problem.packing.unpack(end)
     return a_end, grads_end

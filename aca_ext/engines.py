@@ -58,6 +58,8 @@ def run(
             refuse_transforms(what, part)
     recording = recorder()
     if recording is not None:
+        lookup("gradient", gradient, GRADIENTS)
+        lookup("engine", engine, ENGINES)
         _check_recorded(recording, callback, progress, settings["options"])
         return solve_recorded(recording, func, y0, t, **settings)
     is_batch = is_independent(settings["options"])

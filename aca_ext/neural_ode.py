@@ -67,6 +67,7 @@ class NeuralODE(nn.Module):
         self.output = output
         self.settings = settings
         self.stats = None
+        self._looked_for_unregistered = isinstance(func, nn.Module) or settings.get("params") is not None
 
     def forward(self, y0: State, t: Tensor | Sequence[float] | None = None, args: Sequence[Any] = ()) -> State:
         """The state at the last time (or all), starting from ``y0``; ``t`` replaces the layer's times."""
@@ -80,17 +81,15 @@ class NeuralODE(nn.Module):
         return y[-1] if isinstance(y, Tensor) else like_tuple(type(y), (part[-1] for part in y))
 
     def _look_for_unregistered(self, y: State, y0: State, args: Sequence[Any]) -> None:
-        """Warns, once, where func is no module and its solve depends on parameters that are not the layer's."""
-        if isinstance(self.func, nn.Module) or self.settings.get("params") is not None:
-            self._looked_for_unregistered = True
-            return
-        if torch.compiler.is_compiling() or not any(part.requires_grad for part in tensors_in(y)):
+        """Warns, once, where the solve depends on parameters that are not the layer's."""
+        root = tensors_in(y)[0].grad_fn  # of all components
+        if torch.compiler.is_compiling() or root is None:
             return
         self._looked_for_unregistered = True
         given = tensors_in((y0, args, self.t))
         known = {id(x) for x in (*given, *self.parameters())}
         stops = {x.grad_fn for x in given}
-        found = [x for x in leaves_of(tensors_in(y)[0].grad_fn, stops) if id(x) not in known]
+        found = [x for x in leaves_of(root, stops) if id(x) not in known]
         if found:
             warn_user(
                 f"func of NeuralODE is no nn.Module ({_name(self.func)}) and depends on {len(found)} parameters, the "

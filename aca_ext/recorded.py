@@ -8,7 +8,7 @@ which is right for fixed steps alone; adaptive ones would be those of the exampl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -58,7 +58,7 @@ def solve_recorded(
         ArgumentValueError: the steps are adaptive.
         Those of ``solve``.
     """
-    given = options if isinstance(options, dict) else {}
+    given = options if isinstance(options, Mapping) else {}
     for what, x in (("t", t), *((f"option {name}", given.get(name)) for name in FIXED_OPTIONS)):
         _refuse_input(by, what, x)
     with _quiet():
@@ -109,12 +109,12 @@ def _solution_on(grid: tuple[float, ...], problem: Problem) -> tuple[Tensor, Ste
             return check(k)
 
     scheme = scheme_of(problem.tableau, estimate_error=False)
-    record, outputs, k = StepRecord(), [y], None
+    record, outputs, k, requested = StepRecord(), [y], None, set(problem.times)
     for t, t_next in pairwise(grid):
         times = stage_times(scheme, t, t_next - t, t_next, frozenset(), y.dtype)
         trial = step(f, ops, scheme, times, y, t_next - t, k)
         y, k = trial.y1, trial.k[-1] if scheme.fsal else None
-        is_output = t_next in problem.times
+        is_output = t_next in requested
         record.steps.append(AcceptedStep(t, t_next - t, t_next, [(len(outputs), 1.0)] if is_output else []))
         if is_output:
             outputs.append(y)

@@ -24,7 +24,7 @@ def as_float64(t: Any) -> Any:
     """
     try:
         if isinstance(t, Tensor) or (isinstance(t, (tuple, list)) and any(isinstance(item, Tensor) for item in t)):
-            return torch.as_tensor(t, dtype=torch.float64).detach().cpu().numpy()
+            return torch.as_tensor(t, dtype=torch.float64, device="cpu").detach().resolve_neg().numpy()
         array = np.asarray(t)
         if array.dtype.kind not in "biufO":  # NumPy would drop imaginary parts, and make numbers of dates and strings
             raise TypeError(f"it holds {array.dtype}")

@@ -50,3 +50,7 @@ else:
         "show_config",
         "solve",
     ]
+
+    def __dir__() -> list[str]:
+        """The public names alone, for completion and help."""
+        return sorted(__all__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from aca_ext.errors import UnknownNameError
 from aca_ext.state import tensors_in
+from aca_ext.suggestions import is_implicit, meant_by
 
 
 def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
@@ -22,8 +22,10 @@ def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if isinstance(name, str) and name in allowed:
         return name
-    close = difflib.get_close_matches(str(name), allowed, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    meant = meant_by(name, allowed)
+    hint = f" Did you mean {meant!r}?" if meant is not None else ""
+    if kind == "method" and is_implicit(name):
+        hint = " All are explicit Runge-Kutta methods."
     raise UnknownNameError(f"unknown {kind} {name!r}; there are {', '.join(allowed)}.{hint}")
 
 

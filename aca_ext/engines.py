@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aca_ext.arguments import lookup
 from aca_ext.checkpoints import Policy, StepRecord
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, GraphError, OptionError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, GraphError, OptionError, SlopeError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
@@ -22,12 +22,15 @@ from aca_ext.graph import engine as graph_engine
 from aca_ext.independent import gradients as independent_gradients
 from aca_ext.independent.problem import BatchProblem, RowField, batch_problem_of, is_independent
 from aca_ext.ops import TorchOperations
+from aca_ext.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem import Problem, known_problem, problem_of
 from aca_ext.progress import Callback, both, progress_bar
+from aca_ext.recorded import recorder, solve_recorded
 from aca_ext.resumption import SolverState
 from aca_ext.solution import LazySolution, Solution, stopped
 from aca_ext.solver import Stats
 from aca_ext.state import State
+from aca_ext.times import warn_where_time_stands_still
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import VectorField
 
@@ -53,10 +56,18 @@ def run(
     for what, x in (("y0", y0), ("t", t), ("args", settings["args"])):
         for part in x if isinstance(x, (tuple, list)) else (x,):
             refuse_transforms(what, part)
+    recording = recorder()
+    if recording is not None:
+        lookup("gradient", gradient, GRADIENTS)
+        lookup("engine", engine, ENGINES)
+        _check_recorded(recording, callback, progress, settings["options"])
+        return solve_recorded(recording, func, y0, t, **settings)
     is_batch = is_independent(settings["options"])
     problem = (batch_problem_of if is_batch else problem_of)(func, y0, t, **settings)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
     _check_together(problem, learnt, gradient, checkpoints, callback)
+    if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
+        warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
     if lookup("engine", engine, ENGINES) != "eager":
         _check_not_eager(engine, problem, gradient, checkpoints, progress, callback)
     if engine == "compiled":
@@ -81,6 +92,15 @@ def run(
     return solution
 
 
+def _check_recorded(recording: str, callback: Callback | None, progress: bool, options: Any) -> None:
+    """Raises where an argument asks for what happens in Python, or at steps of its own, while a recording is made."""
+    is_batch = is_independent(options)
+    what = {"callback": callback is not None, "progress": progress, 'option batch="independent"': is_batch}
+    for name, is_given in what.items():
+        if is_given:
+            raise ArgumentValueError(f"{recording} records no solve with {name}; leave it out.")
+
+
 def run_compiled_again(
     func: Callable[..., State],
     y0: State,
@@ -92,6 +112,8 @@ def run_compiled_again(
     args: Sequence[Any],
 ) -> Solution | None:
     """What ``run`` returns for engine="compiled" without the rest of its checks, where they were made before."""
+    if recorder() is not None:
+        return None
     refuse_transforms("y0", y0)
     refuse_transforms("t", t)
     problem = known_problem(func, y0, t, rtol, atol, method, options, args)
@@ -110,13 +132,17 @@ def _resumed(
     y: State,
     t: Tensor,
     state: SolverState,
-    max_num_steps: int | None,
     *,
+    max_num_steps: int | None,
+    is_beyond: bool,
     options: Mapping[str, Any],
     **settings: Any,
 ) -> Solution:
-    limit = {} if max_num_steps is None else {"max_num_steps": max_num_steps}
-    return run(func, y, t, state, options={**options, **limit}, **settings)
+    """A part of a solve from where another stopped, or beyond its end."""
+    limit = options.get("max_num_steps") if max_num_steps is None else max_num_steps
+    if is_beyond and max_num_steps is None:
+        limit = max(max_num_steps_of(limit), DEFAULT_MAX_NUM_STEPS)
+    return run(func, y, t, state, options={**options, "max_num_steps": limit}, **settings)
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
@@ -165,6 +191,21 @@ def _by_eager_engine(
         except TypeError:
             task.field.check_signature()
             raise
+        except (RuntimeError, ValueError) as error:
+            if isinstance(problem, BatchProblem):
+                _explain_times_of_samples(error)
+            raise
+
+
+def _explain_times_of_samples(error: Exception) -> None:
+    """Raises SlopeError where func took the times of all samples for one number."""
+    signs = ("Boolean value of Tensor", "cannot be converted to Scalar", "can be converted to Python scalars")
+    if any(sign in str(error) for sign in signs):
+        raise SlopeError(
+            f'func failed ({error}): with option batch="independent" t holds the time of every sample, of shape '
+            "(batch, 1, ..., 1), so that `if t > 1`, float(t) and t.item() have no answer. Use torch.where(t > 1, a, "
+            "b)."
+        ) from error
 
 
 def _method(problem: Problem, learnt: Tensor | None, gradient: str) -> Callable[[Task], Result]:

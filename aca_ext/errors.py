@@ -1,4 +1,4 @@
-"""Every exception of the package; each message says what was given, what is allowed and what to change."""
+"""Exceptions and warnings of the package; each message says what was given, what is allowed and what to change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ __all__ = [
     "AcaError",
     "ArgumentTypeError",
     "ArgumentValueError",
+    "BatchStatisticsWarning",
     "CompileError",
     "GraphError",
     "NonFiniteError",
@@ -20,8 +21,10 @@ __all__ = [
     "StepLimitError",
     "StepSizeError",
     "TimeError",
+    "TimeResolutionWarning",
     "ToleranceError",
     "UnknownNameError",
+    "UnregisteredParameterWarning",
 ]
 
 
@@ -129,3 +132,15 @@ class NotInstalledError(AcaError, ImportError):
 
 class NotCompiledError(ImportError):
     """The package was imported from a source folder that holds no compiled extension."""
+
+
+class TimeResolutionWarning(UserWarning):
+    """The state's dtype cannot tell apart the times that func is called with; shift them to start near zero."""
+
+
+class BatchStatisticsWarning(UserWarning):
+    """Batch normalisation inside func averages its running statistics over all times of the solve."""
+
+
+class UnregisteredParameterWarning(UserWarning):
+    """A ``NeuralODE`` uses parameters that are not among its own, so its optimizer and state dict miss them."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.problem import Problem
 
@@ -12,8 +15,19 @@ NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Mak
 
 def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **numbers: Any) -> SolveError:
     """What is raised where a solve stopped: why, or what ``kind`` says in general, and how far it came."""
+    if kind is NonFiniteError:
+        message = fault_of_start(problem.y0) or message
     reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
     return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
+
+
+def fault_of_start(y0: Tensor) -> str | None:
+    """A message that blames y0, where it was not finite before func had anything to do with it."""
+    wrong = ~torch.isfinite(y0.detach())
+    if not wrong.any():
+        return None
+    kind = "NaN" if y0.isnan().any() else "infinity"
+    return f"y0 holds {kind} ({int(wrong.sum())} of {y0.numel()} elements are not finite). Clean the initial state."
 
 
 def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:

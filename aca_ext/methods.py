@@ -251,6 +251,16 @@ _ENTRIES = (
     ),
 )
 
-METHODS: dict[str, Tableau] = {method.name: method for method in _ENTRIES}
+
+class _Methods(dict[str, Tableau]):
+    """The methods by name; printed as a list of names."""
+
+    def __repr__(self) -> str:
+        fixed = ", ".join(name for name, method in self.items() if not method.adaptive)
+        adaptive = ", ".join(name for name, method in self.items() if method.adaptive)
+        return f"<methods of fixed steps: {fixed};\n adaptive: {adaptive}>"
+
+
+METHODS: dict[str, Tableau] = _Methods((method.name, method) for method in _ENTRIES)
 
 ALIASES: dict[str, str] = {"heun_euler": "adaptive_heun"}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from aca_ext.errors import BatchStatisticsWarning
+from aca_ext.user_warnings import warn_user
 
 # Where a module keeps a parameter or buffer, its name, and the tensor.
 Held = tuple[Mapping[str, Tensor | None], str, Tensor]
@@ -20,6 +25,7 @@ Held = tuple[Mapping[str, Tensor | None], str, Tensor]
 class Buffer:
     """A module's buffer, and its version and value before an evaluation."""
 
+    owner: nn.Module
     tensor: Tensor
     version: int
     value: Tensor
@@ -48,9 +54,9 @@ def buffers_used_by(func: Any, on_module: Callable[[nn.Module], None] | None = N
     thread = threading.get_ident()
 
     def note_buffers(module: nn.Module) -> None:
-        if module.training and module._buffers:
+        if getattr(module, "training", False) and module._buffers:  # torch.jit.freeze leaves no such attribute
             buffers = [b for b in module.buffers(recurse=False) if not b.is_inference()]
-            used.append([Buffer(b, b._version, b.detach().clone()) for b in buffers])
+            used.append([Buffer(module, b, b._version, b.detach().clone()) for b in buffers])
 
     def note(module: nn.Module, _: Any = None) -> None:
         if id(module) in known or threading.get_ident() != thread:
@@ -70,6 +76,47 @@ def buffers_used_by(func: Any, on_module: Callable[[nn.Module], None] | None = N
         yield used
     finally:
         handle.remove()
+
+
+def held_by(module: nn.Module) -> list[Held]:
+    """The parameters and buffers that a module itself holds now.
+
+    Those of a scripted module stay what they are: torch.func.functional_call does not take one.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    members = [held for held in (module._parameters, module._buffers) if held]
+    return [(held, name, x) for held in members for name, x in held.items() if x is not None]
+
+
+def holds_script(func: Any) -> bool:
+    """Whether code of TorchScript, which sees no substitutes for its tensors, is in a module."""
+    return isinstance(func, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in modules_of(func))
+
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def warn_of_batch_statistics(moved: Sequence[Sequence[Buffer]]) -> None:
+    """Warns, once for each module, where buffers that func moves are running statistics of batch normalisation."""
+    for owner in (buffers[0].owner for buffers in moved):
+        if owner in _told or not _is_batch_normalisation(owner):
+            continue
+        _told.add(owner)
+        warn_user(
+            f"func holds a {_class_name(owner)} in training mode. It trains, but its running statistics are averages "
+            "over all times and stages of the solve, so that the model is another one in evaluation mode. Use "
+            "GroupNorm or LayerNorm, or track_running_stats=False, which uses the batch's statistics in both modes.",
+            BatchStatisticsWarning,
+        )
+
+
+def _is_batch_normalisation(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) or "BatchNorm" in _class_name(module)
+
+
+def _class_name(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))  # of a scripted module its class before
 
 
 def restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:

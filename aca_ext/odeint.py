@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -14,6 +15,7 @@ from aca_ext.engines import run, run_compiled_again
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.base import AdjointOptions
 from aca_ext.gradients.parameters import checked_params
+from aca_ext.options import refuse_to_stop
 from aca_ext.progress import Callback
 from aca_ext.solution import Solution
 from aca_ext.state import State
@@ -22,9 +24,17 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+_REASON: dict[str, Any] = {}
+if "reason" in inspect.signature(torch.compiler.disable).parameters:  # newer versions of torch put it into their error
+    _REASON["reason"] = (
+        "a solve runs outside of what torch.compile compiles: leave out fullgraph=True. torch.export takes it with "
+        "strict=False and fixed steps"
+    )
+
+
 def _compiled_around(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Keeps torch.compile out of a function, so that a model which holds a solve is compiled around it."""
-    kept_out = torch.compiler.disable(function)
+    kept_out = torch.compiler.disable(function, **_REASON)
 
     @wraps(function)
     def either(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -60,10 +70,14 @@ def odeint(
 
     Args:
         func: callable or nn.Module. Receives t as a 0-d tensor of the state's real dtype and device, and y like y0;
-            returns the derivative, of y's shape, dtype and device. Must not change y in place.
-        y0: initial state, a tensor of any shape or a tuple of tensors; float32, float64, complex64 or complex128.
+            returns the derivative, of y's shape, dtype and device. Must not change y in place. One that names its
+            arguments (y, t), in this order, is refused. Batch normalisation inside it trains, but averages its running
+            statistics over all times, and so computes something else in evaluation mode: a BatchStatisticsWarning.
+        y0: initial state, a tensor of any shape or a tuple of tensors; float32, float64, complex64 or complex128. Of a
+            namedtuple, func receives one of its class, and the result is one.
         t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in whatever unit func uses. With
-            ``batch="independent"`` also (batch, T), times for every sample.
+            ``batch="independent"`` also (batch, T), times for every sample. The solver keeps time in float64, but func
+            receives it in the state's dtype: a TimeResolutionWarning where that is too coarse (unix time in float32).
         rtol, atol: relative and absolute tolerance per step, a number or a tensor that broadcasts to y0 (for a tuple
             state also a tuple of one for each). A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
@@ -72,10 +86,11 @@ def odeint(
             ``ifactor`` (10), ``dfactor`` (0.2), the PID coefficients ``pcoeff`` (0), ``icoeff`` (1), ``dcoeff`` (0),
             ``step_t`` and ``jump_t`` (times to land on, and where func jumps), ``norm`` (a function of a tensor like
             the state; default RMS, for a tuple the largest of its components') and ``on_step_limit`` ("raise"; with
-            "stop", ``solve`` returns what it reached in max_num_steps steps, and its ``Solution.resume`` goes on; of
-            gradients "aca" and "direct"). ``step_size`` or
-            ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point. A
-            fixed-step solve on a GPU returns what it finds, NaN included: looking would stop the host.
+            "stop", which ``solve`` alone takes, it returns what it reached in max_num_steps steps, and its
+            ``Solution.resume`` goes on; of gradients "aca" and "direct"). ``step_size`` or
+            ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point, and
+            rounding of t's dtype makes no steps. A fixed-step solve on a GPU returns what it finds, NaN included:
+            looking would stop the host.
             ``batch="independent"``: every sample of the first dimension (of all components of a tuple) has its own
             steps and takes those that it would take alone. func is then called on the whole batch with t of shape
             (batch, 1, ..., 1), of as many dimensions as y has (as its largest component has), so that what is
@@ -129,12 +144,16 @@ def odeint(
         aca_ext.errors.SolveError: the end could not be reached (NonFiniteError, StepSizeError, StepLimitError).
         aca_ext.errors.ReplayError: in the backward pass, where func did not repeat its forward pass.
 
+    torch.jit.trace and torch.export (with strict=False) record fixed steps, in plain PyTorch, of which the gradient is
+    that of the steps whatever ``gradient`` says; adaptive steps would be those of the example and are refused.
+
     Adaptive steps follow Hairer, Nørsett & Wanner, Solving ODEs I, II.4; the gradient Zhuang et al., ICML 2020.
     """
     if event_fn is not None:
         raise ArgumentValueError(
             "event_fn is given, but events are not there. Solve to given times and look for the event between them."
         )
+    refuse_to_stop("odeint", options)
     return solve(
         func,
         y0,
@@ -181,7 +200,10 @@ def solve(
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Solution:
-    """``odeint`` that also returns the accepted steps and the counts: a ``Solution``. Arguments as there."""
+    """``odeint`` that also returns the accepted steps and the counts: a ``Solution``.
+
+    Arguments as there, and option ``on_step_limit="stop"``.
+    """
     is_plain = params is None and adjoint_params is None and checkpoints is None and callback is None and not progress
     if is_plain and engine == "compiled" and gradient == "aca":
         solution = run_compiled_again(func, y0, t, rtol, atol, method, options, args)

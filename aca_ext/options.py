@@ -20,7 +20,8 @@ _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
 _ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit")
-_DEFAULT_MAX_NUM_STEPS = 100_000
+_ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
+DEFAULT_MAX_NUM_STEPS = 100_000
 
 Options = Mapping[str, Any]
 
@@ -37,6 +38,8 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
                 f"option {name!r} belongs to adaptive steps, but method {tableau.name!r} {why}: its steps are fixed. "
                 f"Fixed steps take {', '.join(FIXED_OPTIONS)}."
             )
+        if name in _ARGUMENTS:
+            raise UnknownNameError(f"{name!r} is no option but an argument of its own: give {name}=... beside options.")
         lookup(f"option of method {tableau.name!r}", name, allowed)
 
 
@@ -103,7 +106,7 @@ def norm_of(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:
 def max_num_steps_of(value: object) -> int:
     """The limit on trial steps, within 64 bits."""
     if value is None:
-        return _DEFAULT_MAX_NUM_STEPS
+        return DEFAULT_MAX_NUM_STEPS
     number = number_in(value)
     if number is None or number < 1 or (number % 1 != 0 and number != math.inf):
         raise OptionError(f"option max_num_steps is {value!r}; it must be an integer of at least 1.")
@@ -118,3 +121,17 @@ def stops_at_limit(value: object) -> bool:
             'default) or "stop" (return what was reached, for Solution.resume to continue).'
         )
     return value == "stop"
+
+
+def option_names() -> tuple[str, ...]:
+    """All that ``options`` may hold, of one method or another."""
+    return (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+
+
+def refuse_to_stop(caller: str, options: object) -> None:
+    """Raises OptionError where a solve that may stop early is asked of a caller that returns the state alone."""
+    if isinstance(options, Mapping) and options.get("on_step_limit") == "stop":
+        raise OptionError(
+            f'option on_step_limit="stop" ends a solve before its last time, which the result of {caller} could not '
+            "show. Use aca_ext.solve, whose Solution knows how far it came and goes on by resume()."
+        )

@@ -27,9 +27,10 @@ from aca_ext.options import (
 )
 from aca_ext.progress import Callback
 from aca_ext.resumption import SolverState
+from aca_ext.signature import refuse_swapped
 from aca_ext.state import Packing, State, dense
 from aca_ext.tableau import Tableau
-from aca_ext.times import times_of
+from aca_ext.times import resolution_of, times_of
 from aca_ext.tolerance import Tolerance, check_within_reach, checked_tolerance
 
 _PLAIN = (torch.float32, torch.float64)
@@ -81,6 +82,11 @@ class Problem:
         """Of the solve, in time; of a batch the mean of its samples'."""
         return abs(self.times[-1] - self.times[0])
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """First and last time; of a batch those of the sample whose times its dtype resolves worst."""
+        return self.times[0], self.times[-1]
+
     def start_time(self, like: Tensor) -> Tensor:
         """The first time as func receives it."""
         return torch.full((), self.times[0], dtype=like.dtype, device=like.device)
@@ -119,12 +125,13 @@ def problem_of(
     """
     if not callable(func):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
+    refuse_swapped(func)
     key = _key(y0, t, rtol, atol, method, options)
     known = _known.get(key)
     if known is not None:
         assert isinstance(y0, Tensor)
         return known.of(func, _args(args), y0)
-    problem = _checked(func, y0, t, rtol, atol, method, options, args)
+    problem = checked_problem(func, y0, t, rtol, atol, method, options, args)
     if key is not None and problem.y0 is y0 and len(problem.grid or ()) <= _LONGEST_KNOWN_GRID:
         if len(_known) >= _MAX_KNOWN:
             _known.pop(next(iter(_known)), None)
@@ -156,7 +163,8 @@ def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tu
     is_known_kind = type(rtol) is type(atol) is float and (method is None or type(method) is str)
     if not (is_known_kind and numbers is not None and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
         return None
-    return tuple(t.tolist()), rtol, atol, method, numbers, y0.shape, y0.stride(), y0.dtype, torch.get_num_threads()
+    about_y0 = y0.shape, y0.stride(), y0.dtype
+    return tuple(t.tolist()), t.dtype, rtol, atol, method, numbers, *about_y0, torch.get_num_threads()
 
 
 def _nothing() -> Tensor:
@@ -177,7 +185,7 @@ def _is_plain(x: Any) -> TypeGuard[Tensor]:
     return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg()
 
 
-def _checked(
+def checked_problem(
     func: Callable[..., State],
     y0: State,
     t: object,
@@ -187,6 +195,7 @@ def _checked(
     options: Options | None,
     args: Sequence[Any],
 ) -> Problem:
+    """``problem_of`` for arguments that are not known."""
     packing = Packing.of(y0)
     packed = dense(packing.pack(y0))
     times = times_of(t)
@@ -213,7 +222,7 @@ def _checked(
         tableau=tableau,
         tolerance=tolerance,
         controller=None if is_fixed else controller_of(given, tableau),
-        grid=grid_of(given, func, y0, times) if is_fixed else None,
+        grid=grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None,
         stops=tuple(sorted({*stops, *jumps}, reverse=times[-1] < times[0])),
         jumps=frozenset(jumps),
         max_num_steps=max_num_steps_of(given.get("max_num_steps")),

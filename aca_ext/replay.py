@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from aca_ext.errors import ArgumentTypeError
+from aca_ext.modules import holds_script
 from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.vector_field import AutocastState, RandomState, VectorField
 
@@ -47,6 +49,11 @@ class Replay:
         cut = cut or (lambda x: x.detach().requires_grad_())
         # Hooks on a leaf are for its whole gradient, which they see outside.
         cut_params = [p if p.is_leaf and not p._backward_hooks and not is_captured else cut(p) for p in params]
+        if any(p is not c for p, c in zip(params, cut_params, strict=True)) and holds_script(field.func):
+            raise ArgumentTypeError(
+                "func holds TorchScript whose parameters have hooks, or were computed by other operations, which a "
+                'replay cannot reach. Remove the hooks, or use gradient="direct" or func as it was before scripting.'
+            )
         cut_args = [cut(arg) for arg in args]
         following = iter(cut_args)
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])

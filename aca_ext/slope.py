@@ -19,13 +19,16 @@ Func = Callable[..., State]
 def checked_slope_function(func: Func, args: tuple[Any, ...], packing: Packing, ops: TorchOperations) -> Any:
     """func with its args, checks and count. It holds no reference to whoever asked for it, which would be a cycle."""
     like = ops.like
-    check = _SlopeCheck(packing, ops)
+    check = SlopeCheck(packing, ops)
     called = func if packing.is_trivial else partial(_unpacked, func, packing, check)
     versioned = not like.is_inference() and not torch.is_inference_mode_enabled()
     return slope_function(called, args, like, check, _changed_in_place, versioned)
 
 
-class _SlopeCheck:
+_SWAPPED = " It may have been computed from t alone: func is called as func(t, y), time first."
+
+
+class SlopeCheck:
     """Makes the packed slope of what func returned, converted in layout and, under autocast, in dtype alone."""
 
     def __init__(self, packing: Packing, ops: TorchOperations) -> None:
@@ -44,7 +47,7 @@ class _SlopeCheck:
             if part.shape != expected:
                 raise SlopeError(
                     f"{where} has shape {tuple(part.shape)}; the state has {tuple(expected)}. The derivative has the "
-                    "shape of the state; nothing is broadcast."
+                    f"shape of the state; nothing is broadcast.{_SWAPPED if part.numel() == 1 else ''}"
                 )
             if part.layout is not torch.strided:
                 raise SlopeError(f"{where} has layout {part.layout}; return a dense tensor, .to_dense().")
@@ -77,13 +80,18 @@ class _SlopeCheck:
             return part
         if part.is_floating_point() and torch.is_autocast_enabled(self._device.type):
             return part.to(expected)
+        if part.is_complex() and not packing.is_complex:
+            raise SlopeError(
+                f"{where} is complex ({part.dtype}) and the state is real ({expected}). Make y0 complex, for example "
+                f"y0.to({part.dtype}), or return a real derivative."
+            )
         raise SlopeError(
             f"{where} has dtype {part.dtype}; the state has {expected}. Convert y0 or the output, for example with "
             f".to({expected}). (Under torch.autocast a lower precision is converted for you.)"
         )
 
 
-def _unpacked(func: Func, packing: Packing, check: _SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:
+def _unpacked(func: Func, packing: Packing, check: SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:
     return check(func(t, packing.unpack(y), *args))
 
 

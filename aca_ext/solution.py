@@ -19,7 +19,7 @@ from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem
 from aca_ext.resumption import SolverState
 from aca_ext.solver import Stats
-from aca_ext.state import State
+from aca_ext.state import State, like_tuple
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Continuation:
     state: SolverState
     y: State
     times_left: tuple[float, ...]
-    again: Callable[[State, Tensor, SolverState, int | None], Solution]
+    again: Callable[..., Solution]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """What ``solve`` returns.
 
@@ -52,6 +52,14 @@ class Solution:
     stats: Stats | BatchStats
     is_complete: bool = True
     continuation: Continuation | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Shapes and counts; the values are in the attributes."""
+        t, y = self.t, self.y
+        states = _form(y) if isinstance(y, Tensor) else f"({', '.join(map(_form, y))})"
+        ends = f", {t[0].item():.6g} to {t[-1].item():.6g}" if t.dim() == 1 and len(t) else ""
+        is_complete = "" if self.is_complete else ", is_complete=False"
+        return f"{type(self).__name__}(t: {_form(t)}{ends}, y: {states},\n  {self.stats!r}{is_complete})"
 
     @property
     def t_reached(self) -> float:
@@ -76,7 +84,8 @@ class Solution:
 
         Args:
             t: (N,) further times, beyond those requested before, in the same direction.
-            max_num_steps: trial steps for this part of the solve; default as before.
+            max_num_steps: trial steps for this part of the solve. Default as before, but at least 100 000 where this
+                solution is complete: the limit was for the solve to its end, and one call goes on to the further times.
 
         Returns:
             The whole solution, with the counts of all its parts but for ``n_f_evals_backward``. Func is evaluated once
@@ -100,7 +109,8 @@ class Solution:
                     f"further times must go on from t={one!r} in the direction of the solve; given was {other!r}."
                 )
         start = torch.tensor([part.state.t, *times], dtype=torch.float64)
-        return self._joined(part.again(part.y, start, part.state, max_num_steps))
+        is_beyond = self.is_complete
+        return self._joined(part.again(part.y, start, part.state, max_num_steps=max_num_steps, is_beyond=is_beyond))
 
     def _continuation(self) -> Continuation:
         if self.continuation is None:
@@ -114,7 +124,7 @@ class Solution:
             assert isinstance(rest.y, Tensor)
             y: State = _stacked(self.y, rest.y)
         else:
-            y = tuple(_stacked(one, other) for one, other in zip(self.y, rest.y, strict=True))
+            y = like_tuple(type(self.y), (_stacked(one, other) for one, other in zip(self.y, rest.y, strict=True)))
         assert isinstance(self.steps, Tensor)
         assert isinstance(rest.steps, Tensor)
         return replace(
@@ -131,18 +141,18 @@ def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Cal
     end = record.end
     if end is None:  # one time: nothing was solved
         return solution
-    is_tuple = isinstance(solution.y, tuple)
+    packing = problem.packing
     parts = solution.y if isinstance(solution.y, tuple) else (solution.y,)
     n_reached = len(parts[0]) - (not end.is_complete and len(record.steps) > 0)
     y_reached = tuple(part[-1] for part in parts)
     rows = tuple(part[:n_reached] for part in parts)
-    continuation = Continuation(end, y_reached if is_tuple else y_reached[0], problem.times[n_reached:], again)
+    y, left = packing.as_given(y_reached) if packing.is_tuple else y_reached[0], problem.times[n_reached:]
     return replace(
         solution,
         t=solution.t[:n_reached],
-        y=rows if is_tuple else rows[0],
+        y=packing.as_given(rows) if packing.is_tuple else rows[0],
         is_complete=end.is_complete,
-        continuation=continuation,
+        continuation=Continuation(end, y, left, again),
     )
 
 
@@ -162,6 +172,10 @@ class LazySolution(Solution):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Solution, (self.t, self.y, self.steps, self.stats)
+
+
+def _form(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 State = Tensor | tuple[Tensor, ...]
 
 _FLOATING = "float32, float64, complex64 or complex128 (float16 and bfloat16 run without fused kernels)"
+_DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Packing:
     shapes: tuple[torch.Size, ...]  # of the packed components, the 2 of complex ones included
     is_tuple: bool
     is_complex: bool
+    kind: type[tuple[Tensor, ...]] = tuple  # a namedtuple's class
 
     @classmethod
     def of(cls, y0: object) -> Packing:
@@ -43,13 +49,18 @@ class Packing:
                     )
             parts = y0
         else:
-            raise ArgumentTypeError(f"y0 is {_type_name(y0)}; give a tensor or a tuple of tensors.")
+            raise ArgumentTypeError(f"y0 is {_type_name(y0)}; give a tensor or a tuple of tensors.{_advice(y0)}")
         first = parts[0]
         for i, part in enumerate(parts):
             where = f"y0[{i}]" if len(parts) > 1 else "y0"
             if not (part.is_floating_point() or part.is_complex()):
                 raise ArgumentTypeError(
                     f"{where} has dtype {part.dtype}; a state is {_FLOATING}. Convert it, for example with y0.float()."
+                )
+            if part.dtype not in _DTYPES:  # float8 holds numbers and has no arithmetic
+                raise ArgumentTypeError(
+                    f"{where} has dtype {part.dtype}, which PyTorch does not compute with; a state is {_FLOATING}. "
+                    "Convert it, for example with y0.float()."
                 )
             if part.layout is not torch.strided:
                 raise ArgumentTypeError(f"{where} has layout {part.layout}; give a dense tensor, y0.to_dense().")
@@ -59,16 +70,17 @@ class Packing:
                     "components of a tuple state share dtype and device. Convert them with .to()."
                 )
         shapes = tuple(torch.Size((*p.shape, 2)) if p.is_complex() else p.shape for p in parts)
-        return cls(shapes, isinstance(y0, tuple), first.is_complex())
+        kind = type(y0) if isinstance(y0, tuple) and hasattr(y0, "_make") else tuple
+        return cls(shapes, isinstance(y0, tuple), first.is_complex(), kind)
 
     @property
     def is_trivial(self) -> bool:
         """The user's state is the packed tensor itself."""
         return not self.is_tuple and not self.is_complex
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
-        return [shape.numel() for shape in self.shapes]
+        return [math.prod(shape) for shape in self.shapes]  # torch.Size.numel would make symbolic sizes constants
 
     @property
     def segments(self) -> list[int]:
@@ -90,7 +102,11 @@ class Packing:
         if not self.is_tuple:
             return torch.view_as_complex(y) if self.is_complex else y
         parts = (part.view(shape) for part, shape in zip(y.split(self.sizes), self.shapes, strict=True))
-        return tuple(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+        return self.as_given(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+
+    def as_given(self, parts: Iterable[Tensor]) -> State:
+        """A tuple of the class that y0 has."""
+        return tuple(parts) if self.kind is tuple else like_tuple(self.kind, parts)
 
     def unpack_rows(self, ys: Tensor) -> State:
         """The same for a stack of packed states, (T, \\*packed shape)."""
@@ -98,7 +114,7 @@ class Packing:
             return torch.view_as_complex(ys) if self.is_complex else ys
         count = ys.shape[0]
         parts = [p.reshape(count, *s) for p, s in zip(ys.split(self.sizes, dim=1), self.shapes, strict=True)]
-        return tuple(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+        return self.as_given(torch.view_as_complex(p) if self.is_complex else p for p in parts)
 
     def describe(self) -> str:
         kind = "complex " if self.is_complex else ""
@@ -111,7 +127,7 @@ def dense(y: Tensor) -> Tensor:
     layout = torch.empty_like(y, device="meta").stride()
     if y.stride() == layout and not y.is_neg():
         return y
-    return torch.empty_strided(y.shape, layout, dtype=y.dtype, device=y.device).copy_(y)
+    return y.resolve_neg().clone(memory_format=torch.preserve_format)
 
 
 def tensors_in(x: Any) -> list[Tensor]:
@@ -131,6 +147,25 @@ def tensors_in(x: Any) -> list[Tensor]:
 
 def _as_real(y: Tensor) -> Tensor:
     return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+
+
+def like_tuple(kind: type[tuple[Tensor, ...]], parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """A tuple, or the namedtuple of class ``kind``."""
+    made: tuple[Tensor, ...] = getattr(kind, "_make", kind)(parts)
+    return made
+
+
+def _advice(y0: object) -> str:
+    """How to make a state of what is none."""
+    if type(y0).__module__ == "torch.fx.proxy":
+        return " torch.fx.symbolic_trace cannot look into a solve: make the layer that holds it a leaf of its tracer."
+    if isinstance(y0, list):
+        return " Use tuple(y0)."
+    if isinstance(y0, Mapping):
+        return " Use tuple(y0.values()), and name its components inside func."
+    if isinstance(y0, (int, float, complex)) or hasattr(y0, "__array__"):
+        return " Use torch.as_tensor(y0)."
+    return ""
 
 
 def _type_name(x: object) -> str:

@@ -25,7 +25,7 @@ def _differ(left: Fraction, right: Fraction | int) -> bool:
     return abs(left - right) > _ROUNDING
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed by identity: there is one of each
+@dataclass(frozen=True, eq=False, repr=False)  # compared and hashed by identity: there is one of each
 class Tableau:
     """An explicit Runge-Kutta method with s stages, in the notation of Hairer, Norsett & Wanner, vol. I.
 
@@ -58,6 +58,10 @@ class Tableau:
     dense: tuple[Row, ...] | None = None
     dense_order: int | None = None
     source: str = ""
+
+    def __repr__(self) -> str:
+        order = f"{self.order}({self.embedded_order})" if self.embedded_order is not None else f"{self.order}"
+        return f"Tableau({self.name!r}, order {order}, {len(self.b)} stages)"
 
     @classmethod
     def parse(

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from aca_ext.errors import ArgumentTypeError
-from aca_ext.modules import Buffer, Held, buffers_used_by, is_distributed, modules_of, restore
+from aca_ext.modules import (
+    Buffer,
+    Held,
+    buffers_used_by,
+    held_by,
+    is_distributed,
+    modules_of,
+    restore,
+    warn_of_batch_statistics,
+)
 from aca_ext.ops import TorchOperations
 from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.slope import Func, checked_slope_function
@@ -104,9 +113,7 @@ class VectorField:
                 f"func is, or holds, a distributed module ({type(module).__name__}), which acts on every backward pass "
                 "through it; a solve evaluates func many times. Wrap the module that holds the solve instead."
             )
-        for members in (module._parameters, module._buffers):
-            if members:
-                self.held += [(members, name, x) for name, x in members.items() if x is not None]
+        self.held += held_by(module)
 
     def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
         """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""
@@ -120,6 +127,8 @@ class VectorField:
         # Batch normalisation moves its statistics without a new version, but counts its batches with one.
         moved = [owned for owned in used if any(b.tensor._version != b.version for b in owned)]
         self.moving_buffers = [b.tensor for owned in moved for b in owned]
+        if moved:
+            warn_of_batch_statistics(moved)
         self._has_been_watched = True
         return k
 

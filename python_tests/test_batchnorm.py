@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import aca_ext
 
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 
 # first_step far too large: the first trials are rejected.

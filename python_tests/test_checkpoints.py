@@ -30,6 +30,8 @@ from aca_ext.checkpoints import (
 )
 from aca_ext.memory import TensorMemory
 
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 BLOCK_ROWS = 64
 BLOCK_BYTES = 1 << 20
 STATES = {

@@ -48,8 +48,10 @@ def test_every_error_has_its_builtin_base() -> None:
     own = {
         x for x in vars(errors).values() if inspect.isclass(x) and issubclass(x, Exception) and x is not errors.AcaError
     }
+    own -= {x for x in own if issubclass(x, Warning)}
     assert own == set(BUILTIN)
-    assert {x.__name__ for x in own} | {"AcaError"} == set(errors.__all__)
+    warned = {name for name in errors.__all__ if issubclass(getattr(errors, name), Warning)}
+    assert {x.__name__ for x in own} | {"AcaError"} | warned == set(errors.__all__)
     for kind, bases in BUILTIN.items():
         for base in bases if isinstance(bases, tuple) else (bases,):
             assert issubclass(kind, base)
@@ -424,7 +426,9 @@ def test_non_finite_slope_at_the_start(bad: float, gradient: str, options: dict[
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_non_finite_state_at_the_start(bad: float) -> None:
-    with pytest.raises(errors.NonFiniteError, match="state is NaN or infinite at t=0") as raised:
+    with pytest.raises(
+        errors.NonFiniteError, match=rf"y0 holds {'NaN' if bad != bad else 'infinity'} \(1 of 2"
+    ) as raised:
         call(decay, torch.tensor([1.0, bad]))
     check_failure(raised.value)
 
@@ -545,6 +549,7 @@ def test_step_limit_of_one_is_enough_for_one_step() -> None:
     assert sol.stats.n_steps == 1
 
 
+@pytest.mark.filterwarnings("ignore::aca_ext.errors.TimeResolutionWarning")
 def test_time_too_short_for_floats() -> None:
     """Neighbouring floats are one step apart, however small."""
     t = torch.tensor([1.0, math.nextafter(1.0, 2.0)], dtype=torch.float64)

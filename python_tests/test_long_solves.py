@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import aca_ext
 from aca_ext import errors
 
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 ADAPTIVE = [name for name, tableau in aca_ext.METHODS.items() if tableau.adaptive]
 TIMES = [0.0, 0.11, 0.5, 1.3, 2.0]
 STOP = {"on_step_limit": "stop"}

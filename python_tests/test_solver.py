@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import aca_ext
 
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 
 
@@ -137,6 +139,7 @@ class TestTimes:
         exact = -0.5 * math.exp(-0.5 * (0.5 + 2.0))
         assert w.grad.tolist() == pytest.approx([exact, exact], rel=1e-5)
 
+    @pytest.mark.filterwarnings("ignore::aca_ext.errors.TimeResolutionWarning")
     def test_time_and_step_are_float64_for_a_float32_state(self) -> None:
         t = torch.tensor([1e6, 1e6 + 1e-3], dtype=torch.float64)
         sol = aca_ext.solve(lambda t, y: torch.ones_like(y), torch.zeros(2), t)

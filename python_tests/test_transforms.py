@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import aca_ext
 from aca_ext import errors
 
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
 REPLAYING = [{"gradient": "aca"}, {"gradient": "aca", "options": {"batch": "independent"}}]

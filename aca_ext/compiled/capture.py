@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from aca_ext.compiled.methods import Methods, code_in_trace
 from aca_ext.errors import CompileError
 from aca_ext.owners import PerOwner
+from aca_ext.signature import refuse_swapped
 from aca_ext.state import Packing, State
 
 # Private to torch: without it, graphs are found in TorchDynamo's usual way, which takes longer.
@@ -97,6 +98,7 @@ def _captured(
     entry.look_up(func, t, y, args)
     captured = _request.captured
     if captured is None:
+        refuse_swapped(func)
         _request.t, _request.y = t, parts
         entry = _trace(entry, func, t, y, args)
         captured = _request.captured

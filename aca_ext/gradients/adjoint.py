@@ -134,7 +134,8 @@ def _interval(
     try:
         end = Solver(problem, field, ops, k0=k0).run(problem.y0)[-1]
     except SolveError as error:
-        error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {error}',)
+        what = str(error) if torch.isfinite(a).all() else "the gradient of the solution holds NaN or infinity."
+        error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {what}',)
         raise
     _, a_end, grads_end = problem.packing.unpack(end)
     return a_end, grads_end
@@ -149,6 +150,7 @@ def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     result: list[Tensor] = []
     for part, x in zip(parts, like, strict=True):
         if x.is_complex():
-            part = torch.view_as_complex(part.to(x.real.dtype).view(*x.shape, 2))
+            # A copy, as complex numbers begin at an even place in memory; a part may begin at any.
+            part = torch.view_as_complex(part.to(x.real.dtype, copy=True).view(*x.shape, 2))
         result.append(part.to(x.dtype).view(x.shape))
     return result

@@ -44,7 +44,7 @@ def first_slope_and_params(task: Task) -> tuple[Tensor | None, list[Tensor]]:
     if k0 is not None and k0.grad_fn is not None:
         ids.update(id(p) for p in params)
         stops = {x.grad_fn for x in (*params, *args)}
-        params += [leaf for leaf in _leaves(k0.grad_fn, stops) if id(leaf) not in ids]
+        params += [leaf for leaf in leaves_of(k0.grad_fn, stops) if id(leaf) not in ids]
     return None if k0 is None else k0.detach(), params
 
 
@@ -103,7 +103,7 @@ class _NoWatch:
         return None
 
 
-def _leaves(root: Any, stops: set[Any]) -> list[Tensor]:
+def leaves_of(root: Any, stops: set[Any]) -> list[Tensor]:
     """Leaf tensors of a graph, not looking beyond the nodes in ``stops``."""
     found: list[Tensor] = []
     todo, seen = [root], {root, *stops}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from aca_ext.errors import ArgumentValueError, OptionError, TimeError
 from aca_ext.ops import Array, Tolerance, TorchOperations
 from aca_ext.problem import Problem, problem_of
 from aca_ext.state import Packing, State
+from aca_ext.times import as_float64, times_of
 from aca_ext.vector_field import VectorField
 
 _UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
@@ -41,7 +43,7 @@ class RowPacking(Packing):
     def n_rows(self) -> int:
         return self.shapes[0][0]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Elements of each component in a row."""
         return [shape[1:].numel() for shape in self.shapes]
@@ -62,13 +64,13 @@ class RowPacking(Packing):
         if not self.is_tuple:
             return super().unpack(y)
         parts = (part.reshape(shape) for part, shape in zip(y.split(self.sizes, 1), self.shapes, strict=True))
-        return tuple(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+        return self.as_given(torch.view_as_complex(p) if self.is_complex else p for p in parts)
 
     def unpack_rows(self, ys: Tensor) -> State:
         if not self.is_tuple:
             return super().unpack_rows(ys)
         parts = [p.reshape(len(ys), *s) for p, s in zip(ys.split(self.sizes, 2), self.shapes, strict=True)]
-        return tuple(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+        return self.as_given(torch.view_as_complex(p) if self.is_complex else p for p in parts)
 
 
 class RowField(VectorField):
@@ -98,6 +100,14 @@ class BatchProblem(Problem):
         times = self.times_of_rows
         return float(np.abs(times[:, -1] - times[:, 0]).mean()) if len(times) else 0.0
 
+    @property
+    def span(self) -> tuple[float, float]:
+        ends = self.times_of_rows[:, [0, -1]]
+        if len(ends) == 0:
+            return super().span
+        worst = np.argmin(np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(np.abs(ends).max(1), 1e-300))
+        return float(ends[worst, 0]), float(ends[worst, 1])
+
     def start_time(self, like: Tensor) -> Tensor:
         return torch.from_numpy(self.times_of_rows[:, 0].copy()).to(like).view(self._row_shape)
 
@@ -124,7 +134,7 @@ def batch_problem_of(
             'option batch="independent" belongs to adaptive steps; on a fixed grid every sample has the same steps.'
         )
     flat = problem.packing
-    packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex)
+    packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
     n_rows = _n_rows(packing)
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
@@ -168,18 +178,29 @@ def _tolerance(problem: Problem, packing: RowPacking) -> Tolerance:
 
 
 def _times_and_first(given: Any) -> tuple[Array, Any]:
-    """All times as float64, (T,) or (batch, T), and those of the first sample as they were given."""
-    t = given
-    if not isinstance(t, Tensor):
+    """All times as float64, (T,) or (batch, T), and those of the first sample as they were given.
+
+    Raises:
+        TimeError: a sample's times are wrong; the message names it.
+    """
+    try:
+        times = as_float64(given)
+    except TimeError:
+        times = np.zeros(0)
+    if times.ndim != 2 or (isinstance(given, Tensor) and (given.is_complex() or given.dtype == torch.bool)):
+        return times, given  # for problem_of to say what is wrong
+    if len(times) == 0:
+        raise TimeError(f"t has shape {times.shape}; give times for every sample, (batch, T), or (T,) for all.")
+    gaps = np.diff(times, axis=1)
+    wrong = ~np.isfinite(times).all(1) | ~((gaps > 0).all(1) | (gaps < 0).all(1))
+    if wrong.any():
+        sample = int(wrong.argmax())
         try:
-            t = torch.as_tensor(t, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            return np.zeros(0), given  # for problem_of to say what is wrong
-    if t.dim() == 2 and len(t) == 0:
-        raise TimeError(f"t has shape {tuple(t.shape)}; give times for every sample, (batch, T), or (T,) for all.")
-    if t.is_complex():
-        return np.zeros(0), given
-    return t.detach().to(device="cpu", dtype=torch.float64).numpy(), given[0] if t.dim() == 2 else given
+            times_of(times[sample])
+        except TimeError as error:
+            others = f" (and of {wrong.sum() - 1} more)" if wrong.sum() > 1 else ""
+            raise TimeError(f"the times of sample {sample}{others}, t[{sample}], are wrong: {error}") from None
+    return times, given[0] if isinstance(given, (Tensor, tuple, list)) else times[0]
 
 
 def _times_of_rows(times: Array, n_rows: int) -> Array:
@@ -188,13 +209,5 @@ def _times_of_rows(times: Array, n_rows: int) -> Array:
     if len(times) != n_rows:
         raise TimeError(
             f"t has shape {times.shape} and y0 a batch of {n_rows}; give t of shape (batch, T), or (T,) for all."
-        )
-    gaps = np.diff(times, axis=1)
-    wrong = ~np.isfinite(times).all(1) | ~((gaps > 0).all(1) | (gaps < 0).all(1))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise TimeError(
-            f"t[{row}] is {times[row].tolist()}; the times of every sample must be finite and strictly increase or "
-            "strictly decrease."
         )
     return times

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.failures import NO_TOLERANCE, reason_of
+from aca_ext.failures import NO_TOLERANCE, fault_of_start, reason_of
 from aca_ext.independent.controller import RowController
 from aca_ext.independent.problem import BatchProblem
 from aca_ext.ops import Array, RowOperations
@@ -27,7 +27,7 @@ Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
 
 
-@dataclass
+@dataclass(repr=False)
 class BatchStats:
     """Counts of a solve whose samples are independent.
 
@@ -47,6 +47,15 @@ class BatchStats:
     n_f_rows: int = 0
     backend: str = ""
     n_f_evals_backward: int | None = None
+
+    def __repr__(self) -> str:
+        """Counts by sample as their range."""
+        parts = [f"n_f_evals={self.n_f_evals}", f"n_f_rows={self.n_f_rows}"]
+        for name in ("n_steps", "n_accepted", "n_rejected"):
+            count = getattr(self, name)
+            parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
+        parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
+        return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -259,8 +268,11 @@ class BatchSolver:
         if not suspects.any() or y.numel() == 0:
             return
         for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
-            failed = suspects & ~torch.isfinite(x).flatten(1).all(1).cpu().numpy()
-            message = f"{what} t={t[failed.argmax()]:.17g}; look at func there."
+            failed = suspects & ~torch.isfinite(x).reshape(len(x), -1).all(1).cpu().numpy()
+            if not failed.any():
+                continue
+            row = int(failed.argmax())
+            message = fault_of_start(self.problem.y0[row]) or f"{what} t={t[row]:.17g}; look at func there."
             self._check(failed, NonFiniteError, t, h, ratio, message)
 
     def _check(

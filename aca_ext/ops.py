@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aca_ext import _C
+from aca_ext.admission import is_plain
 from aca_ext.differentiable import DifferentiableOperations
 from aca_ext.layout import aligned_rows, empty_rows, scalars
 from aca_ext.reference import Number
@@ -52,7 +53,13 @@ _COEFFICIENTS = (
 )  # fmt: skip
 
 # Newer versions of torch let compiled code see a tensor without Python.
-_C.use_torch(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), getattr(torch._C, "_storage_Use_Count", None))
+_C.use_torch(
+    Tensor,
+    torch.nn.Parameter,
+    getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    getattr(torch._C, "_storage_Use_Count", None),
+    (torch.empty(1, device="cpu"), torch.empty(2, device="cpu")[:1]),
+)
 
 
 class KernelOperations(TorchOperations):
@@ -249,9 +256,7 @@ def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
 
 def has_kernels(like: Tensor) -> bool:
     """Whether this build has kernels for the dtype and device of ``like``."""
-    if type(like) is not Tensor and not isinstance(like, torch.nn.Parameter):
-        return False  # a subclass may hold its elements elsewhere
-    return like.dtype in _DTYPES and (like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA))
+    return is_plain(like) and like.dtype in _DTYPES and (like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA))
 
 
 def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> TorchOperations:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext import reference
+from aca_ext.admission import check_readable, has_memory, is_plain
 from aca_ext.layout import Relayout
 from aca_ext.reference import Number
 from aca_ext.tolerance import Tolerance
@@ -29,10 +30,19 @@ class TorchOperations:
         self.like, self.tolerance = like, tolerance
         self.stride = like.stride()
 
-    def admit(self, x: Tensor) -> Tensor:
-        """``x``, a copy only where its elements are laid out unlike the state's."""
-        if x.stride() == self.stride and not x.is_neg():
-            return x
+    def admit(self, x: Tensor, what: str = "a tensor") -> Tensor:
+        """``x``, called ``what``, a copy only where its elements do not lie in memory like the state's.
+
+        Raises:
+            ArgumentTypeError: they do not lie in memory at all.
+        """
+        is_plain_tensor = type(x) is Tensor
+        if x.stride() == self.stride and not x.is_neg() and (not is_plain_tensor or has_memory(x)):
+            if is_plain_tensor or type(x) is type(self.like):
+                return x
+        check_readable(what, x)
+        if is_plain(self.like) and not is_plain(x):
+            return self.admit(x.as_subclass(Tensor), what)
         if x.requires_grad and torch.is_grad_enabled():
             return Relayout.apply(x, self.like)
         return torch.empty_like(self.like).copy_(x)

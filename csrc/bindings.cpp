@@ -158,12 +158,15 @@ void make_collectable(PyHeapTypeObject* heap_type) {
     };
 }
 
-// Learns the type of a plain tensor and, where torch has them (else None), its table of DLPack's C functions and what
-// counts who shares a storage.
-void use_torch(const py::type& tensor, const py::object& exchange_api, const py::object& storage_uses) {
+// Learns the types of plain tensors and, where torch has them (else None), its table of DLPack's C functions and what
+// counts who shares a storage; also how a tensor and a view look that nobody else holds.
+void use_torch(const py::type& tensor, const py::type& parameter, const py::object& exchange_api,
+               const py::object& storage_uses, const py::tuple& alone) {
     Torch& torch = Torch::found();
-    torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()), nullptr, nullptr};
+    torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()),
+             reinterpret_cast<PyTypeObject*>(py::type(parameter).release().ptr()), nullptr, nullptr};
     if (!storage_uses.is_none()) torch.storage_uses = py::object(storage_uses).release().ptr();
+    Solitude::known().learn(alone[0], alone[1]);
     if (exchange_api.is_none()) return;
     const auto* api =
         static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));

@@ -28,8 +28,13 @@ def is_plain(x: object) -> bool:
 
 
 def has_memory(x: Tensor) -> bool:
-    """Whether memory lies behind every element of a plain strided tensor, by a first look that costs little."""
+    """Whether a plain strided tensor has an address, or no elements: a first look that costs little."""
     return x.data_ptr() != 0 or x.numel() == 0
+
+
+def looks_readable(x: Tensor) -> bool:
+    """False where ``check_readable`` is to look closer."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested and has_memory(x)
 
 
 def check_readable(what: str, x: Any, error: type[AcaError] = ArgumentTypeError) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "controller_for",
     "empty_rows",
     "has_kernels",
+    "own_result",
     "operations_for",
     "row_operations_for",
     "show_config",
@@ -288,6 +289,11 @@ def slope_function(
     changed its state in place. The result has a graph only where gradients are enabled. ``n_evals`` counts.
     """
     return _C.Slope(func, args, like, checked, changed, torch.is_grad_enabled, versioned)
+
+
+def own_result(function: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """What ``function`` returns, copied where it or its memory is held by anybody else, who could change it later."""
+    return _C.own_result(function, args)
 
 
 def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:

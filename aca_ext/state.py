@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable, looks_readable
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 
 # What users hold: a tensor, or a tuple of tensors.
@@ -47,6 +48,7 @@ class Packing:
         first = parts[0]
         for i, part in enumerate(parts):
             where = f"y0[{i}]" if len(parts) > 1 else "y0"
+            check_readable(where, part)
             if not (part.is_floating_point() or part.is_complex()):
                 raise ArgumentTypeError(
                     f"{where} has dtype {part.dtype}; a state is {_FLOATING}. Convert it, for example with y0.float()."
@@ -109,7 +111,7 @@ class Packing:
 def dense(y: Tensor) -> Tensor:
     """``y`` itself where its elements fill one block of memory, in whatever order; else a copy that does."""
     layout = torch.empty_like(y, device="meta").stride()
-    if y.stride() == layout and not y.is_neg():
+    if y.stride() == layout and not y.is_neg() and (type(y) is not Tensor or looks_readable(y)):
         return y
     return torch.empty_strided(y.shape, layout, dtype=y.dtype, device=y.device).copy_(y)
 

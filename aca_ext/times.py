@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.arguments import holds_grad
 from aca_ext.errors import TimeError
 
@@ -28,9 +29,10 @@ def times_of(t: object) -> tuple[float, ...]:
                 "tensor of times, torch.stack(t)."
             )
         try:
-            t = torch.as_tensor(t, dtype=torch.float64)
+            t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TimeError(f"t is no sequence of numbers ({error}); give a 1-d tensor of times.") from None
+    check_readable("t", t, TimeError)
     if t.dim() != 1:
         raise TimeError(
             f"t has shape {tuple(t.shape)}; give a 1-d tensor of times, torch.tensor([0., 1.]). "

@@ -50,6 +50,9 @@ class TorchOperations:
     def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
         """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]; into ``out`` where given."""
         result = reference.weighted_sum(base, h, x, w)
+        if result.requires_grad:
+            # A backward pass of func may write the gradients of all stages into one buffer.
+            result.register_hook(torch.clone)
         return result if out is None else out.copy_(result)
 
     def solution_and_error(
@@ -83,7 +86,7 @@ class TorchOperations:
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
         """Numbers as 0-d tensors of the state's dtype and device."""
         if any(isinstance(v, Tensor) for v in values):
-            return torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values]).to(self.like).unbind(0)
+            return torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]).to(self.like).unbind(0)
         return torch.tensor(values, dtype=self.like.dtype, device=self.like.device).unbind(0)
 
 

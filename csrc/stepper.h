@@ -293,10 +293,8 @@ class Stepper {
             return k;
         }
         PyObject* const operands[] = {t.ptr(), y.ptr()};
-        auto k = Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr));
-        const uintptr_t address = memory_of(k);
-        const bool has_graph = names().requires_grad.of(k.ptr()).ptr() == Py_True;
-        return {std::move(k), address, has_graph, Py_REFCNT(k.ptr()) != 1};
+        const auto k = Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr));
+        return {k, memory_of(k), names().requires_grad.of(k.ptr()).ptr() == Py_True, false};  // its own, by Slope
     }
 
     Row slope_of(const py::object& f, Slope* slope, size_t i, const py::object& y, uintptr_t y_address) {

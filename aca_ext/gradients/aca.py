@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, reversed_states, rows
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.parameters import first_slope_and_params
@@ -96,6 +97,7 @@ class _Aca(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
         refuse_transforms("the gradient of the solution", grad_ys)
+        check_readable("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         # Rows of states that were handed out are written over, which is none of autograd's business: .data.
         blocks = [block.data for block in saved[: ctx.n_blocks]]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.aca import Gate
 from aca_ext.gradients.base import Result, Task
@@ -122,6 +123,7 @@ class _Aca(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
         refuse_transforms("the gradient of the solution", grad_ys)
+        check_readable("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         states, inputs = saved[: ctx.n_states], saved[ctx.n_states + ctx.has_y0 :]
         if torch.is_grad_enabled():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.errors import ArgumentValueError, OptionError, TimeError
 from aca_ext.ops import Array, Tolerance, TorchOperations
 from aca_ext.problem import Problem, problem_of
@@ -172,9 +173,10 @@ def _times_and_first(given: Any) -> tuple[Array, Any]:
     t = given
     if not isinstance(t, Tensor):
         try:
-            t = torch.as_tensor(t, dtype=torch.float64)
+            t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             return np.zeros(0), given  # for problem_of to say what is wrong
+    check_readable("t", t, TimeError)
     if t.dim() == 2 and len(t) == 0:
         raise TimeError(f"t has shape {tuple(t.shape)}; give times for every sample, (batch, T), or (T,) for all.")
     if t.is_complex():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aca_ext.errors import AcaError, ArgumentTypeError
 
+_SURELY_MEMORY = 1 << 40  # an address further from 0 than any tensor from the start of its storage
 _PLAIN = (Tensor, torch.nn.Parameter)
 # What a subclass has as __torch_dispatch__ that leaves everything to PyTorch; private, so perhaps not in each version.
 _NO_DISPATCH = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
@@ -28,8 +29,18 @@ def is_plain(x: object) -> bool:
 
 
 def has_memory(x: Tensor) -> bool:
-    """Whether a plain strided tensor has an address, or no elements: a first look that costs little."""
-    return x.data_ptr() != 0 or x.numel() == 0
+    """Whether a plain strided tensor has an address, or no elements: a first look that costs little.
+
+    Without memory, its address is as far from 0 as the tensor from the start of its storage.
+    """
+    return x.data_ptr() > _SURELY_MEMORY or x.numel() == 0 or _has_storage(x)
+
+
+def _has_storage(x: Tensor) -> bool:
+    try:
+        return x.untyped_storage().data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def looks_readable(x: Tensor) -> bool:
@@ -49,7 +60,7 @@ def _obstacle(x: Tensor) -> str | None:
     if kind not in _PLAIN and getattr(kind, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH:
         return (
             f"a {kind.__name__}, a subclass that only wraps tensors or stands for one (as FakeTensor and DTensor do); "
-            "a solve works on plain tensors. Unwrap it before the solve, for example with .to_local()."
+            "a solve works on plain tensors. Give it the tensor inside, of a DTensor that of .to_local()."
         )
     if x.is_meta:
         return 'on the device "meta", which holds no values; a solve has to compute some. Move it to a real device.'

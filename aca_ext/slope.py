@@ -44,6 +44,8 @@ class _SlopeCheck:
             where = f"component {i} of func's output" if packing.is_tuple else "func's output"
             if not isinstance(part, Tensor):
                 raise SlopeError(f"{where} is of type {type(part).__name__}; it must be a tensor.")
+            if part.device != self._device:
+                raise SlopeError(f"{where} is on {part.device}; the state is on {self._device}. Move one to the other.")
             if not looks_readable(part):
                 refuse_transforms(where, part)
                 check_readable(where, part, SlopeError)
@@ -55,8 +57,6 @@ class _SlopeCheck:
                 )
             if part.layout is not torch.strided:
                 raise SlopeError(f"{where} has layout {part.layout}; return a dense tensor, .to_dense().")
-            if part.device != self._device:
-                raise SlopeError(f"{where} is on {part.device}; the state is on {self._device}. Move one to the other.")
             given.append(self._of_state_dtype(part, where))
         packed = packing.pack(tuple(given) if packing.is_tuple else given[0])
         return self._ops.admit(packed, "func's output")

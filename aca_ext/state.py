@@ -48,7 +48,6 @@ class Packing:
         first = parts[0]
         for i, part in enumerate(parts):
             where = f"y0[{i}]" if len(parts) > 1 else "y0"
-            check_readable(where, part)
             if not (part.is_floating_point() or part.is_complex()):
                 raise ArgumentTypeError(
                     f"{where} has dtype {part.dtype}; a state is {_FLOATING}. Convert it, for example with y0.float()."
@@ -60,6 +59,7 @@ class Packing:
                     f"{where} is {part.dtype} on {part.device} and y0[0] is {first.dtype} on {first.device}; all "
                     "components of a tuple state share dtype and device. Convert them with .to()."
                 )
+            check_readable(where, part)
         shapes = tuple(torch.Size((*p.shape, 2)) if p.is_complex() else p.shape for p in parts)
         return cls(shapes, isinstance(y0, tuple), first.is_complex())
 

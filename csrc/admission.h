@@ -61,7 +61,7 @@ class Admission {
     bool has_memory(PyObject* x) const {
         if (!is_plain_ || as_size(names().numel.call(x)) == 0) return true;
         try {
-            return as_size(names().data_ptr.call(x)) != 0;
+            return Torch::has_memory(x, as_size(names().data_ptr.call(x)));
         } catch (const py::error_already_set&) {
             return false;
         }

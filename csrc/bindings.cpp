@@ -76,11 +76,11 @@ int read_bounds(py::handle bounds, int64_t* to) {
     return segments;
 }
 
-// Raises where an address is null and there is an element to be read or written there.
+// Raises where an address is next to null and there is an element to be read or written there.
 void check_memory(int64_t n, std::initializer_list<uintptr_t> addresses) {
     if (n <= 0) return;
     for (const uintptr_t address : addresses)
-        if (address == 0) refuse_without_memory();
+        if (address < kLowestAddress) refuse_without_memory();
 }
 
 void check_memory(int64_t n, const Sum& sum) {

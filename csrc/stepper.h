@@ -255,7 +255,7 @@ class Stepper {
                 throw std::invalid_argument("bounds must not decrease, and end within the state");
         sums_ = norm[1];
         sums_address_ = address_of(sums_);
-        if (sums_address_ == 0 && bounds_.size() > 1) refuse_without_memory();
+        if (sums_address_ < kLowestAddress && bounds_.size() > 1) refuse_without_memory();
         rtol_ = norm[2].cast<double>(), atol_ = norm[3].cast<double>();
         rtol_each_ = norm[4].cast<uintptr_t>(), atol_each_ = norm[5].cast<uintptr_t>();
     }
@@ -343,13 +343,13 @@ class Stepper {
     uintptr_t memory_of(const py::object& x) const { return check_memory(address_of(x)); }
 
     uintptr_t check_memory(uintptr_t address) const {
-        if (address == 0 && n_ > 0) refuse_without_memory();
+        if (address < kLowestAddress && n_ > 0) refuse_without_memory();
         return address;
     }
 
     void write_times(const std::vector<double>& t, size_t count) {
         times_.take(count);
-        if (times_.address() == 0) refuse_without_memory();
+        if (times_.address() < kLowestAddress) refuse_without_memory();
         on_.backend->write_scalars(on_.target, int(count), times_.address(), t.data());
     }
 

@@ -58,7 +58,19 @@ struct Torch {
             PyErr_Clear();
             return false;
         }
-        return seen->data != nullptr && seen->strides != nullptr && seen->byte_offset == 0;
+        return has_memory(x, uintptr_t(seen->data)) && seen->strides != nullptr && seen->byte_offset == 0;
+    }
+
+    // Without memory, a tensor's address is as far from 0 as the tensor from the start of its storage.
+    static bool has_memory(PyObject* x, uintptr_t address) {
+        constexpr uint64_t kSurelyMemory = uint64_t(1) << 40;  // further than any tensor from the start of its storage
+        if (uint64_t(address) >= kSurelyMemory) return true;
+        if (address == 0) return false;
+        try {
+            return py::handle(x).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
+        } catch (const py::error_already_set&) {
+            return false;
+        }
     }
 };
 
@@ -67,6 +79,8 @@ struct Torch {
     PyErr_SetString(py::module_::import("aca_ext.errors").attr(error).ptr(), message);
     throw py::error_already_set();
 }
+
+constexpr uintptr_t kLowestAddress = 1 << 12;  // below, systems map nothing
 
 [[noreturn]] inline void refuse_without_memory() {
     raise_error("ArgumentTypeError",

@@ -181,7 +181,8 @@ def _times_and_first(given: Any) -> tuple[Array, Any]:
         raise TimeError(f"t has shape {tuple(t.shape)}; give times for every sample, (batch, T), or (T,) for all.")
     if t.is_complex():
         return np.zeros(0), given
-    return t.detach().to(device="cpu", dtype=torch.float64).numpy(), given[0] if t.dim() == 2 else given
+    times = torch.empty(t.shape, dtype=torch.float64, device="cpu").copy_(t.detach())
+    return times.numpy(), given[0] if t.dim() == 2 else given
 
 
 def _times_of_rows(times: Array, n_rows: int) -> Array:

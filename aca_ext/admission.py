@@ -68,8 +68,12 @@ def _obstacle(x: Tensor) -> str | None:
         return "a functional tensor, which stands for a value while functions are traced; a solve cannot be traced."
     if x.is_nested:
         return "a nested tensor; give a dense one, padded, or a tuple of tensors."
-    if x.layout is not torch.strided or x.is_quantized or _is_zeros(x):
-        return None  # sparse and quantized ones are refused where they are no use; zeros become memory in a copy
+    if x.layout is not torch.strided:
+        return f"of layout {x.layout}; give a dense tensor, .to_dense()."
+    if x.is_quantized:
+        return "a quantized tensor; give one of a floating dtype, .dequantize()."
+    if _is_zeros(x):
+        return None  # a copy has memory
     size, storage = _extent(x), x.untyped_storage()
     held = storage.nbytes()
     if size > held or (size and not has_memory(x)):

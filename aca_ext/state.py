@@ -52,8 +52,6 @@ class Packing:
                 raise ArgumentTypeError(
                     f"{where} has dtype {part.dtype}; a state is {_FLOATING}. Convert it, for example with y0.float()."
                 )
-            if part.layout is not torch.strided:
-                raise ArgumentTypeError(f"{where} has layout {part.layout}; give a dense tensor, y0.to_dense().")
             if part.dtype != first.dtype or part.device != first.device:
                 raise ArgumentTypeError(
                     f"{where} is {part.dtype} on {part.device} and y0[0] is {first.dtype} on {first.device}; all "

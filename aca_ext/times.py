@@ -40,7 +40,7 @@ def times_of(t: object) -> tuple[float, ...]:
         )
     if t.is_complex() or t.dtype == torch.bool:
         raise TimeError(f"t has dtype {t.dtype}; times are real numbers.")
-    times: list[float] = t.detach().to(device="cpu", dtype=torch.float64).tolist()
+    times: list[float] = torch.empty(t.shape, dtype=torch.float64, device="cpu").copy_(t.detach()).tolist()
     if not times:
         raise TimeError("t is empty; give at least the initial time.")
     for i, time in enumerate(times):

@@ -57,11 +57,12 @@ def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) ->
         raise ToleranceError(
             f"{name} is of type {type(value).__name__}; give a number or a tensor that broadcasts to y0."
         )
-    if value.is_complex() or not bool(((value >= 0) & torch.isfinite(value)).all()):
+    is_real = not value.is_complex()
+    value = value.detach().to(device=y0.device, dtype=y0.dtype) if is_real else value
+    if not is_real or not bool(((value >= 0) & torch.isfinite(value)).all()):
         raise ToleranceError(
             f"{name} has entries that are negative or not finite; each must be a number of at least 0."
         )
-    value = value.detach().to(device=y0.device, dtype=y0.dtype)
     if packing.is_complex:
         value = value.unsqueeze(-1)  # one tolerance for the real and the imaginary part
     shape = y0.shape if not packing.is_tuple else torch.Size([y0.numel()])

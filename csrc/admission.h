@@ -36,7 +36,11 @@ class Admission {
             *address = uintptr_t(seen.data);
             return true;
         }
-        return has_layout(x) && has_memory(x);
+        try {
+            return has_layout(x) && has_memory(x);
+        } catch (const py::error_already_set&) {  // of a tensor without shape, strides or address
+            return false;
+        }
     }
 
   private:
@@ -60,11 +64,7 @@ class Admission {
     // Subclasses run without kernels, and may have memory that only they know.
     bool has_memory(PyObject* x) const {
         if (!is_plain_ || as_size(names().numel.call(x)) == 0) return true;
-        try {
-            return Torch::has_memory(x, as_size(names().data_ptr.call(x)));
-        } catch (const py::error_already_set&) {
-            return false;
-        }
+        return Torch::has_memory(x, as_size(names().data_ptr.call(x)));
     }
 
     bool is_plain_;
@@ -72,6 +72,15 @@ class Admission {
     bool is_seen_;
     Layout layout_;  // where it is seen
 };
+
+// Raises where the storage of `x`, a tensor that fills one block of memory, was shortened below what `x` needs.
+inline void check_whole(PyObject* x) {
+    static const Attribute untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, offset{"storage_offset"},
+        element_size{"element_size"};
+    const size_t held = as_size(nbytes.call(untyped_storage.call(x).ptr()));
+    const size_t start = as_size(offset.call(x)) * as_size(element_size.call(x));
+    if (held < start + as_size(nbytes.of(x))) refuse_without_memory();
+}
 
 // Whether nothing but the one reference that the caller holds leads to a tensor or to its memory: no variable of func,
 // no view, no array of NumPy. Counts are compared with those of a tensor that is known to be alone, since versions of

@@ -164,7 +164,10 @@ class Stepper {
             stage_i.check_unchanged();
             py::object v_i = pull_back(y_i, stage_i.slope, grad_k.tensor);
             if (memory_of(grad_k.tensor) != grad_k.address) refuse_without_memory();
-            if (!v_i.is_none()) pulled.emplace_back(i, own(admitted(slope, admit, std::move(v_i))));
+            if (v_i.is_none()) continue;
+            Row v = admitted(slope, admit, std::move(v_i));
+            if (pulled.empty()) check_whole(v.tensor.ptr());  // once a step: it takes longer than the other checks
+            pulled.emplace_back(i, own(std::move(v)));
         }
 
         Terms terms;
@@ -305,13 +308,23 @@ class Stepper {
     Stage stage(Evaluation k) {
         if (!k.has_graph)
             return {k.tensor, k.is_held ? copy({k.tensor, k.address}) : own({k.tensor, k.address}), py::object()};
-        if (k.is_held) {  // func may give the same tensor another graph
+        py::object version = k.is_held ? py::object() : version_of(k.tensor);
+        if (!version) {  // func may give the same tensor another graph
             k.tensor = names().clone.call(k.tensor.ptr());
             k.address = memory_of(k.tensor);
+            version = names().version.of(k.tensor.ptr());
         }
-        py::object version = names().version.of(k.tensor.ptr());
         Row values = own({k.tensor, k.address}, true);
         return {std::move(k.tensor), std::move(values), std::move(version)};
+    }
+
+    // Null for a tensor made in inference mode, which counts no versions.
+    static py::object version_of(const py::object& x) {
+        try {
+            return names().version.of(x.ptr());
+        } catch (const py::error_already_set&) {
+            return py::object();
+        }
     }
 
     // What a backward pass returned, laid out like the state.

@@ -181,6 +181,7 @@ def _replay_backward(
             ends = [trial.y1, *(state for _, _, state in found)]
             pulled = replay.pull_back(y, ends, [at_end, *cotangents])
             assert pulled is not None
+            check_readable("the gradient that a backward pass inside func returned", pulled)
             g = g.index_copy(0, rows, pulled[rows])
             y = y.detach()
     ctx.stats.n_f_evals_backward = replay.n_evals

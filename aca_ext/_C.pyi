@@ -15,7 +15,15 @@ STEP_ENTRY_DOUBLES: int
 H_TRIAL: int
 SLOPE_WEIGHT: int
 
-def use_torch(tensor: type[Tensor], exchange_api: object, storage_uses: Callable[[int], int] | None, /) -> None: ...
+def use_torch(
+    tensor: type[Tensor],
+    parameter: type[Tensor],
+    exchange_api: object,
+    storage_uses: Callable[[int], int] | None,
+    alone: tuple[Tensor, Tensor],
+    /,
+) -> None: ...
+def own_result(function: Callable[..., Tensor | None], args: tuple[Any, ...], /) -> Tensor | None: ...
 
 class Target:
     def __init__(self, backend: str, dtype: str, threads: int, device: int, stream: int, workspace: int) -> None: ...

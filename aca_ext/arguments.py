@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.errors import UnknownNameError
 from aca_ext.state import tensors_in
 from aca_ext.suggestions import is_implicit, meant_by
@@ -32,6 +33,7 @@ def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
 def number_in(value: object) -> float | None:
     """A number of Python's, NumPy's or in a tensor of one element; None for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
+        check_readable("a number", value)
         value = value.detach().item()
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 

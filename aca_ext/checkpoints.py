@@ -176,7 +176,8 @@ class HostCheckpoints(Checkpoints):
     def _new_block(self) -> Tensor:
         like = self._like
         shape, stride = (self._rows_per_block, *like.shape), (like.numel(), *like.stride())
-        return torch.empty_strided(shape, stride, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+        is_pinned = like.device.type == "cuda"
+        return torch.empty_strided(shape, stride, dtype=like.dtype, device="cpu", pin_memory=is_pinned)
 
 
 def checked_policy(policy: object) -> Policy:

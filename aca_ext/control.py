@@ -96,7 +96,7 @@ class DeviceTimes:
 
     def __init__(self, times: tuple[float, ...], stops: tuple[float, ...], device: torch.device) -> None:
         self.of = times, stops
-        both = torch.tensor([*times, *stops], dtype=torch.float64).to(device, non_blocking=True)
+        both = torch.tensor([*times, *stops], dtype=torch.float64, device="cpu").to(device, non_blocking=True)
         self.times, self.stops = both[: len(times)], both[len(times) :]
 
 

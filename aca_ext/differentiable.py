@@ -45,7 +45,7 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        return None, None, None, g if ctx.has_base else None, *_scaled(g, ctx.h, ctx.w, ctx.needs_input_grad[4:])
+        return None, None, None, _own(g) if ctx.has_base else None, *_scaled(g, ctx.h, ctx.w, ctx.needs_input_grad[4:])
 
 
 class _SolutionAndError(torch.autograd.Function):
@@ -65,7 +65,12 @@ class _SolutionAndError(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        return None, None, None, None, g, *_scaled(g, ctx.h, ctx.b, ctx.needs_input_grad[5:])
+        return None, None, None, None, _own(g), *_scaled(g, ctx.h, ctx.b, ctx.needs_input_grad[5:])
+
+
+def _own(g: Tensor) -> Tensor:
+    """A copy: a backward pass of func may write the gradients of all stages into one buffer, and ``g`` be that."""
+    return g.clone()
 
 
 def _scaled(g: Tensor, h: Number, w: Floats, needed: Sequence[bool]) -> list[Tensor | None]:

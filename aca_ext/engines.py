@@ -79,7 +79,7 @@ def run(
             jumps = problem.jumps | _jump_at(resumed.t, settings["options"])
             problem = replace(problem, resumed=resumed, jumps=jumps)
         result = _by_eager_engine(problem, learnt, gradient, checkpoints, params, progress, callback, adjoint)
-    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
+    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y = problem.packing.unpack_rows(result.ys)
     if engine == "graph":  # a look at its steps waits for the device
         return LazySolution.of(times, y, result.record, result.stats)
@@ -147,7 +147,8 @@ def _resumed(
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
     """The time where a solve goes on, if func jumps there."""
-    jumps = torch.as_tensor(() if options.get("jump_t") is None else options["jump_t"], dtype=torch.float64)
+    given = () if options.get("jump_t") is None else options["jump_t"]
+    jumps = torch.as_tensor(given, dtype=torch.float64, device="cpu")
     return frozenset({t} & set(jumps.reshape(-1).tolist()))
 
 

@@ -56,7 +56,7 @@ def _constructed_grid(
     """The user's grid with the requested times among its nodes."""
     if not callable(constructor):
         raise OptionError("option grid_constructor is no function; give one of (func, y0, t) that returns a 1-d grid.")
-    grid = constructor(func, y0, torch.tensor(times, dtype=torch.float64))
+    grid = constructor(func, y0, torch.tensor(times, dtype=torch.float64, device="cpu"))
     try:
         nodes = times_of(grid)
     except TimeError as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aca_ext import _C
+from aca_ext.admission import is_plain
 from aca_ext.differentiable import DifferentiableOperations
 from aca_ext.layout import aligned_rows, empty_rows, rows_like, scalars
 from aca_ext.reference import Number
@@ -36,6 +37,7 @@ __all__ = [
     "empty_rows",
     "has_kernels",
     "operations_for",
+    "own_result",
     "row_operations_for",
     "rows_like",
     "show_config",
@@ -53,7 +55,13 @@ _COEFFICIENTS = (
 )  # fmt: skip
 
 # Newer versions of torch let compiled code see a tensor without Python.
-_C.use_torch(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), getattr(torch._C, "_storage_Use_Count", None))
+_C.use_torch(
+    Tensor,
+    torch.nn.Parameter,
+    getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    getattr(torch._C, "_storage_Use_Count", None),
+    (torch.empty(1, device="cpu"), torch.empty(2, device="cpu")[:1]),
+)
 
 
 class KernelOperations(TorchOperations):
@@ -250,9 +258,8 @@ def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
 
 def has_kernels(like: Tensor) -> bool:
     """Whether this build has kernels for the dtype and device of ``like``."""
-    if type(like) is not Tensor and not isinstance(like, torch.nn.Parameter):
-        return False  # a subclass may hold its elements elsewhere
-    return like.dtype in _DTYPES and (like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA))
+    has_device = like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA)
+    return is_plain(like) and like.dtype in _DTYPES and has_device
 
 
 def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> TorchOperations:
@@ -284,6 +291,11 @@ def slope_function(
     changed its state in place. The result has a graph only where gradients are enabled. ``n_evals`` counts.
     """
     return _C.Slope(func, args, like, checked, changed, torch.is_grad_enabled, versioned)
+
+
+def own_result(function: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """What ``function`` returns, copied where it or its memory is held by anybody else, who could change it later."""
+    return _C.own_result(function, args)
 
 
 def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:

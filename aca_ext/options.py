@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.arguments import lookup, number_in
 from aca_ext.controller import Controller
 from aca_ext.errors import OptionError, UnknownNameError
@@ -75,8 +76,9 @@ def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[flo
     """The given times strictly inside the solve."""
     if given is None:
         return ()
+    check_readable(f"option {name}", given, OptionError)
     try:
-        inner = torch.as_tensor(given, dtype=torch.float64).detach().cpu().reshape(-1).tolist()
+        inner = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach().reshape(-1).tolist()
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"option {name} is no sequence of times ({error}).") from None
     low, high = min(times), max(times)

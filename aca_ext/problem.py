@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from aca_ext.admission import looks_readable
 from aca_ext.arguments import holds_grad, lookup
 from aca_ext.controller import Controller
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
@@ -135,7 +136,7 @@ def problem_of(
     if key is not None and problem.y0 is y0 and len(problem.grid or ()) <= _LONGEST_KNOWN_GRID:
         if len(_known) >= _MAX_KNOWN:
             _known.pop(next(iter(_known)), None)
-        _known[key] = problem.of(_nothing, (), torch.empty(0))
+        _known[key] = problem.of(_nothing, (), torch.empty(0, device="cpu"))
     return problem
 
 
@@ -182,7 +183,7 @@ def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
     """A tensor on the CPU of a floating dtype that means what its elements say."""
-    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg()
+    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and looks_readable(x)
 
 
 def checked_problem(

@@ -22,9 +22,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from aca_ext.ops import KernelOperations, TorchOperations
+from aca_ext.ops import KernelOperations, TorchOperations, own_result
 from aca_ext.reference import Number
 from aca_ext.tableau import Tableau
+
+_PULLED = "the gradient that a backward pass inside func returned"
 
 Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes that count, and their weights
 
@@ -117,7 +119,8 @@ def stage_times(
 
 def _next_after(t: float, towards: Number, dtype: torch.dtype) -> float:
     sign = 1.0 if towards > t else -1.0
-    return torch.nextafter(torch.tensor(t, dtype=dtype), torch.tensor(sign * math.inf, dtype=dtype)).item()
+    start, end = (torch.tensor(x, dtype=dtype, device="cpu") for x in (t, sign * math.inf))
+    return torch.nextafter(start, end).item()
 
 
 def step(
@@ -179,6 +182,8 @@ def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) 
     if compiled is None:
         return partial(step_vjp, f, ops, scheme)
 
+    admit = partial(ops.admit, what=_PULLED)
+
     def compiled_step_vjp(
         times: Sequence[float],
         y: Tensor,
@@ -187,7 +192,7 @@ def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) 
         compare: Compare | None = None,
         y_next: Tensor | None = None,
     ) -> Tensor:
-        return compiled.vjp(f.fastest, f.pull_back, ops.admit, compare, y_next, times, y, h, outputs)
+        return compiled.vjp(f.fastest, f.pull_back, admit, compare, y_next, times, y, h, outputs)
 
     return compiled_step_vjp
 
@@ -271,9 +276,9 @@ def step_vjp(
         if not terms or not k_i.requires_grad:
             continue
         grad_k = ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
-        v = f.pull_back(y_i, k_i, grad_k)
+        v = own_result(f.pull_back, y_i, k_i, grad_k)
         if v is not None:
-            pulled[i] = ops.admit(v)
+            pulled[i] = ops.admit(v, _PULLED)
 
     g, *rest = [*(g for _, g in outputs), *([] if inside is None else [inside[0]]), *pulled.values()]
     return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g

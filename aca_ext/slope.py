@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable, looks_readable
 from aca_ext.errors import SlopeError
 from aca_ext.ops import TorchOperations, slope_function
 from aca_ext.state import Packing, State
+from aca_ext.transforms import refuse_transforms
 
 Func = Callable[..., State]
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def checked_slope_function(func: Func, args: tuple[Any, ...], packing: Packing, ops: TorchOperations) -> Any:
@@ -34,6 +38,7 @@ class SlopeCheck:
     def __init__(self, packing: Packing, ops: TorchOperations) -> None:
         self.packing, self._ops = packing, ops
         self._dtype, self._device = ops.like.dtype, ops.like.device
+        self._has_looked = False  # closely, which takes too long for every evaluation
 
     def __call__(self, k: Any) -> Tensor:
         packing = self.packing
@@ -43,19 +48,21 @@ class SlopeCheck:
             where = f"component {i} of func's output" if packing.is_tuple else "func's output"
             if not isinstance(part, Tensor):
                 raise SlopeError(f"{where} is of type {type(part).__name__}; it must be a tensor.")
+            if part.device != self._device:
+                raise SlopeError(f"{where} is on {part.device}; the state is on {self._device}. Move one to the other.")
+            if not (self._has_looked and looks_readable(part)):
+                refuse_transforms(where, part)
+                check_readable(where, part, SlopeError)
             expected = shape[:-1] if packing.is_complex else shape
             if part.shape != expected:
                 raise SlopeError(
                     f"{where} has shape {tuple(part.shape)}; the state has {tuple(expected)}. The derivative has the "
                     f"shape of the state; nothing is broadcast.{_SWAPPED if part.numel() == 1 else ''}"
                 )
-            if part.layout is not torch.strided:
-                raise SlopeError(f"{where} has layout {part.layout}; return a dense tensor, .to_dense().")
-            if part.device != self._device:
-                raise SlopeError(f"{where} is on {part.device}; the state is on {self._device}. Move one to the other.")
             given.append(self._of_state_dtype(part, where))
+        self._has_looked = True
         packed = packing.pack(tuple(given) if packing.is_tuple else given[0])
-        return self._ops.admit(packed)
+        return self._ops.admit(packed, "func's output")
 
     def _parts(self, k: Any) -> Sequence[Any]:
         packing = self.packing
@@ -73,9 +80,7 @@ class SlopeCheck:
 
     def _of_state_dtype(self, part: Tensor, where: str) -> Tensor:
         real, packing = self._dtype, self.packing
-        expected = torch.zeros((), dtype=real).to(torch.complex64).dtype if packing.is_complex else real
-        if packing.is_complex:
-            expected = {torch.float32: torch.complex64, torch.float64: torch.complex128}.get(real, expected)
+        expected = _COMPLEX.get(real, torch.complex32) if packing.is_complex else real
         if part.dtype == expected:
             return part
         if part.is_floating_point() and torch.is_autocast_enabled(self._device.type):

@@ -99,7 +99,7 @@ class Solution:
         part = self._continuation()
         if isinstance(t, Tensor) and t.requires_grad:
             raise ArgumentTypeError("t requires grad; a solve that stops and resumes has no gradient of its times.")
-        further = torch.as_tensor(t, dtype=torch.float64).detach().cpu().reshape(-1).tolist()
+        further = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach().reshape(-1).tolist()
         times = [*part.times_left, *further]
         if not times:
             raise ArgumentValueError(f"the solve reached its end, t={part.state.t!r}; give further times.")
@@ -108,7 +108,7 @@ class Solution:
                 raise TimeError(
                     f"further times must go on from t={one!r} in the direction of the solve; given was {other!r}."
                 )
-        start = torch.tensor([part.state.t, *times], dtype=torch.float64)
+        start = torch.tensor([part.state.t, *times], dtype=torch.float64, device="cpu")
         is_beyond = self.is_complete
         return self._joined(part.again(part.y, start, part.state, max_num_steps=max_num_steps, is_beyond=is_beyond))
 

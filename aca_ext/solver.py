@@ -156,7 +156,7 @@ class Solver:
         else:
             h, ratios = problem.resumed.h, problem.resumed.ratios
         if self._differentiable_steps:
-            h = torch.tensor(h, dtype=torch.float64)
+            h = torch.tensor(h, dtype=torch.float64, device="cpu")
         leap = self._leaps(controller)
         while stops:
             if stats.n_steps >= problem.max_num_steps:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable, looks_readable
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 
 # What users hold: a tensor, or a tuple of tensors.
@@ -62,13 +63,12 @@ class Packing:
                     f"{where} has dtype {part.dtype}, which PyTorch does not compute with; a state is {_FLOATING}. "
                     "Convert it, for example with y0.float()."
                 )
-            if part.layout is not torch.strided:
-                raise ArgumentTypeError(f"{where} has layout {part.layout}; give a dense tensor, y0.to_dense().")
             if part.dtype != first.dtype or part.device != first.device:
                 raise ArgumentTypeError(
                     f"{where} is {part.dtype} on {part.device} and y0[0] is {first.dtype} on {first.device}; all "
                     "components of a tuple state share dtype and device. Convert them with .to()."
                 )
+            check_readable(where, part)
         shapes = tuple(torch.Size((*p.shape, 2)) if p.is_complex() else p.shape for p in parts)
         kind = type(y0) if isinstance(y0, tuple) and hasattr(y0, "_make") else tuple
         return cls(shapes, isinstance(y0, tuple), first.is_complex(), kind)
@@ -125,7 +125,7 @@ class Packing:
 def dense(y: Tensor) -> Tensor:
     """``y`` itself where its elements fill one block of memory, in whatever order; else a copy that does."""
     layout = torch.empty_like(y, device="meta").stride()
-    if y.stride() == layout and not y.is_neg():
+    if y.stride() == layout and not y.is_neg() and (type(y) is not Tensor or looks_readable(y)):
         return y
     return y.resolve_neg().clone(memory_format=torch.preserve_format)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.arguments import holds_grad
 from aca_ext.errors import TimeError, TimeResolutionWarning
 from aca_ext.user_warnings import warn_user
@@ -24,7 +25,10 @@ def as_float64(t: Any) -> Any:
     """
     try:
         if isinstance(t, Tensor) or (isinstance(t, (tuple, list)) and any(isinstance(item, Tensor) for item in t)):
-            return torch.as_tensor(t, dtype=torch.float64, device="cpu").detach().resolve_neg().numpy()
+            if isinstance(t, Tensor):
+                check_readable("t", t, TimeError)
+            t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+            return torch.empty(t.shape, dtype=torch.float64, device="cpu").copy_(t).numpy()
         array = np.asarray(t)
         if array.dtype.kind not in "biufO":  # NumPy would drop imaginary parts, and make numbers of dates and strings
             raise TypeError(f"it holds {array.dtype}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.arguments import number_in
 from aca_ext.errors import ToleranceError
 from aca_ext.state import Packing
@@ -30,7 +31,8 @@ class Tolerance:
 
     def forbids_error(self) -> bool:
         """Whether some element may have no error at all: its rtol and atol are both zero."""
-        return bool((torch.as_tensor(self.rtol) + torch.as_tensor(self.atol) == 0).any())
+        total = self.rtol + self.atol
+        return bool((total == 0).any()) if isinstance(total, Tensor) else total == 0
 
     def norm_of_sums(self, sums: Sequence[float]) -> float:
         """The largest RMS over the segments; NaN where any is."""
@@ -43,6 +45,7 @@ class Tolerance:
 
 def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) -> float | Tensor:
     """A number, or a tensor of the packed state's shape, dtype and device."""
+    check_readable(name, value, ToleranceError)
     number = number_in(value)
     if number is not None:
         if not math.isfinite(number) or number < 0:
@@ -54,11 +57,12 @@ def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) ->
         raise ToleranceError(
             f"{name} is of type {type(value).__name__}; give a number or a tensor that broadcasts to y0."
         )
-    if value.is_complex() or not bool(((value >= 0) & torch.isfinite(value)).all()):
+    is_real = not value.is_complex()
+    value = value.detach().to(device=y0.device, dtype=y0.dtype) if is_real else value
+    if not is_real or not bool(((value >= 0) & torch.isfinite(value)).all()):
         raise ToleranceError(
             f"{name} has entries that are negative or not finite; each must be a number of at least 0."
         )
-    value = value.detach().to(device=y0.device, dtype=y0.dtype)
     if packing.is_complex:
         value = value.unsqueeze(-1)  # one tolerance for the real and the imaginary part
     shape = y0.shape if not packing.is_tuple else torch.Size([y0.numel()])
@@ -92,9 +96,7 @@ def check_within_reach(tolerance: Tolerance, dtype: torch.dtype) -> None:
             f"rtol is {rtol:g} and atol is {atol:g}, below the rounding of {dtype}, {rounding:g}. Loosen one of them, "
             "or convert y0 to float32."
         )
-    if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
-        if bool((torch.as_tensor(rtol) + torch.as_tensor(atol) > 0).any()) or torch.as_tensor(rtol + atol).numel() == 0:
-            return
-    elif rtol > 0 or atol > 0:
+    total = rtol + atol
+    if bool((total > 0).any()) or total.numel() == 0 if isinstance(total, Tensor) else total > 0:
         return
     raise ToleranceError("rtol and atol are both zero, which no step can meet; make one of them positive.")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext import reference
+from aca_ext.admission import check_readable, has_memory, is_plain
 from aca_ext.layout import Relayout
 from aca_ext.reference import Number
 from aca_ext.tolerance import Tolerance
@@ -29,10 +30,19 @@ class TorchOperations:
         self.like, self.tolerance = like, tolerance
         self.stride = like.stride()
 
-    def admit(self, x: Tensor) -> Tensor:
-        """``x``, a copy only where its elements are laid out unlike the state's."""
-        if x.stride() == self.stride and not x.is_neg():
+    def admit(self, x: Tensor, what: str = "a tensor") -> Tensor:
+        """``x``, called ``what``, a copy only where its elements do not lie in memory like the state's.
+
+        Raises:
+            ArgumentTypeError: they do not lie in memory at all.
+        """
+        is_plain_tensor = type(x) is Tensor
+        is_laid_out_alike = x.stride() == self.stride and not x.is_neg()
+        if is_laid_out_alike and (has_memory(x) if is_plain_tensor else type(x) is type(self.like)):
             return x
+        check_readable(what, x)
+        if is_plain(self.like) and not is_plain(x):
+            return self.admit(x.as_subclass(Tensor), what)
         if x.requires_grad and torch.is_grad_enabled():
             return Relayout.apply(x, self.like)
         return torch.empty_like(self.like).copy_(x)
@@ -40,6 +50,9 @@ class TorchOperations:
     def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
         """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]; into ``out`` where given."""
         result = reference.weighted_sum(base, h, x, w)
+        if result.requires_grad:
+            # A backward pass of func may write the gradients of all stages into one buffer.
+            result.register_hook(torch.clone)
         return result if out is None else out.copy_(result)
 
     def solution_and_error(
@@ -73,7 +86,8 @@ class TorchOperations:
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
         """Numbers as 0-d tensors of the state's dtype and device."""
         if any(isinstance(v, Tensor) for v in values):
-            return torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values]).to(self.like).unbind(0)
+            numbers = [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]
+            return torch.stack(numbers).to(self.like).unbind(0)
         return torch.tensor(values, dtype=self.like.dtype, device=self.like.device).unbind(0)
 
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -75,6 +76,17 @@ int read_bounds(py::handle bounds, int64_t* to) {
     return segments;
 }
 
+// Raises where an address is next to null and there is an element to be read or written there.
+void check_memory(int64_t n, std::initializer_list<uintptr_t> addresses) {
+    if (n <= 0) return;
+    for (const uintptr_t address : addresses)
+        if (address < kLowestAddress) refuse_without_memory();
+}
+
+void check_memory(int64_t n, const Sum& sum) {
+    for (int j = 0; j < sum.count; ++j) check_memory(n, {sum.x[j]});
+}
+
 ErrorRatio make_ratio(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, uintptr_t y1, double rtol, double atol,
                       uintptr_t rtol_each, uintptr_t atol_each) {
     if ((rtol_each == 0) != (atol_each == 0))
@@ -85,6 +97,8 @@ ErrorRatio make_ratio(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, ui
 void weighted_sum(const BoundTarget& on, int64_t n, uintptr_t out, uintptr_t base, double h, py::handle x,
                   py::handle w) {
     const Sum sum = read_sum(x, w);
+    check_memory(n, {out});
+    check_memory(n, sum);
     run(n, [&] { on.backend->weighted_sum(on.target, n, out, base, h, sum); });
 }
 
@@ -93,6 +107,8 @@ void solution_and_error(const BoundTarget& on, int64_t n, uintptr_t y1, uintptr_
     const Sum sum = read_sum(x, b);
     double weight[kMaxTerms];
     read_weights(error_weight, weight, sum.count);
+    check_memory(n, {y1, error, y});
+    check_memory(n, sum);
     run(n, [&] { on.backend->solution_and_error(on.target, n, y1, error, y, h, sum, weight); });
 }
 
@@ -102,6 +118,7 @@ void squared_error_ratio(const BoundTarget& on, py::handle bounds, uintptr_t out
     const ErrorRatio ratio = make_ratio(partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each);
     int64_t bound[kMaxSegments + 1];
     const int segments = read_bounds(bounds, bound);
+    check_memory(bound[segments], {out, partial, y0, y1});
     run(bound[segments], [&] { on.backend->squared_error_ratio(on.target, segments, bound, out, ratio); });
 }
 
@@ -114,6 +131,8 @@ void weighted_sum_rows(const BoundTarget& on, int64_t count, int64_t length, uin
                        py::handle x, py::handle w) {
     const Samples rows = make_samples(count, length, h);
     const Sum sum = read_sum(x, w);
+    check_memory(count * length, {h, out});
+    check_memory(count * length, sum);
     run(count * length, [&] { on.backend->weighted_sum_rows(on.target, rows, out, base, sum); });
 }
 
@@ -123,6 +142,8 @@ void solution_and_error_rows(const BoundTarget& on, int64_t count, int64_t lengt
     const Sum sum = read_sum(x, b);
     double weight[kMaxTerms];
     read_weights(error_weight, weight, sum.count);
+    check_memory(count * length, {h, y1, error, y});
+    check_memory(count * length, sum);
     run(count * length, [&] { on.backend->solution_and_error_rows(on.target, rows, y1, error, y, sum, weight); });
 }
 
@@ -133,6 +154,7 @@ void squared_error_ratio_rows(const BoundTarget& on, int64_t count, py::handle b
     int64_t bound[kMaxSegments + 1];
     const int segments = read_bounds(bounds, bound);
     const Samples rows = make_samples(count, bound[segments], w);
+    check_memory(count * rows.length, {w, out, partial, y0, y1});
     run(count * rows.length,
         [&] { on.backend->squared_error_ratio_rows(on.target, rows, segments, bound, out, ratio); });
 }
@@ -140,6 +162,7 @@ void squared_error_ratio_rows(const BoundTarget& on, int64_t count, py::handle b
 void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
     double value[kMaxTerms];
     const int n = read_doubles(values, value, kMaxTerms, "values");
+    check_memory(n, {out});
     on.backend->write_scalars(on.target, n, out, value);
 }
 
@@ -158,17 +181,27 @@ void make_collectable(PyHeapTypeObject* heap_type) {
     };
 }
 
-// Learns the type of a plain tensor and, where torch has them (else None), its table of DLPack's C functions and what
-// counts who shares a storage.
-void use_torch(const py::type& tensor, const py::object& exchange_api, const py::object& storage_uses) {
+// Learns the types of plain tensors and, where torch has them (else None), its table of DLPack's C functions and what
+// counts who shares a storage; also how a tensor and a view look that nobody else holds.
+void use_torch(const py::type& tensor, const py::type& parameter, const py::object& exchange_api,
+               const py::object& storage_uses, const py::tuple& alone) {
     Torch& torch = Torch::found();
-    torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()), nullptr, nullptr};
+    torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()),
+             reinterpret_cast<PyTypeObject*>(py::type(parameter).release().ptr()), nullptr, nullptr};
     if (!storage_uses.is_none()) torch.storage_uses = py::object(storage_uses).release().ptr();
+    Solitude::known().learn(alone[0], alone[1]);
     if (exchange_api.is_none()) return;
     const auto* api =
         static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
     if (!api) throw py::error_already_set();
     if (api->major == 1) torch.view = api->view;
+}
+
+// The tensor that `f(*args)` returns, or a copy where somebody else could change it.
+py::object own_result(const py::object& f, const py::tuple& args) {
+    py::object x = Attribute::owned(PyObject_CallObject(f.ptr(), args.ptr()));
+    if (x.is_none() || Solitude::known().holds(x.ptr(), false)) return x;
+    return x.attr("clone")();
 }
 
 int device_count() {
@@ -200,6 +233,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_device_count", &device_count);
 
     m.def("use_torch", &use_torch);
+    m.def("own_result", &own_result);
 
     py::class_<BoundTarget>(m, "Target")
         .def(py::init(&make_target), py::arg("backend"), py::arg("dtype"), py::arg("threads"), py::arg("device"),

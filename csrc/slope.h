@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "admission.h"
 #include "tensors.h"
 #include "torch_tensors.h"
 
@@ -10,9 +11,9 @@ namespace aca {
 
 class Slope {
   public:
-    // Calls `func(t, y, *args)`. A result whose layout is not that of `like`, a plain tensor, becomes
-    // `checked(result)`. With `versioned`, a state that func changed in place ends in `changed()`, which raises. Where
-    // the caller wants no graph, `is_grad_enabled()`, a result that has one all the same is detached.
+    // Calls `func(t, y, *args)`. A result that is not admitted beside `like` becomes `checked(result)`. With `versioned`,
+    // a state that func changed in place ends in `changed()`, which raises. Where the caller wants no graph,
+    // `is_grad_enabled()`, a result that has one all the same is detached.
     Slope(py::object func, py::tuple args, const py::object& like, py::object checked, py::object changed,
           py::object is_grad_enabled, bool versioned)
         : func_(std::move(func)),
@@ -20,30 +21,46 @@ class Slope {
           checked_(std::move(checked)),
           changed_(std::move(changed)),
           is_grad_enabled_(std::move(is_grad_enabled)),
-          type_(py::type::of(like)),
-          dtype_(names().dtype.of(like.ptr())),
-          device_(names().device.of(like.ptr())),
-          shape_(names().shape.of(like.ptr())),
-          stride_(names().stride.call(like.ptr())),
-          versioned_(versioned) {
-        dlpack::Tensor seen;
-        is_seen_ = Torch::found().look(like.ptr(), &seen);
-        if (is_seen_) layout_ = Layout(seen);
+          admission_(like),
+          versioned_(versioned) {}
+
+    // A slope that nobody else can change. The first of a solve comes from here.
+    py::object operator()(PyObject* t, PyObject* y) {
+        dlpack::Tensor before;
+        Result k = evaluate(t, y, Torch::found().look(y, &before) ? uintptr_t(before.data) : 0);
+        if (admission_.is_for_kernels()) check_whole(k.tensor.ptr());
+        if (k.is_held || !Solitude::known().holds(k.tensor.ptr(), k.has_graph))
+            return names().clone.call(k.tensor.ptr());
+        return std::move(k.tensor);
     }
 
-    py::object operator()(PyObject* t, PyObject* y) { return evaluate(t, y).tensor; }
+    // A slope as func returned it. It is held where func has a variable of it; func may have its memory all the same.
+    // The address is 0 where torch does not tell it without a call into Python.
+    struct Result {
+        py::object tensor;
+        uintptr_t address;
+        bool has_graph, is_held;
+    };
 
-    // The address is 0 where it is not known yet.
-    Row evaluate(PyObject* t, PyObject* y) {
+    // `y_address` is where y is, 0 if that is not known.
+    Result evaluate(PyObject* t, PyObject* y, uintptr_t y_address) {
         ++n_evals;
         const py::object version = versioned_ ? names().version.of(y) : py::object();
-        Row k{call(t, y), 0};
-        if (!is_like_state(k)) k = {checked_(k.tensor), 0};
-        if (versioned_ && !equal(version, names().version.of(y))) changed_();
-        if (names().requires_grad.of(k.tensor.ptr()).ptr() == Py_True && is_grad_enabled_().ptr() == Py_False)
-            k.tensor = names().detach.call(k.tensor.ptr());
+        Result k{call(t, y), 0, false, false};
+        if (!admission_.admits(k.tensor.ptr(), &k.address)) {
+            k.tensor = checked_(k.tensor);
+            if (!admission_.admits(k.tensor.ptr(), &k.address) && admission_.is_for_kernels()) refuse_without_memory();
+        }
+        if ((versioned_ && !equal(version, names().version.of(y))) || has_moved(y, y_address)) changed_();
+        k.is_held = Py_REFCNT(k.tensor.ptr()) != 1;
+        if (names().requires_grad.of(k.tensor.ptr()).ptr() == Py_True) {
+            k.has_graph = is_grad_enabled_().ptr() != Py_False;
+            if (!k.has_graph) k.tensor = names().detach.call(k.tensor.ptr());
+        }
         return k;
     }
+
+    const Admission& admission() const { return admission_; }
 
     int traverse(visitproc visit, void* arg) const {
         for (const py::object* held : {&func_, &args_, &checked_}) Py_VISIT(held->ptr());
@@ -55,8 +72,7 @@ class Slope {
 
   private:
     struct Names {
-        const Attribute dtype{"dtype"}, device{"device"}, shape{"shape"}, stride{"stride"}, is_neg{"is_neg"},
-            version{"_version"}, requires_grad{"requires_grad"}, detach{"detach"};
+        const Attribute version{"_version"}, requires_grad{"requires_grad"}, detach{"detach"}, clone{"clone"};
     };
 
     static const Names& names() {
@@ -64,10 +80,10 @@ class Slope {
         return all;
     }
 
-    static bool equal(const py::object& a, const py::object& b) {
-        const int result = a.is(b) ? 1 : PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
-        if (result < 0) throw py::error_already_set();
-        return result == 1;
+    // func may have freed the memory of its state, or given it another.
+    static bool has_moved(PyObject* y, uintptr_t from) {
+        dlpack::Tensor now;
+        return from != 0 && Torch::found().view && !(Torch::found().look(y, &now) && uintptr_t(now.data) == from);
     }
 
     py::object call(PyObject* t, PyObject* y) const {
@@ -86,23 +102,9 @@ class Slope {
             PyObject_Vectorcall(func_.ptr(), operands + kOffset, n_args | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
     }
 
-    // Notes the address of `k` where the answer takes it.
-    bool is_like_state(Row& k) const {
-        PyObject* const x = k.tensor.ptr();
-        dlpack::Tensor seen;
-        if (is_seen_ && Torch::found().look(x, &seen)) {
-            k.address = uintptr_t(seen.data);
-            return layout_.is_that_of(seen) && names().is_neg.call(x).ptr() == Py_False;
-        }
-        return reinterpret_cast<PyObject*>(Py_TYPE(x)) == type_.ptr() && names().dtype.of(x).is(dtype_) &&
-               equal(names().shape.of(x), shape_) && equal(names().stride.call(x), stride_) &&
-               equal(names().device.of(x), device_) && names().is_neg.call(x).ptr() == Py_False;
-    }
-
-    py::object func_, args_, checked_, changed_, is_grad_enabled_, type_, dtype_, device_, shape_, stride_;
+    py::object func_, args_, checked_, changed_, is_grad_enabled_;
+    Admission admission_;
     bool versioned_;
-    bool is_seen_;
-    Layout layout_;  // where it is seen
 };
 
 }  // namespace aca

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "admission.h"
 #include "controller.h"
 #include "ops.h"
 #include "slope.h"
@@ -25,7 +26,8 @@ class Stepper {
     // atol_each).
     Stepper(const BoundTarget& on, int64_t n, std::vector<double> c, const py::tuple& rows, const py::tuple& solution,
             bool fsal, py::object states, py::object times, const py::object& norm)
-        : on_(on), n_(n), c_(std::move(c)), fsal_(fsal), states_(std::move(states)), times_(std::move(times)) {
+        : on_(on), n_(n), c_(std::move(c)), fsal_(fsal), copies_(states), states_(std::move(states)),
+          times_(std::move(times)) {
         if (rows.size() > size_t(kMaxTerms) || rows.size() != c_.size())
             throw std::invalid_argument("a step has at most 16 stages, each with its c");
         for (py::handle row : rows) {
@@ -65,30 +67,33 @@ class Stepper {
         if (t.size() != stages) throw std::invalid_argument("a step takes one time for each stage");
         Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
         write_times(t, stages);
-        const uintptr_t y_address = address_of(y);
+        const uintptr_t y_address = memory_of(y);
         Trial trial{out, py::none(), py::list(), 0};
         std::vector<uintptr_t> k;
         const auto add = [&](const Row& k_i) {
             k.push_back(k_i.address);
             trial.slopes.append(k_i.tensor);
         };
-        add(k_first.is_none() ? call(f, slope, 0, y) : Row{k_first, address_of(k_first)});
-        for (size_t i = 1; i < stages - fsal_; ++i) add(call(f, slope, i, weighted(rows_[i], y_address, h, k).tensor));
+        add(k_first.is_none() ? slope_of(f, slope, 0, y, y_address) : Row{k_first, memory_of(k_first)});
+        for (size_t i = 1; i < stages - fsal_; ++i) {
+            const Row y_i = weighted(rows_[i], y_address, h, k);
+            add(slope_of(f, slope, i, y_i.tensor, y_i.address));
+        }
 
         const Sum sum = select(solution_, k);
         if (out.is_none()) trial.y1 = states_.take_one().tensor;
-        const uintptr_t y1 = address_of(trial.y1);
+        const uintptr_t y1 = memory_of(trial.y1);
         uintptr_t error = 0;
         if (estimates_error_) {
             if (!error_estimate_) error_estimate_ = states_.take_one().tensor;  // read before the next step only
             trial.error = error_estimate_;
-            error = address_of(error_estimate_);
+            error = memory_of(error_estimate_);
             run(n_,
                 [&] { on_.backend->solution_and_error(on_.target, n_, y1, error, y_address, h, sum, error_.data()); });
         } else {
             run(n_, [&] { on_.backend->weighted_sum(on_.target, n_, y1, y_address, h, sum); });
         }
-        if (fsal_) add(call(f, slope, stages - 1, trial.y1));
+        if (fsal_) add(slope_of(f, slope, stages - 1, trial.y1, y1));
         if (takes_norm()) {
             const uintptr_t k_last = error_last_ != 0 ? k[stages - 1] : 0;
             trial.error_norm = norm(error, k_last, error_last_ * h, y_address, y1);
@@ -110,14 +115,15 @@ class Stepper {
     double first_step(const py::object& f, const Controller& controller, double t, const py::object& y,
                       const py::object& k, double length, double sign) {
         if (!takes_norm()) throw std::invalid_argument("the norm is not this stepper's to take");
-        const uintptr_t y_address = address_of(y), k_address = address_of(k);
+        const uintptr_t y_address = memory_of(y), k_address = memory_of(k);
         const double norm_f = norm(k_address, 0, 0, y_address, y_address);
         if (!std::isfinite(norm_f)) return std::numeric_limits<double>::quiet_NaN();
         const double norm_y = norm(y_address, 0, 0, y_address, y_address);
         const double h = controller.euler_step(length, norm_y, norm_f);
         Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
         write_times({t + sign * h}, 1);
-        const Row change = call(f, slope, 0, weighted({{0}, {1.0}}, y_address, sign * h, {k_address}).tensor);
+        const Row y1 = weighted({{0}, {1.0}}, y_address, sign * h, {k_address});
+        const Row change = slope_of(f, slope, 0, y1.tensor, y1.address);
         const double norm_change = norm(change.address, k_address, -1.0, y_address, y_address);
         return controller.first_step(length, h, norm_f, norm_change);
     }
@@ -132,43 +138,50 @@ class Stepper {
         const std::vector<Output> given = read_outputs(outputs);
         const size_t count = stages_needed(given);
         if (t.size() < count) throw std::invalid_argument("a step takes one time for each stage");
-        std::vector<py::object> states, slopes;  // slopes with their graphs
+        std::vector<py::object> states;
+        std::vector<Stage> stages;
         std::vector<uintptr_t> k;
         write_times(t, count);
-        const uintptr_t y_address = address_of(y);
+        const uintptr_t y_address = memory_of(y);
         Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
         for (size_t i = 0; i < count; ++i) {
-            states.push_back(i == 0 ? names().detach.call(y.ptr()) : weighted(rows_[i], y_address, h, k).tensor);
-            names().require_grad.call(states[i].ptr());
-            Row k_i = call(f, slope, i, states[i]);
-            slopes.push_back(std::move(k_i.tensor));
-            k.push_back(k_i.address);
+            const Row y_i = i == 0 ? Row{names().detach.call(y.ptr()), y_address} : weighted(rows_[i], y_address, h, k);
+            names().require_grad.call(y_i.tensor.ptr());
+            states.push_back(y_i.tensor);
+            stages.push_back(stage(call(f, slope, i, y_i.tensor, y_i.address)));
+            k.push_back(stages[i].values.address);
         }
         if (!compare.is_none() && int(count) > solution_.index.back()) {
             const Row y1 = weighted(solution_, y_address, h, k);
-            if (!is_known_equal(y1.address, y_next)) compare(y1.tensor, py::cast(slopes));
+            if (!is_known_equal(y1.address, y_next)) {
+                py::list slopes;
+                for (const Stage& stage_i : stages) slopes.append(stage_i.slope);
+                compare(y1.tensor, slopes);
+            }
         }
 
-        std::vector<std::pair<size_t, py::object>> pulled;  // v_i, stages that y does not reach left out
-        std::vector<uintptr_t> v(count);
+        std::vector<std::pair<size_t, Row>> pulled;  // v_i, stages that y does not reach left out
         for (size_t i = count; i-- > 0;) {
-            const py::object y_i = std::move(states[i]), k_i = std::move(slopes[i]);
+            const py::object y_i = std::move(states[i]);
+            const Stage stage_i = std::move(stages[i]);
             Terms terms;
             for (const Output& output : given) terms.add(output.weight[i], output.address);
-            for (const auto& [j, v_j] : pulled) terms.add(a_[j][i], v[j]);
-            if (terms.x.empty() || names().requires_grad.of(k_i.ptr()).ptr() == Py_False) continue;
+            for (const auto& [j, v_j] : pulled) terms.add(a_[j][i], v_j.address);
+            if (terms.x.empty() || !stage_i.version) continue;
             const Row grad_k = states_.take_one();
             sum_up(grad_k.address, 0, h, terms);
-            py::object v_i = pull_back(y_i, k_i, grad_k.tensor);
+            stage_i.check_unchanged();
+            py::object v_i = pull_back(y_i, stage_i.slope, grad_k.tensor);
+            if (memory_of(grad_k.tensor) != grad_k.address) refuse_without_memory();
             if (v_i.is_none()) continue;
-            v_i = admit(v_i);
-            v[i] = address_of(v_i);
-            pulled.emplace_back(i, std::move(v_i));
+            Row v = admitted(slope, admit, std::move(v_i));
+            if (pulled.empty()) check_whole(v.tensor.ptr());  // once a step: it takes longer than the other checks
+            pulled.emplace_back(i, own(std::move(v)));
         }
 
         Terms terms;
         for (size_t o = 1; o < given.size(); ++o) terms.add(1, given[o].address);
-        for (const auto& [j, v_j] : pulled) terms.add(1, v[j]);
+        for (const auto& [j, v_j] : pulled) terms.add(1, v_j.address);
         if (terms.x.empty()) return given[0].g;
         const Row grad_y = states_.take_one();
         sum_up(grad_y.address, given[0].address, 1, terms);
@@ -195,9 +208,22 @@ class Stepper {
             w.push_back(weight);
         }
     };
+    // A slope in the replay: with its graph, and the values that it had when func returned it.
+    struct Stage {
+        py::object slope;
+        Row values;
+        py::object version;  // of the slope; null where it has no graph
+
+        void check_unchanged() const {
+            if (!equal(version, names().version.of(slope.ptr())))
+                raise_error("SlopeError",
+                      "func changed in place a slope that it had returned before, whose gradient is lost. Return a new "
+                      "tensor from every evaluation.");
+        }
+    };
     struct Names {
         const Attribute detach{"detach"}, require_grad{"requires_grad_"}, requires_grad{"requires_grad"},
-            tolist{"tolist"};
+            tolist{"tolist"}, version{"_version"}, clone{"clone"};
     };
 
     static const Names& names() {
@@ -241,6 +267,7 @@ class Stepper {
                 throw std::invalid_argument("bounds must not decrease, and end within the state");
         sums_ = norm[1];
         sums_address_ = address_of(sums_);
+        if (sums_address_ < kLowestAddress && bounds_.size() > 1) refuse_without_memory();
         rtol_ = norm[2].cast<double>(), atol_ = norm[3].cast<double>();
         rtol_each_ = norm[4].cast<uintptr_t>(), atol_each_ = norm[5].cast<uintptr_t>();
     }
@@ -250,7 +277,7 @@ class Stepper {
         for (py::handle output : outputs) {
             const auto pair = output.cast<py::tuple>();
             py::object g = pair[1];
-            const uintptr_t address = address_of(g);
+            const uintptr_t address = memory_of(g);
             result.push_back({pair[0].cast<std::vector<double>>(), std::move(g), address});
             if (result.back().weight.size() != rows_.size())
                 throw std::invalid_argument("an output has a weight for every slope");
@@ -268,17 +295,83 @@ class Stepper {
         return count;
     }
 
-    Row call(const py::object& f, Slope* slope, size_t i, const py::object& y) const {
+    using Evaluation = Slope::Result;
+
+    Evaluation call(const py::object& f, Slope* slope, size_t i, const py::object& y, uintptr_t y_address) const {
         const py::object t = times_[i];
+        if (slope) {
+            Evaluation k = slope->evaluate(t.ptr(), y.ptr(), y_address);
+            if (k.address == 0) k.address = memory_of(k.tensor);
+            return k;
+        }
         PyObject* const operands[] = {t.ptr(), y.ptr()};
-        Row k = slope ? slope->evaluate(t.ptr(), y.ptr())
-                      : Row{Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr)), 0};
-        if (k.address == 0) k.address = address_of(k.tensor);
-        return k;
+        const auto k = Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr));
+        return {k, memory_of(k), names().requires_grad.of(k.ptr()).ptr() == Py_True, false};  // its own, by Slope
+    }
+
+    Row slope_of(const py::object& f, Slope* slope, size_t i, const py::object& y, uintptr_t y_address) {
+        Evaluation k = call(f, slope, i, y, y_address);
+        return k.is_held ? copy({std::move(k.tensor), k.address}) : own({std::move(k.tensor), k.address});
+    }
+
+    Stage stage(Evaluation k) {
+        if (!k.has_graph)
+            return {k.tensor, k.is_held ? copy({k.tensor, k.address}) : own({k.tensor, k.address}), py::object()};
+        py::object version = k.is_held ? py::object() : version_of(k.tensor);
+        if (!version) {  // func may give the same tensor another graph
+            k.tensor = names().clone.call(k.tensor.ptr());
+            k.address = memory_of(k.tensor);
+            version = names().version.of(k.tensor.ptr());
+        }
+        Row values = own({k.tensor, k.address}, true);
+        return {std::move(k.tensor), std::move(values), std::move(version)};
+    }
+
+    // Null for a tensor made in inference mode, which counts no versions.
+    static py::object version_of(const py::object& x) {
+        try {
+            return names().version.of(x.ptr());
+        } catch (const py::error_already_set&) {
+            return py::object();
+        }
+    }
+
+    // What a backward pass returned, laid out like the state.
+    Row admitted(const Slope* slope, const py::object& admit, py::object x) const {
+        uintptr_t address = 0;
+        if (!slope || !slope->admission().admits(x.ptr(), &address)) x = admit(x);
+        if (address == 0) address = memory_of(x);
+        return {std::move(x), address};
+    }
+
+    // `x`, or a copy where somebody else could change it before the step is done: func may write all its slopes, and a
+    // backward pass all its results, into one buffer. Copying a small one is cheaper than looking who else has it.
+    Row own(Row x, bool has_graph = false) {
+        const bool is_small = on_.backend == &cpu_backend() && n_ * itemsize() <= kSmall;
+        return !is_small && Solitude::known().holds(x.tensor.ptr(), has_graph) ? x : copy(x);
+    }
+
+    Row copy(const Row& x) {
+        const Row out = copies_.take();
+        Terms one;
+        one.add(1, x.address);
+        check_memory(out.address);
+        sum_up(out.address, 0, 1, one);
+        return out;
+    }
+
+    int64_t itemsize() const { return on_.target.dtype == DType::f32 ? 4 : 8; }
+
+    uintptr_t memory_of(const py::object& x) const { return check_memory(address_of(x)); }
+
+    uintptr_t check_memory(uintptr_t address) const {
+        if (address < kLowestAddress && n_ > 0) refuse_without_memory();
+        return address;
     }
 
     void write_times(const std::vector<double>& t, size_t count) {
         times_.take(count);
+        if (times_.address() < kLowestAddress) refuse_without_memory();
         on_.backend->write_scalars(on_.target, int(count), times_.address(), t.data());
     }
 
@@ -286,6 +379,7 @@ class Stepper {
     Row weighted(const Weights& row, uintptr_t y, double h, const std::vector<uintptr_t>& k) {
         Row out = states_.take_one();
         const Sum sum = select(row, k);
+        check_memory(out.address);
         run(n_, [&] { on_.backend->weighted_sum(on_.target, n_, out.address, y, h, sum); });
         return out;
     }
@@ -294,7 +388,7 @@ class Stepper {
     bool is_known_equal(uintptr_t x, const py::object& other) const {
         if (other.is_none() || on_.backend != &cpu_backend()) return false;
         const auto* const a = reinterpret_cast<const void*>(x);
-        const auto* const b = reinterpret_cast<const void*>(address_of(other));
+        const auto* const b = reinterpret_cast<const void*>(memory_of(other));
         const size_t bytes = size_t(n_) * (on_.target.dtype == DType::f32 ? sizeof(float) : sizeof(double));
         bool equal = false;
         run(n_, [&] { equal = std::memcmp(a, b, bytes) == 0; });
@@ -322,6 +416,8 @@ class Stepper {
         return sum;
     }
 
+    static constexpr int64_t kSmall = 4096;  // bytes
+
     BoundTarget on_;
     int64_t n_;
     std::vector<double> c_;
@@ -331,6 +427,7 @@ class Stepper {
     bool fsal_, estimates_error_;
     std::vector<double> error_;
     double error_last_ = 0;
+    Copies copies_;
     Rows states_, times_;
     py::object error_estimate_;
     std::vector<int64_t> bounds_;  // empty: the norm is not ours to take

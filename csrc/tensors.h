@@ -39,9 +39,28 @@ class Attribute {
     PyObject* name_;
 };
 
+inline size_t as_size(const py::object& x) {
+    const size_t value = PyLong_AsSize_t(x.ptr());
+    if (value == size_t(-1) && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+inline long as_long(const py::object& x) {
+    const long value = PyLong_AsLong(x.ptr());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+inline bool equal(const py::object& a, const py::object& b) {
+    const int result = a.is(b) ? 1 : PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+    if (result < 0) throw py::error_already_set();
+    return result == 1;
+}
+
+// 0 for a tensor without elements.
 inline uintptr_t address_of(const py::object& tensor) {
     static const Attribute data_ptr("data_ptr");
-    return uintptr_t(PyLong_AsSize_t(data_ptr.call(tensor.ptr()).ptr()));
+    return uintptr_t(as_size(data_ptr.call(tensor.ptr())));
 }
 
 // A tensor and where its elements are.
@@ -113,12 +132,6 @@ class Rows {
     long storage_uses() const {
         PyObject* const count = Torch::found().storage_uses;
         return as_long(Attribute::owned(PyObject_CallOneArg(count, storage_address_.ptr())));
-    }
-
-    static long as_long(const py::object& x) {
-        const long value = PyLong_AsLong(x.ptr());
-        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-        return value;
     }
 
     // Whether nobody but this object holds the tensors handed out last, in Python or in C++, or their memory, and they

@@ -39,7 +39,7 @@ struct ExchangeApi {
 
 // torch as it was found when this module was loaded; what a version of it lacks is null.
 struct Torch {
-    PyTypeObject* tensor = nullptr;
+    PyTypeObject *tensor = nullptr, *parameter = nullptr;
     int (*view)(void*, dlpack::Tensor*) = nullptr;
     PyObject* storage_uses = nullptr;  // of the address of a storage
 
@@ -48,16 +48,45 @@ struct Torch {
         return torch;
     }
 
+    // A subclass may hold its elements elsewhere.
+    bool is_plain(PyObject* x) const { return Py_TYPE(x) == tensor || Py_TYPE(x) == parameter; }
+
     // False where `x` is no plain tensor, or one without memory of its own.
     bool look(PyObject* x, dlpack::Tensor* seen) const {
-        if (!view || Py_TYPE(x) != tensor) return false;
+        if (!view || !is_plain(x)) return false;
         if (view(x, seen) != 0) {
             PyErr_Clear();
             return false;
         }
-        return seen->data != nullptr && seen->strides != nullptr && seen->byte_offset == 0;
+        return has_memory(x, uintptr_t(seen->data)) && seen->strides != nullptr && seen->byte_offset == 0;
+    }
+
+    // Without memory, a tensor's address is as far from 0 as the tensor from the start of its storage.
+    static bool has_memory(PyObject* x, uintptr_t address) {
+        constexpr uint64_t kSurelyMemory = uint64_t(1) << 40;  // further than any tensor from the start of its storage
+        if (uint64_t(address) >= kSurelyMemory) return true;
+        if (address == 0) return false;
+        try {
+            return py::handle(x).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
+        } catch (const py::error_already_set&) {
+            return false;
+        }
     }
 };
+
+// Raises the exception of that name in aca_ext.errors.
+[[noreturn]] inline void raise_error(const char* error, const char* message) {
+    PyErr_SetString(py::module_::import("aca_ext.errors").attr(error).ptr(), message);
+    throw py::error_already_set();
+}
+
+constexpr uintptr_t kLowestAddress = 1 << 12;  // below, systems map nothing
+
+[[noreturn]] inline void refuse_without_memory() {
+    raise_error("ArgumentTypeError",
+          "a tensor has no memory that the kernels could read or write: it is a fake one (is a FakeTensorMode active?), "
+          "or its storage was freed or resized. Use plain tensors that keep their memory.");
+}
 
 // A tensor's dtype, device, shape and strides, whatever becomes of the tensor.
 class Layout {

@@ -22,13 +22,15 @@ ALLOWED = {
     "aca_ext.methods": {"aca_ext.tableau"},
     "aca_ext.suggestions": set(),
     "aca_ext.user_warnings": set(),
-    "aca_ext.arguments": {"aca_ext.errors", "aca_ext.state", "aca_ext.suggestions"},
+    "aca_ext.admission": {"aca_ext.errors"},
+    "aca_ext.arguments": {"aca_ext.admission", "aca_ext.errors", "aca_ext.state", "aca_ext.suggestions"},
     "aca_ext.layout": set(),
-    "aca_ext.tolerance": {"aca_ext.arguments", "aca_ext.errors", "aca_ext.state"},
-    "aca_ext.torch_operations": {"aca_ext.layout", "aca_ext.reference", "aca_ext.tolerance"},
+    "aca_ext.tolerance": {"aca_ext.admission", "aca_ext.arguments", "aca_ext.errors", "aca_ext.state"},
+    "aca_ext.torch_operations": {"aca_ext.admission", "aca_ext.layout", "aca_ext.reference", "aca_ext.tolerance"},
     "aca_ext.differentiable": {"aca_ext.reference", "aca_ext.torch_operations"},
     "aca_ext.ops": {
         "aca_ext._C",
+        "aca_ext.admission",
         "aca_ext.differentiable",
         "aca_ext.layout",
         "aca_ext.reference",
@@ -57,7 +59,7 @@ UNREACHABLE = {
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {
     r"(torch|ATen|c10)\b.*|Python\.h": r"(?!)",
-    r"pybind11/.*": r"bindings\.cpp|(compiled_bindings|control_bindings|runs|stepper|slope|tensors|torch_tensors)\.h",
+    r"pybind11/.*": r"bindings\.cpp|(admission|\w+_bindings|runs|stepper|slope|tensors|torch_tensors)\.h",
     r"(cuda|cu_|cub/|cooperative_groups|device_|thrust/|nv|mma).*|sm_\d+.*": r".*\.cuh?",
 }
 

@@ -169,7 +169,7 @@ def _backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
                     )
     captured, _request.code = Captured(graph), code_in_trace()
     results = next(len(node.args[0]) for node in graph.graph.nodes if node.op == "output")
-    nothing = tuple(torch.empty(0) for _ in range(results))
+    nothing = tuple(torch.empty(0, device="cpu") for _ in range(results))
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         if not captured.roles and inputs:
@@ -204,7 +204,7 @@ def _like(x: Tensor) -> Tensor:
             f"func depends on a tensor of layout {x.layout} on {x.device}: only dense ones on the CPU are "
             f"supported. {_HINT}"
         )
-    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
     with torch.no_grad():
         copy.as_strided(_span(x), (1,)).copy_(x.detach().as_strided(_span(x), (1,)))
     return copy

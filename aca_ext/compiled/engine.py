@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable, looks_readable
 from aca_ext.checkpoints import AcceptedStep, Blocks, StepRecord
 from aca_ext.compiled.capture import Captured, capture
 from aca_ext.compiled.graphs import Layout, slope_graph, step_graph, transpose_graph
@@ -28,7 +29,7 @@ from aca_ext.runge_kutta import scheme_of
 from aca_ext.solver import Stats
 from aca_ext.vector_field import AutocastState
 
-_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
 _MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
@@ -157,8 +158,8 @@ class _Run:
 
     def forward(self, checkpoints: Blocks | None) -> Tensor:
         specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
-        ys = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype)
-        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8)
+        ys = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype, device="cpu")
+        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device="cpu")
         outcome = loop.solve(
             memory.data_ptr(),
             [x.data_ptr() for x in self.inputs],
@@ -199,14 +200,17 @@ class _Run:
     def backward(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         """The cotangent of y0 and those of func's inputs."""
         specification, loop, y0 = self.specification, self.loop, self.y0
-        if grad_ys.stride() != specification.rows_stride or grad_ys.is_neg():
-            rows = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype)
+        is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
+        if not is_laid_out_alike or not looks_readable(grad_ys):
+            check_readable("the gradient of the solution", grad_ys)
+            shape, stride = specification.rows_shape, specification.rows_stride
+            rows = torch.empty_strided(shape, stride, dtype=y0.dtype, device="cpu")
             grad_ys = rows.copy_(grad_ys)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
         g, g_next = torch.empty_like(y0), torch.empty_like(y0)
         n_inside = loop.n_inside
         end_only, inside, n_bytes = specification.backward(self.stats, loop.n_accepted - n_inside, n_inside)
-        memory = torch.empty(n_bytes, dtype=torch.uint8)
+        memory = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
         result = loop.transpose(
             end_only,
             inside,
@@ -231,7 +235,7 @@ class _LoopRecord(StepRecord):
 
     def bounds(self) -> Tensor:
         if self._loop.n_accepted == 0:
-            return torch.empty(0, 2, dtype=torch.float64)
+            return torch.empty(0, 2, dtype=torch.float64, device="cpu")
         return torch.frombuffer(self._loop.bounds(), dtype=torch.float64).view(-1, 2)
 
 

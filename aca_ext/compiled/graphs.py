@@ -61,7 +61,7 @@ class Layout:
     def scalars(self) -> Tensor:
         h, tolerance = 0.25, 1.0
         values = [*(c * h for c in self.scheme.c), h, tolerance, tolerance]
-        return torch.tensor(values, dtype=self.like.dtype)
+        return torch.tensor(values, dtype=self.like.dtype, device="cpu")
 
 
 class _Slope:
@@ -127,7 +127,7 @@ def step_graph(captured: Captured, layout: Layout) -> Traced:
             to.copy_(k)
         return ()
 
-    sums = torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64)
+    sums = torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
     states = [layout.state() for _ in range(s + 2)]
     inputs = [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors]
     return _trace(whole_step, inputs, {3, 4, *range(5, 4 + s)}, captured.inputs)

@@ -85,8 +85,8 @@ def _check(program: Program, graph: fx.GraphModule, inputs: Sequence[Tensor]) ->
     with torch.no_grad():
         graph(*expected)
     table = (ctypes.c_void_p * len(found))(*(x.data_ptr() for x in found))
-    workspace = torch.empty(program.workspace_bytes, dtype=torch.uint8)
-    prepared = torch.empty(program.prepared_bytes, dtype=torch.uint8)
+    workspace = torch.empty(program.workspace_bytes, dtype=torch.uint8, device="cpu")
+    prepared = torch.empty(program.prepared_bytes, dtype=torch.uint8, device="cpu")
     prepare = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(program.prepare)
     prepare(ctypes.addressof(table), prepared.data_ptr())
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(program.address)

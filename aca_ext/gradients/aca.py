@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.checkpoints import (
     AcceptedStep,
     Checkpoints,
@@ -104,6 +105,7 @@ class _Aca(torch.autograd.Function):
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("the gradient of the solution", grad_ys)
+        check_readable("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         # Rows of states that were handed out are written over, which is none of autograd's business: .data.
         blocks = [rows_like(ctx.task.problem.y0, block.data) for block in saved[: ctx.n_blocks]]

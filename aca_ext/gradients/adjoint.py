@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.checkpoints import StepRecord
 from aca_ext.errors import ArgumentValueError, SolveError
 from aca_ext.gradients.aca import solve_without_graph
@@ -60,6 +61,7 @@ class _Adjoint(torch.autograd.Function):
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("the gradient of the solution", grad_ys)
+        check_readable("the gradient of the solution", grad_ys)
         ys, *inputs = ctx.saved_tensors
         task: Task = ctx.task
         times = task.problem.times

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aca_ext.admission import check_readable
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.aca import Gate
 from aca_ext.gradients.base import Result, Task
@@ -127,6 +128,7 @@ class _Aca(torch.autograd.Function):
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("the gradient of the solution", grad_ys)
+        check_readable("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
         states, inputs = saved[: ctx.n_states], saved[ctx.n_states + ctx.has_y0 :]
         if torch.is_grad_enabled():
@@ -192,6 +194,7 @@ def _replay_backward(
             ends = [trial.y1, *(state for _, _, state in found)]
             pulled = replay.pull_back(y, ends, [at_end, *cotangents])
             assert pulled is not None
+            check_readable("the gradient that a backward pass inside func returned", pulled)
             g = g.index_copy(0, rows, pulled[rows])
             y = y.detach()
     check.finish()

@@ -91,7 +91,7 @@ class BatchRecord:
     def bounds(self) -> tuple[Tensor, ...]:
         """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
         if not self.steps:
-            return tuple(torch.zeros(0, 2, dtype=torch.float64) for _ in range(self.n_rows))
+            return tuple(torch.zeros(0, 2, dtype=torch.float64, device="cpu") for _ in range(self.n_rows))
         rows = np.concatenate([s.rows for s in self.steps])
         ends = np.stack([np.concatenate([getattr(s, end) for s in self.steps]) for end in ("t", "t_next")], 1)
         order = np.argsort(rows, kind="stable")
@@ -143,7 +143,7 @@ class BatchSolver:
         n = ops.n_rows
         self.record = BatchRecord(n)
         self.states: list[Tensor] = []
-        zeros = [torch.zeros(n, dtype=torch.int64) for _ in _COUNTS]
+        zeros = [torch.zeros(n, dtype=torch.int64, device="cpu") for _ in _COUNTS]
         self.stats = BatchStats(zeros[0], zeros[1], zeros[2], backend=ops.backend)
         self._counts = {what: count.numpy() for what, count in zip(_COUNTS, zeros, strict=True)}  # the same memory
         self._scheme = scheme_of(problem.tableau, estimate_error=True)
@@ -319,7 +319,7 @@ def outputs_of_step(
     if len(inside.rows):
         rows = index_of(inside.rows, y)
         dense = [scheme.tableau.dense_weights(theta) for theta in inside.theta.tolist()]
-        weights = torch.tensor(dense, dtype=torch.float64).to(y)
+        weights = torch.tensor(dense, dtype=torch.float64, device="cpu").to(y)
         total = sum(
             w.view(-1, *h.shape[1:]) * k[rows]
             for w, k, is_used in zip(weights.T, trial.k, weights.any(0).tolist(), strict=True)

@@ -87,7 +87,7 @@ def _quiet() -> Iterator[None]:
 class _RecordedOperations(TorchOperations):
     """Plain torch operations that leave memory formats alone: a copy into memory of a fixed shape would be recorded."""
 
-    def admit(self, x: Tensor) -> Tensor:
+    def admit(self, x: Tensor, what: str = "") -> Tensor:
         return x
 
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:

@@ -405,6 +405,7 @@ class TestRefusals:
         ],
         ids=["branch", "counter", "dropout", "batch norm", "custom backward", "library call"],
     )
+    @pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
     def test_of_what_cannot_be_compiled_names_the_cause(self, func: Any, cause: str) -> None:
         y0 = sample(2, 3)
         with pytest.raises(CompileError, match=cause) as caught:

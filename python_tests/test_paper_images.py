@@ -15,6 +15,9 @@ pytest.importorskip("matplotlib")
 from benchmarks.paper import cifar, image, retest
 from benchmarks.paper.common import MissingError, Progress, Settings, write_json
 
+# The paper's network: batch normalisation inside f.
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 MODELS = [model.name for model in (image.RESNET, image.ACA, image.ADJOINT, image.NAIVE, image.ADJOINT_LOOSE)]
 
 

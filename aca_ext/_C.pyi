@@ -23,7 +23,6 @@ def use_torch(
     alone: tuple[Tensor, Tensor],
     /,
 ) -> None: ...
-
 def own_result(function: Callable[..., Tensor | None], args: tuple[Any, ...], /) -> Tensor | None: ...
 
 class Target:

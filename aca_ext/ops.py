@@ -36,8 +36,8 @@ __all__ = [
     "controller_for",
     "empty_rows",
     "has_kernels",
-    "own_result",
     "operations_for",
+    "own_result",
     "row_operations_for",
     "show_config",
     "slope_function",
@@ -257,7 +257,9 @@ def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
 
 def has_kernels(like: Tensor) -> bool:
     """Whether this build has kernels for the dtype and device of ``like``."""
-    return is_plain(like) and like.dtype in _DTYPES and (like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA))
+    if not is_plain(like) or like.dtype not in _DTYPES:
+        return False
+    return like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA)
 
 
 def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> TorchOperations:

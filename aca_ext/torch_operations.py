@@ -36,10 +36,9 @@ class TorchOperations:
         Raises:
             ArgumentTypeError: they do not lie in memory at all.
         """
-        is_plain_tensor = type(x) is Tensor
-        if x.stride() == self.stride and not x.is_neg() and (not is_plain_tensor or has_memory(x)):
-            if is_plain_tensor or type(x) is type(self.like):
-                return x
+        is_like = has_memory(x) if type(x) is Tensor else type(x) is type(self.like)
+        if is_like and x.stride() == self.stride and not x.is_neg():
+            return x
         check_readable(what, x)
         if is_plain(self.like) and not is_plain(x):
             return self.admit(x.as_subclass(Tensor), what)
@@ -86,7 +85,8 @@ class TorchOperations:
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
         """Numbers as 0-d tensors of the state's dtype and device."""
         if any(isinstance(v, Tensor) for v in values):
-            return torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]).to(self.like).unbind(0)
+            numbers = [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]
+            return torch.stack(numbers).to(self.like).unbind(0)
         return torch.tensor(values, dtype=self.like.dtype, device=self.like.device).unbind(0)
 
 

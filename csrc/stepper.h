@@ -25,7 +25,12 @@ class Stepper {
     // atol_each).
     Stepper(const BoundTarget& on, int64_t n, std::vector<double> c, const py::tuple& rows, const py::tuple& solution,
             bool fsal, py::object states, py::object times, const py::object& norm)
-        : on_(on), n_(n), c_(std::move(c)), fsal_(fsal), copies_(states), states_(std::move(states)),
+        : on_(on),
+          n_(n),
+          c_(std::move(c)),
+          fsal_(fsal),
+          copies_(states),
+          states_(std::move(states)),
           times_(std::move(times)) {
         if (rows.size() > size_t(kMaxTerms) || rows.size() != c_.size())
             throw std::invalid_argument("a step has at most 16 stages, each with its c");
@@ -148,8 +153,7 @@ class Stepper {
             stages.push_back(stage(call(f, slope, i, y_i.tensor, y_i.address)));
             k.push_back(stages[i].values.address);
         }
-        if (!check.is_none() && int(count) > solution_.index.back())
-            check(weighted(solution_, y_address, h, k).tensor);
+        if (!check.is_none() && int(count) > solution_.index.back()) check(weighted(solution_, y_address, h, k).tensor);
 
         std::vector<std::pair<size_t, Row>> pulled;  // v_i, stages that y does not reach left out
         for (size_t i = count; i-- > 0;) {
@@ -207,9 +211,10 @@ class Stepper {
 
         void check_unchanged() const {
             if (!equal(version, names().version.of(slope.ptr())))
-                raise_error("SlopeError",
-                      "func changed in place a slope that it had returned before, whose gradient is lost. Return a new "
-                      "tensor from every evaluation.");
+                raise_error(
+                    "SlopeError",
+                    "func changed in place a slope that it had returned before, whose gradient is lost. Return a new "
+                    "tensor from every evaluation.");
         }
     };
     struct Names {

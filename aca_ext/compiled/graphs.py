@@ -33,7 +33,7 @@ from aca_ext.state import Packing
 class _Operations(TorchOperations):
     """The reference operations on times that are a tensor already, whatever the layout of the operands."""
 
-    def admit(self, x: Tensor) -> Tensor:
+    def admit(self, x: Tensor, what: str = "") -> Tensor:
         return x
 
     def scalars(self, values: Sequence[object]) -> Sequence[Tensor]:

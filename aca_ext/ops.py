@@ -258,8 +258,9 @@ def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
 
 def has_kernels(like: Tensor) -> bool:
     """Whether this build has kernels for the dtype and device of ``like``."""
-    has_device = like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA)
-    return is_plain(like) and like.dtype in _DTYPES and has_device
+    if not is_plain(like) or like.dtype not in _DTYPES:
+        return False
+    return like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA)
 
 
 def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> TorchOperations:

@@ -36,9 +36,8 @@ class TorchOperations:
         Raises:
             ArgumentTypeError: they do not lie in memory at all.
         """
-        is_plain_tensor = type(x) is Tensor
-        is_laid_out_alike = x.stride() == self.stride and not x.is_neg()
-        if is_laid_out_alike and (has_memory(x) if is_plain_tensor else type(x) is type(self.like)):
+        is_like = has_memory(x) if type(x) is Tensor else type(x) is type(self.like)
+        if is_like and x.stride() == self.stride and not x.is_neg():
             return x
         check_readable(what, x)
         if is_plain(self.like) and not is_plain(x):

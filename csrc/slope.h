@@ -11,9 +11,9 @@ namespace aca {
 
 class Slope {
   public:
-    // Calls `func(t, y, *args)`. A result that is not admitted beside `like` becomes `checked(result)`. With `versioned`,
-    // a state that func changed in place ends in `changed()`, which raises. Where the caller wants no graph,
-    // `is_grad_enabled()`, a result that has one all the same is detached.
+    // Calls `func(t, y, *args)`. A result that is not admitted beside `like` becomes `checked(result)`. With
+    // `versioned`, a state that func changed in place ends in `changed()`, which raises. Where the caller wants no
+    // graph, `is_grad_enabled()`, a result that has one all the same is detached.
     Slope(py::object func, py::tuple args, const py::object& like, py::object checked, py::object changed,
           py::object is_grad_enabled, bool versioned)
         : func_(std::move(func)),

@@ -26,7 +26,12 @@ class Stepper {
     // atol_each).
     Stepper(const BoundTarget& on, int64_t n, std::vector<double> c, const py::tuple& rows, const py::tuple& solution,
             bool fsal, py::object states, py::object times, const py::object& norm)
-        : on_(on), n_(n), c_(std::move(c)), fsal_(fsal), copies_(states), states_(std::move(states)),
+        : on_(on),
+          n_(n),
+          c_(std::move(c)),
+          fsal_(fsal),
+          copies_(states),
+          states_(std::move(states)),
           times_(std::move(times)) {
         if (rows.size() > size_t(kMaxTerms) || rows.size() != c_.size())
             throw std::invalid_argument("a step has at most 16 stages, each with its c");
@@ -216,9 +221,10 @@ class Stepper {
 
         void check_unchanged() const {
             if (!equal(version, names().version.of(slope.ptr())))
-                raise_error("SlopeError",
-                      "func changed in place a slope that it had returned before, whose gradient is lost. Return a new "
-                      "tensor from every evaluation.");
+                raise_error(
+                    "SlopeError",
+                    "func changed in place a slope that it had returned before, whose gradient is lost. Return a new "
+                    "tensor from every evaluation.");
         }
     };
     struct Names {

@@ -83,9 +83,10 @@ struct Torch {
 constexpr uintptr_t kLowestAddress = 1 << 12;  // below, systems map nothing
 
 [[noreturn]] inline void refuse_without_memory() {
-    raise_error("ArgumentTypeError",
-          "a tensor has no memory that the kernels could read or write: it is a fake one (is a FakeTensorMode active?), "
-          "or its storage was freed or resized. Use plain tensors that keep their memory.");
+    raise_error(
+        "ArgumentTypeError",
+        "a tensor has no memory that the kernels could read or write: it is a fake one (is a FakeTensorMode active?), "
+        "or its storage was freed or resized. Use plain tensors that keep their memory.");
 }
 
 // A tensor's dtype, device, shape and strides, whatever becomes of the tensor.

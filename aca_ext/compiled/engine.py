@@ -204,8 +204,7 @@ class _Run:
         if not is_laid_out_alike or not looks_readable(grad_ys):
             check_readable("the gradient of the solution", grad_ys)
             shape, stride = specification.rows_shape, specification.rows_stride
-            rows = torch.empty_strided(shape, stride, dtype=y0.dtype, device="cpu")
-            grad_ys = rows.copy_(grad_ys)
+            grad_ys = torch.empty_strided(shape, stride, dtype=y0.dtype, device="cpu").copy_(grad_ys)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
         g, g_next = torch.empty_like(y0), torch.empty_like(y0)
         n_inside = loop.n_inside

@@ -25,7 +25,8 @@ from aca_ext.ops import TorchOperations
 from aca_ext.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem import Problem, known_problem, problem_of
 from aca_ext.progress import Callback, both, progress_bar
-from aca_ext.recorded import recorder, solve_recorded
+from aca_ext.recorded import solve_recorded
+from aca_ext.recorders import recorder
 from aca_ext.resumption import SolverState
 from aca_ext.solution import LazySolution, Solution, stopped
 from aca_ext.solver import Stats

@@ -21,6 +21,7 @@ from aca_ext.checkpoints import AcceptedStep, StepRecord
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.options import FIXED_OPTIONS, Options
 from aca_ext.problem import Problem, checked_problem
+from aca_ext.recorders import JIT
 from aca_ext.reference import Number
 from aca_ext.runge_kutta import scheme_of, stage_times, step
 from aca_ext.slope import SlopeCheck
@@ -29,23 +30,7 @@ from aca_ext.solver import Stats
 from aca_ext.state import State
 from aca_ext.torch_operations import TorchOperations
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-_JIT = "torch.jit.trace"
-# Dispatch modes, private to torch: where a version has none, its own errors take the place of those here.
-_count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_mode: Callable[[Any], object] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
-_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
-_RECORDING_MODES = [key for name in ("PROXY", "FUNCTIONAL") if (key := getattr(_keys, name, None)) is not None]
 _value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch
-
-
-def recorder() -> str | None:
-    """What records the operations of this thread, by name."""
-    if torch._C._get_tracing_state() is not None:
-        return _JIT
-    if _is_exporting():
-        return "torch.export"
-    return "make_fx or AOTAutograd" if _count_modes() and any(map(_mode, _RECORDING_MODES)) else None
 
 
 def solve_recorded(
@@ -125,7 +110,7 @@ def _refuse_input(by: str, what: str, x: object) -> None:
     """Raises where a recording would keep a value that it is given, or that is learnt, as a constant."""
     if not isinstance(x, Tensor):
         return
-    if by != _JIT:
+    if by != JIT:
         raise ArgumentTypeError(f"{what} is a tensor, which {by} knows no values of; give numbers, t=(0.0, 1.0).")
     if (x.requires_grad and torch.is_grad_enabled()) or _depends_on_input(x):
         raise ArgumentTypeError(

@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentValueError",
     "CompileError",
     "GraphError",
+    "KeptTensorWarning",
     "NonFiniteError",
     "NotCompiledError",
     "NotInstalledError",
@@ -121,6 +122,10 @@ class StepSizeError(SolveError):
 
 class StepLimitError(SolveError):
     """``max_num_steps`` trial steps were not enough."""
+
+
+class KeptTensorWarning(UserWarning):
+    """``func`` keeps tensors of its evaluations, which have no graph."""
 
 
 class NotInstalledError(AcaError, ImportError):

@@ -6,7 +6,7 @@ Only tensors that the object allocated or admitted reach a kernel, so addresses 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from aca_ext import _C
 from aca_ext.differentiable import DifferentiableOperations
 from aca_ext.layout import aligned_rows, empty_rows, scalars
 from aca_ext.reference import Number
+from aca_ext.references import OF_A_LEAF_OF_A_GRAPH
 from aca_ext.tolerance import Norm, Tolerance
 from aca_ext.torch_operations import Array, Floats, RowOperations, Tensors, TorchOperations
 
@@ -283,6 +284,11 @@ def slope_function(
     changed its state in place. The result has a graph only where gradients are enabled. ``n_evals`` counts.
     """
     return _C.Slope(func, args, like, checked, changed, torch.is_grad_enabled, versioned)
+
+
+def known_tensors(tensors: Iterable[Tensor]) -> _C.KnownTensors:
+    """Tensors at which a walk through a graph ends, to find the leaves that are not among them."""
+    return _C.KnownTensors(tensors, OF_A_LEAF_OF_A_GRAPH)
 
 
 def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, reversed_states, rows
+from aca_ext.checkpoints import AcceptedStep, Checkpoints, checkpoints_for, reversed_states, rows
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.gradients.parameters import FirstEvaluation
 from aca_ext.ops import TorchOperations, empty_rows, operations_for
 from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem
@@ -35,19 +35,26 @@ from aca_ext.runge_kutta import (
     stepper,
     transposed_stepper,
 )
-from aca_ext.solver import Solver, Stats
+from aca_ext.solver import Solver
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import AutocastState
 
 
 def solve(task: Task) -> Result:
-    k0, params = first_slope_and_params(task)
+    first = FirstEvaluation(task)
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
-    if not any(x.requires_grad for x in (task.problem.y0, *params, *args)):
-        return solve_without_graph(task, k0)
-    record, stats = StepRecord(), Stats()
-    ys = _Aca.apply(task, k0, len(params), record, stats, task.problem.y0, *params, *args)
-    return Result(ys, record, stats)
+    if not any(x.requires_grad for x in (task.problem.y0, *first.params, *first.found, *args)):
+        return solve_without_graph(task, first.k)
+    checkpoints = checkpoints_for(task.checkpoints, task.problem.y0.detach())
+    random_state = task.field.random_state()
+    with first.watching():
+        solved = solve_without_graph(task, first.k, checkpoints)
+    # A replay may go astray where func moves state that its first evaluation did not show: compare then.
+    drew_later = not task.field.draws_random_numbers and task.field.has_drawn_since(random_state)
+    must_check = drew_later or bool(task.field.moving_buffers)
+    inputs = *first.params, *args, *first.found
+    ys = _Aca.apply(task, first, checkpoints, must_check, [solved], task.problem.y0, *inputs)
+    return Result(ys, solved.record, solved.stats)
 
 
 def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:
@@ -68,30 +75,25 @@ class _Aca(torch.autograd.Function):
     def forward(
         ctx: Any,
         task: Task,
-        k0: Tensor | None,
-        n_params: int,
-        record: StepRecord,
-        stats: Stats,
+        first: FirstEvaluation,
+        checkpoints: Checkpoints,
+        must_check: bool,
+        boxed: list[Result],
         y0: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
-        field = task.field
-        checkpoints = checkpoints_for(task.checkpoints, y0.detach())
-        random_state = field.random_state()
-        result = solve_without_graph(task, k0, checkpoints)
-        assert isinstance(result.record, StepRecord)
-        record.steps, record.end = result.record.steps, result.record.end
-        vars(stats).update(vars(result.stats))
-        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, record, stats
+        solved = boxed.pop()
+        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, len(first.params), solved.record, solved.stats
         ctx.autocast = AutocastState(y0.device.type)
-        # A replay may go astray where func moves state that its first evaluation did not show: compare then.
-        drew_later = not field.draws_random_numbers and field.has_drawn_since(random_state)
-        ctx.must_check = drew_later or bool(field.moving_buffers)
+        ctx.must_check, ctx.leaves = must_check, first.leaves
         ctx.numbers, ctx.capacity, ctx.n_blocks = checkpoints.numbers(), checkpoints.capacity, len(checkpoints.blocks)
         ctx.has_y0 = y0.requires_grad
+        # What func had not used yet may change before backward, as long as it does not come to use it.
+        ctx.found = first.found
+        used = inputs[: len(inputs) - len(first.found)]
         # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
-        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *inputs)
-        return result.ys
+        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *used)
+        return solved.ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
@@ -100,7 +102,7 @@ class _Aca(torch.autograd.Function):
         # Rows of states that were handed out are written over, which is none of autograd's business: .data.
         blocks = [block.data for block in saved[: ctx.n_blocks]]
         held = list(zip(ctx.numbers, rows(blocks, len(ctx.numbers)), strict=True))
-        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
+        inputs = *saved[ctx.n_blocks + ctx.has_y0 :], *ctx.found
         if torch.is_grad_enabled():
             states = {n: row.to(grad_ys.device) for n, row in held if n == 0 or ctx.must_check}
             y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
@@ -118,9 +120,10 @@ def _replay_backward(
 ) -> Sequence[Tensor | None]:
     task: Task = ctx.task
     problem, steps = task.problem, ctx.record.steps
-    ops = operations_for(problem.y0.detach(), problem.tolerance)
+    y0 = problem.y0.detach()
+    ops = operations_for(y0, problem.tolerance)
     scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+    replay = replay_of(task, ctx, inputs)
     pull_back = transposed_stepper(replay, ops, scheme)
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
@@ -134,9 +137,19 @@ def _replay_backward(
                 times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
                 end = y_next.to(y.device) if ctx.must_check and y_next is not None else None
                 g = pull_back(times, y, s.h, outputs, end)
+        if g is not None:
+            replay.begin_step(steps[0].random_states)
+            replay.check_reached(ctx.leaves, problem.start_time(y0), y0)
     ctx.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
+
+
+def replay_of(task: Task, ctx: Any, inputs: Sequence[Tensor], cut: Callable[[Tensor], Tensor] | None = None) -> Replay:
+    """The replay of a solve whose inputs are params, args, and leaves that were found without being used."""
+    n_params, found = ctx.n_params, getattr(ctx, "found", ())
+    args, is_checked = inputs[n_params : len(inputs) - len(found)], task.params is None
+    return Replay(task.field, inputs[:n_params], args, ctx.autocast, cut, found=found, is_checked=is_checked)
 
 
 def _advance(
@@ -169,7 +182,7 @@ def differentiable_backward(
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     scheme = scheme_of(problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
+    replay = replay_of(task, ctx, inputs, gate.of)
     start = gate.of(y0)
     y, outputs = start, [start]
     with replay.repeating():
@@ -186,6 +199,7 @@ def differentiable_backward(
     ctx.stats.n_f_evals_backward = replay.n_evals
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
     ys = stack_rows(outputs, y0)
+    replay.check(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]

@@ -144,13 +144,22 @@ class Replay:
         self._add(grads)
         return v
 
+    def check_all(self, outputs: Tensor, start: Tensor) -> None:
+        """``check`` for the graph of a whole solve from ``start``."""
+        if self._known is not None:
+            self._known.add(start)
+            self.check(outputs)
+
     def check(self, slopes: Tensor | tuple[Tensor, ...], y: Tensor | None = None) -> None:
         """Takes in the leaves that func uses for the first time.
 
         Raises:
             ReplayError: one of them was not found before the solve, so that its gradient would be lost.
         """
-        others = None if self._known is None else self._known.others(slopes, y)
+        if self._known is None:
+            return
+        with torch._C.DisableTorchFunction() if self._substitutes else nullcontext():  # or it would look at substitutes
+            others = self._known.others(slopes, y)
         for leaf in others or ():
             i = self._late.get(id(leaf))
             if i is not None:
@@ -161,7 +170,7 @@ class Replay:
                     "was not found before the solve, so that its gradient would be lost. Name it, with what else "
                     "receives a gradient, by params=[...], or pass it by args=(...)."
                 )
-            self._known.add(leaf)  # type: ignore[union-attr]
+            self._known.add(leaf)
 
     def check_reached(self, leaves: Sequence[Tensor], t: Tensor, y: Tensor) -> None:
         """Checks that leaves that the slope at (t, y) depended on in the forward pass received gradients.
@@ -177,6 +186,10 @@ class Replay:
             return
         with torch.enable_grad():
             k = self(t, y.detach().requires_grad_())
+        with torch._C.DisableTorchFunction():
+            self._check_met(missing, k, position)
+
+    def _check_met(self, missing: Sequence[Tensor], k: Tensor, position: dict[int, int]) -> None:
         # A cache that the first evaluation filled has a graph of its own, outside, which leads on to them.
         graphs = tuple(x for x in (k, *self._originals) if x.grad_fn is not None)
         for x in missing:

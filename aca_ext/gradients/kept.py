@@ -54,8 +54,8 @@ class Keepsake:
         if place is None:
             return
         message = (
-            f"The gradient of a tensor that func keeps ({place.describe()}) was asked for. The evaluations of func have "
-            f"no graph, so it cannot be had. {_HINT}"
+            f"The gradient of a tensor that func keeps ({place.describe()}) was asked for. The evaluations of func "
+            f"have no graph, so it cannot be had. {_HINT}"
         )
         for there in self._successors():
             now = there.get()

@@ -7,6 +7,7 @@ functions. What it computes and keeps is told by the references to it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,26 +27,27 @@ from aca_ext.state import tensors_in
 class FirstEvaluation:
     """f(t0, y0), and what is known then of the tensors that func depends on.
 
+    Args:
+        is_traced: something else keeps the results of the evaluation alive, so that what func keeps does not show.
+
     Attributes:
         k: the slope without its graph; None where the solve has no step.
         params: the tensors requiring grad that it depends on besides state and args, or those that the user named.
         found: leaves besides, that func holds and may come to use.
-        has_called_autograd: func differentiates.
+        leaves: those of params that the slope's graph showed.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, is_traced: bool = False) -> None:
         self._task = task
         self.found: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self._keepsakes: list[Keepsake] = []
         self._unused: list[Tensor] = []
-        y0 = task.problem.y0.detach()
-        y0 = y0.clone() if y0.is_inference() else y0
+        y = task.problem.y0.detach()  # a tensor of its own, so that a func that also captures y0 is seen to do so
         args = [a for a in task.field.args if isinstance(a, Tensor)]
-        with torch.enable_grad():
-            y = y0.requires_grad_().clone()  # no leaf, which could not be changed in place, as func must not
-            watch = _watch_for(task.field.func, (y0, y, *args))
-            k = task.first_slope(y, watch)
+        y = (y.clone() if y.is_inference() else y).requires_grad_()
+        watch = _watch_for(task.field.func, (y, *args))
+        k = _evaluated(task, y, watch)
         task.field.calls_autograd = watch.has_called_autograd
         captured = watch.captured_and_held()
         self.params = captured if task.params is None else [p for p in task.params if p.requires_grad]
@@ -55,10 +57,13 @@ class FirstEvaluation:
         self.k = k = None if k is None else k.detach()
         if task.params is None:
             self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
-        state = known_tensors([y])
-        kept = [(x, state.are_met_by(x)) for x in watch.outlived()]
-        if is_held(y, n_known=0):
-            kept.append((y, True))
+        if is_traced:
+            return
+        kept = [(y, True)] if is_held(y, n_known=watch.outer_references(y)) else []
+        outlived = watch.outlived()
+        if outlived:
+            state = known_tensors([y])
+            kept += [(x, state.are_met_by(x)) for x in outlived]
         task.field.kept = self._keepsakes = keepsakes_of(task.field.func, kept)
 
     def _look_at_holdings(self, task: Task, known: set[int]) -> None:
@@ -90,10 +95,16 @@ class FirstEvaluation:
                 keepsake.settle(self.origins())
 
 
-def first_slope_and_params(task: Task) -> tuple[Tensor | None, list[Tensor]]:
-    """f(t0, y0) without a graph, and the tensors requiring grad that func depends on besides its arguments."""
-    first = FirstEvaluation(task)
-    return first.k, [*first.params, *first.found]
+def _evaluated(task: Task, y: Tensor, watch: Any) -> Tensor | None:
+    with torch.enable_grad():
+        try:
+            return task.first_slope(y, watch)
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            with torch.no_grad():  # where func changes its state, the error for that says more
+                task.first_slope(y.detach())
+            raise
 
 
 def checked_params(params: Any) -> tuple[Tensor, ...] | None:
@@ -120,6 +131,16 @@ def checked_params(params: Any) -> tuple[Tensor, ...] | None:
 _AUTOGRAD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
+class _Active(threading.local):
+    """The watches of a thread that are on, the innermost last."""
+
+    def __init__(self) -> None:
+        self.watches: list[_Watch] = []
+
+
+_active = _Active()
+
+
 class _Watch(TorchFunctionMode):
     """Collects operands that require grad and were not computed while it watched, and what was computed."""
 
@@ -136,8 +157,7 @@ class _Watch(TorchFunctionMode):
         for x in tensors_in((args, kwargs or {})):
             if x.requires_grad and id(x) not in self._ids:
                 self._ids.add(id(x))
-                if not x.is_leaf:
-                    self._captured.append(x)
+                self._captured.append(x)
         result = func(*args, **(kwargs or {}))
         for x in tensors_in(result):
             if x.requires_grad and id(x) not in self._ids:
@@ -147,7 +167,21 @@ class _Watch(TorchFunctionMode):
 
     def captured_and_held(self) -> list[Tensor]:
         """Operands with a history. One that nobody else holds is the result of a function that does not show."""
-        return [x for x in self._captured if is_held(x, n_known=1) and not is_lost(x)]
+        captured = [x for x in self._captured if not x.is_leaf and not is_lost(x)]
+        return [x for x in captured if is_held(x, n_known=2 + self.outer_references(x))]
+
+    def outer_references(self, x: Tensor) -> int:
+        """Of watches around this one, where a solve is part of the func of another."""
+        return sum(id(x) in watch._ids for watch in _active.watches)
+
+    def __enter__(self) -> _Watch:
+        _active.watches.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _active.watches.pop()
 
     def outlived(self) -> list[Tensor]:
         """Results that something else holds, now that the evaluation is over and its slope has no graph."""
@@ -155,7 +189,7 @@ class _Watch(TorchFunctionMode):
         made = self._made
         while made:  # last to first, since the history of a result may hold those before it
             x = made.pop()
-            if is_held(x, n_known=0):
+            if is_held(x, n_known=self.outer_references(x)):
                 found.append(x)
         return found
 
@@ -186,6 +220,9 @@ class _NoWatch:
 
     def outlived(self) -> list[Tensor]:
         return []
+
+    def outer_references(self, x: Tensor) -> int:
+        return 0
 
     def __enter__(self) -> _NoWatch:
         return self

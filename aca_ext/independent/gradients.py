@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError
-from aca_ext.gradients.aca import Gate
+from aca_ext.gradients.aca import Gate, replay_of
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.gradients.parameters import FirstEvaluation
 from aca_ext.independent.problem import BatchProblem
 from aca_ext.independent.solver import (
     AcceptedRows,
@@ -78,14 +78,21 @@ def _direct(task: Task) -> Result:
 
 
 def _aca(task: Task) -> Result:
-    k0, params = first_slope_and_params(task)
-    args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
-    if not any(x.requires_grad for x in (task.problem.y0, *params, *args)):
+    first, field = FirstEvaluation(task), task.field
+    args = [arg for arg in field.args if isinstance(arg, Tensor) and arg.requires_grad]
+    if not any(x.requires_grad for x in (task.problem.y0, *first.params, *first.found, *args)):
         with torch.no_grad():
-            return _forward(task, k0, keep_states=False)[0]
-    known: list[Result] = []
-    ys = _Aca.apply(task, k0, len(params), known, task.problem.y0, *params, *args)
-    return Result(ys, known[0].record, known[0].stats)
+            return _forward(task, first.k, keep_states=False)[0]
+    random_state = field.random_state()
+    with torch.no_grad(), first.watching():
+        solved, states = _forward(task, first.k, keep_states=True)
+    if field.draws_random_numbers or field.has_drawn_since(random_state):
+        raise ArgumentValueError(
+            'func draws random numbers, which gradient="aca" cannot draw again for samples that step by '
+            'themselves; with option batch="independent" use gradient="direct".'
+        )
+    ys = _Aca.apply(task, first, [(solved, states)], task.problem.y0, *first.params, *args, *first.found)
+    return Result(ys, solved.record, solved.stats)
 
 
 _GRADIENTS: dict[str, Callable[[Task], Result]] = {"aca": _aca, "direct": _direct}
@@ -102,35 +109,34 @@ def _check_buffers(field: VectorField) -> None:
 class _Aca(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, task: Task, k0: Tensor | None, n_params: int, known: list[Result], y0: Tensor, *inputs: Tensor
+        ctx: Any,
+        task: Task,
+        first: FirstEvaluation,
+        boxed: list[tuple[Result, list[Tensor]]],
+        y0: Tensor,
+        *inputs: Tensor,
     ) -> Tensor:
-        field = task.field
-        random_state = field.random_state()
-        result, states = _forward(task, k0, keep_states=True)
-        if field.draws_random_numbers or field.has_drawn_since(random_state):
-            raise ArgumentValueError(
-                'func draws random numbers, which gradient="aca" cannot draw again for samples that step by '
-                'themselves; with option batch="independent" use gradient="direct".'
-            )
-        known.append(Result(result.ys.detach(), result.record, result.stats))
-        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, result.record, result.stats
+        solved, states = boxed.pop()
+        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, len(first.params), solved.record, solved.stats
+        ctx.leaves, ctx.found = first.leaves, first.found
         ctx.autocast = AutocastState(y0.device.type)
         ctx.has_y0, ctx.n_states = y0.requires_grad, len(states)
-        ctx.save_for_backward(*states, *([y0] if ctx.has_y0 else []), *inputs)
-        return result.ys
+        used = inputs[: len(inputs) - len(first.found)]
+        ctx.save_for_backward(*states, *([y0] if ctx.has_y0 else []), *used)
+        return solved.ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor) -> tuple[Any, ...]:
         refuse_transforms("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
-        states, inputs = saved[: ctx.n_states], saved[ctx.n_states + ctx.has_y0 :]
+        states, inputs = saved[: ctx.n_states], (*saved[ctx.n_states + ctx.has_y0 :], *ctx.found)
         if torch.is_grad_enabled():
             y0 = saved[ctx.n_states] if ctx.has_y0 else ctx.task.problem.y0.detach()
             grads = _differentiable_backward(ctx, grad_ys, y0, inputs)
         else:
             grads = _replay_backward(ctx, grad_ys, states, inputs)
-        needed = ctx.needs_input_grad[4:]
-        return None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+        needed = ctx.needs_input_grad[3:]
+        return None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
 
 
 class _Steps:
@@ -165,7 +171,7 @@ def _replay_backward(
     y = task.problem.y0.detach().clone()
     ops = row_operations_for(y, task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+    replay = replay_of(task, ctx, inputs)
     steps = _Steps(task, ops, replay)
     g = torch.zeros_like(y)  # cotangents of the samples' states at the ends of the steps still to come
     with replay.repeating():
@@ -181,6 +187,9 @@ def _replay_backward(
             assert pulled is not None
             g = g.index_copy(0, rows, pulled[rows])
             y = y.detach()
+        if record.steps:
+            start = task.problem.y0.detach()
+            replay.check_reached(ctx.leaves, task.problem.start_time(start), start)
     ctx.stats.n_f_evals_backward = replay.n_evals
     return g + grad_ys[0], *replay.grads
 
@@ -193,7 +202,7 @@ def _differentiable_backward(
     ops = row_operations_for(y0.detach(), task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
+    replay = replay_of(task, ctx, inputs, gate.of)
     steps = _Steps(task, ops, replay)
     start = y = gate.of(y0)
     everything = np.arange(len(y0))
@@ -207,6 +216,7 @@ def _differentiable_backward(
     ctx.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, task.problem.times_of_rows.shape, y0)  # type: ignore[attr-defined]
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
+    replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]

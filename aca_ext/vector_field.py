@@ -55,6 +55,7 @@ class VectorField:
         self.random_trail: list[RandomState] = []
         self.moving_buffers: list[Tensor] = []
         self._has_been_watched = False
+        self._random_state_before: RandomState | None = None
         self.calls_autograd = False
         self.holdings: Holdings | None = None
         self.held: list[Held] = []
@@ -142,7 +143,7 @@ class VectorField:
 
     def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
         """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""
-        random_state = self.random_state()
+        random_state = self._random_state_before = self.random_state()
         with buffers_used_by(self.func, self._note_in_use) as used, watch or nullcontext():
             k = self(t, y)
         refuse_transforms("the slope that func returned", k)
@@ -154,6 +155,12 @@ class VectorField:
         self.moving_buffers = [b.tensor for owned in moved for b in owned]
         self._has_been_watched = True
         return k
+
+    def forget_first(self) -> None:
+        """Undoes what ``first`` left where it failed, before it is called again."""
+        self.random_trail.clear()
+        if self._random_state_before is not None:
+            self.set_random_state(self._random_state_before)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

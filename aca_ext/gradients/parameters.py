@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from aca_ext.errors import ArgumentTypeError
+from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.gradients.base import Task
 from aca_ext.gradients.kept import Keepsake, is_lost, keepsakes_of
 from aca_ext.ops import known_tensors
@@ -45,9 +45,9 @@ class FirstEvaluation:
         self._unused: list[Tensor] = []
         y = task.problem.y0.detach()  # a tensor of its own, so that a func that also captures y0 is seen to do so
         args = [a for a in task.field.args if isinstance(a, Tensor)]
-        y = (y.clone() if y.is_inference() else y).requires_grad_()
+        y = y.clone() if y.is_inference() else y
         watch = _watch_for(task.field.func, (y, *args))
-        k = _evaluated(task, y, watch)
+        k = _traced(task, y, watch) if is_traced else _evaluated(task, y.requires_grad_(), watch)
         task.field.calls_autograd = watch.has_called_autograd
         captured = watch.captured_and_held()
         self.params = captured if task.params is None else [p for p in task.params if p.requires_grad]
@@ -95,15 +95,25 @@ class FirstEvaluation:
                 keepsake.settle(self.origins())
 
 
+def _traced(task: Task, y: Tensor, watch: Any) -> Tensor | None:
+    """The same as the evaluations to come will be made, without a graph for a module."""
+    with torch.set_grad_enabled(task.params is None and not isinstance(task.field.func, nn.Module)):
+        return task.first_slope(y, watch)
+
+
 def _evaluated(task: Task, y: Tensor, watch: Any) -> Tensor | None:
+    """The first slope with its graph; where func takes no state that requires grad, as far as it has one without."""
     with torch.enable_grad():
         try:
             return task.first_slope(y, watch)
-        except RuntimeError as error:
-            if "leaf Variable that requires grad" not in str(error):
+        except RuntimeError:
+            task.field.forget_first()
+            try:
+                return task.first_slope(y.detach())
+            except AcaError:
                 raise
-            with torch.no_grad():  # where func changes its state, the error for that says more
-                task.first_slope(y.detach())
+            except Exception:
+                pass
             raise
 
 

@@ -74,8 +74,6 @@ class _Run:
         self.task, watched = task, replace(task, field=field)
         if torch.is_grad_enabled():
             first = FirstEvaluation(watched, is_traced=True)
-            if field.calls_autograd:
-                raise GraphError(f"func differentiates (torch.autograd), which a captured step does not. {_HINT}")
             k0, params = first.k, [*first.params, *first.found]
         else:
             k0, params = watched.first_slope(problem.y0.detach()), []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ReplayError
@@ -66,7 +67,7 @@ class Replay:
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
         n_found = 0 if is_one_graph or is_captured else len(found)
         self._wanted = list(range(len(self.inputs) - n_found))  # of the inputs; others follow when they are met
-        self._late = {id(x): i for i, x in enumerate(self.inputs)} if n_found else {}
+        self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
         self._known = known_tensors([self.inputs[i] for i in self._wanted]) if is_checked else None
         self._put_back: list[Callable[[], None]] = []
         self._autocast = autocast
@@ -160,10 +161,15 @@ class Replay:
             return
         with torch._C.DisableTorchFunction() if self._substitutes else nullcontext():  # or it would look at substitutes
             others = self._known.others(slopes, y)
-        for leaf in others or ():
-            i = self._late.get(id(leaf))
+        if others is None:
+            return
+        if self._index is None:
+            self._index = {id(_variable(x)): i for i, x in enumerate(self.inputs)}
+        for leaf in others:
+            i = self._index.get(id(leaf))
             if i is not None:
-                self._wanted.append(i)
+                if i not in self._wanted:
+                    self._wanted.append(i)
             elif not self._was_put_there_since(leaf):
                 raise ReplayError(
                     f"func depends on a tensor of shape {tuple(leaf.shape)} and {leaf.dtype} that requires grad and "
@@ -172,36 +178,33 @@ class Replay:
                 )
             self._known.add(leaf)
 
-    def check_reached(self, leaves: Sequence[Tensor], t: Tensor, y: Tensor) -> None:
-        """Checks that leaves that the slope at (t, y) depended on in the forward pass received gradients.
+    def check_reached(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
+        """Checks that inputs that the slope at (t, y) depended on in the forward pass received gradients.
 
         Raises:
             ReplayError: func depends on them no longer, which makes their gradients wrong.
         """
-        if self._known is None:
-            return
-        position = {id(x): i for i, x in enumerate(self._originals)}
-        missing = [x for x in leaves if self.grads[position[id(x)]] is None]
-        if not missing:
+        missing = [i for i in indices if self.grads[i] is None]
+        if self._known is None or not missing:
             return
         with torch.enable_grad():
             k = self(t, y.detach().requires_grad_())
         with torch._C.DisableTorchFunction():
-            self._check_met(missing, k, position)
+            # A cache that the first evaluation filled has a graph of its own, outside, which leads on to them.
+            graphs = tuple(x for x in (k, *self._originals) if x.grad_fn is not None)
+            for i in missing:
+                x = _variable(self.inputs[i])
+                if not known_tensors([self._originals[i], x]).are_met_by(graphs):
+                    self._raise_not_reached(x)
 
-    def _check_met(self, missing: Sequence[Tensor], k: Tensor, position: dict[int, int]) -> None:
-        # A cache that the first evaluation filled has a graph of its own, outside, which leads on to them.
-        graphs = tuple(x for x in (k, *self._originals) if x.grad_fn is not None)
-        for x in missing:
-            now = self.inputs[position[id(x)]]
-            if not known_tensors([x, now]).are_met_by(graphs):
-                name = self.field.holdings.name_of(x) if self.field.holdings is not None else None
-                raise ReplayError(
-                    f"func depended on {f'{name}, ' if name else ''}a tensor of shape {tuple(x.shape)} in the forward "
-                    "pass, and does not in the backward pass, so that its gradient would be lost. Causes: func keeps "
-                    "what it computed from it (a cache), or another tensor took its place. Compute it in each "
-                    'evaluation or before the solve, or use gradient="direct".'
-                )
+    def _raise_not_reached(self, x: Tensor) -> None:
+        name = self.field.holdings.name_of(x) if self.field.holdings is not None else None
+        raise ReplayError(
+            f"func depended on {f'{name}, ' if name else ''}a tensor of shape {tuple(x.shape)} in the forward pass, "
+            "and does not in the backward pass, so that its gradient would be lost. Causes: func keeps what it computed "
+            "from it (a cache), or another tensor took its place. Compute it in each evaluation or before the solve, or "
+            'use gradient="direct".'
+        )
 
     def _was_put_there_since(self, leaf: Tensor) -> bool:
         """Whether func itself made a leaf, and keeps it: nobody had one like it before."""
@@ -241,6 +244,13 @@ class _Substitution(TorchFunctionMode):
         if isinstance(x, (tuple, list)):
             return type(x)(map(self._of, x)) if type(x) in (tuple, list) else x
         return {key: self._of(value) for key, value in x.items()} if isinstance(x, dict) else x
+
+
+def _variable(x: Tensor) -> Tensor:
+    """The tensor that a graph's leaf names for ``x``, which is another object where it was unpacked by a hook."""
+    if not x.requires_grad or not x.is_leaf:
+        return x
+    return get_gradient_edge(x).node.variable  # type: ignore[attr-defined]
 
 
 def _has_grad(x: Any) -> bool:

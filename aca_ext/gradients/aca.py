@@ -202,7 +202,10 @@ def differentiable_backward(
     replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    with replay.repeating():
+        replay.check_reached(getattr(ctx, "leaves", ()), problem.start_time(y0), y0)
+    return [grad_y0, *replay.grads]
 
 
 class Gate:

@@ -34,26 +34,27 @@ class FirstEvaluation:
         k: the slope without its graph; None where the solve has no step.
         params: the tensors requiring grad that it depends on besides state and args, or those that the user named.
         found: leaves besides, that func holds and may come to use.
-        leaves: those of params that the slope's graph showed.
+        leaves: indices of those params that the slope's graph showed.
     """
 
     def __init__(self, task: Task, is_traced: bool = False) -> None:
         self._task = task
         self.found: list[Tensor] = []
-        self.leaves: list[Tensor] = []
+        self.leaves = range(0)
         self._keepsakes: list[Keepsake] = []
         self._unused: list[Tensor] = []
         y = task.problem.y0.detach()  # a tensor of its own, so that a func that also captures y0 is seen to do so
         args = [a for a in task.field.args if isinstance(a, Tensor)]
         y = y.clone() if y.is_inference() else y
         watch = _watch_for(task.field.func, (y, *args))
-        k = _traced(task, y, watch) if is_traced else _evaluated(task, y.requires_grad_(), watch)
+        k = (_plain if is_traced else _differentiable)(task, y, watch)
         task.field.calls_autograd = watch.has_called_autograd
         captured = watch.captured_and_held()
         self.params = captured if task.params is None else [p for p in task.params if p.requires_grad]
+        n_captured = len(captured)
         if k is not None and k.requires_grad and task.params is None:
-            self.leaves = known_tensors([*captured, *args, y]).others(k, None) or []
-            self.params = [*captured, *self.leaves]
+            self.params += known_tensors([*captured, *args, y]).others(k, None) or []
+            self.leaves = range(n_captured, len(self.params))
         self.k = k = None if k is None else k.detach()
         if task.params is None:
             self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
@@ -95,26 +96,26 @@ class FirstEvaluation:
                 keepsake.settle(self.origins())
 
 
-def _traced(task: Task, y: Tensor, watch: Any) -> Tensor | None:
-    """The same as the evaluations to come will be made, without a graph for a module."""
+def _plain(task: Task, y: Tensor, watch: Any) -> Tensor | None:
+    """The first slope, for a module without a graph."""
     with torch.set_grad_enabled(task.params is None and not isinstance(task.field.func, nn.Module)):
         return task.first_slope(y, watch)
 
 
-def _evaluated(task: Task, y: Tensor, watch: Any) -> Tensor | None:
-    """The first slope with its graph; where func takes no state that requires grad, as far as it has one without."""
-    with torch.enable_grad():
+def _differentiable(task: Task, y: Tensor, watch: Any) -> Tensor | None:
+    """The first slope with its graph; where func does not take a state that requires grad, ``_plain``."""
+    try:
+        with torch.enable_grad():
+            return task.first_slope(y.requires_grad_(), watch)
+    except RuntimeError:
+        task.field.forget_first()
         try:
-            return task.first_slope(y, watch)
-        except RuntimeError:
-            task.field.forget_first()
-            try:
-                return task.first_slope(y.detach())
-            except AcaError:
-                raise
-            except Exception:
-                pass
+            return _plain(task, y.requires_grad_(False), watch)
+        except AcaError:
             raise
+        except Exception:
+            pass
+        raise
 
 
 def checked_params(params: Any) -> tuple[Tensor, ...] | None:

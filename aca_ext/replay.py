@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ReplayError
-from aca_ext.holdings import Holdings
+from aca_ext.kept import ANCHOR, USED_AGAIN
 from aca_ext.ops import known_tensors
 from aca_ext.runge_kutta import SlopeFunction
 from aca_ext.vector_field import AutocastState, RandomState, VectorField
@@ -163,6 +163,8 @@ class Replay:
             others = self._known.others(slopes, y)
         if others is None:
             return
+        if any(leaf is ANCHOR for leaf in others):
+            raise ReplayError(USED_AGAIN)
         if self._index is None:
             self._index = {id(_variable(x)): i for i, x in enumerate(self.inputs)}
         for leaf in others:
@@ -170,7 +172,7 @@ class Replay:
             if i is not None:
                 if i not in self._wanted:
                     self._wanted.append(i)
-            elif not self._was_put_there_since(leaf):
+            elif not self.field.has_put(leaf):
                 raise ReplayError(
                     f"func depends on a tensor of shape {tuple(leaf.shape)} and {leaf.dtype} that requires grad and "
                     "was not found before the solve, so that its gradient would be lost. Name it, with what else "
@@ -201,16 +203,10 @@ class Replay:
         name = self.field.holdings.name_of(x) if self.field.holdings is not None else None
         raise ReplayError(
             f"func depended on {f'{name}, ' if name else ''}a tensor of shape {tuple(x.shape)} in the forward pass, "
-            "and does not in the backward pass, so that its gradient would be lost. Causes: func keeps what it computed "
-            "from it (a cache), or another tensor took its place. Compute it in each evaluation or before the solve, or "
-            'use gradient="direct".'
+            "and does not in the backward pass, so that its gradient would be lost. Causes: func keeps what it "
+            "computed from it (a cache), or another tensor took its place. Compute it in each evaluation or before the "
+            'solve, or use gradient="direct".'
         )
-
-    def _was_put_there_since(self, leaf: Tensor) -> bool:
-        """Whether func itself made a leaf, and keeps it: nobody had one like it before."""
-        before = self.field.holdings
-        now = Holdings((self.field.func,), is_thorough=True)
-        return any(place.tensor is leaf for place in now.places) and (before is None or not before.has_seen(leaf))
 
     def _add(self, grads: Sequence[Tensor | None]) -> None:
         totals: list[Tensor] = []

@@ -95,6 +95,10 @@ class VectorField:
         other._call = checked_slope_function(other.func, other.args, other.packing, other._ops)
         return other
 
+    @property
+    def _roots(self) -> tuple[Any, ...]:
+        return self.func, *(arg for arg in self.args if not isinstance(arg, Tensor))
+
     def check_signature(self) -> None:
         """Raises ArgumentTypeError where func does not take the arguments that it is called with."""
         try:
@@ -115,13 +119,19 @@ class VectorField:
 
         A module that is hidden from the walk is noted in the first evaluation.
         """
-        self.holdings = Holdings((self.func, *(arg for arg in self.args if not isinstance(arg, Tensor))))
+        self.holdings = Holdings(self._roots)
         self._generators = self.holdings.generators
         if isinstance(self.func, nn.Module):
             for module in modules_of(self.func):
                 _check_is_not_distributed(module)
         for module in self.holdings.modules:
             self._note(module)
+
+    def has_put(self, leaf: Tensor) -> bool:
+        """Whether func itself made a leaf and keeps it: nobody who holds it now held it before the first evaluation."""
+        if self.holdings is None or self.holdings.has_seen(leaf):
+            return False
+        return any(place.tensor is leaf for place in Holdings(self._roots).places)
 
     def take_notes_of(self, other: VectorField) -> None:
         """Takes over what another field for the same func found before its first evaluation."""

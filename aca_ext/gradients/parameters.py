@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.gradients.base import Task
-from aca_ext.gradients.kept import Keepsake, is_lost, keepsakes_of
+from aca_ext.kept import Keepsake, is_lost, keepsakes_of
 from aca_ext.ops import known_tensors
 from aca_ext.references import is_held
 from aca_ext.state import tensors_in
@@ -53,7 +53,8 @@ class FirstEvaluation:
         self.params = captured if task.params is None else [p for p in task.params if p.requires_grad]
         n_captured = len(captured)
         if k is not None and k.requires_grad and task.params is None:
-            self.params += known_tensors([*captured, *args, y]).others(k, None) or []
+            leaves = known_tensors([*captured, *args, y]).others(k, None) or []
+            self.params += [x for x in leaves if not task.field.has_put(x)]
             self.leaves = range(n_captured, len(self.params))
         self.k = k = None if k is None else k.detach()
         if task.params is None:
@@ -94,6 +95,14 @@ class FirstEvaluation:
                 self.params.append(keepsake.tensor)
             else:
                 keepsake.settle(self.origins())
+
+
+def first_slope_with_graph(task: Task) -> Tensor | None:
+    """f(t0, y0) with the graph of both; ``task.field`` then knows whether func differentiates."""
+    watch = _watch_for(task.field.func, ())
+    k = task.first_slope(task.problem.y0, watch)
+    task.field.calls_autograd = watch.has_called_autograd
+    return k
 
 
 def _plain(task: Task, y: Tensor, watch: Any) -> Tensor | None:

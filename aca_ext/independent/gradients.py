@@ -17,7 +17,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.aca import Gate, replay_of
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import FirstEvaluation
+from aca_ext.gradients.parameters import FirstEvaluation, first_slope_with_graph
 from aca_ext.independent.problem import BatchProblem
 from aca_ext.independent.solver import (
     AcceptedRows,
@@ -70,7 +70,7 @@ def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, 
 def _direct(task: Task) -> Result:
     problem = task.problem
     assert isinstance(problem, BatchProblem)
-    k0 = task.first_slope(problem.y0)
+    k0 = first_slope_with_graph(task)
     _check_buffers(task.field)
     ops = row_operations_for(problem.y0.detach(), problem.tolerance, differentiable=True)
     solver = BatchSolver(problem, task.field, ops, k0, keep_states=False)

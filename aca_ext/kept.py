@@ -21,7 +21,7 @@ from aca_ext.holdings import Holdings, Place
 from aca_ext.owners import PerOwner
 from aca_ext.references import is_held
 
-_HINT = (
+HINT = (
     "Make it part of the state (its rate one more component of y), compute it from the solution, or use "
     'gradient="direct". To keep a value alone, keep tensor.detach().'
 )
@@ -55,7 +55,7 @@ class Keepsake:
             return
         message = (
             f"The gradient of a tensor that func keeps ({place.describe()}) was asked for. The evaluations of func "
-            f"have no graph, so it cannot be had. {_HINT}"
+            f"have no graph, so it cannot be had. {HINT}"
         )
         for there in self._successors():
             now = there.get()
@@ -135,7 +135,7 @@ def _warn_once(func: Any, recordings: Sequence[Keepsake]) -> None:
     names = sorted({k.place.describe() if k.place is not None else "in a place not found" for k in recordings})
     warnings.warn(
         f"func keeps tensors that depend on the state ({', '.join(names)}). They have the right values, but no graph "
-        f'back to the parameters and the state, which they would have with gradient="direct". {_HINT}',
+        f'back to the parameters and the state, which they would have with gradient="direct". {HINT}',
         KeptTensorWarning,
         stacklevel=_depth_of_caller(),
     )
@@ -146,13 +146,22 @@ def _depth_of_caller() -> int:
     depth, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("aca_ext", "torch"):
         depth, frame = depth + 1, frame.f_back
-    return depth - 1
+    return depth
 
 
 def _are_equal(x: Any, other: Tensor) -> bool:
     return (
         isinstance(x, Tensor) and x.shape == other.shape and x.dtype == other.dtype and torch.equal(x, other.detach())
     )
+
+
+# A leaf in the graph of every tensor whose gradient is an error.
+with torch.inference_mode(False):
+    ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
+USED_AGAIN = (
+    "func uses a tensor that depends on the state of another evaluation. The evaluations of a solve have no graph, so that "
+    f"its gradient would be lost. {HINT}"
+)
 
 
 def is_lost(x: Tensor) -> bool:
@@ -162,7 +171,7 @@ def is_lost(x: Tensor) -> bool:
 
 def _lost(x: Tensor, origins: Sequence[Tensor], message: str) -> Tensor:
     with torch.enable_grad():
-        lost = _Lost.apply((x,), message, *origins)
+        lost = _Lost.apply((x,), message, ANCHOR, *origins)
     lost.__deepcopy__ = _PlainCopy(lost.detach())  # which a tensor with a graph has none of
     return lost
 

@@ -66,6 +66,8 @@ class Place(NamedTuple):
             holder[key] = value
         elif isinstance(holder, types.CellType):
             holder.cell_contents = value
+        elif isinstance(holder, type):
+            setattr(holder, key, value)
         elif not isinstance(holder, tuple):
             object.__setattr__(holder, key, value)
 
@@ -164,9 +166,9 @@ class Holdings:
     def _object(self, x: Any) -> None:
         kind = type(x)
         self._class(kind)
-        for base in (list, tuple, dict, deque):
-            if isinstance(x, base):
-                _VISITORS[base](self, x)
+        for container in (list, tuple, dict, deque):
+            if isinstance(x, container):
+                _VISITORS[container](self, x)
         attributes = getattr(x, "__dict__", None)
         if type(attributes) is dict:
             for name, value in attributes.items():

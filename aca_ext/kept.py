@@ -45,8 +45,7 @@ class Keepsake:
             return False
         if self.place is not None:
             return self._is_in_place()
-        x = self.tensor
-        return is_held(x, n_known=1)
+        return is_held(sys.getrefcount(self.tensor), self.tensor, n_known=0)
 
     def settle(self, origins: Sequence[Tensor]) -> None:
         """Gives graphs from ``origins`` to what took its place in the forward pass."""
@@ -159,8 +158,8 @@ def _are_equal(x: Any, other: Tensor) -> bool:
 with torch.inference_mode(False):
     ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 USED_AGAIN = (
-    "func uses a tensor that depends on the state of another evaluation. The evaluations of a solve have no graph, so that "
-    f"its gradient would be lost. {HINT}"
+    "func uses a tensor that depends on the state of another evaluation. The evaluations of a solve have no graph, so "
+    f"that its gradient would be lost. {HINT}"
 )
 
 

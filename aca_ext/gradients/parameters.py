@@ -7,6 +7,7 @@ functions. What it computes and keeps is told by the references to it.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ class FirstEvaluation:
             self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
         if is_traced:
             return
-        kept = [(y, True)] if is_held(y, n_known=watch.outer_references(y)) else []
+        kept = [(y, True)] if is_held(sys.getrefcount(y), y, n_known=watch.outer_references(y)) else []
         outlived = watch.outlived()
         if outlived:
             state = known_tensors([y])
@@ -188,7 +189,7 @@ class _Watch(TorchFunctionMode):
     def captured_and_held(self) -> list[Tensor]:
         """Operands with a history. One that nobody else holds is the result of a function that does not show."""
         captured = [x for x in self._captured if not x.is_leaf and not is_lost(x)]
-        return [x for x in captured if is_held(x, n_known=2 + self.outer_references(x))]
+        return [x for x in captured if is_held(sys.getrefcount(x), x, n_known=2 + self.outer_references(x))]
 
     def outer_references(self, x: Tensor) -> int:
         """Of watches around this one, where a solve is part of the func of another."""
@@ -209,7 +210,7 @@ class _Watch(TorchFunctionMode):
         made = self._made
         while made:  # last to first, since the history of a result may hold those before it
             x = made.pop()
-            if is_held(x, n_known=self.outer_references(x)):
+            if is_held(sys.getrefcount(x), x, n_known=self.outer_references(x)):
                 found.append(x)
         return found
 

@@ -11,6 +11,7 @@ __all__ = [
     "BatchStatisticsWarning",
     "CompileError",
     "GraphError",
+    "KeptTensorWarning",
     "NonFiniteError",
     "NotCompiledError",
     "NotInstalledError",
@@ -124,6 +125,10 @@ class StepSizeError(SolveError):
 
 class StepLimitError(SolveError):
     """``max_num_steps`` trial steps were not enough."""
+
+
+class KeptTensorWarning(UserWarning):
+    """``func`` keeps tensors of its evaluations, which have no graph."""
 
 
 class NotInstalledError(AcaError, ImportError):

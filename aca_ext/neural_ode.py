@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from aca_ext.arguments import lookup
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, UnknownNameError, UnregisteredParameterWarning
-from aca_ext.gradients.parameters import leaves_of
 from aca_ext.independent.solver import BatchStats
 from aca_ext.odeint import solve
+from aca_ext.ops import known_tensors
 from aca_ext.options import option_names, refuse_to_stop
 from aca_ext.solver import Stats
 from aca_ext.state import State, like_tuple, tensors_in
@@ -82,14 +82,11 @@ class NeuralODE(nn.Module):
 
     def _look_for_unregistered(self, y: State, y0: State, args: Sequence[Any]) -> None:
         """Warns, once, where the solve depends on parameters that are not the layer's."""
-        root = tensors_in(y)[0].grad_fn  # of all components
-        if torch.compiler.is_compiling() or root is None:
+        if torch.compiler.is_compiling() or not tensors_in(y)[0].requires_grad:
             return
         self._looked_for_unregistered = True
-        given = tensors_in((y0, args, self.t))
-        known = {id(x) for x in (*given, *self.parameters())}
-        stops = {x.grad_fn for x in given}
-        found = [x for x in leaves_of(root, stops) if id(x) not in known]
+        known = known_tensors([*tensors_in((y0, args, self.t)), *self.parameters()])
+        found = known.others(tensors_in(y)[0], None) or []
         if found:
             warn_user(
                 f"func of NeuralODE is no nn.Module ({_name(self.func)}) and depends on {len(found)} parameters, the "

@@ -6,7 +6,7 @@ Only tensors that the object allocated or admitted reach a kernel, so addresses 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from aca_ext.admission import is_plain
 from aca_ext.differentiable import DifferentiableOperations
 from aca_ext.layout import aligned_rows, empty_rows, rows_like, scalars
 from aca_ext.reference import Number
+from aca_ext.references import OF_A_LEAF_OF_A_GRAPH
 from aca_ext.tolerance import Norm, Tolerance
 from aca_ext.torch_operations import Array, Floats, RowOperations, Tensors, TorchOperations
 
@@ -297,6 +298,11 @@ def slope_function(
 def own_result(function: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
     """What ``function`` returns, copied where it or its memory is held by anybody else, who could change it later."""
     return _C.own_result(function, args)
+
+
+def known_tensors(tensors: Iterable[Tensor]) -> _C.KnownTensors:
+    """Tensors at which a walk through a graph ends, to find the leaves that are not among them."""
+    return _C.KnownTensors(tensors, OF_A_LEAF_OF_A_GRAPH)
 
 
 def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:

@@ -336,9 +336,7 @@ class Solver:
     def _random_states(self) -> Sequence[RandomState] | None:
         """The random states behind each stage of the last trial, where func draws random numbers."""
         trail, first = self.field.random_trail, self._first_random_state
-        if not trail:
-            return None
-        return trail if first is None else [first, *trail]
+        return (trail if first is None else [first, *trail]) or None
 
     def _check_progress(
         self, controller: Controller, t: Number, y: Tensor, h: Number, sign: float, ratio: Number

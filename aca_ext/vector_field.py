@@ -1,21 +1,22 @@
 """The user's f as the solver sees it: called with the user's form of the state, checked, counted, and repeatable.
 
-Repeatable means that a replay sees what the forward pass saw: the random numbers, the autocast state, and module
-buffers (BatchNorm statistics) that only accepted evaluations may move.
+Repeatable means that a replay sees what the forward pass saw: the random numbers, the autocast state, the training
+mode of modules, and their buffers (BatchNorm statistics) that only accepted evaluations may move.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from aca_ext.errors import ArgumentTypeError
+from aca_ext.holdings import Holdings
 from aca_ext.modules import (
     Buffer,
     Held,
@@ -35,6 +36,12 @@ from aca_ext.transforms import refuse_transforms
 RandomState = tuple[Tensor, ...]
 
 
+class Kept(Protocol):
+    """A place where func keeps what it computes."""
+
+    def snapshot(self) -> Callable[[], None]: ...
+
+
 class VectorField:
     """f(t, y, \\*args) on packed states, with its output checked against the state it was given.
 
@@ -44,7 +51,11 @@ class VectorField:
         random_trail: the random generators' states before each evaluation since the list was last emptied, where func
             draws random numbers.
         moving_buffers: buffers of func's modules that its first evaluation changed.
+        calls_autograd: it is evaluated with gradients enabled and a state that requires grad, since it differentiates.
+        holdings: the tensors, modules and generators that func holds; None where no backward pass is to come.
         held: the parameters and buffers that func's modules hold in the forward pass.
+        modes: func's modules, each with its training mode in the forward pass.
+        kept: what func keeps of its evaluations, which replays are not to change.
     """
 
     def __init__(self, func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations) -> None:
@@ -53,7 +64,13 @@ class VectorField:
         self.random_trail: list[RandomState] = []
         self.moving_buffers: list[Tensor] = []
         self._has_been_watched = False
+        self._random_state_before: RandomState | None = None
+        self.calls_autograd = False
+        self.holdings: Holdings | None = None
         self.held: list[Held] = []
+        self.modes: list[tuple[nn.Module, bool]] = []
+        self.kept: Sequence[Kept] = ()
+        self._generators: list[torch.Generator] = []
         self._ops = ops
         self._device = ops.like.device
         self._call = checked_slope_function(func, self.args, packing, ops)
@@ -61,7 +78,11 @@ class VectorField:
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         if self.draws_random_numbers:
             self.random_trail.append(self.random_state())
-        return self._call(t, y)
+        if not self.calls_autograd or (torch.is_grad_enabled() and y.requires_grad):
+            return self._call(t, y)
+        with torch.enable_grad():
+            k = self._call(t, y.detach().requires_grad_())
+        return k if torch.is_grad_enabled() else k.detach()
 
     @property
     def n_evals(self) -> int:
@@ -70,7 +91,7 @@ class VectorField:
     @property
     def fastest(self) -> SlopeFunction:
         """What evaluates func with the least in between."""
-        return self if self.draws_random_numbers else self._call
+        return self if self.draws_random_numbers or self.calls_autograd else self._call
 
     def admit(self, y: Tensor) -> Tensor:
         """``y`` laid out in memory like the state."""
@@ -82,6 +103,10 @@ class VectorField:
         other.args = tuple(args)
         other._call = checked_slope_function(other.func, other.args, other.packing, other._ops)
         return other
+
+    @property
+    def _roots(self) -> tuple[Any, ...]:
+        return self.func, *(arg for arg in self.args if not isinstance(arg, Tensor))
 
     def check_signature(self) -> None:
         """Raises ArgumentTypeError where func does not take the arguments that it is called with."""
@@ -99,26 +124,44 @@ class VectorField:
             ) from None
 
     def prepare_replay(self) -> None:
-        """Notes what func's modules hold now, for evaluations when they may hold something else.
+        """Notes what func and its modules hold now, for evaluations when they may hold something else.
 
-        Those of another callable than a module are noted in its first evaluation.
+        A module that is hidden from the walk is noted in the first evaluation.
         """
+        self.holdings = Holdings(self._roots)
+        self._generators = self.holdings.generators
         if isinstance(self.func, nn.Module):
             for module in modules_of(self.func):
-                self._note(module)
+                _check_is_not_distributed(module)
+        for module in self.holdings.modules:
+            self._note(module)
+
+    def has_put(self, leaf: Tensor) -> bool:
+        """Whether func itself made a leaf and keeps it: nobody who holds it now held it before the first evaluation."""
+        if self.holdings is None or self.holdings.has_seen(leaf):
+            return False
+        return any(place.tensor is leaf for place in Holdings(self._roots).places)
+
+    def take_notes_of(self, other: VectorField) -> None:
+        """Takes over what another field for the same func found before its first evaluation."""
+        self.holdings, self.held, self.modes = other.holdings, other.held, other.modes
+        self._generators = other._generators
 
     def _note(self, module: nn.Module) -> None:
-        if is_distributed(type(module)):  # type: ignore[arg-type]
-            raise ArgumentTypeError(
-                f"func is, or holds, a distributed module ({type(module).__name__}), which acts on every backward pass "
-                "through it; a solve evaluates func many times. Wrap the module that holds the solve instead."
-            )
         self.held += held_by(module)
+        mode = getattr(module, "training", None)  # a frozen scripted module has none
+        if mode is not None:
+            self.modes.append((module, mode))
+
+    def _note_in_use(self, module: nn.Module) -> None:
+        _check_is_not_distributed(module)
+        if self.holdings is not None and not self.holdings.has_seen(module):
+            self._note(module)
 
     def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
         """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""
-        random_state = self.random_state()
-        with buffers_used_by(self.func, self._note) as used, watch or nullcontext():
+        random_state = self._random_state_before = self.random_state()
+        with buffers_used_by(self.func, self._note_in_use) as used, watch or nullcontext():
             k = self(t, y)
         refuse_transforms("the slope that func returned", k)
         self.draws_random_numbers = self.has_drawn_since(random_state)
@@ -131,6 +174,12 @@ class VectorField:
             warn_of_batch_statistics(moved)
         self._has_been_watched = True
         return k
+
+    def forget_first(self) -> None:
+        """Undoes what ``first`` left where it failed, before it is called again."""
+        self.random_trail.clear()
+        if self._random_state_before is not None:
+            self.set_random_state(self._random_state_before)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -150,14 +199,16 @@ class VectorField:
                     restore([b.tensor for b in owned], [b.value for b in owned])
 
     def random_state(self) -> RandomState:
-        """State of the random generators of the CPU and of the state's device."""
-        states = (torch.get_rng_state(),)
+        """State of the random generators of the CPU and of the state's device, and of those that func holds."""
+        states = (torch.get_rng_state(), *[generator.get_state() for generator in self._generators])
         return (*states, torch.cuda.get_rng_state(self._device)) if self._device.type == "cuda" else states
 
     def set_random_state(self, state: RandomState) -> None:
         torch.set_rng_state(state[0])
-        if len(state) > 1:
-            torch.cuda.set_rng_state(state[1], self._device)
+        for generator, of_generator in zip(self._generators, state[1:], strict=False):
+            generator.set_state(of_generator)
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state[-1], self._device)
 
     def has_drawn_since(self, state: RandomState) -> bool:
         """Whether a random generator has moved since ``state``."""
@@ -170,6 +221,14 @@ class VectorField:
     def restore_buffers(self, values: list[Tensor] | None) -> None:
         if values is not None:
             restore(self.moving_buffers, values)
+
+
+def _check_is_not_distributed(module: nn.Module) -> None:
+    if is_distributed(type(module)):  # type: ignore[arg-type]
+        raise ArgumentTypeError(
+            f"func is, or holds, a distributed module ({type(module).__name__}), which acts on every backward pass "
+            "through it; a solve evaluates func many times. Wrap the module that holds the solve instead."
+        )
 
 
 def _bytes(state: Tensor) -> bytes:

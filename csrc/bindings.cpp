@@ -8,6 +8,7 @@
 
 #include "compiled_bindings.h"
 #include "control_bindings.h"
+#include "leaves.h"
 #include "ops.h"
 #include "runs.h"
 #include "stepper.h"
@@ -166,17 +167,18 @@ void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
     on.backend->write_scalars(on.target, n, out, value);
 }
 
-// Lets the garbage collector see what a Slope holds: func may hold a result whose graph holds the Slope.
+// Lets the garbage collector see what an object holds: func may hold a result whose graph holds a Slope.
+template <typename T>
 void make_collectable(PyHeapTypeObject* heap_type) {
     PyTypeObject& type = heap_type->ht_type;
     type.tp_flags |= Py_TPFLAGS_HAVE_GC;
     type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
         Py_VISIT(Py_TYPE(self));
         const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-        return held.holder_constructed() ? held.value_ptr<Slope>()->traverse(visit, arg) : 0;
+        return held.holder_constructed() ? held.value_ptr<T>()->traverse(visit, arg) : 0;
     };
     type.tp_clear = [](PyObject* self) {
-        py::cast<Slope&>(py::handle(self)).clear();
+        py::cast<T&>(py::handle(self)).clear();
         return 0;
     };
 }
@@ -245,10 +247,16 @@ PYBIND11_MODULE(_C, m) {
              }),
              py::arg("order"), py::arg("safety"), py::arg("ifactor"), py::arg("dfactor"), py::arg("pcoeff"),
              py::arg("icoeff"), py::arg("dcoeff"), py::arg("min_step"), py::arg("max_step"));
-    py::class_<Slope>(m, "Slope", py::custom_type_setup(&make_collectable))
+    py::class_<Slope>(m, "Slope", py::custom_type_setup(&make_collectable<Slope>))
         .def(py::init<py::object, py::tuple, const py::object&, py::object, py::object, py::object, bool>())
         .def_readonly("n_evals", &Slope::n_evals)
         .def("__call__", [](Slope& f, py::handle t, py::handle y) { return f(t.ptr(), y.ptr()); });
+    py::class_<KnownTensors>(m, "KnownTensors", py::custom_type_setup(&make_collectable<KnownTensors>))
+        .def(py::init<const py::iterable&, Py_ssize_t>())
+        .def("add", [](KnownTensors& known, py::handle x) { known.add(x.ptr()); })
+        .def("others", [](const KnownTensors& known, py::handle roots,
+                          py::handle state) { return known.others(roots.ptr(), state.ptr()); })
+        .def("are_met_by", [](const KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
     py::class_<Stepper>(m, "Stepper")
         .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
                       py::object, py::object, const py::object&>())

@@ -18,18 +18,9 @@ import torch
 from torch import Tensor
 
 from aca_ext.admission import check_readable
-from aca_ext.checkpoints import (
-    AcceptedStep,
-    Checkpoints,
-    StepRecord,
-    brought_to,
-    checkpoints_for,
-    distances,
-    reversed_states,
-    rows,
-)
+from aca_ext.checkpoints import AcceptedStep, Checkpoints, brought_to, checkpoints_for, distances, reversed_states, rows
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.gradients.parameters import FirstEvaluation
 from aca_ext.ops import TorchOperations, empty_rows, operations_for, rows_like
 from aca_ext.outputs import stack_rows
 from aca_ext.problem import Problem
@@ -46,19 +37,22 @@ from aca_ext.runge_kutta import (
     stepper,
     transposed_stepper,
 )
-from aca_ext.solver import Solver, Stats
+from aca_ext.solver import Solver
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import AutocastState
 
 
 def solve(task: Task) -> Result:
-    k0, params = first_slope_and_params(task)
+    first = FirstEvaluation(task)
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
-    if not any(x.requires_grad for x in (task.problem.y0, *params, *args)):
-        return solve_without_graph(task, k0)
-    record, stats = StepRecord(), Stats()
-    ys = _Aca.apply(task, k0, len(params), record, stats, task.problem.y0, *params, *args)
-    return Result(ys, record, stats)
+    if not any(x.requires_grad for x in (task.problem.y0, *first.params, *first.found, *args)):
+        return solve_without_graph(task, first.k)
+    checkpoints = checkpoints_for(task.checkpoints, task.problem.y0.detach())
+    with first.watching():
+        solved = solve_without_graph(task, first.k, checkpoints)
+    inputs = *first.params, *args, *first.found
+    ys = _Aca.apply(task, first, checkpoints, [solved], task.problem.y0, *inputs)
+    return Result(ys, solved.record, solved.stats)
 
 
 def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:
@@ -79,26 +73,25 @@ class _Aca(torch.autograd.Function):
     def forward(
         ctx: Any,
         task: Task,
-        k0: Tensor | None,
-        n_params: int,
-        record: StepRecord,
-        stats: Stats,
+        first: FirstEvaluation,
+        checkpoints: Checkpoints,
+        boxed: list[Result],
         y0: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        checkpoints = checkpoints_for(task.checkpoints, y0.detach())
-        result = solve_without_graph(task, k0, checkpoints)
-        assert isinstance(result.record, StepRecord)
-        record.steps, record.end = result.record.steps, result.record.end
-        vars(stats).update(vars(result.stats))
-        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, record, stats
+        solved = boxed.pop()
+        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, len(first.params), solved.record, solved.stats
         ctx.autocast = AutocastState(y0.device.type)
+        ctx.leaves = first.leaves
         ctx.numbers, ctx.capacity, ctx.n_blocks = checkpoints.numbers(), checkpoints.capacity, len(checkpoints.blocks)
         ctx.has_y0 = y0.requires_grad
+        # What func had not used yet may change before backward, as long as it does not come to use it.
+        ctx.found = first.found
+        used = inputs[: len(inputs) - len(first.found)]
         # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
-        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *inputs)
-        return result.ys
+        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *used)
+        return solved.ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
@@ -110,7 +103,7 @@ class _Aca(torch.autograd.Function):
         # Rows of states that were handed out are written over, which is none of autograd's business: .data.
         blocks = [rows_like(ctx.task.problem.y0, block.data) for block in saved[: ctx.n_blocks]]
         held = list(zip(ctx.numbers, rows(blocks, len(ctx.numbers)), strict=True))
-        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
+        inputs = *saved[ctx.n_blocks + ctx.has_y0 :], *ctx.found
         if torch.is_grad_enabled():
             states = dict(held)
             y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0].to(grad_ys.device)
@@ -120,8 +113,8 @@ class _Aca(torch.autograd.Function):
                 ends = 0, len(ctx.record.steps)
                 ctx.numbers = [n if n in ends else -1 for n in ctx.numbers]
             grads = _replay_backward(ctx, grad_ys, held, inputs)
-        needed = ctx.needs_input_grad[5:]
-        return None, None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+        needed = ctx.needs_input_grad[4:]
+        return None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
 
 
 def _replay_backward(
@@ -129,17 +122,18 @@ def _replay_backward(
 ) -> Sequence[Tensor | None]:
     task: Task = ctx.task
     problem, steps = task.problem, ctx.record.steps
-    ops = operations_for(problem.y0.detach(), problem.tolerance)
+    y0 = problem.y0.detach()
+    ops = operations_for(y0, problem.tolerance)
     scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+    replay = replay_of(task, ctx, inputs)
     pull_back = transposed_stepper(replay, ops, scheme)
-    like, segments = problem.y0.detach(), problem.tolerance.segments
-    check = ReplayCheck(like, segments, len(steps), ctx.autocast.dtype, replay.held)
+    segments = problem.tolerance.segments
+    check = ReplayCheck(y0, segments, len(steps), ctx.autocast.dtype, replay.held)
     distance = distances([n for n, _ in held]) if math.isfinite(ctx.capacity) else {}
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
         advance = _advance(replay, ops, scheme, problem, steps)
-        for n, y, y_next in brought_to(like.device, reversed_states(held, len(steps), ctx.capacity, advance)):
+        for n, y, y_next in brought_to(y0.device, reversed_states(held, len(steps), ctx.capacity, advance)):
             s: AcceptedStep = steps[n]
             outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
             outputs += [(_weights(problem, scheme.solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
@@ -149,10 +143,20 @@ def _replay_backward(
                 assert y_next is not None
                 compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance.get(n + 1, 1)), y, y_next)
                 g = pull_back(times, y, s.h, outputs, compare, y_next)
-    check.finish()
+        check.finish()
+        if g is not None:
+            replay.begin_step(steps[0].random_states)
+            replay.check_reached(ctx.leaves, problem.start_time(y0), y0)
     ctx.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
+
+
+def replay_of(task: Task, ctx: Any, inputs: Sequence[Tensor], cut: Callable[[Tensor], Tensor] | None = None) -> Replay:
+    """The replay of a solve whose inputs are params, args, and leaves that were found without being used."""
+    n_params, found = ctx.n_params, getattr(ctx, "found", ())
+    args, is_checked = inputs[n_params : len(inputs) - len(found)], task.params is None
+    return Replay(task.field, inputs[:n_params], args, ctx.autocast, cut, found=found, is_checked=is_checked)
 
 
 def _advance(
@@ -188,7 +192,7 @@ def differentiable_backward(
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     scheme = scheme_of(problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
+    replay = replay_of(task, ctx, inputs, gate.of)
     start = gate.of(y0)
     y, outputs = start, [start]
     steps: Sequence[AcceptedStep] = ctx.record.steps
@@ -211,9 +215,13 @@ def differentiable_backward(
     ctx.stats.n_f_evals_backward = replay.n_evals
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
     ys = stack_rows(outputs, y0)
+    replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    with replay.repeating():
+        replay.check_reached(getattr(ctx, "leaves", ()), problem.start_time(y0), y0)
+    return [grad_y0, *replay.grads]
 
 
 class Gate:

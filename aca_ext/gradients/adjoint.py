@@ -13,48 +13,37 @@ import torch
 from torch import Tensor
 
 from aca_ext.admission import check_readable
-from aca_ext.checkpoints import StepRecord
 from aca_ext.errors import ArgumentValueError, SolveError
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.gradients.parameters import FirstEvaluation
 from aca_ext.ops import operations_for
 from aca_ext.problem import problem_of
 from aca_ext.replay import Replay
-from aca_ext.solver import Solver, Stats
+from aca_ext.solver import Solver
 from aca_ext.transforms import refuse_transforms
 from aca_ext.vector_field import AutocastState, VectorField
 
 
 def solve(task: Task) -> Result:
-    k0, params = first_slope_and_params(task)
+    first = FirstEvaluation(task)
+    with first.watching():
+        solved = solve_without_graph(task, first.k)
+    params = [*first.params, *first.found]
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
-    record, stats = StepRecord(), Stats()
-    ys = _Adjoint.apply(task, k0, len(params), record, stats, task.problem.y0, *params, *args)
-    return Result(ys, record, stats)
+    ys = _Adjoint.apply(task, len(params), [solved], task.problem.y0, *params, *args)
+    return Result(ys, solved.record, solved.stats)
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        task: Task,
-        k0: Tensor | None,
-        n_params: int,
-        record: StepRecord,
-        stats: Stats,
-        y0: Tensor,
-        *inputs: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, task: Task, n_params: int, boxed: list[Result], y0: Tensor, *inputs: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        result = solve_without_graph(task, k0)
-        assert isinstance(result.record, StepRecord)
-        record.steps = result.record.steps
-        vars(stats).update(vars(result.stats))
-        ctx.task, ctx.n_params, ctx.stats = task, n_params, stats
+        solved = boxed.pop()
+        ctx.task, ctx.n_params, ctx.stats = task, n_params, solved.stats
         ctx.autocast = AutocastState(y0.device.type)
-        ctx.save_for_backward(result.ys, *inputs)
-        return result.ys
+        ctx.save_for_backward(solved.ys, *inputs)
+        return solved.ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
@@ -65,7 +54,8 @@ class _Adjoint(torch.autograd.Function):
         ys, *inputs = ctx.saved_tensors
         task: Task = ctx.task
         times = task.problem.times
-        replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+        args, is_checked = inputs[ctx.n_params :], task.params is None
+        replay = Replay(task.field, inputs[: ctx.n_params], args, ctx.autocast, is_checked=is_checked)
         a = grad_ys[-1]
         grads = ys.new_zeros(sum(_flat(x.detach()).numel() for x in inputs))
         with torch.no_grad(), replay.repeating():
@@ -76,7 +66,7 @@ class _Adjoint(torch.autograd.Function):
         found = (a, *_unflatten(grads, inputs))
         if torch.is_grad_enabled():
             found = tuple(_FirstDerivative.apply(g, grad_ys, ys, *inputs) for g in found)
-        return None, None, None, None, None, *found
+        return None, None, None, *found
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -111,6 +101,7 @@ def _interval(
             wanted = (leaf, *replay.inputs)
             found: Sequence[Tensor | None] = (None,) * len(wanted)
             if k.requires_grad:
+                replay.check(k, leaf)
                 found = torch.autograd.grad(k, wanted, -a_t, allow_unused=True)
         minus_a_fy, *rest = [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
         flat = torch.cat([_flat(g).to(y_t.dtype) for g in rest]) if rest else y_t.new_zeros(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.parameters import first_slope_with_graph
 from aca_ext.ops import operations_for
 from aca_ext.outputs import stack_rows
 from aca_ext.solver import Solver
@@ -11,6 +12,6 @@ from aca_ext.solver import Solver
 def solve(task: Task) -> Result:
     problem = task.problem
     ops = operations_for(problem.y0.detach(), problem.tolerance, differentiable=True)
-    solver = Solver(problem, task.field, ops, k0=task.first_slope(problem.y0))
+    solver = Solver(problem, task.field, ops, k0=first_slope_with_graph(task))
     ys = stack_rows(solver.run(problem.y0), problem.y0)
     return Result(ys, solver.record, solver.stats)

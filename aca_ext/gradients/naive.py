@@ -8,6 +8,7 @@ constant, as in the paper's code.
 from __future__ import annotations
 
 from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.parameters import first_slope_with_graph
 from aca_ext.ops import TorchOperations
 from aca_ext.outputs import stack_rows
 from aca_ext.solver import Solver
@@ -16,6 +17,6 @@ from aca_ext.solver import Solver
 def solve(task: Task) -> Result:
     problem = task.problem
     ops = TorchOperations(problem.y0.detach(), problem.tolerance)
-    solver = Solver(problem, task.field, ops, k0=task.first_slope(problem.y0), differentiable_steps=True)
+    solver = Solver(problem, task.field, ops, k0=first_slope_with_graph(task), differentiable_steps=True)
     ys = stack_rows(solver.run(problem.y0), problem.y0)
     return Result(ys, solver.record, solver.stats)

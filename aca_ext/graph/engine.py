@@ -23,7 +23,7 @@ from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitErr
 from aca_ext.failures import NO_TOLERANCE, failure_of
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.gradients.parameters import FirstEvaluation
 from aca_ext.graph import programs
 from aca_ext.graph.plan import Plan
 from aca_ext.graph.programs import Capturer, CudaCapturer
@@ -69,10 +69,12 @@ class _Run:
         field = VectorField(
             traced, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)
         )
-        field.func, field.held = problem.func, task.field.held  # whose modules are to be looked at, and were
+        field.func = problem.func  # whose modules are to be looked at, and were
+        field.take_notes_of(task.field)
         self.task, watched = task, replace(task, field=field)
         if torch.is_grad_enabled():
-            k0, params = first_slope_and_params(watched)
+            first = FirstEvaluation(watched, is_traced=True)
+            k0, params = first.k, [*first.params, *first.found]
         else:
             k0, params = watched.first_slope(problem.y0.detach()), []
         assert k0 is not None

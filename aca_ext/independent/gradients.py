@@ -16,9 +16,9 @@ from torch import Tensor
 
 from aca_ext.admission import check_readable
 from aca_ext.errors import ArgumentValueError
-from aca_ext.gradients.aca import Gate
+from aca_ext.gradients.aca import Gate, replay_of
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import first_slope_and_params
+from aca_ext.gradients.parameters import FirstEvaluation, first_slope_with_graph
 from aca_ext.independent.problem import BatchProblem
 from aca_ext.independent.solver import (
     AcceptedRows,
@@ -73,7 +73,7 @@ def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, 
 def _direct(task: Task) -> Result:
     problem = task.problem
     assert isinstance(problem, BatchProblem)
-    k0 = task.first_slope(problem.y0)
+    k0 = first_slope_with_graph(task)
     _check_buffers(task.field)
     ops = row_operations_for(problem.y0.detach(), problem.tolerance, differentiable=True)
     solver = BatchSolver(problem, task.field, ops, k0, keep_states=False)
@@ -81,14 +81,21 @@ def _direct(task: Task) -> Result:
 
 
 def _aca(task: Task) -> Result:
-    k0, params = first_slope_and_params(task)
-    args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
-    if not any(x.requires_grad for x in (task.problem.y0, *params, *args)):
+    first, field = FirstEvaluation(task), task.field
+    args = [arg for arg in field.args if isinstance(arg, Tensor) and arg.requires_grad]
+    if not any(x.requires_grad for x in (task.problem.y0, *first.params, *first.found, *args)):
         with torch.no_grad():
-            return _forward(task, k0, keep_states=False)[0]
-    known: list[Result] = []
-    ys = _Aca.apply(task, k0, len(params), known, task.problem.y0, *params, *args)
-    return Result(ys, known[0].record, known[0].stats)
+            return _forward(task, first.k, keep_states=False)[0]
+    random_state = field.random_state()
+    with torch.no_grad(), first.watching():
+        solved, states = _forward(task, first.k, keep_states=True)
+    if field.draws_random_numbers or field.has_drawn_since(random_state):
+        raise ArgumentValueError(
+            'func draws random numbers, which gradient="aca" cannot draw again for samples that step by '
+            'themselves; with option batch="independent" use gradient="direct".'
+        )
+    ys = _Aca.apply(task, first, [(solved, states)], task.problem.y0, *first.params, *args, *first.found)
+    return Result(ys, solved.record, solved.stats)
 
 
 _GRADIENTS: dict[str, Callable[[Task], Result]] = {"aca": _aca, "direct": _direct}
@@ -105,23 +112,22 @@ def _check_buffers(field: VectorField) -> None:
 class _Aca(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, task: Task, k0: Tensor | None, n_params: int, known: list[Result], y0: Tensor, *inputs: Tensor
+        ctx: Any,
+        task: Task,
+        first: FirstEvaluation,
+        boxed: list[tuple[Result, list[Tensor]]],
+        y0: Tensor,
+        *inputs: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        field = task.field
-        random_state = field.random_state()
-        result, states = _forward(task, k0, keep_states=True)
-        if field.draws_random_numbers or field.has_drawn_since(random_state):
-            raise ArgumentValueError(
-                'func draws random numbers, which gradient="aca" cannot draw again for samples that step by '
-                'themselves; with option batch="independent" use gradient="direct".'
-            )
-        known.append(Result(result.ys.detach(), result.record, result.stats))
-        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, n_params, result.record, result.stats
+        solved, states = boxed.pop()
+        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, len(first.params), solved.record, solved.stats
+        ctx.leaves, ctx.found = first.leaves, first.found
         ctx.autocast = AutocastState(y0.device.type)
         ctx.has_y0, ctx.n_states = y0.requires_grad, len(states)
-        ctx.save_for_backward(*states, *([y0] if ctx.has_y0 else []), *inputs)
-        return result.ys
+        used = inputs[: len(inputs) - len(first.found)]
+        ctx.save_for_backward(*states, *([y0] if ctx.has_y0 else []), *used)
+        return solved.ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
@@ -130,15 +136,15 @@ class _Aca(torch.autograd.Function):
         refuse_transforms("the gradient of the solution", grad_ys)
         check_readable("the gradient of the solution", grad_ys)
         saved = ctx.saved_tensors
-        states, inputs = saved[: ctx.n_states], saved[ctx.n_states + ctx.has_y0 :]
+        states, inputs = saved[: ctx.n_states], (*saved[ctx.n_states + ctx.has_y0 :], *ctx.found)
         if torch.is_grad_enabled():
             first, ends = _ends(ctx.record.steps, states)
             y0 = saved[ctx.n_states] if ctx.has_y0 else first
             grads = _differentiable_backward(ctx, grad_ys, y0, ends, inputs)
         else:
             grads = _replay_backward(ctx, grad_ys, states, inputs)
-        needed = ctx.needs_input_grad[4:]
-        return None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+        needed = ctx.needs_input_grad[3:]
+        return None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
 
 
 def _check_for(ctx: Any, y: Tensor, replay: Replay, *, restarts: bool) -> ReplayCheck:
@@ -178,7 +184,7 @@ def _replay_backward(
     *starts, y = states
     ops = row_operations_for(y, task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast)
+    replay = replay_of(task, ctx, inputs)
     steps = _Steps(task, ops, replay)
     check = _check_for(ctx, y, replay, restarts=True)
     g = torch.zeros_like(y)  # cotangents of the samples' states at the ends of the steps still to come
@@ -197,7 +203,10 @@ def _replay_backward(
             check_readable("the gradient that a backward pass inside func returned", pulled)
             g = g.index_copy(0, rows, pulled[rows])
             y = y.detach()
-    check.finish()
+        check.finish()
+        if record.steps:
+            start = task.problem.y0.detach()
+            replay.check_reached(ctx.leaves, task.problem.start_time(start), start)
     ctx.stats.n_f_evals_backward = replay.n_evals
     return g + grad_ys[0], *replay.grads
 
@@ -221,7 +230,7 @@ def _differentiable_backward(
     ops = row_operations_for(y0.detach(), task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = Replay(task.field, inputs[: ctx.n_params], inputs[ctx.n_params :], ctx.autocast, gate.of)
+    replay = replay_of(task, ctx, inputs, gate.of)
     steps = _Steps(task, ops, replay)
     start = y = gate.of(y0)
     everything = np.arange(len(y0))
@@ -240,6 +249,10 @@ def _differentiable_backward(
     ctx.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, task.problem.times_of_rows.shape, y0)  # type: ignore[attr-defined]
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
+    replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    with replay.repeating():
+        replay.check_reached(getattr(ctx, "leaves", ()), task.problem.start_time(y0), y0)
+    return [grad_y0, *replay.grads]

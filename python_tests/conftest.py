@@ -14,7 +14,26 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 # The tensors are small; on a busy machine, waking a second thread for them takes most of the time.
 torch.set_num_threads(1)
 
+MOST_PROCESSES = 8  # each imports torch and may run a C++ compiler: over a gigabyte
+
 pytest.register_assert_rewrite("operands", "problems")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Gives a run of whole folders one process for each core; files and tests that are named run in this process.
+
+    The command line takes precedence: ``-n 0`` runs all in one process. This is a hook and no ``addopts``, because
+    pytest refuses ``-n`` where pytest-xdist is not installed. ``worksteal`` keeps neighbouring tests together, which
+    share fixtures and compiled programs.
+    """
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not config.pluginmanager.hasplugin("xdist") or config.option.numprocesses is not None:
+        return
+    if all(Path(argument).is_dir() for argument in config.args):
+        config.option.numprocesses = "auto"
+        config.option.maxprocesses = config.option.maxprocesses or MOST_PROCESSES
+        config.option.dist = "worksteal"
 
 
 @pytest.fixture(autouse=True)

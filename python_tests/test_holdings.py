@@ -22,6 +22,8 @@ import aca_ext
 from aca_ext import errors
 from aca_ext.holdings import Holdings
 
+pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 STEPS = {"step_size": 0.2}
 MODES: dict[str, dict[str, Any]] = {

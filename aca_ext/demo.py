@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from aca_ext.errors import AcaError
 from aca_ext.gradients import GRADIENTS
-from aca_ext.memory import TensorMemory
-from aca_ext.methods import ALIASES, METHODS
 from aca_ext.neural_ode import NeuralODE
+from aca_ext.numerics.methods import ALIASES, METHODS
+from aca_ext.tensor_memory import TensorMemory
 
 _COMPARED = ("aca", "adjoint", "naive")
 _BATCH = 64

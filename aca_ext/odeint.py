@@ -10,15 +10,15 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import checked_policy
-from aca_ext.engines import run, run_compiled_again
+from aca_ext.engines.dispatch import run, run_compiled_again
 from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.base import AdjointOptions
-from aca_ext.gradients.parameters import checked_params
-from aca_ext.options import refuse_to_stop
+from aca_ext.gradients.dependencies import checked_params
+from aca_ext.problem.options import refuse_to_stop
+from aca_ext.problem.state import State
 from aca_ext.progress import Callback
 from aca_ext.solution import Solution
-from aca_ext.state import State
+from aca_ext.solver.checkpoints import checked_policy
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.checkpoints import StepRecord
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.gradients.base import Record
-from aca_ext.independent.solver import BatchStats
-from aca_ext.outputs import stack_rows
-from aca_ext.problem import Problem
-from aca_ext.resumption import SolverState
-from aca_ext.solver import Stats
-from aca_ext.state import State, like_tuple
+from aca_ext.numerics.output_times import stack_rows
+from aca_ext.problem.problem import Problem
+from aca_ext.problem.resumption import SolverState
+from aca_ext.problem.state import State, like_tuple
+from aca_ext.solver.batch_loop import BatchStats
+from aca_ext.solver.checkpoints import StepRecord
+from aca_ext.solver.loop import Stats
 
 
 @dataclass(frozen=True)

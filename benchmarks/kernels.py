@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from aca_ext.ops import Tolerance, TorchOperations, operations_for, row_operations_for
+from aca_ext.kernels.fused import Tolerance, TorchOperations, operations_for, row_operations_for
 from benchmarks.harness import Parts, Settings, Table, interleave
 
 SIZES = [1, 1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 22]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import aca_ext
-from aca_ext.memory import TensorMemory
+from aca_ext.tensor_memory import TensorMemory
 from benchmarks.harness import Parts, Result, Settings, Table, new_figure
 from benchmarks.workloads import W2, Problem
 

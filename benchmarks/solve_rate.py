@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import aca_ext
-from aca_ext.graph import programs
+from aca_ext.engines.cuda_graph import captures as programs
 from benchmarks import peers
 from benchmarks.harness import Parts, Settings, Table, Timings, first_line, interleave
 from benchmarks.workloads import W1, W2, W3, Network, Problem
@@ -182,7 +182,7 @@ def _ours(problem: Problem, engine: str, device_loops: bool = False) -> Case:
 
 
 def _check_loops(problem: Problem) -> None:
-    from aca_ext.graph import engine
+    from aca_ext.engines.cuda_graph import engine
 
     *_, plan = engine._by_owner.of(problem.func)._plans.values()
     if not isinstance(plan._solve, programs._Loop):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.methods import METHODS
+from aca_ext.numerics.methods import METHODS
 
 State = Any  # a tensor or a tuple of tensors
 

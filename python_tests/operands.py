@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aca_ext import _C, reference
-from aca_ext.ops import KernelOperations, Norm, Tolerance, TorchOperations
+from aca_ext import _C
+from aca_ext.kernels import reference
+from aca_ext.kernels.fused import KernelOperations, Norm, Tolerance, TorchOperations
 
 CHUNK = 4096  # elements that a CPU thread handles at a time
 THREADS_FROM = 1 << 15  # elements from which the CPU kernels use threads

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from test_graph_engine import Caller
 
-from aca_ext.graph import engine, programs
+from aca_ext.engines.cuda_graph import captures as programs
+from aca_ext.engines.cuda_graph import engine
 from benchmarks import breakdown, convolution, ensemble, solve_rate
 from benchmarks.harness import Settings, Table, print_table
 from benchmarks.workloads import W3

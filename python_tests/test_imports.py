@@ -16,49 +16,79 @@ PACKAGE, CSRC = ROOT / "aca_ext", ROOT / "csrc"
 # What each module may import of the package. Modules that are not listed are free but for the rules below.
 ALLOWED = {
     "aca_ext.errors": set(),
-    "aca_ext.tableau": set(),
-    "aca_ext.controller": set(),
-    "aca_ext.reference": set(),
-    "aca_ext.methods": {"aca_ext.tableau"},
-    "aca_ext.suggestions": set(),
+    "aca_ext.numerics.tableau": set(),
+    "aca_ext.numerics.controller": set(),
+    "aca_ext.kernels.reference": set(),
+    "aca_ext.numerics.methods": {"aca_ext.numerics.tableau"},
+    "aca_ext.problem.suggestions": set(),
     "aca_ext.user_warnings": set(),
-    "aca_ext.recorders": set(),
-    "aca_ext.admission": {"aca_ext.errors", "aca_ext.recorders"},
-    "aca_ext.arguments": {"aca_ext.admission", "aca_ext.errors", "aca_ext.state", "aca_ext.suggestions"},
-    "aca_ext.layout": set(),
-    "aca_ext.tolerance": {"aca_ext.admission", "aca_ext.arguments", "aca_ext.errors", "aca_ext.state"},
-    "aca_ext.torch_operations": {"aca_ext.admission", "aca_ext.layout", "aca_ext.reference", "aca_ext.tolerance"},
-    "aca_ext.differentiable": {"aca_ext.reference", "aca_ext.torch_operations"},
-    "aca_ext.ops": {
-        "aca_ext._C",
-        "aca_ext.admission",
-        "aca_ext.differentiable",
-        "aca_ext.layout",
-        "aca_ext.reference",
-        "aca_ext.references",
-        "aca_ext.tolerance",
-        "aca_ext.torch_operations",
+    "aca_ext.problem.recorders": set(),
+    "aca_ext.problem.admission": {"aca_ext.errors", "aca_ext.problem.recorders"},
+    "aca_ext.problem.arguments": {
+        "aca_ext.problem.admission",
+        "aca_ext.errors",
+        "aca_ext.problem.state",
+        "aca_ext.problem.suggestions",
     },
-    "aca_ext.holdings": set(),
-    "aca_ext.references": set(),
-    "aca_ext.runge_kutta": {"aca_ext.ops", "aca_ext.tableau", "aca_ext.reference"},
-    "aca_ext.replay_check": {"aca_ext.errors"},
+    "aca_ext.kernels.layout": set(),
+    "aca_ext.problem.tolerance": {
+        "aca_ext.problem.admission",
+        "aca_ext.problem.arguments",
+        "aca_ext.errors",
+        "aca_ext.problem.state",
+    },
+    "aca_ext.kernels.operations": {
+        "aca_ext.problem.admission",
+        "aca_ext.kernels.layout",
+        "aca_ext.kernels.reference",
+        "aca_ext.problem.tolerance",
+    },
+    "aca_ext.kernels.autograd": {"aca_ext.kernels.reference", "aca_ext.kernels.operations"},
+    "aca_ext.kernels.fused": {
+        "aca_ext._C",
+        "aca_ext.problem.admission",
+        "aca_ext.kernels.autograd",
+        "aca_ext.kernels.layout",
+        "aca_ext.kernels.reference",
+        "aca_ext.kernels.references",
+        "aca_ext.problem.tolerance",
+        "aca_ext.kernels.operations",
+    },
+    "aca_ext.vector_field.holdings": set(),
+    "aca_ext.kernels.references": set(),
+    "aca_ext.solver.runge_kutta": {"aca_ext.kernels.fused", "aca_ext.numerics.tableau", "aca_ext.kernels.reference"},
+    "aca_ext.vector_field.replay_check": {"aca_ext.errors"},
 }
 # What each module must not reach, by whatever way.
 UNREACHABLE = {
-    "aca_ext.controller": ("torch", "numpy"),
-    "aca_ext.tableau": ("torch", "numpy"),
-    "aca_ext.methods": ("torch", "numpy"),
+    "aca_ext.numerics.controller": ("torch", "numpy"),
+    "aca_ext.numerics.tableau": ("torch", "numpy"),
+    "aca_ext.numerics.methods": ("torch", "numpy"),
     "aca_ext.errors": ("torch", "numpy"),
     "aca_ext.progress": ("torch", "numpy"),
-    "aca_ext.solver": ("aca_ext.gradients", "aca_ext.replay", "aca_ext.engines", "aca_ext.odeint"),
-    "aca_ext.runge_kutta": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem", "aca_ext.controller"),
-    "aca_ext.checkpoints": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
-    "aca_ext.outputs": ("aca_ext.solver", "aca_ext.gradients", "aca_ext.problem"),
-    "aca_ext.problem": ("aca_ext.solver", "aca_ext.gradients"),
-    "aca_ext.independent.controller": ("torch",),
-    "aca_ext.independent.problem": ("aca_ext.solver", "aca_ext.gradients"),
-    "aca_ext.independent.solver": ("aca_ext.gradients", "aca_ext.replay", "aca_ext.engines", "aca_ext.odeint"),
+    "aca_ext.solver.loop": (
+        "aca_ext.gradients",
+        "aca_ext.vector_field.replay",
+        "aca_ext.engines.dispatch",
+        "aca_ext.odeint",
+    ),
+    "aca_ext.solver.runge_kutta": (
+        "aca_ext.solver.loop",
+        "aca_ext.gradients",
+        "aca_ext.problem.problem",
+        "aca_ext.numerics.controller",
+    ),
+    "aca_ext.solver.checkpoints": ("aca_ext.solver.loop", "aca_ext.gradients", "aca_ext.problem.problem"),
+    "aca_ext.numerics.output_times": ("aca_ext.solver.loop", "aca_ext.gradients", "aca_ext.problem.problem"),
+    "aca_ext.problem.problem": ("aca_ext.solver.loop", "aca_ext.gradients"),
+    "aca_ext.numerics.batch_controller": ("torch",),
+    "aca_ext.problem.batch": ("aca_ext.solver.loop", "aca_ext.gradients"),
+    "aca_ext.solver.batch_loop": (
+        "aca_ext.gradients",
+        "aca_ext.vector_field.replay",
+        "aca_ext.engines.dispatch",
+        "aca_ext.odeint",
+    ),
 }
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {
@@ -140,15 +170,15 @@ SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 
 class TestPackage:
     def test_was_found(self) -> None:
-        assert {"aca_ext", "aca_ext.ops", "aca_ext.gradients.aca"} <= set(IMPORTS)
-        assert IMPORTS["aca_ext.ops"] >= {"torch", "aca_ext._C", "aca_ext.reference"}
+        assert {"aca_ext", "aca_ext.kernels.fused", "aca_ext.gradients.aca"} <= set(IMPORTS)
+        assert IMPORTS["aca_ext.kernels.fused"] >= {"torch", "aca_ext._C", "aca_ext.kernels.reference"}
 
     def test_rules_name_modules_that_exist(self) -> None:
         assert {*ALLOWED, *UNREACHABLE} <= set(IMPORTS)
 
     def test_ops_alone_imports_the_extension(self) -> None:
         importers = [module for module, names in IMPORTS.items() if "aca_ext._C" in names]
-        assert importers == ["aca_ext.control", "aca_ext.ops"]
+        assert importers == ["aca_ext.engines.cuda_graph.control_block", "aca_ext.kernels.fused"]
 
     def test_the_package_alone_looks_for_the_extension_by_name(self) -> None:
         names = {

@@ -12,7 +12,7 @@ import torch
 
 import aca_ext
 from aca_ext import errors
-from aca_ext.methods import ALIASES
+from aca_ext.numerics.methods import ALIASES
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 

@@ -17,16 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.admission import check_readable
-from aca_ext.checkpoints import AcceptedStep, Checkpoints, brought_to, checkpoints_for, distances, reversed_states, rows
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import FirstEvaluation
-from aca_ext.ops import TorchOperations, empty_rows, operations_for, rows_like
-from aca_ext.outputs import stack_rows
-from aca_ext.problem import Problem
-from aca_ext.replay import Replay
-from aca_ext.replay_check import ReplayCheck, ReplayedStep
-from aca_ext.runge_kutta import (
+from aca_ext.gradients.dependencies import FirstEvaluation
+from aca_ext.kernels.fused import TorchOperations, empty_rows, operations_for, rows_like
+from aca_ext.numerics.output_times import stack_rows
+from aca_ext.problem.admission import check_readable
+from aca_ext.problem.problem import Problem
+from aca_ext.problem.transforms import refuse_transforms
+from aca_ext.solver.checkpoints import (
+    AcceptedStep,
+    Checkpoints,
+    brought_to,
+    checkpoints_for,
+    distances,
+    reversed_states,
+    rows,
+)
+from aca_ext.solver.loop import Solver
+from aca_ext.solver.runge_kutta import (
     Scheme,
     compiled_stepper,
     interpolate,
@@ -37,9 +45,9 @@ from aca_ext.runge_kutta import (
     stepper,
     transposed_stepper,
 )
-from aca_ext.solver import Solver
-from aca_ext.transforms import refuse_transforms
-from aca_ext.vector_field import AutocastState
+from aca_ext.vector_field.field import AutocastState
+from aca_ext.vector_field.replay import Replay
+from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
 
 def solve(task: Task) -> Result:

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.admission import check_readable
 from aca_ext.errors import ArgumentValueError, SolveError
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import FirstEvaluation
-from aca_ext.ops import operations_for
-from aca_ext.problem import problem_of
-from aca_ext.replay import Replay
-from aca_ext.solver import Solver
-from aca_ext.transforms import refuse_transforms
-from aca_ext.vector_field import AutocastState, VectorField
+from aca_ext.gradients.dependencies import FirstEvaluation
+from aca_ext.kernels.fused import operations_for
+from aca_ext.problem.admission import check_readable
+from aca_ext.problem.problem import problem_of
+from aca_ext.problem.transforms import refuse_transforms
+from aca_ext.solver.loop import Solver
+from aca_ext.vector_field.field import AutocastState, VectorField
+from aca_ext.vector_field.replay import Replay
 
 
 def solve(task: Task) -> Result:

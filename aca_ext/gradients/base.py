@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from aca_ext.checkpoints import Policy
-from aca_ext.independent.solver import BatchStats
-from aca_ext.problem import Problem
-from aca_ext.solver import Stats
-from aca_ext.vector_field import VectorField
+from aca_ext.problem.problem import Problem
+from aca_ext.solver.batch_loop import BatchStats
+from aca_ext.solver.checkpoints import Policy
+from aca_ext.solver.loop import Stats
+from aca_ext.vector_field.field import VectorField
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ constant, as in the paper's code.
 from __future__ import annotations
 
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.parameters import first_slope_with_graph
-from aca_ext.ops import TorchOperations
-from aca_ext.outputs import stack_rows
-from aca_ext.solver import Solver
+from aca_ext.gradients.dependencies import first_slope_with_graph
+from aca_ext.kernels.fused import TorchOperations
+from aca_ext.numerics.output_times import stack_rows
+from aca_ext.solver.loop import Solver
 
 
 def solve(task: Task) -> Result:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import aca_ext
-from aca_ext.memory import TensorMemory
+from aca_ext.tensor_memory import TensorMemory
 from benchmarks.harness import new_figure
 from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure
 

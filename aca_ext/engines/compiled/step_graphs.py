@@ -1,0 +1,198 @@
+"""The step and its transpose as graphs: ``runge_kutta``'s own functions, traced on func's graph.
+
+Each graph takes all it reads and writes as inputs, in this order, and returns nothing:
+
+    slope      scalars, y, k; inputs of func
+    step       scalars, y, k_1, y1, sums; k_2 ... k_s; tolerances where they are tensors; inputs of func
+    transpose  scalars, y, g, g_y; for outputs inside the step g_inside, G_1 ... G_s; gradients; inputs of func
+
+``scalars`` are the times of the stages, h, rtol and atol in the state's dtype; ``sums`` the squared error ratios by
+segment. ``g`` is the cotangent of the step's end, ``g_y`` receives that of its start, and the gradients of func's
+inputs are added to. Outputs inside a step come as the sum of their cotangents, ``g_inside``, and as what they
+contribute to the cotangent of each slope, ``G_i = sum of b_i(theta) g``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aca_ext.engines.compiled.inductor import Traced
+from aca_ext.engines.compiled.lowerings import decompositions
+from aca_ext.engines.compiled.tracing import Captured
+from aca_ext.errors import CompileError
+from aca_ext.kernels.fused import Tolerance, TorchOperations
+from aca_ext.kernels.reference import squared_error_ratios
+from aca_ext.problem.state import Packing
+from aca_ext.solver.runge_kutta import Scheme, step, step_vjp
+
+
+class _Operations(TorchOperations):
+    """The reference operations on times that are a tensor already, whatever the layout of the operands."""
+
+    def admit(self, x: Tensor, what: str = "") -> Tensor:
+        return x
+
+    def scalars(self, values: Sequence[object]) -> Sequence[Tensor]:
+        assert isinstance(values, Tensor)
+        return values.unbind()
+
+
+class Layout:
+    """What graphs are traced for: how a state is packed and laid out, the scheme, and the kind of the tolerances."""
+
+    def __init__(self, like: Tensor, packing: Packing, scheme: Scheme, tolerance: Tolerance) -> None:
+        self.like, self.packing, self.scheme = like, packing, scheme
+        self.ops = _Operations(like, tolerance)
+        self.tolerance = tolerance
+        self.tolerance_tensors = (
+            [torch.ones_like(like) for x in (tolerance.rtol, tolerance.atol)]
+            if isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor)
+            else []
+        )
+        self.stages = len(scheme.c)
+
+    def state(self) -> Tensor:
+        return self.like.clone()
+
+    def scalars(self) -> Tensor:
+        h, tolerance = 0.25, 1.0
+        values = [*(c * h for c in self.scheme.c), h, tolerance, tolerance]
+        return torch.tensor(values, dtype=self.like.dtype, device="cpu")
+
+
+class _Slope:
+    """func's graph on packed states."""
+
+    def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
+        self._captured, self._packing, self._inputs = captured, packing, inputs
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        y_parts = self._packing.unpack(y)
+        parts = y_parts if isinstance(y_parts, tuple) else (y_parts,)
+        operands = {"t": (t,), "y": parts, "input": self._inputs}
+        k = self._captured.graph.forward(*(operands[kind][i] for kind, i in self._captured.roles))
+        return self._packing.pack(tuple(k) if self._packing.is_tuple else k[0])
+
+
+class _Replay(_Slope):
+    """The same with gradients for those of func's inputs that want them."""
+
+    def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
+        leaves = [
+            x.detach().requires_grad_() if wanted else x
+            for x, wanted in zip(inputs, captured.wants_gradient, strict=True)
+        ]
+        super().__init__(captured, packing, leaves)
+        self._wanted = [x for x, wanted in zip(leaves, captured.wants_gradient, strict=True) if wanted]
+        self.grads: list[Tensor | None] = [None] * len(self._wanted)
+
+    def pull_back(self, y: Tensor, k: Tensor, grad_k: Tensor) -> Tensor | None:
+        v, *grads = torch.autograd.grad(k, (y, *self._wanted), grad_k, allow_unused=True)
+        for i, grad in enumerate(grads):
+            total = self.grads[i]
+            if grad is not None:
+                self.grads[i] = grad if total is None else total + grad
+        return v
+
+
+def slope_graph(captured: Captured, layout: Layout) -> Traced:
+    def slope(scalars: Tensor, y: Tensor, k: Tensor, *inputs: Tensor) -> tuple[()]:
+        k.copy_(_Slope(captured, layout.packing, inputs)(scalars[0], y))
+        return ()
+
+    return _trace(slope, [layout.scalars(), layout.state(), layout.state()], {2}, captured.inputs)
+
+
+def step_graph(captured: Captured, layout: Layout) -> Traced:
+    s, scheme, ops = layout.stages, layout.scheme, layout.ops
+    n_tolerances = len(layout.tolerance_tensors)
+
+    def whole_step(scalars: Tensor, y: Tensor, k_first: Tensor, y1: Tensor, sums: Tensor, *more: Tensor) -> tuple[()]:
+        slopes, tolerances, inputs = more[: s - 1], more[s - 1 : s - 1 + n_tolerances], more[s - 1 + n_tolerances :]
+        h = scalars[s]
+        f = _Slope(captured, layout.packing, inputs)
+        trial = step(f, ops, scheme, scalars[:s], y, h, k_first)  # type: ignore[arg-type]
+        if trial.partial_error is not None:
+            rtol, atol = tolerances or (scalars[s + 1], scalars[s + 2])
+            k_last = trial.k[-1] if scheme.error_last != 0 else None
+            segments = layout.tolerance.segments
+            w = scheme.error_last * h
+            sums.copy_(squared_error_ratios(trial.partial_error, k_last, w, y, trial.y1, rtol, atol, segments))
+        y1.copy_(trial.y1)
+        for to, k in zip(slopes, trial.k[1:], strict=True):
+            to.copy_(k)
+        return ()
+
+    sums = torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
+    states = [layout.state() for _ in range(s + 2)]
+    inputs = [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors]
+    return _trace(whole_step, inputs, {3, 4, *range(5, 4 + s)}, captured.inputs)
+
+
+def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Traced:
+    s, scheme, ops = layout.stages, layout.scheme, layout.ops
+    n_inside = s + 1 if inside else 0
+    wanted = [x for x, w in zip(captured.inputs, captured.wants_gradient, strict=True) if w]
+    n_wanted = len(wanted)
+
+    def transpose(scalars: Tensor, y: Tensor, g: Tensor, g_y: Tensor, *more: Tensor) -> tuple[()]:
+        of_slopes, grads, inputs = more[:n_inside], more[n_inside : n_inside + n_wanted], more[n_inside + n_wanted :]
+        outputs: list[tuple[Sequence[float], Tensor]] = [(scheme.solution, g)]
+        if inside:
+            g_inside, *each = of_slopes
+            outputs.append(((0.0,) * s, g_inside))
+            outputs += [(tuple(float(i == j) for j in range(s)), g_i) for i, g_i in enumerate(each)]
+        replay = _Replay(captured, layout.packing, inputs)
+        with torch.enable_grad():
+            pulled = step_vjp(replay, ops, scheme, scalars[:s], y, scalars[s], outputs)  # type: ignore[arg-type]
+        # A pair (w, g) is a cotangent of the state too, which what concerns a slope alone is not.
+        for g_i in of_slopes[1:]:
+            pulled = pulled - g_i
+        g_y.copy_(pulled)
+        for to, grad in zip(grads, replay.grads, strict=True):
+            if grad is not None:
+                to.copy_(to + grad)
+        return ()
+
+    states = [layout.state() for _ in range(3 + n_inside)]
+    grads = [torch.zeros_like(x) for x in wanted]
+    inputs = [layout.scalars(), *states, *grads]
+    first = 4 + n_inside
+    return _trace(transpose, inputs, {3, *range(first, first + n_wanted)}, captured.inputs)
+
+
+def _trace(
+    function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], of_func: Sequence[Tensor]
+) -> Traced:
+    """A functional graph of ``function`` of ``inputs`` and then those of func; it ends in writing to those ``written``.
+
+    Raises:
+        CompileError: the graph draws random numbers, or changes another input.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = [*inputs, *of_func]
+    examples = [x.clone() for x in inputs]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own modules
+        graph = make_fx(function)(*examples)  # with autograd's operations in it, and in-place ones
+        graph = make_fx(torch.func.functionalize(graph), decomposition_table=decompositions())(*examples)
+    placeholders = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CompileError(
+                f"func draws random numbers ({node.target}), which a replay could not repeat. "
+                'Use engine="eager", or func.eval() where it is dropout.'
+            )
+        if node.target is torch.ops.aten.copy_.default and placeholders.get(node.args[0]) not in written:
+            raise CompileError(
+                "func changes a tensor that it depends on in place (a buffer such as the statistics of BatchNorm in "
+                'training, or its state argument). Use engine="eager", or func.eval().'
+            )
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, inputs, len(of_func)

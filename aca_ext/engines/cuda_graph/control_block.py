@@ -1,0 +1,253 @@
+"""The control block of a solve in the memory of its device, and the operations of a step that read from it when and how
+far to go. With ``aca_ext.kernels.fused`` the only module that imports ``_C``.
+
+``csrc/control/control_block.h`` says what the block holds. A decision about it, by one thread of the device, is all that happens
+between two steps: whoever launches them need not know how far they have come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext import _C
+from aca_ext.kernels.fused import RowKernels, controller_for, target_for
+from aca_ext.kernels.layout import empty_rows
+from aca_ext.problem.problem import Problem
+from aca_ext.problem.tolerance import Tolerance
+from aca_ext.solver.runge_kutta import Scheme
+
+STEP_ENTRY = _C.STEP_ENTRY_DOUBLES  # doubles that a step is recorded in; the last one is an int64
+
+
+class ControlBlock:
+    """The block, and the memory that it points to for as long as it belongs to a plan."""
+
+    def __init__(self, like: Tensor, scheme: Scheme, tolerance: Tolerance) -> None:
+        device = like.device
+        self.like, self.scheme = like, scheme
+        self._memory = torch.zeros(_C.CONTROL_BYTES, dtype=torch.uint8, device=device)
+        self.workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.sums = torch.zeros(2, max(1, len(tolerance.sizes)), dtype=torch.float64, device=device)
+        self._sizes = torch.tensor(tolerance.sizes or [0], dtype=torch.float64, device=device)
+        self._stage_times = torch.zeros(len(scheme.c), dtype=like.dtype, device=device)
+        self.minus_one = torch.full((1,), -1.0, dtype=torch.float64, device=device)
+
+    @property
+    def address(self) -> int:
+        return self._memory.data_ptr()
+
+    @property
+    def h(self) -> Tensor:
+        """The signed step size of the trial to come, float64."""
+        return self._number(_C.H_TRIAL)
+
+    @property
+    def slope_weight(self) -> Tensor:
+        """The weight in its error of the slope at its end, float64."""
+        return self._number(_C.SLOPE_WEIGHT)
+
+    def _number(self, offset: int) -> Tensor:
+        return self._memory[offset : offset + 8].view(torch.float64)
+
+    @property
+    def stage_times(self) -> Sequence[Tensor]:
+        return self._stage_times.unbind(0)
+
+    def write(self, control: _C.Control) -> None:
+        _C.write_control(target_for(self.like), self.address, control)
+
+    def decide(self, decision: str) -> None:
+        """One decision about the block, on the current stream."""
+        _C.decide(target_for(self.like), self.address, decision)
+
+    def read(self) -> _C.Control:
+        """The block as it is now; waits for the device."""
+        return _C.Control(self._memory.cpu().numpy().tobytes())
+
+    def control(self, problem: Problem, solve: SolveMemory, tolerance: Tolerance) -> _C.Control:
+        """The block at the start of a solve."""
+        controller, scheme = problem.controller, self.scheme
+        control = _C.Control(str(self.like.dtype).removeprefix("torch."), controller_for(controller))
+        control.first_step = 0.0 if controller is None else controller.first_step or 0.0
+        dense = scheme.tableau.dense_coefficients if solve.weights is not None else ()
+        control.set_tableau(scheme.c, dense)
+        control.fsal, control.is_adaptive = scheme.fsal, controller is not None
+        control.error_last = scheme.error_last
+        control.segments = len(tolerance.sizes)
+        times = problem.times
+        control.sign = 1.0 if times[-1] > times[0] else -1.0
+        control.length = abs(times[-1] - times[0])
+        control.max_num_steps, control.n_times, control.t = problem.max_num_steps, len(times), times[0]
+        control.row_bytes = self.like.numel() * self.like.element_size()
+        control.times, control.stops = solve.times.data_ptr(), solve.stops.data_ptr()
+        control.sizes, control.sums = self._sizes.data_ptr(), self.sums.data_ptr()
+        control.stage_times = self._stage_times.data_ptr()
+        control.weights = 0 if solve.weights is None else solve.weights.data_ptr()
+        control.outputs = solve.ys.data_ptr()
+        return control
+
+
+class DeviceTimes:
+    """The requested times and the times that a step must end at, on the device; ``of`` are both as numbers."""
+
+    def __init__(self, times: tuple[float, ...], stops: tuple[float, ...], device: torch.device) -> None:
+        self.of = times, stops
+        both = torch.tensor([*times, *stops], dtype=torch.float64, device="cpu").to(device, non_blocking=True)
+        self.times, self.stops = both[: len(times)], both[len(times) :]
+
+
+class SolveMemory:
+    """What one solve writes: its outputs, its accepted steps, and the states that they started from.
+
+    Attributes:
+        ys: the outputs, one row for each time.
+        keeps_states: whether states are kept.
+        blocks: the states, each block as large as all before it together.
+        steps: the record of accepted steps, one row for each.
+        control: the control block as it was last written or read.
+        n_steps, n_accepted: counts of trial steps and of accepted ones, at the end.
+        turn: which use of its plan's memory the solve is.
+    """
+
+    control: _C.Control
+    turn: int
+
+    def __init__(self, times: DeviceTimes, y0: Tensor, *, keeps_states: bool, n_states: int, has_weights: bool) -> None:
+        device, count = y0.device, len(times.of[0])
+        self.times, self.stops = times.times, times.stops
+        self.ys = empty_rows(count, y0)
+        self.weights = None
+        if has_weights:
+            self.weights = torch.empty(count, _C.MAX_TERMS, dtype=torch.float64, device=device)
+        self._y0, self.keeps_states, self._first = y0, keeps_states, n_states
+        self.blocks: list[Tensor] = []
+        self.n_steps = self.n_accepted = 0
+        self.steps = torch.empty(0, STEP_ENTRY, dtype=torch.float64, device=device)
+
+    def room_in(self, control: _C.Control) -> None:
+        """Tells ``control``, at the start of a solve, what room there is."""
+        if not len(self.steps):
+            return self.grow(control)
+        for block in self.blocks:
+            control.add_block(block.data_ptr(), len(block))
+        control.n_states = len(self.steps) + 1
+        control.steps = self.steps.data_ptr()
+        return None
+
+    def grow(self, control: _C.Control) -> None:
+        """Makes room for as many further states as there are, and tells ``control``."""
+        more = max(self._first, control.n_states)
+        if self.keeps_states:
+            self.blocks.append(empty_rows(more, self._y0))
+            control.add_block(self.blocks[-1].data_ptr(), more)
+        else:
+            control.n_states += more
+        steps = torch.empty(control.n_states - 1, STEP_ENTRY, dtype=torch.float64, device=self._y0.device)
+        steps[: len(self.steps)] = self.steps
+        self.steps = steps
+        control.steps = steps.data_ptr()
+
+    def hand_over_states(self) -> list[Tensor]:
+        """The blocks, as far as they were filled, for whoever keeps them from now on."""
+        blocks, self.blocks = self.blocks, []
+        handed, left = list[Tensor](), self.n_accepted + 1
+        for block in blocks:
+            if left > 0:
+                handed.append(block[:left])
+            left -= len(block)
+        return handed
+
+    def take_states(self, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tells ``control`` where the states are now, which hooks on saved tensors may have moved; returns them."""
+        blocks = [self.laid_out(block) for block in blocks]
+        self.control.n_blocks = 0
+        for block in blocks:
+            self.control.add_block(block.data_ptr(), len(block))
+        return blocks
+
+    def hand_over_outputs(self) -> Tensor:
+        """The outputs, for whoever keeps them from now on: their graph refers to this object."""
+        ys = self.ys
+        del self.ys
+        return ys
+
+    def laid_out(self, rows: Tensor) -> Tensor:
+        """``rows``, a copy only where they are laid out unlike the outputs."""
+        like = self._y0
+        if rows.stride() == (like.numel(), *like.stride()) and not rows.is_neg():
+            return rows
+        return empty_rows(len(rows), like).copy_(rows)
+
+
+class ControlledKernels(RowKernels):
+    """The kernels on a whole state, for a step whose times and size are those in a control block.
+
+    Where an operation takes h, it takes ``ControlBlock.h``, read when the kernel runs. What the kernels work in belongs
+    to the block, which outlives a capture of them.
+    """
+
+    def __init__(self, block: ControlBlock, tolerance: Tolerance) -> None:
+        super().__init__(block.like.unsqueeze(0), tolerance)
+        self.like, self.stride = block.like, block.like.stride()
+        self.block = block
+        self._on = target_for(block.like, block.workspace)
+
+    def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
+        """The times of the stages, whatever ``values`` are."""
+        return self.block.stage_times
+
+    def write_norm(self, partial: Tensor, k: Tensor | None, w: Tensor, y0: Tensor, y1: Tensor, which: int = 0) -> None:
+        """The sums of an error norm to where decisions look for them."""
+        segments, limit = self.tolerance.segments, _C.MAX_SEGMENTS
+        for first in range(0, len(segments) - 1, limit):
+            _C.squared_error_ratio_rows(
+                self._on,
+                1,
+                segments[first : first + limit + 1],
+                w.data_ptr(),
+                self.block.sums[which].data_ptr() + 8 * first,
+                partial.data_ptr(),
+                0 if k is None else k.data_ptr(),
+                y0.data_ptr(),
+                y1.data_ptr(),
+                *self._tolerances,
+            )
+
+    def decide(self, decision: str) -> None:
+        """One decision about the control block: "start", "euler", "first", "next", "resume" or "transpose"."""
+        _C.decide(self._on, self.block.address, decision)
+
+    def finish(self, y: Tensor, k: Sequence[Tensor], y1: Tensor, k_first: Tensor | None) -> None:
+        """If the trial was accepted: its outputs, its state kept, and ``y`` and ``k_first`` those of the next step."""
+        addresses = [k_i.data_ptr() for k_i in k]
+        first = 0 if k_first is None else k_first.data_ptr()
+        _C.finish_step(self._on, self._n, self.block.address, y.data_ptr(), addresses, y1.data_ptr(), first)
+
+    def restore(self, y: Tensor, g: Tensor, inside: tuple[Tensor, Sequence[Tensor]] | None) -> None:
+        """The state that a step started from, and what its outputs contribute to the cotangents."""
+        total, slopes = (0, []) if inside is None else (inside[0].data_ptr(), [x.data_ptr() for x in inside[1]])
+        _C.restore_step(self._on, self._n, self.block.address, y.data_ptr(), slopes, g.data_ptr(), total)
+
+
+def supports_device_loops() -> bool:
+    """Whether this build and this driver repeat captured graphs on the device (CUDA 12.4 and newer)."""
+    return _C.HAS_CUDA and _C.LoopGraph.is_supported()
+
+
+def device_loop(device: int, first: int, body: int, control: int) -> _C.LoopGraph:
+    """Captured graphs, ``first`` (0: none) and then ``body`` while the control block says so, as one launch."""
+    return _C.LoopGraph(device, first, body, control)
+
+
+def obstacle_to_loop(graph: int) -> str:
+    """Why a captured graph cannot be repeated on the device, "" where it can."""
+    return _C.obstacle_to_loop(graph)
+
+
+def restart_capture(stream: torch.cuda.Stream) -> None:
+    """Forgets what was captured on ``stream``, and what was wrong with it: the capture can be ended as any other."""
+    _C.restart_capture(stream.device_index, stream.cuda_stream)

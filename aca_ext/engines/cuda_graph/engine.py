@@ -1,0 +1,323 @@
+"""engine="graph": the adaptive checkpoint adjoint with its loops on the GPU.
+
+A trial step with the decision about it is captured once, and so is a step's transpose; a solve repeats them without the
+host looking at any of it before the end. What is stored, and which steps are replayed, is as in ``gradients.aca``.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.engines.cuda_graph import captures as programs
+from aca_ext.engines.cuda_graph.captures import Capturer, CudaCapturer
+from aca_ext.engines.cuda_graph.control_block import SolveMemory
+from aca_ext.engines.cuda_graph.operation_trace import TracedFunction, is_tracing
+from aca_ext.engines.cuda_graph.plan import Plan
+from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
+from aca_ext.gradients.aca import differentiable_backward
+from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.dependencies import FirstEvaluation
+from aca_ext.kernels.fused import has_kernels
+from aca_ext.kernels.operations import TorchOperations
+from aca_ext.problem.problem import Problem
+from aca_ext.solver.checkpoints import AcceptedStep, StepRecord, rows
+from aca_ext.solver.failures import NO_TOLERANCE, failure_of
+from aca_ext.solver.loop import Stats
+from aca_ext.vector_field.field import AutocastState, VectorField
+from aca_ext.vector_field.function_cache import PerOwner
+
+DEVICES = ("cuda",)
+_MAX_PLANS = 8  # of one func; beyond, the one that was used longest ago is captured anew
+_HINT = 'Use engine="eager".'
+
+
+def solve(task: Task) -> Result:
+    """Solves the problem of ``task`` with gradient="aca".
+
+    Raises:
+        GraphError: func cannot be captured, or this kind of solve is not supported.
+    """
+    problem = task.problem
+    _check_supported(problem)
+    run = _Run(task)
+    inputs = [*run.params, *(x for x in problem.args if isinstance(x, Tensor) and x.requires_grad)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, *inputs)):
+        ys = _GraphAca.apply(run, problem.y0, *inputs)
+    else:
+        ys = run.forward(keeps_states=False)
+    return Result(ys, run.record, run.stats)
+
+
+class _Run:
+    """One solve: its first slope, its plan, and what it wrote."""
+
+    def __init__(self, task: Task) -> None:
+        problem = task.problem
+        plans, layout = _by_owner.of(problem.func), _layout_of(problem)
+        likely, started = plans.started_early(problem, layout)
+        self.autocast = AutocastState(problem.y0.device.type)
+        traced = TracedFunction(problem.func, self.autocast.restored)
+        field = VectorField(
+            traced, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)
+        )
+        field.func = problem.func  # whose modules are to be looked at, and were
+        field.take_notes_of(task.field)
+        self.task, watched = task, replace(task, field=field)
+        if torch.is_grad_enabled():
+            first = FirstEvaluation(watched, is_traced=True)
+            k0, params = first.k, [*first.params, *first.found]
+        else:
+            k0, params = watched.first_slope(problem.y0.detach()), []
+        assert k0 is not None
+        assert traced.trace is not None
+        if field.draws_random_numbers or field.moving_buffers:
+            what = "draws random numbers" if field.draws_random_numbers else "changes buffers of its modules"
+            raise GraphError(f"func {what}, which a captured step cannot repeat. {_HINT}")
+        self.problem, self.params, self._k0 = problem, params, k0.detach()
+        self.stats = Stats(backend="graph")
+        start = time.perf_counter()
+        key = traced.trace.key(), tuple(p.data_ptr() for p in params), layout
+        self.plan, is_new = plans.find(key, self._new_plan(traced))
+        self._started: SolveMemory | None = started if self.plan is likely else None
+        if is_new:
+            self.stats.compile_seconds = time.perf_counter() - start
+        self.record: _GraphRecord = _GraphRecord()
+
+    def _new_plan(self, traced: TracedFunction) -> Callable[[], Plan]:
+        problem, trace = self.problem, traced.trace
+        assert trace is not None
+        y0 = problem.y0.detach()
+
+        def make() -> Plan:
+            if traced.again(problem.start_time(y0), problem.packing.unpack(y0), *problem.args).key() != trace.key():
+                raise GraphError(
+                    "func does not do the same twice: it uses a tensor made anew each time, or a number that changes, "
+                    f"so that no capture of it would hold. {_HINT}"
+                )
+            plan = Plan(problem, trace.held, capturer_for(self.problem.y0.device))
+            with plan.in_order():
+                plan.capture_forward(problem, self._k0, self.autocast)
+            return plan
+
+        return make
+
+    def forward(self, *, keeps_states: bool) -> Tensor:
+        problem, stats = self.problem, self.stats
+        self._n_f_evals = 1 + (problem.controller is not None and problem.controller.first_step is None)
+        with self.plan.in_order(), torch.no_grad():
+            memory, self._started = self._started, None
+            if memory is None or memory.keeps_states != keeps_states or not self.plan.has_in_hand(memory):
+                memory = self.plan.start(problem, problem.y0.detach(), self._k0, keeps_states)
+            self.plan.finish(problem, memory, self._look)
+        stats.n_steps, stats.n_accepted = memory.n_steps, memory.n_accepted
+        stats.n_rejected = stats.n_steps - stats.n_accepted
+        stats.n_f_evals = self._evaluations(memory.n_steps)
+        self.record.memory, self.record.times = memory, problem.times
+        return memory.hand_over_outputs()
+
+    def _evaluations(self, n_steps: int) -> int:
+        return self._n_f_evals + n_steps * self.plan.n_evals_per_step
+
+    def _look(self, control: Any) -> None:
+        """Raises where a solve cannot go on."""
+        problem, controller = self.problem, self.problem.controller
+        assert controller is not None
+        t, h, ratio, status = control.t, control.h, control.ratio, control.status
+        sign = math.copysign(1.0, problem.times[-1] - problem.times[0])
+        message = None
+        if status == "not_finite":
+            culprit = self.plan.not_finite()
+            if culprit is None and h >= controller.min_step and t + sign * h * 0.5 != t:
+                return
+            if culprit is not None:
+                message = f"{culprit} t={t:.17g}; look at func there."
+            elif ratio == math.inf and problem.tolerance.forbids_error():
+                status, message = "step_size", NO_TOLERANCE
+        kinds = {"step_limit": StepLimitError, "step_size": StepSizeError, "not_finite": NonFiniteError}
+        raise failure_of(
+            problem,
+            kinds[status],
+            message,
+            t=t,
+            h=h if control.n_steps else math.nan,  # no step was tried yet
+            error_ratio=ratio,
+            n_accepted=control.n_accepted,
+            n_rejected=control.n_steps - control.n_accepted,
+            n_f_evals=self._evaluations(control.n_steps),
+        )
+
+    def backward(self, grad_ys: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        memory, plan, params = self.record.memory, self.plan, self.params
+        with plan.in_order():
+            blocks = memory.take_states(blocks)  # referred to until all is launched
+            end = blocks[-1][-1]
+            if not plan.has_backward:
+                plan.capture_backward(self.problem, memory, end, params, self.task.field.held, self.autocast)
+            elif not plan.reads(params):
+                raise ReplayError(
+                    "The memory of a parameter was replaced between the forward and the backward pass, so that a "
+                    "replay would not repeat the forward pass. Replace it before the one or after the other."
+                )
+            self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
+            return plan.backward(memory, end, self.problem.args, memory.laid_out(grad_ys))
+
+
+class _GraphAca(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ys = run.forward(keeps_states=True)
+        blocks = run.record.memory.hand_over_states()
+        ctx.run, ctx.n_params, ctx.n_blocks, ctx.has_y0 = run, len(run.params), len(blocks), y0.requires_grad
+        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
+        ctx.save_for_backward(*blocks, *([y0] if ctx.has_y0 else []), *inputs)
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
+        run, saved = ctx.run, ctx.saved_tensors
+        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
+        if torch.is_grad_enabled():
+            ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
+            memory = run.record.memory
+            blocks = [memory.laid_out(block) for block in saved[: ctx.n_blocks]]
+            states = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
+            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
+            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, states, inputs)
+        else:
+            grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
+            grads = [grad_y0, *found]
+        needed = ctx.needs_input_grad[1:]
+        return None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+
+
+class _GraphRecord(StepRecord):
+    """The accepted steps of a solve on the device, brought to the host when they are asked for."""
+
+    memory: SolveMemory
+    times: tuple[float, ...]
+
+    def __init__(self) -> None:
+        self.end = None
+
+    @property
+    def steps(self) -> list[AcceptedStep]:  # type: ignore[override]
+        entries = self._entries()
+        ends: list[int] = entries[:, 3].contiguous().view(torch.int64).tolist()
+        found, begin = list[AcceptedStep](), 1
+        for (t, h, t_next, _), end in zip(entries.tolist(), ends, strict=True):
+            times = self.times[begin:end]
+            outputs = [(i, 1.0 if time == t_next else (time - t) / (t_next - t)) for i, time in enumerate(times, begin)]
+            found.append(AcceptedStep(t, h, t_next, outputs))
+            begin = end
+        return found
+
+    def bounds(self) -> Tensor:
+        return self._entries()[:, 0:3:2].contiguous()
+
+    def _entries(self) -> Tensor:
+        return self.memory.steps[: self.memory.n_accepted].cpu()
+
+
+class _Plans:
+    """The plans of one owner of func, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[tuple[Hashable, ...], Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def started_early(self, problem: Problem, layout: Hashable) -> tuple[Plan | None, SolveMemory | None]:
+        """A solve by the plan that was used last for this ``layout``, and that plan.
+
+        The device is at it while the host looks whether func still does what was captured: that takes about as long,
+        and nearly always it does. If not, the solve is left alone.
+        """
+        with self._lock:
+            plan = next((plan for (*_, of), plan in reversed(self._plans.items()) if of == layout), None)
+        if plan is None or not plan.can_start_early():
+            return None, None
+        with plan.in_order(), torch.no_grad():
+            return plan, plan.start(problem, problem.y0.detach())
+
+    def find(self, key: tuple[Hashable, ...], make: Callable[[], Plan]) -> tuple[Plan, bool]:
+        """The plan for ``key``, and whether it was made now."""
+        with self._lock:
+            is_new = key not in self._plans
+            if is_new:
+                self._plans[key] = make()
+                while len(self._plans) > _MAX_PLANS:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+            return self._plans[key], is_new
+
+
+_by_owner = PerOwner(_Plans)
+
+
+def _layout_of(problem: Problem) -> Hashable:
+    """What a capture takes for constant besides what func does: the layout of its arguments, method and tolerances."""
+    y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
+    return (
+        (y0.shape, y0.stride(), y0.dtype, y0.device),
+        _stream_of(y0),
+        tuple((x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else None for x in problem.args),
+        problem.packing,
+        problem.tableau,
+        controller is None or controller.first_step is None,
+        (problem.adaptive, len(problem.times) > 2),
+        (tolerance.rtol, tolerance.atol),
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        programs.DEVICE_LOOPS,
+        _precision(),
+    )
+
+
+def _stream_of(y0: Tensor) -> int:
+    """The stream that a plan has its memory from: given back, it may be used there at once, but not on others."""
+    return int(torch.cuda.current_stream(y0.device).cuda_stream) if y0.is_cuda else 0
+
+
+def _precision() -> Hashable:
+    """What decides on the kernels that torch launches for an operation."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    chosen = (torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+    if hasattr(cudnn, "conv"):
+        return *chosen, matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    return *chosen, matmul.allow_tf32, cudnn.allow_tf32
+
+
+def capturer_for(device: torch.device) -> Capturer:
+    return CudaCapturer(device)
+
+
+def _check_supported(problem: Problem) -> None:
+    y0, tolerance = problem.y0, problem.tolerance
+    if y0.device.type not in DEVICES:
+        raise GraphError(
+            f'engine="graph" takes states on a CUDA device; y0 is on {y0.device}. Use engine="compiled" or "eager".'
+        )
+    if not has_kernels(y0.detach()):
+        raise GraphError(
+            'engine="graph" takes plain tensors of float32 and float64, or complex of them, and a build with CUDA; '
+            f"y0 is {y0.dtype}, a {type(y0).__name__}. {_HINT}"
+        )
+    if is_tracing():
+        raise GraphError(f'A solve with engine="graph" cannot be part of the func of another. {_HINT}')
+    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise GraphError(f'A solve with engine="graph" cannot be part of another capture. {_HINT}')
+    if tolerance.norm is not None or isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor):
+        raise GraphError(f'engine="graph" takes rtol and atol as numbers, and no norm of your own. {_HINT}')
+    if problem.jumps:
+        raise GraphError(f'engine="graph" does not take jump_t; step_t it does. {_HINT}')

@@ -1,0 +1,135 @@
+"""Solves that torch.jit.trace, torch.export or make_fx records: fixed steps in plain torch, or an error.
+
+The kernels take addresses, of which a recording knows nothing: what it repeated would be memory that nobody wrote.
+Plain torch operations are recorded as they are, and so is the gradient. Step sizes become constants of the recording,
+which is right for fixed steps alone; adaptive ones would be those of the example, whatever the input.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.jit._trace import TracerWarning
+
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError
+from aca_ext.kernels.operations import TorchOperations
+from aca_ext.kernels.reference import Number
+from aca_ext.problem.options import FIXED_OPTIONS, Options
+from aca_ext.problem.problem import Problem, checked_problem
+from aca_ext.problem.recorders import JIT
+from aca_ext.problem.state import State
+from aca_ext.solution import LazySolution, Solution
+from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
+from aca_ext.solver.loop import Stats
+from aca_ext.solver.runge_kutta import scheme_of, stage_times, step
+from aca_ext.vector_field.slope_check import SlopeCheck
+
+_value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch
+
+
+def solve_recorded(
+    by: str, func: Callable[..., State], y0: State, t: Any, *, options: Options | None, **settings: Any
+) -> Solution:
+    """``solve`` on fixed steps, whichever gradient and engine it names.
+
+    Raises:
+        ArgumentTypeError: the times, or the step size, are computed from what the recording is given, or learnt.
+        ArgumentValueError: the steps are adaptive.
+        Those of ``solve``.
+    """
+    given = options if isinstance(options, Mapping) else {}
+    for what, x in (("t", t), *((f"option {name}", given.get(name)) for name in FIXED_OPTIONS)):
+        _refuse_input(by, what, x)
+    with _quiet():
+        problem = checked_problem(func, y0, t, options=options, **settings)
+    if problem.grid is None:
+        raise ArgumentValueError(
+            f"{by} records the steps of its example, but adaptive steps are others for each input. Make the steps of "
+            'the solve fixed, with options={"step_size": h} or a method such as "rk4", or record func alone and solve '
+            "outside."
+        )
+    ys, record = _solution_on(problem.grid, problem)
+    stats = Stats(n_steps=len(record.steps), n_accepted=len(record.steps), backend=TorchOperations.backend)
+    with _quiet():
+        times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
+        return LazySolution.of(times, problem.packing.unpack_rows(ys), record, stats)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings of what becomes a constant: shapes, and numbers that were seen to be constants."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)
+        yield
+
+
+class _RecordedOperations(TorchOperations):
+    """Plain torch operations that leave memory formats alone: a copy into memory of a fixed shape would be recorded."""
+
+    def admit(self, x: Tensor, what: str = "") -> Tensor:
+        return x
+
+    def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
+        with _quiet():
+            return super().scalars(values)
+
+
+def _solution_on(grid: tuple[float, ...], problem: Problem) -> tuple[Tensor, StepRecord]:
+    """The states at the requested times, and the steps."""
+    y = problem.y0
+    ops = _RecordedOperations(y, problem.tolerance)
+    check = SlopeCheck(problem.packing, ops)
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        with _quiet():
+            state = problem.packing.unpack(y)
+        k = problem.func(t, state, *problem.args)
+        with _quiet():
+            return check(k)
+
+    scheme = scheme_of(problem.tableau, estimate_error=False)
+    record, outputs, k, requested = StepRecord(), [y], None, set(problem.times)
+    for t, t_next in pairwise(grid):
+        times = stage_times(scheme, t, t_next - t, t_next, frozenset(), y.dtype)
+        trial = step(f, ops, scheme, times, y, t_next - t, k)
+        y, k = trial.y1, trial.k[-1] if scheme.fsal else None
+        is_output = t_next in requested
+        record.steps.append(AcceptedStep(t, t_next - t, t_next, [(len(outputs), 1.0)] if is_output else []))
+        if is_output:
+            outputs.append(y)
+    return torch.stack(outputs), record
+
+
+def _refuse_input(by: str, what: str, x: object) -> None:
+    """Raises where a recording would keep a value that it is given, or that is learnt, as a constant."""
+    if not isinstance(x, Tensor):
+        return
+    if by != JIT:
+        raise ArgumentTypeError(f"{what} is a tensor, which {by} knows no values of; give numbers, t=(0.0, 1.0).")
+    if (x.requires_grad and torch.is_grad_enabled()) or _depends_on_input(x):
+        raise ArgumentTypeError(
+            f"{what} is learnt, or computed from an input of the model, but {by} would keep its values as constants. "
+            "Give numbers or a constant tensor."
+        )
+
+
+def _depends_on_input(x: Tensor) -> bool:
+    """Whether an input of the model that torch.jit.trace records is among what ``x`` was computed from."""
+    waiting, seen = [] if _value_of is None else [_value_of(x)], set()
+    while waiting:
+        value = waiting.pop()
+        if value.debugName() in seen:
+            continue
+        seen.add(value.debugName())
+        node = value.node()
+        if node.kind() == "prim::Param" and value.type().kind() != "ClassType":  # the class is that of the model itself
+            return True
+        inputs = list(node.inputs())
+        waiting += inputs[:1] if node.kind() in ("aten::to", "aten::type_as") else inputs  # the others tell a dtype
+    return False

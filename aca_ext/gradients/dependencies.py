@@ -1,0 +1,259 @@
+"""Which tensors func depends on by itself: those that its first evaluation uses, and those that it holds.
+
+The first evaluation is made with a graph, from a state that requires grad, and watched. Leaves are found in its graph.
+Tensors with a history of their own, a context vector in a closure or on a module, are seen as operands of torch
+functions. What it computes and keeps is told by the references to it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from aca_ext.errors import AcaError, ArgumentTypeError
+from aca_ext.gradients.base import Task
+from aca_ext.kernels.fused import known_tensors
+from aca_ext.kernels.references import is_held
+from aca_ext.problem.state import tensors_in
+from aca_ext.vector_field.kept import Keepsake, is_lost, keepsakes_of
+
+
+class FirstEvaluation:
+    """f(t0, y0), and what is known then of the tensors that func depends on.
+
+    Args:
+        is_traced: something else keeps the results of the evaluation alive, so that what func keeps does not show.
+
+    Attributes:
+        k: the slope without its graph; None where the solve has no step.
+        params: the tensors requiring grad that it depends on besides state and args, or those that the user named.
+        found: leaves besides, that func holds and may come to use.
+        leaves: indices of those params that the slope's graph showed.
+    """
+
+    def __init__(self, task: Task, is_traced: bool = False) -> None:
+        self._task = task
+        self.found: list[Tensor] = []
+        self.leaves = range(0)
+        self._keepsakes: list[Keepsake] = []
+        self._unused: list[Tensor] = []
+        y = task.problem.y0.detach()  # a tensor of its own, so that a func that also captures y0 is seen to do so
+        args = [a for a in task.field.args if isinstance(a, Tensor)]
+        y = y.clone() if y.is_inference() else y
+        watch = _watch_for(task.field.func, (y, *args))
+        k = (_plain if is_traced else _differentiable)(task, y, watch)
+        task.field.calls_autograd = watch.has_called_autograd
+        captured = watch.captured_and_held()
+        self.params = captured if task.params is None else [p for p in task.params if p.requires_grad]
+        n_captured = len(captured)
+        if k is not None and k.requires_grad and task.params is None:
+            leaves = known_tensors([*captured, *args, y]).others(k, None) or []
+            self.params += [x for x in leaves if not task.field.has_put(x)]
+            self.leaves = range(n_captured, len(self.params))
+        self.k = k = None if k is None else k.detach()
+        if task.params is None:
+            self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
+        if is_traced:
+            return
+        kept = [(y, True)] if is_held(sys.getrefcount(y), y, n_known=watch.outer_references(y)) else []
+        outlived = watch.outlived()
+        if outlived:
+            state = known_tensors([y])
+            kept += [(x, state.are_met_by(x)) for x in outlived]
+        task.field.kept = self._keepsakes = keepsakes_of(task.field.func, kept)
+
+    def _look_at_holdings(self, task: Task, known: set[int]) -> None:
+        holdings = task.field.holdings
+        for place in holdings.places if holdings is not None else ():
+            x = place.tensor
+            if id(x) not in known:
+                if x.is_leaf:
+                    self.found.append(x)
+                elif not is_lost(x):
+                    self._unused.append(x)
+
+    def origins(self) -> list[Tensor]:
+        """All that the solution has its graph from, as far as it is known."""
+        args = [arg for arg in self._task.field.args if isinstance(arg, Tensor)]
+        return [x for x in (self._task.problem.y0, *self.params, *self.found, *args) if x.requires_grad]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the solve: tensors with a history that func held and uses later become params, and so do caches."""
+        use = _Use(self._unused)
+        with use if self._unused else _NoWatch():
+            yield
+        self.params += use.found
+        for keepsake in self._keepsakes:
+            if keepsake.is_cache():
+                self.params.append(keepsake.tensor)
+            else:
+                keepsake.settle(self.origins())
+
+
+def first_slope_with_graph(task: Task) -> Tensor | None:
+    """f(t0, y0) with the graph of both; ``task.field`` then knows whether func differentiates."""
+    watch = _watch_for(task.field.func, ())
+    k = task.first_slope(task.problem.y0, watch)
+    task.field.calls_autograd = watch.has_called_autograd
+    return k
+
+
+def _plain(task: Task, y: Tensor, watch: Any) -> Tensor | None:
+    """The first slope, for a module without a graph."""
+    with torch.set_grad_enabled(task.params is None and not isinstance(task.field.func, nn.Module)):
+        return task.first_slope(y, watch)
+
+
+def _differentiable(task: Task, y: Tensor, watch: Any) -> Tensor | None:
+    """The first slope with its graph; where func does not take a state that requires grad, ``_plain``."""
+    try:
+        with torch.enable_grad():
+            return task.first_slope(y.requires_grad_(), watch)
+    except RuntimeError:
+        task.field.forget_first()
+        try:
+            return _plain(task, y.requires_grad_(False), watch)
+        except AcaError:
+            raise
+        except Exception:
+            pass
+        raise
+
+
+def checked_params(params: Any) -> tuple[Tensor, ...] | None:
+    """The ``params`` argument of ``odeint``.
+
+    Raises:
+        ArgumentTypeError: it holds something other than tensors.
+    """
+    if params is None:
+        return None
+    if isinstance(params, Tensor):
+        return (params,)
+    if not isinstance(params, Iterable):
+        raise ArgumentTypeError(f"params is of type {type(params).__name__}; give tensors, such as net.parameters().")
+    params = tuple(params)
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise ArgumentTypeError(
+                f"params[{i}] is of type {type(p).__name__}; give tensors, such as net.parameters()."
+            )
+    return params
+
+
+_AUTOGRAD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
+class _Active(threading.local):
+    """The watches of a thread that are on, the innermost last."""
+
+    def __init__(self) -> None:
+        self.watches: list[_Watch] = []
+
+
+_active = _Active()
+
+
+class _Watch(TorchFunctionMode):
+    """Collects operands that require grad and were not computed while it watched, and what was computed."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.has_called_autograd = False
+        self._captured: list[Tensor] = []
+        self._ids = {id(x) for x in known}
+        self._made: list[Tensor] = []  # keeps results alive, so that an id stays that of one tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _AUTOGRAD:
+            self.has_called_autograd = True
+        for x in tensors_in((args, kwargs or {})):
+            if x.requires_grad and id(x) not in self._ids:
+                self._ids.add(id(x))
+                self._captured.append(x)
+        result = func(*args, **(kwargs or {}))
+        for x in tensors_in(result):
+            if x.requires_grad and id(x) not in self._ids:
+                self._ids.add(id(x))
+                self._made.append(x)
+        return result
+
+    def captured_and_held(self) -> list[Tensor]:
+        """Operands with a history. One that nobody else holds is the result of a function that does not show."""
+        captured = [x for x in self._captured if not x.is_leaf and not is_lost(x)]
+        return [x for x in captured if is_held(sys.getrefcount(x), x, n_known=2 + self.outer_references(x))]
+
+    def outer_references(self, x: Tensor) -> int:
+        """Of watches around this one, where a solve is part of the func of another."""
+        return sum(id(x) in watch._ids for watch in _active.watches)
+
+    def __enter__(self) -> _Watch:
+        _active.watches.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _active.watches.pop()
+
+    def outlived(self) -> list[Tensor]:
+        """Results that something else holds, now that the evaluation is over and its slope has no graph."""
+        found: list[Tensor] = []
+        made = self._made
+        while made:  # last to first, since the history of a result may hold those before it
+            x = made.pop()
+            if is_held(sys.getrefcount(x), x, n_known=self.outer_references(x)):
+                found.append(x)
+        return found
+
+
+class _Use(TorchFunctionMode):
+    """Collects those of some tensors that torch functions are given."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self._ids = {id(x) for x in tensors}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tensors_in((args, kwargs or {})):
+            if id(x) in self._ids:
+                self._ids.remove(id(x))
+                self.found.append(x)
+        return func(*args, **(kwargs or {}))
+
+
+class _NoWatch:
+    """For compiled modules, whose code a watch would have compiled anew."""
+
+    has_called_autograd = False
+
+    def captured_and_held(self) -> list[Tensor]:
+        return []
+
+    def outlived(self) -> list[Tensor]:
+        return []
+
+    def outer_references(self, x: Tensor) -> int:
+        return 0
+
+    def __enter__(self) -> _NoWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _watch_for(func: Any, known: Sequence[Tensor]) -> Any:
+    is_compiled = isinstance(func, torch.jit.ScriptModule) or (
+        isinstance(func, nn.Module) and hasattr(func, "_orig_mod")
+    )
+    return _NoWatch() if is_compiled else _Watch(known)

@@ -1,1 +1,0 @@
-"""engine="graph": a whole solve, and its transpose, repeated on the GPU from captured steps."""

@@ -1,0 +1,79 @@
+"""Operations whose results have a graph where what computes them makes none: the kernels inside autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.kernels.operations import Floats, Tensors, TorchOperations
+from aca_ext.kernels.reference import Number
+
+
+class DifferentiableOperations(TorchOperations):
+    """The operations of the class beside it in a list of bases, bitwise their results, with a graph.
+
+    Differentiable to any order in the states and slopes. The step size is a constant, and so is the error estimate.
+    Results with a graph go into tensors of their own.
+    """
+
+    def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().weighted_sum(base, h, x, w, out)
+        return _WeightedSum.apply(super().weighted_sum, h, w, base, *x)
+
+    def solution_and_error(
+        self, y: Tensor, h: Number, k: Tensors, b: Floats, error_weight: Floats, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return super().solution_and_error(y, h, k, b, error_weight, out)
+        return _SolutionAndError.apply(super().solution_and_error, h, b, error_weight, y, *k)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """base + h·Σ w·x with the kernel as its forward; the backward is plain torch, so it differentiates again."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, h: float, w: Floats, base: Tensor | None, *x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.h, ctx.w, ctx.has_base = h, w, base is not None
+        return kernel(base, h, x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, None, _own(g) if ctx.has_base else None, *_scaled(g, ctx.h, ctx.w, ctx.needs_input_grad[4:])
+
+
+class _SolutionAndError(torch.autograd.Function):
+    """The solution like ``_WeightedSum``; the error estimate carries no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Any, h: float, b: Floats, error_weight: Floats, y: Tensor, *k: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.h, ctx.b = h, b
+        y1, error = kernel(y, h, k, b, error_weight)
+        ctx.mark_non_differentiable(error)
+        return y1, error
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, None, None, _own(g), *_scaled(g, ctx.h, ctx.b, ctx.needs_input_grad[5:])
+
+
+def _own(g: Tensor) -> Tensor:
+    """A copy: a backward pass of func may write the gradients of all stages into one buffer, and ``g`` be that."""
+    return g.clone()
+
+
+def _scaled(g: Tensor, h: Number, w: Floats, needed: Sequence[bool]) -> list[Tensor | None]:
+    if isinstance(h, Tensor):
+        h = h.to(g.dtype)
+    return [g * (h * w_j) if n and w_j != 0 else None for w_j, n in zip(w, needed, strict=True)]

@@ -1,0 +1,328 @@
+"""The operations of a Runge-Kutta step by the kernels: addresses and streams. The only module that imports ``_C``.
+
+Whoever solves asks ``operations_for`` once and gets an object bound to one layout (shape, strides, dtype, device).
+Only tensors that the object allocated or admitted reach a kernel, so addresses are always of memory laid out alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext import _C
+from aca_ext.kernels.autograd import DifferentiableOperations
+from aca_ext.kernels.layout import aligned_rows, empty_rows, rows_like, scalars
+from aca_ext.kernels.operations import Array, Floats, RowOperations, Tensors, TorchOperations
+from aca_ext.kernels.reference import Number
+from aca_ext.kernels.references import OF_A_LEAF_OF_A_GRAPH
+from aca_ext.problem.admission import is_plain
+from aca_ext.problem.tolerance import Norm, Tolerance
+
+__all__ = [
+    "Array",
+    "DifferentiableKernels",
+    "DifferentiableRowKernels",
+    "KernelOperations",
+    "Norm",
+    "RowKernels",
+    "RowOperations",
+    "Tolerance",
+    "TorchOperations",
+    "compiled_loop",
+    "config",
+    "controller_for",
+    "empty_rows",
+    "has_kernels",
+    "operations_for",
+    "own_result",
+    "row_operations_for",
+    "rows_like",
+    "show_config",
+    "slope_function",
+    "target_for",
+]
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_THREADS_FROM = 1 << 15  # elements; below, waking threads costs more than they save
+_SHARED_BYTES = 1 << 15  # stage states below this size share allocations up to it
+
+# For fixed steps, which ask no controller.
+_COEFFICIENTS = (
+    "order", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff", "min_step", "max_step",
+)  # fmt: skip
+
+# Newer versions of torch let compiled code see a tensor without Python.
+_C.use_torch(
+    Tensor,
+    torch.nn.Parameter,
+    getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    getattr(torch._C, "_storage_Use_Count", None),
+    (torch.empty(1, device="cpu"), torch.empty(2, device="cpu")[:1]),
+)
+
+
+class KernelOperations(TorchOperations):
+    """The operations by the fused kernels, on the CPU or a CUDA device, outside autograd."""
+
+    def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
+        super().__init__(like, tolerance)
+        device = like.device
+        self.backend = device.type
+        self._n = like.numel()
+        self._itemsize = like.element_size()
+        self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
+        self.steppers: dict[Any, _C.Stepper] = {}  # those made so far, by their schemes
+        if device.type == "cuda":
+            self._workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            self._on = target_for(like, self._workspace)
+        else:
+            self._on = target_for(like)
+        rtol, atol = tolerance.rtol, tolerance.atol
+        if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
+            self._rtol_each, self._atol_each = self._spread(rtol), self._spread(atol)
+            self._tolerances = (0.0, 0.0, self._rtol_each.data_ptr(), self._atol_each.data_ptr())
+        else:
+            self._tolerances = (rtol, atol, 0, 0)
+
+    def _spread(self, tolerance: float | Tensor) -> Tensor:
+        spread = torch.empty_like(self.like)
+        return spread.copy_(tolerance) if isinstance(tolerance, Tensor) else spread.fill_(tolerance)
+
+    def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty_like(self.like)
+        start = 0 if base is None else base.data_ptr()
+        address = out.data_ptr()
+        x_address = [x_j.data_ptr() for x_j in x]
+        if len(x_address) <= _C.MAX_TERMS:
+            _C.weighted_sum(self._on, self._n, address, start, h, x_address, w)
+        else:  # more terms than one launch takes: continue on the sum so far
+            if len(w) != len(x_address):
+                raise ValueError("x and w differ in length")
+            for j in range(0, len(x_address), _C.MAX_TERMS):
+                upto = j + _C.MAX_TERMS
+                _C.weighted_sum(self._on, self._n, address, start, h, x_address[j:upto], tuple(w[j:upto]))
+                start = address
+        return out
+
+    def solution_and_error(
+        self, y: Tensor, h: Number, k: Tensors, b: Floats, error_weight: Floats, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if out is None:
+            out = torch.empty_like(self.like)
+        error = torch.empty_like(self.like)
+        k_address = [k_j.data_ptr() for k_j in k]
+        _C.solution_and_error(
+            self._on, self._n, out.data_ptr(), error.data_ptr(), y.data_ptr(), h, k_address, b, error_weight
+        )
+        return out, error
+
+    def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Number:
+        if self.tolerance.norm is not None:
+            with torch.no_grad():
+                return super().error_norm(partial, k, w, y0, y1)
+        segments, limit = self.tolerance.segments, _C.MAX_SEGMENTS
+        for first in range(0, len(segments) - 1, limit):
+            _C.squared_error_ratio(
+                self._on,
+                segments[first : first + limit + 1],
+                self._sums.data_ptr() + 8 * first,
+                partial.data_ptr(),
+                0 if k is None else k.data_ptr(),
+                w,
+                y0.data_ptr(),
+                y1.data_ptr(),
+                *self._tolerances,
+            )
+        return self.tolerance.norm_of_sums(self._sums.tolist())
+
+    def stepper(self, c: Any, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
+        """A whole step, its transpose, or many steps in one call; ``runge_kutta`` and ``solver`` say what they do."""
+        like, tolerance, stages = self.like, self.tolerance, len(c)
+        states = partial(aligned_rows, max(1, min(8, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
+        times = partial(scalars, max(stages, 2), like)
+        norm = None
+        if tolerance.norm is None:
+            norm = (tolerance.segments, self._sums, *self._tolerances)
+        return _C.Stepper(self._on, self._n, c, rows, solution, fsal, states, times, norm)
+
+    def compiled_specification(self, problem: Any, slope: Any, step: Any) -> _C.CompiledSpecification:
+        """A ``Problem`` for the loop over these compiled programs."""
+        tableau, control = problem.tableau, problem.controller
+        return _C.CompiledSpecification(
+            self._on,
+            self._n,
+            [float(x) for x in tableau.c],
+            tableau.fsal,
+            () if tableau.dense is None else tableau.dense_coefficients,
+            *self._tolerances,
+            self.tolerance.segments,
+            controller_for(control),
+            0.0 if control is None else control.first_step or 0.0,
+            problem.times,
+            problem.stops,
+            list(problem.jumps),
+            problem.grid or (),
+            problem.max_num_steps,
+            slope,
+            step,
+        )
+
+    def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
+        out = torch.empty(len(values), dtype=self.like.dtype, device=self.like.device)
+        _C.write_scalars(self._on, out.data_ptr(), list(values))
+        return out.unbind(0)
+
+
+class RowKernels(RowOperations, KernelOperations):
+    """The same by the kernels: every row sees the arithmetic that it would see by itself, on a CPU bit for bit.
+
+    A GPU adds up the error norms of many rows in another order than that of a single one.
+    """
+
+    def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
+        super().__init__(like, tolerance)
+        self._length = self._n // max(1, self.n_rows)
+        self._sums = torch.empty(self.n_rows, len(tolerance.sizes), dtype=torch.float64, device=like.device)
+
+    def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
+        if not isinstance(h, Tensor):
+            return super().weighted_sum(base, h, x, w, out)
+        if out is None:
+            out = torch.empty_like(self.like)
+        start = 0 if base is None else base.data_ptr()
+        x_address = [x_j.data_ptr() for x_j in x]
+        _C.weighted_sum_rows(self._on, self.n_rows, self._length, h.data_ptr(), out.data_ptr(), start, x_address, w)
+        return out
+
+    def solution_and_error(
+        self, y: Tensor, h: Number, k: Tensors, b: Floats, error_weight: Floats, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if out is None:
+            out = torch.empty_like(self.like)
+        error = torch.empty_like(self.like)
+        _C.solution_and_error_rows(
+            self._on,
+            self.n_rows,
+            self._length,
+            h.data_ptr(),
+            out.data_ptr(),
+            error.data_ptr(),
+            y.data_ptr(),
+            [k_j.data_ptr() for k_j in k],
+            b,
+            error_weight,
+        )
+        return out, error
+
+    def _squared_error_ratios(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Tensor:
+        if not isinstance(w, Tensor):
+            w = torch.full(self.row_shape, w, dtype=torch.float64, device=self.like.device)
+        segments, limit = self.tolerance.segments, _C.MAX_SEGMENTS
+        if len(segments) - 1 > limit:  # more than one launch takes
+            return super()._squared_error_ratios(partial, k, w, y0, y1)
+        _C.squared_error_ratio_rows(
+            self._on,
+            self.n_rows,
+            segments,
+            w.data_ptr(),
+            self._sums.data_ptr(),
+            partial.data_ptr(),
+            0 if k is None else k.data_ptr(),
+            y0.data_ptr(),
+            y1.data_ptr(),
+            *self._tolerances,
+        )
+        return self._sums
+
+
+class DifferentiableKernels(DifferentiableOperations, KernelOperations):
+    """The kernels on states with a graph."""
+
+
+class DifferentiableRowKernels(DifferentiableKernels, RowKernels):
+    """The kernels on rows with a graph."""
+
+
+def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
+    """Where operations on states laid out like ``like`` run: on a GPU, on the stream that is current now."""
+    device = like.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    threads = torch.get_num_threads() if like.numel() >= _THREADS_FROM else 1
+    address = 0 if workspace is None else workspace.data_ptr()
+    return _C.Target(device.type, _DTYPES[like.dtype], threads, device.index or 0, stream, address)
+
+
+def has_kernels(like: Tensor) -> bool:
+    """Whether this build has kernels for the dtype and device of ``like``."""
+    if not is_plain(like) or like.dtype not in _DTYPES:
+        return False
+    return like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA)
+
+
+def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> TorchOperations:
+    """The fastest operations for states laid out like ``like``."""
+    if not has_kernels(like):
+        return TorchOperations(like, tolerance)
+    return (DifferentiableKernels if differentiable else KernelOperations)(like, tolerance)
+
+
+def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> RowOperations:
+    """The same for batches whose rows are independent; the elements of a row of ``like`` are neighbours in memory."""
+    if not has_kernels(like):
+        return RowOperations(like, tolerance)
+    return (DifferentiableRowKernels if differentiable else RowKernels)(like, tolerance)
+
+
+@lru_cache(maxsize=64)
+def controller_for(controller: Any) -> _C.Controller:
+    """A ``Controller`` for steps that do not go through Python; for fixed steps, which have none, any."""
+    return _C.Controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
+
+
+def slope_function(
+    func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, checked: Any, changed: Any, versioned: bool
+) -> _C.Slope:
+    """f(t, y) = func(t, y, \\*args) with its result checked, which the kernels call without Python in between.
+
+    A result laid out unlike ``like`` becomes ``checked(result)``. If ``versioned``, ``changed()`` is called where func
+    changed its state in place. The result has a graph only where gradients are enabled. ``n_evals`` counts.
+    """
+    return _C.Slope(func, args, like, checked, changed, torch.is_grad_enabled, versioned)
+
+
+def own_result(function: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """What ``function`` returns, copied where it or its memory is held by anybody else, who could change it later."""
+    return _C.own_result(function, args)
+
+
+def known_tensors(tensors: Iterable[Tensor]) -> _C.KnownTensors:
+    """Tensors at which a walk through a graph ends, to find the leaves that are not among them."""
+    return _C.KnownTensors(tensors, OF_A_LEAF_OF_A_GRAPH)
+
+
+def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:
+    """The loop for one solve."""
+    return _C.CompiledLoop(specification)
+
+
+def config() -> dict[str, str]:
+    """What was built, and what runs."""
+    cuda = f"built for {_C.CUDA_ARCHITECTURES}; {_C.cuda_device_count()} device(s) here" if _C.HAS_CUDA else "not built"
+    threads = f"{torch.get_num_threads()}" if _C.HAS_OPENMP else "1 (built without OpenMP)"
+    return {
+        "aca_ext": _C.VERSION,
+        "torch": torch.__version__,
+        "cpu kernels": f"{_C.cpu_instruction_set()}, {threads} thread(s)",
+        "cuda kernels": cuda,
+    }
+
+
+def show_config() -> None:
+    """Prints ``config()``."""
+    for name, value in config().items():
+        print(f"{name:13} {value}")

@@ -1,0 +1,124 @@
+"""The operations of a Runge-Kutta step in plain PyTorch, with one step size or one per row; all others extend them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aca_ext.kernels import reference
+from aca_ext.kernels.layout import Relayout
+from aca_ext.kernels.reference import Number
+from aca_ext.problem.admission import check_readable, has_memory, is_plain
+from aca_ext.problem.tolerance import Tolerance
+
+Array = NDArray[np.float64]
+Tensors = Sequence[Tensor]
+Floats = Sequence[float]
+
+
+class TorchOperations:
+    """The operations by ``reference``: on any device, differentiable in all operands and in the step size."""
+
+    backend = "reference"
+
+    def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
+        self.like, self.tolerance = like, tolerance
+        self.stride = like.stride()
+
+    def admit(self, x: Tensor, what: str = "a tensor") -> Tensor:
+        """``x``, called ``what``, a copy only where its elements do not lie in memory like the state's.
+
+        Raises:
+            ArgumentTypeError: they do not lie in memory at all.
+        """
+        is_like = has_memory(x) if type(x) is Tensor else type(x) is type(self.like)
+        if is_like and x.stride() == self.stride and not x.is_neg():
+            return x
+        check_readable(what, x)
+        if is_plain(self.like) and not is_plain(x):
+            return self.admit(x.as_subclass(Tensor), what)
+        if x.requires_grad and torch.is_grad_enabled():
+            return Relayout.apply(x, self.like)
+        return torch.empty_like(self.like).copy_(x)
+
+    def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
+        """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]; into ``out`` where given."""
+        result = reference.weighted_sum(base, h, x, w)
+        if result.requires_grad:
+            # A backward pass of func may write the gradients of all stages into one buffer.
+            result.register_hook(torch.clone)
+        return result if out is None else out.copy_(result)
+
+    def solution_and_error(
+        self, y: Tensor, h: Number, k: Tensors, b: Floats, error_weight: Floats, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """y + h·Σ_j b[j]·k[j] and h·Σ_j error_weight[j]·k[j]."""
+        return self.weighted_sum(y, h, k, b, out), reference.weighted_sum(None, h, k, error_weight)
+
+    def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Number:
+        """The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|))."""
+        tolerance = self.tolerance
+        if tolerance.norm is not None:
+            if isinstance(w, Tensor):
+                w = w.to(partial.dtype)
+            error = partial if k is None else partial + w * k
+            ratio = error / (tolerance.atol + tolerance.rtol * torch.maximum(y0.abs(), y1.abs()))
+            return self._as_number(tolerance.norm(ratio))
+        sums = reference.squared_error_ratios(partial, k, w, y0, y1, tolerance.rtol, tolerance.atol, tolerance.segments)
+        if sums.requires_grad:
+            sizes = torch.tensor(tolerance.sizes, dtype=sums.dtype, device=sums.device).clamp(min=1)
+            worst = (sums / sizes).max()
+            return worst.sqrt().cpu() if worst != 0 else worst.detach().cpu()
+        return tolerance.norm_of_sums(sums.tolist())
+
+    @staticmethod
+    def _as_number(norm: Any) -> Number:
+        if isinstance(norm, Tensor) and norm.requires_grad:
+            return norm.double().cpu()
+        return float(norm)
+
+    def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
+        """Numbers as 0-d tensors of the state's dtype and device."""
+        if any(isinstance(v, Tensor) for v in values):
+            numbers = [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]
+            return torch.stack(numbers).to(self.like).unbind(0)
+        return torch.tensor(values, dtype=self.like.dtype, device=self.like.device).unbind(0)
+
+
+class RowOperations(TorchOperations):
+    """The operations on a batch of independent samples, the rows of the first dimension, each with its own h and t.
+
+    A step size is a float64 tensor (rows, 1, ...) as ``steps`` makes it, a norm an array (rows,), a time one of
+    ``scalars``, (rows, 1, ...) too.
+    """
+
+    def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
+        super().__init__(like, tolerance)
+        self.n_rows = like.shape[0]
+        self.row_shape = (self.n_rows, *(1,) * (like.dim() - 1))
+
+    def steps(self, h: Array) -> Tensor:
+        """The step sizes of all rows where the operations read them."""
+        return torch.from_numpy(h).view(self.row_shape).to(self.like.device)
+
+    def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
+        stacked = torch.from_numpy(np.stack(values)).to(dtype=self.like.dtype, device=self.like.device)
+        return stacked.view(len(values), *self.row_shape).unbind(0)
+
+    def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Array:
+        """For each row the norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)), w a number or by row."""
+        sums = self._squared_error_ratios(partial, k, w, y0, y1)
+        sizes = np.array(self.tolerance.sizes)
+        if not sizes.any():
+            return np.zeros(self.n_rows)
+        return np.sqrt((sums.cpu().numpy()[:, sizes > 0] / sizes[sizes > 0]).max(1))
+
+    def _squared_error_ratios(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Tensor:
+        t = self.tolerance
+        with torch.no_grad():
+            return reference.squared_error_ratios_of_rows(partial, k, w, y0, y1, t.rtol, t.atol, t.segments)

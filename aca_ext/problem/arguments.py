@@ -1,0 +1,43 @@
+"""What the checks of several arguments have in common: names to look up, numbers, tensors with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from aca_ext.errors import UnknownNameError
+from aca_ext.problem.admission import check_readable
+from aca_ext.problem.state import tensors_in
+from aca_ext.problem.suggestions import is_implicit, meant_by
+
+
+def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
+    """``name`` if it is one of ``allowed``.
+
+    Raises:
+        UnknownNameError: it is not; the message lists them and names the closest.
+    """
+    allowed = list(allowed)
+    if isinstance(name, str) and name in allowed:
+        return name
+    meant = meant_by(name, allowed)
+    hint = f" Did you mean {meant!r}?" if meant is not None else ""
+    if kind == "method" and is_implicit(name):
+        hint = " All are explicit Runge-Kutta methods."
+    raise UnknownNameError(f"unknown {kind} {name!r}; there are {', '.join(allowed)}.{hint}")
+
+
+def number_in(value: object) -> float | None:
+    """A number of Python's, NumPy's or in a tensor of one element; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        check_readable("a number", value)
+        value = value.detach().item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def holds_grad(x: Any) -> bool:
+    """Whether a tensor in ``x``, however deep, requires grad."""
+    return any(tensor.requires_grad for tensor in tensors_in(x))

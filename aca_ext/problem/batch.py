@@ -1,0 +1,213 @@
+"""What a batch of independent problems is: its arguments checked, its state packed sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aca_ext.errors import ArgumentValueError, OptionError, TimeError
+from aca_ext.kernels.fused import Array, Tolerance, TorchOperations
+from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.state import Packing, State
+from aca_ext.problem.times import as_float64, times_of
+from aca_ext.vector_field.field import VectorField
+
+_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
+
+
+def is_independent(options: object) -> bool:
+    """Whether option ``batch`` asks for independent samples.
+
+    Raises:
+        OptionError: it is something else than "independent", "common" or None.
+    """
+    batch = options.get("batch") if isinstance(options, Mapping) else None
+    if batch not in (None, "common", "independent"):
+        raise OptionError(
+            f'option batch is {batch!r}; it is "common" (one step for all, the default) or "independent" (every sample '
+            "of the first dimension has its own)."
+        )
+    return batch == "independent"
+
+
+class RowPacking(Packing):
+    """A user's state as a tensor whose rows are the samples: components side by side within each row."""
+
+    @property
+    def n_rows(self) -> int:
+        return self.shapes[0][0]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Elements of each component in a row."""
+        return [shape[1:].numel() for shape in self.shapes]
+
+    @property
+    def time_shape(self) -> tuple[int, ...]:
+        """Of the times that func is called with: they broadcast to every component like a number."""
+        rank = max(len(shape) for shape in self.shapes) - self.is_complex
+        return (self.n_rows, *(1,) * (rank - 1))
+
+    def pack(self, y: State) -> Tensor:
+        if not self.is_tuple:
+            return super().pack(y)
+        single = [Packing((shape,), False, self.is_complex) for shape in self.shapes]
+        return torch.cat([p.pack(part).reshape(self.n_rows, -1) for p, part in zip(single, y, strict=True)], 1)
+
+    def unpack(self, y: Tensor) -> State:
+        if not self.is_tuple:
+            return super().unpack(y)
+        parts = (part.reshape(shape) for part, shape in zip(y.split(self.sizes, 1), self.shapes, strict=True))
+        return self.as_given(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+
+    def unpack_rows(self, ys: Tensor) -> State:
+        if not self.is_tuple:
+            return super().unpack_rows(ys)
+        parts = [p.reshape(len(ys), *s) for p, s in zip(ys.split(self.sizes, 2), self.shapes, strict=True)]
+        return self.as_given(torch.view_as_complex(p) if self.is_complex else p for p in parts)
+
+
+class RowField(VectorField):
+    """f of a batch whose samples have each a time of their own."""
+
+    def __init__(self, func: Callable[..., State], args: Sequence[Any], packing: RowPacking, ops: TorchOperations):
+        super().__init__(func, args, packing, ops)
+        self._time_shape = packing.time_shape
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        return super().__call__(t if t.shape == self._time_shape else t.view(self._time_shape), y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchProblem(Problem):
+    """``Problem`` for a batch of independent samples.
+
+    Attributes:
+        times_of_rows: (batch, T) requested times; ``times`` are those of the first sample.
+    """
+
+    packing: RowPacking
+    times_of_rows: Array
+
+    @property
+    def length(self) -> float:
+        times = self.times_of_rows
+        return float(np.abs(times[:, -1] - times[:, 0]).mean()) if len(times) else 0.0
+
+    @property
+    def span(self) -> tuple[float, float]:
+        ends = self.times_of_rows[:, [0, -1]]
+        if len(ends) == 0:
+            return super().span
+        worst = np.argmin(np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(np.abs(ends).max(1), 1e-300))
+        return float(ends[worst, 0]), float(ends[worst, 1])
+
+    def start_time(self, like: Tensor) -> Tensor:
+        return torch.from_numpy(self.times_of_rows[:, 0].copy()).to(like).view(self._row_shape)
+
+    def spread_times(self, t: Tensor) -> Tensor:
+        of_rows = t.to(self.y0).expand(self.times_of_rows.shape)
+        return of_rows.T.reshape(-1, *self._row_shape)
+
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        return (len(self.y0), *(1,) * (self.y0.dim() - 1))
+
+
+def batch_problem_of(
+    func: Callable[..., State], y0: State, t: object, *, options: Mapping[str, Any], **settings: Any
+) -> BatchProblem:
+    """Checks the arguments of ``odeint`` with option ``batch="independent"``; raises as ``problem_of`` does."""
+    for name in _UNAVAILABLE:
+        if options.get(name) is not None:
+            raise OptionError(f'option {name} is not available with batch="independent"; leave one of them out.')
+    t, first = _times_and_first(t)
+    problem = problem_of(func, y0, first, options=options, **settings)
+    if problem.controller is None:
+        raise OptionError(
+            'option batch="independent" belongs to adaptive steps; on a fixed grid every sample has the same steps.'
+        )
+    flat = problem.packing
+    packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
+    n_rows = _n_rows(packing)
+    packed = packing.pack(y0)
+    given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
+    given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
+    return BatchProblem(**given, times_of_rows=_times_of_rows(t, n_rows))
+
+
+def _n_rows(packing: RowPacking) -> int:
+    for shape in packing.shapes:
+        if len(shape) - packing.is_complex < 1:
+            raise ArgumentValueError(
+                f'option batch="independent" takes states whose first dimension is the batch; y0 is '
+                f"{packing.describe()}. Use y0.unsqueeze(0) for a batch of one."
+            )
+        if shape[0] != packing.n_rows:
+            raise ArgumentValueError(
+                f'option batch="independent" takes components of one batch size; y0 is {packing.describe()}.'
+            )
+    return packing.n_rows
+
+
+def _with_neighbours(packed: Tensor) -> Tensor:
+    """A batch each of whose rows fills one block of memory, in the order of the rows."""
+    if packed.numel() == 0 or (packed.stride(0) == packed[0].numel() and not packed.is_neg()):
+        row = packed[0] if len(packed) else packed
+        if torch.empty_like(row, device="meta").stride() == row.stride():
+            return packed
+    return packed.clone(memory_format=torch.contiguous_format)
+
+
+def _tolerance(problem: Problem, packing: RowPacking) -> Tolerance:
+    """Tolerances given by element, in the order of the packed rows."""
+
+    def by_row(value: float | Tensor) -> float | Tensor:
+        if not packing.is_tuple or not isinstance(value, Tensor):
+            return value
+        return packing.pack(problem.packing.unpack(value.contiguous()))
+
+    given = problem.tolerance
+    return Tolerance(by_row(given.rtol), by_row(given.atol), packing.segments)
+
+
+def _times_and_first(given: Any) -> tuple[Array, Any]:
+    """All times as float64, (T,) or (batch, T), and those of the first sample as they were given.
+
+    Raises:
+        TimeError: a sample's times are wrong; the message names it.
+    """
+    try:
+        times = as_float64(given)
+    except TimeError:
+        times = np.zeros(0)
+    if times.ndim != 2 or (isinstance(given, Tensor) and (given.is_complex() or given.dtype == torch.bool)):
+        return times, given  # for problem_of to say what is wrong
+    if len(times) == 0:
+        raise TimeError(f"t has shape {times.shape}; give times for every sample, (batch, T), or (T,) for all.")
+    gaps = np.diff(times, axis=1)
+    wrong = ~np.isfinite(times).all(1) | ~((gaps > 0).all(1) | (gaps < 0).all(1))
+    if wrong.any():
+        sample = int(wrong.argmax())
+        try:
+            times_of(times[sample])
+        except TimeError as error:
+            others = f" (and of {wrong.sum() - 1} more)" if wrong.sum() > 1 else ""
+            raise TimeError(f"the times of sample {sample}{others}, t[{sample}], are wrong: {error}") from None
+    return times, given[0] if isinstance(given, (Tensor, tuple, list)) else times[0]
+
+
+def _times_of_rows(times: Array, n_rows: int) -> Array:
+    if times.ndim == 1:
+        return np.broadcast_to(times, (n_rows, len(times)))
+    if len(times) != n_rows:
+        raise TimeError(
+            f"t has shape {times.shape} and y0 a batch of {n_rows}; give t of shape (batch, T), or (T,) for all."
+        )
+    return times

@@ -1,0 +1,75 @@
+"""The nodes of fixed steps, by the options step_size and grid_constructor."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from aca_ext.errors import OptionError, TimeError
+from aca_ext.problem.arguments import number_in
+from aca_ext.problem.options import Options
+from aca_ext.problem.state import State
+from aca_ext.problem.times import resolution_of, times_of
+
+
+def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], resolution: float) -> tuple[float, ...]:
+    """The nodes that the options ask for, each of the requested ``times`` among them.
+
+    ``resolution`` is the relative spacing of the numbers that ``times`` were given as: what is less is rounding, and
+    makes no step of its own.
+    """
+    step_size, constructor = given.get("step_size"), given.get("grid_constructor")
+    if step_size is not None and constructor is not None:
+        raise OptionError("options step_size and grid_constructor exclude each other; give one.")
+    if constructor is not None:
+        return _constructed_grid(constructor, func, y0, times, resolution)
+    if step_size is None:
+        return times
+    step = number_in(step_size)
+    if step is None or not 0 < step < math.inf:
+        raise OptionError(f"option step_size is {step_size!r}; it must be positive and finite.")
+    rounding = resolution * max(abs(times[0]), abs(times[-1]))
+    nodes = [times[0]]
+    for start, end in pairwise(times):
+        nodes += _nodes_between(start, end, step, rounding, resolution_of(step_size) / 2)
+    return tuple(nodes)
+
+
+def _nodes_between(start: float, end: float, step: float, rounding: float, step_rounding: float) -> list[float]:
+    """The nodes after ``start``, up to ``end``; ``rounding`` is that of their distance, relative for the step."""
+    steps = abs(end - start) / step
+    # Never more than half a step: coarse times, as of bfloat16, may be rounded by many.
+    slack = min(0.5, max(1e-9, rounding / step + steps * step_rounding))
+    count = max(1, math.ceil(steps - slack))
+    signed = math.copysign(step, end - start)
+    if steps > count + 1e-9:
+        signed = (end - start) / count  # the rounding spread over the steps, instead of all of it in the last
+    return [*(start + i * signed for i in range(1, count)), end]
+
+
+def _constructed_grid(
+    constructor: Any, func: Any, y0: State, times: tuple[float, ...], resolution: float
+) -> tuple[float, ...]:
+    """The user's grid with the requested times among its nodes."""
+    if not callable(constructor):
+        raise OptionError("option grid_constructor is no function; give one of (func, y0, t) that returns a 1-d grid.")
+    grid = constructor(func, y0, torch.tensor(times, dtype=torch.float64, device="cpu"))
+    try:
+        nodes = times_of(grid)
+    except TimeError as error:
+        raise OptionError(f"the grid of option grid_constructor is no grid: {error}") from None
+    reach = abs(times[-1] - times[0])
+    rounding = max(resolution, resolution_of(grid)) * max(abs(times[0]), abs(times[-1]))
+    if max(abs(nodes[0] - times[0]), abs(nodes[-1] - times[-1])) > max(1e-9 * reach, rounding):
+        raise OptionError(
+            f"the grid of option grid_constructor runs from {nodes[0]!r} to {nodes[-1]!r}; it must run from t[0] = "
+            f"{times[0]!r} to t[-1] = {times[-1]!r}."
+        )
+    # A node within rounding of a requested time is that time; but where nodes lie closer to one another, all are meant.
+    closest = min((abs(other - one) for one, other in pairwise(nodes)), default=0.0)
+    near = max(1e-12 * reach, min(rounding, closest / 2))
+    apart = [n for n in nodes if min(abs(n - time) for time in times) > near]
+    return tuple(sorted({*apart, *times}, reverse=times[-1] < times[0]))

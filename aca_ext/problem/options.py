@@ -1,0 +1,139 @@
+"""The options of a solve, checked one by one; those that make a fixed grid are in grid.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import OptionError, UnknownNameError
+from aca_ext.numerics.controller import Controller
+from aca_ext.numerics.tableau import Tableau
+from aca_ext.problem.admission import check_readable
+from aca_ext.problem.arguments import lookup, number_in
+from aca_ext.problem.state import Packing
+
+FIXED_OPTIONS = ("step_size", "grid_constructor")
+_CONTROLLER_OPTIONS = (
+    "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
+)  # fmt: skip
+_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit")
+_ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
+DEFAULT_MAX_NUM_STEPS = 100_000
+
+Options = Mapping[str, Any]
+
+
+def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None:
+    """Raises UnknownNameError where a name is no option, or none of the steps that the others ask for."""
+    allowed = (*FIXED_OPTIONS,) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+    for name in given:
+        if name in allowed:
+            continue
+        if name in _ADAPTIVE_OPTIONS:
+            why = "has no error estimate" if not tableau.adaptive else "was given step_size or grid_constructor"
+            raise UnknownNameError(
+                f"option {name!r} belongs to adaptive steps, but method {tableau.name!r} {why}: its steps are fixed. "
+                f"Fixed steps take {', '.join(FIXED_OPTIONS)}."
+            )
+        if name in _ARGUMENTS:
+            raise UnknownNameError(f"{name!r} is no option but an argument of its own: give {name}=... beside options.")
+        lookup(f"option of method {tableau.name!r}", name, allowed)
+
+
+def controller_of(given: Options, tableau: Tableau) -> Controller:
+    """What chooses the steps. Raises OptionError where an option of its is out of range."""
+    values: dict[str, float] = {}
+    for name in _CONTROLLER_OPTIONS:
+        value = given.get(name)
+        if value is None:
+            continue
+        number = number_in(value)
+        if number is None or math.isnan(number):
+            raise OptionError(f"option {name} is {value!r}; it must be a number.")
+        values[name] = number
+    checks = (
+        *((name, math.isfinite, "finite") for name in ("pcoeff", "icoeff", "dcoeff")),
+        ("first_step", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("min_step", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+        ("max_step", lambda x: x > 0, "positive"),
+        ("safety", lambda x: 0 < x <= 1, "in (0, 1]"),
+        ("ifactor", lambda x: 1 <= x < math.inf, "at least 1 and finite"),
+        ("dfactor", lambda x: 0 < x < 1, "in (0, 1)"),
+    )
+    for name, is_allowed, allowed in checks:
+        if name in values and not is_allowed(values[name]):
+            raise OptionError(f"option {name} is {values[name]}; it must be {allowed}.")
+    if values.get("min_step", 0.0) > values.get("max_step", math.inf):
+        raise OptionError(f"option min_step {values['min_step']} exceeds max_step {values['max_step']}.")
+    return Controller(order=tableau.order, **values)
+
+
+def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[float, ...]:
+    """The given times strictly inside the solve."""
+    if given is None:
+        return ()
+    check_readable(f"option {name}", given, OptionError)
+    try:
+        inner = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach().reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"option {name} is no sequence of times ({error}).") from None
+    low, high = min(times), max(times)
+    for time in inner:
+        if not math.isfinite(time):
+            raise OptionError(f"option {name} holds {time}; times must be finite.")
+    return tuple(time for time in inner if low < time < high)
+
+
+def norm_of(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:
+    """The user's norm for packed states, with its result checked."""
+    if norm is None:
+        return None
+    if not callable(norm):
+        raise OptionError(f"option norm is of type {type(norm).__name__}; give a function from the state to a number.")
+
+    def checked(ratio: Tensor) -> Any:
+        value = norm(packing.unpack(ratio))
+        number = number_in(value)
+        if number is None or number < 0:
+            raise OptionError(f"the function of option norm returned {value!r}; it must return one number, at least 0.")
+        return value.reshape(()) if isinstance(value, Tensor) else value
+
+    return checked
+
+
+def max_num_steps_of(value: object) -> int:
+    """The limit on trial steps, within 64 bits."""
+    if value is None:
+        return DEFAULT_MAX_NUM_STEPS
+    number = number_in(value)
+    if number is None or number < 1 or (number % 1 != 0 and number != math.inf):
+        raise OptionError(f"option max_num_steps is {value!r}; it must be an integer of at least 1.")
+    return int(min(number, 2**62))  # beyond what a solve can reach
+
+
+def stops_at_limit(value: object) -> bool:
+    """Whether a solve at its limit returns, instead of raising StepLimitError."""
+    if value not in (None, "raise", "stop"):
+        raise OptionError(
+            f'option on_step_limit is {value!r}; it is "raise" (StepLimitError after max_num_steps trial steps, the '
+            'default) or "stop" (return what was reached, for Solution.resume to continue).'
+        )
+    return value == "stop"
+
+
+def option_names() -> tuple[str, ...]:
+    """All that ``options`` may hold, of one method or another."""
+    return (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+
+
+def refuse_to_stop(caller: str, options: object) -> None:
+    """Raises OptionError where a solve that may stop early is asked of a caller that returns the state alone."""
+    if isinstance(options, Mapping) and options.get("on_step_limit") == "stop":
+        raise OptionError(
+            f'option on_step_limit="stop" ends a solve before its last time, which the result of {caller} could not '
+            "show. Use aca_ext.solve, whose Solution knows how far it came and goes on by resume()."
+        )

@@ -1,0 +1,302 @@
+"""Storage of accepted steps: (t, h) of each always, and where a replay is to come the states that they started from.
+
+All of them, at most a given number, or all in the host's memory; ``reversed_states`` hands them out, last to first, and
+has those computed again that were not kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError
+from aca_ext.kernels.fused import empty_rows
+from aca_ext.problem.resumption import SolverState
+
+# All states, at most so many, or "cpu".
+Policy = int | str | None
+ReversedStates = Iterator[tuple[int, Tensor, Tensor | None]]
+
+_BLOCK_BYTES = 1 << 20  # small states share blocks up to this size; it bounds what is allocated and not used
+_BLOCK_ROWS = 64
+_ROWS_AT_ONCE = 16  # a view of every row takes longer than a short solve has
+
+
+class AcceptedStep(NamedTuple):
+    """One accepted step from ``t`` to ``t_next`` and the outputs inside it.
+
+    ``h`` is what the step was computed with; ``t_next`` is t + h, or exactly the time the step was cut to land on.
+    ``random_states`` holds the random generators' states before each stage where func draws random numbers, else None.
+    """
+
+    t: float
+    h: float
+    t_next: float
+    outputs: list[tuple[int, float]]
+    random_states: Sequence[tuple[Tensor, ...]] | None = None
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """The accepted steps of one solve, in order."""
+
+    steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
+    end: SolverState | None = None  # where the solve may go on
+
+    def bounds(self) -> Tensor:
+        """(n_accepted, 2) float64: start and end of every accepted step."""
+        return torch.from_numpy(np.array([(s.t, s.t_next) for s in self.steps], dtype=np.float64).reshape(-1, 2))
+
+
+class Checkpoints:
+    """States at the start of every accepted step and at the end, in blocks that the solution is written into.
+
+    A rejected trial leaves its slot to the next one, so accepting costs no copy.
+
+    Attributes:
+        blocks: the memory, a first dimension of rows that hold a state each.
+        count: states so far.
+        capacity: how many states are kept at most, besides the last one.
+    """
+
+    capacity: float = math.inf
+
+    def __init__(self, y0: Tensor) -> None:
+        self._rows_per_block = int(min(_rows_per_block(y0), self.capacity + 2))
+        self._like = y0
+        self._free: list[tuple[int, Tensor]] = []  # rows and their numbers
+        self._n_rows = 0
+        self.blocks: list[Tensor] = []
+        self.count = 0
+        self.slot().copy_(y0)
+        self.accept()
+
+    def slot(self) -> Tensor:
+        """Where the solution of the current trial belongs."""
+        if not self._free:
+            first = self._n_rows % self._rows_per_block
+            if first == 0:
+                self.blocks.append(self._new_block())
+            views = self.blocks[-1][first : first + _ROWS_AT_ONCE].unbind(0)
+            self._free = list(reversed(list(enumerate(views, self._n_rows))))
+            self._n_rows += len(views)
+        return self._free[-1][1]
+
+    def accept(self) -> None:
+        """Keeps what stands in the current slot."""
+        self._free.pop()
+        self.count += 1
+
+    def _new_block(self) -> Tensor:
+        return empty_rows(self._rows_per_block, self._like)
+
+    def numbers(self) -> Sequence[int]:
+        """Which state each row of the blocks holds, -1 for none; rows that are not listed hold none."""
+        return range(self.count)
+
+
+class ThinnedCheckpoints(Checkpoints):
+    """At most ``capacity`` states and the last, chosen while the solve runs, before its number of steps is known.
+
+    A new state has level 0 and takes the place of one that is dispensable: one with a state of a higher level behind
+    it. Where there is none, it takes the place of the newest, one level above it (Wang, Moin & Iaccarino, SIAM J. Sci.
+    Comput. 31, 2009). Then no step is computed again more often than if the number of steps had been known beforehand:
+    r times, where N steps are at most C(capacity + r, r).
+    """
+
+    def __init__(self, y0: Tensor, capacity: int) -> None:
+        self.capacity = capacity
+        self._kept: dict[int, tuple[int, Tensor]] = {}  # rows by the number of the state, in the order of time
+        self._level: dict[int, float] = {}
+        self._dispensable: list[int] = []
+        self._current: tuple[int, Tensor] | None = None
+        super().__init__(y0)
+
+    def accept(self) -> None:
+        # The state in the slot becomes the current one; what is decided on is the one that the step started from.
+        row, self._current = self._current, self._free[-1]
+        super().accept()
+        if row is not None:
+            self._place(self.count - 2, row)
+
+    def numbers(self) -> Sequence[int]:
+        numbers = [-1] * self._n_rows
+        for n, (row, _) in self._kept.items():
+            numbers[row] = n
+        assert self._current is not None
+        numbers[self._current[0]] = self.count - 1
+        return numbers
+
+    def _place(self, n: int, row: tuple[int, Tensor]) -> None:
+        if len(self._kept) < self.capacity:
+            self._keep(n, row, math.inf if n == 0 else 0)
+        elif self._dispensable:
+            self._drop(self._dispensable.pop())
+            self._keep(n, row, 0)
+        elif self.capacity == 1:
+            self._free.append(row)
+        else:
+            level = self._drop(n - 1) + 1
+            for earlier in reversed(self._level):
+                if self._level[earlier] >= level:
+                    break
+                self._dispensable.append(earlier)
+            self._keep(n, row, level)
+
+    def _keep(self, n: int, row: tuple[int, Tensor], level: float) -> None:
+        self._kept[n], self._level[n] = row, level
+
+    def _drop(self, n: int) -> float:
+        self._free.append(self._kept.pop(n))
+        return self._level.pop(n)
+
+
+class HostCheckpoints(Checkpoints):
+    """Every state, in the host's memory: pinned where the solve runs on a GPU, so that no copy is waited for."""
+
+    def __init__(self, y0: Tensor) -> None:
+        self._of_step = [torch.empty_like(y0) for _ in range(2)]  # its start and its trial, in turn
+        super().__init__(y0)
+
+    def slot(self) -> Tensor:
+        return self._of_step[self.count % 2]
+
+    def accept(self) -> None:
+        super().slot().copy_(self.slot(), non_blocking=True)
+        super().accept()
+
+    def _new_block(self) -> Tensor:
+        like = self._like
+        shape, stride = (self._rows_per_block, *like.shape), (like.numel(), *like.stride())
+        is_pinned = like.device.type == "cuda"
+        return torch.empty_strided(shape, stride, dtype=like.dtype, device="cpu", pin_memory=is_pinned)
+
+
+def checked_policy(policy: object) -> Policy:
+    """The ``checkpoints`` argument of ``odeint``.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: it is no policy.
+    """
+    allowed = 'it is None (keep every state), an int of at least 1 (keep at most so many) or "cpu" (keep them there).'
+    if isinstance(policy, str) or policy is None:
+        if policy in (None, "cpu"):
+            return policy
+        raise ArgumentValueError(f"checkpoints is {policy!r}; {allowed}")
+    if isinstance(policy, bool) or not isinstance(policy, int):
+        raise ArgumentTypeError(f"checkpoints is of type {type(policy).__name__}; {allowed}")
+    if policy < 1:
+        raise ArgumentValueError(f"checkpoints is {policy}; {allowed}")
+    return policy
+
+
+def checkpoints_for(policy: Policy, y0: Tensor) -> Checkpoints:
+    if policy is None:
+        return Checkpoints(y0)
+    return ThinnedCheckpoints(y0, policy) if isinstance(policy, int) else HostCheckpoints(y0)
+
+
+class Blocks:
+    """The blocks alone, for a loop that fills them by itself."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._rows = like, _rows_per_block(like)
+        self.blocks: list[Tensor] = []
+
+    def add(self) -> tuple[int, int]:
+        """A further block: its address, and how many states it takes."""
+        block = empty_rows(self._rows, self._like)
+        self.blocks.append(block)
+        return block.data_ptr(), self._rows
+
+
+def _rows_per_block(like: Tensor) -> int:
+    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(1, like.numel() * like.element_size())))
+
+
+def rows(blocks: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+    """The first ``count`` states of ``blocks``, in order."""
+    for block in blocks:
+        yield from block[:count].unbind(0)
+        count = max(0, count - len(block))
+
+
+def reversed_states(
+    held: Sequence[tuple[int, Tensor]],
+    n_steps: int,
+    capacity: float,
+    advance: Callable[[int, Tensor, Tensor], Tensor],
+) -> ReversedStates:
+    """(n, state n, state n + 1) for every step, last to first; state ``n_steps`` is None where it was not kept.
+
+    ``held`` are numbers of states and the rows that hold them, with -1 for rows that are free. ``advance(n, y, out)``
+    computes state n + 1 from state n into ``out``, for states that were not kept. Rows are written over as soon as the
+    states in them have been handed out: there are never more than ``capacity`` states beside those of the step at hand
+    and the last one. The first and the last are never written over, so that a replay can be repeated and compared.
+    """
+    kept = sorted(((n, row) for n, row in held if n >= 0), key=lambda entry: entry[0])
+    free = [row for n, row in held if n < 0]
+
+    def run(y: Tensor, first: int, last: int) -> Tensor:
+        for n in range(first, last):
+            y_next = advance(n, y, free.pop() if free else torch.empty_like(y))
+            if n > first:
+                free.append(y)
+            y = y_next
+        return y
+
+    y_next = kept.pop()[1] if kept and kept[-1][0] == n_steps else None
+    for n in reversed(range(n_steps)):
+        start, y = kept[-1]
+        while start < n:
+            room = capacity - len(kept)
+            goal = start + revolve(n - start + 1, int(room) + 1) if room else n
+            y = run(y, start, goal)
+            start = goal
+            if room:
+                kept.append((start, y))
+        if kept[-1][0] == n:
+            kept.pop()
+        yield n, y, y_next
+        if y_next is not None and n + 1 < n_steps:
+            free.append(y_next)
+        y_next = y
+
+
+def brought_to(device: torch.device, states: ReversedStates) -> ReversedStates:
+    """The same on ``device``; a state that is the start of one step and the end of another comes over once."""
+    brought: Tensor | None = None
+    for n, y, y_next in states:
+        if y.device == device:
+            yield n, y, y_next
+            continue
+        if brought is None and y_next is not None:
+            brought = y_next.to(device, non_blocking=True)
+        start = y.to(device, non_blocking=True)
+        yield n, start, brought
+        brought = start
+
+
+def distances(numbers: Sequence[int]) -> dict[int, int]:
+    """For each state that was kept, how many steps after the one kept before it; ``numbers`` has -1 for free rows."""
+    return {end: end - start for start, end in pairwise(sorted(n for n in numbers if n >= 0))}
+
+
+def revolve(n_steps: int, capacity: int) -> int:
+    """How far to go from the first of ``n_steps`` steps to be reversed before the next state is kept.
+
+    With room for ``capacity`` states, the first one's included, this makes the fewest steps possible: r·n - C(capacity
+    + r, r - 1) for the smallest r with n ≤ C(capacity + r, r) (Griewank & Walther, ACM Trans. Math. Softw. 26, 2000).
+    """
+    r = 1
+    while comb(capacity + r, r) < n_steps:
+        r += 1
+    return min(comb(capacity + r - 1, r - 1), n_steps - comb(capacity + r - 2, r - 1))

@@ -1,0 +1,43 @@
+"""What is said where a solve stopped before its end, whichever engine ran it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
+from aca_ext.problem.problem import Problem
+
+NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
+
+
+def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **numbers: Any) -> SolveError:
+    """What is raised where a solve stopped: why, or what ``kind`` says in general, and how far it came."""
+    if kind is NonFiniteError:
+        message = fault_of_start(problem.y0) or message
+    reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
+    return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
+
+
+def fault_of_start(y0: Tensor) -> str | None:
+    """A message that blames y0, where it was not finite before func had anything to do with it."""
+    wrong = ~torch.isfinite(y0.detach())
+    if not wrong.any():
+        return None
+    kind = "NaN" if y0.isnan().any() else "infinity"
+    return f"y0 holds {kind} ({int(wrong.sum())} of {y0.numel()} elements are not finite). Clean the initial state."
+
+
+def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:
+    """Why a solve to t = ``end`` stopped, and what to do about it."""
+    return {
+        StepLimitError: f"the {max_num_steps} trial steps of option max_num_steps did not reach t={end:.17g}. Raise "
+        "max_num_steps, loosen rtol or atol, or look for stiffness or blow-up.",
+        StepSizeError: "the step became too small: the problem is too stiff for an explicit method here, has a "
+        "singularity or a jump, or the tolerance is below rounding. Loosen rtol or atol, use float64, lower "
+        "min_step, or end the solve earlier.",
+        NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
+        "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",
+    }[kind]

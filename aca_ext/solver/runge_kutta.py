@@ -1,0 +1,284 @@
+"""One explicit Runge-Kutta step and its transpose, side by side.
+
+Symbols, Hairer's: t time, h step size, y state, k_i slope of stage i, a b c the tableau, theta position in a step
+(0..1), g cotangent of a state, grad_k cotangent of a slope.
+
+    k_i = f(t + c_i·h, y + h·Σ_j a_ij·k_j)        y1 = y + h·Σ_i b_i·k_i        y(theta) = y + h·Σ_i b_i(theta)·k_i
+
+The transpose of a step is the transposed tableau. Every output inside the step, its end included, is a pair of weights
+w and a cotangent g, and with v_i = (∂f/∂y at stage i)ᵀ·grad_k_i,
+
+    grad_k_i = h·(Σ_outputs w_i·g + Σ_{j>i} a_ji·v_j)        grad_y = Σ_outputs g + Σ_i v_i
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from aca_ext.kernels.fused import KernelOperations, TorchOperations, own_result
+from aca_ext.kernels.reference import Number
+from aca_ext.numerics.tableau import Tableau
+
+_PULLED = "the gradient that a backward pass inside func returned"
+
+Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes that count, and their weights
+
+
+# Called with the end of a replayed step and its slopes, to compare them with the forward pass.
+Compare = Callable[[Tensor, Sequence[Tensor]], None]
+
+
+class SlopeFunction(Protocol):
+    """f with its checks: a time as 0-d tensor and a packed state to a packed slope."""
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as tableaus are
+class Scheme:
+    """A tableau as floats, without its zeros, in the order in which a step uses them."""
+
+    tableau: Tableau
+    fsal: bool
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    stages: tuple[Weights, ...]  # rows of a
+    solution: tuple[float, ...]  # all of b
+    indices: tuple[int, ...]  # slopes known before the solution is, that it or the error needs
+    b: tuple[float, ...]  # their weights in the solution
+    error: tuple[float, ...] | None  # and in the error; None: not estimated
+    error_last: float  # weight in the error of the slope at the solution (fsal)
+
+
+@lru_cache(maxsize=64)
+def scheme_of(tableau: Tableau, estimate_error: bool) -> Scheme:
+    b = [float(x) for x in tableau.b]
+    error = [float(x) for x in tableau.error] if tableau.error is not None and estimate_error else None
+    before = range(len(b) - 1 if tableau.fsal else len(b))
+    indices = tuple(i for i in before if b[i] != 0 or (error is not None and error[i] != 0))
+    a = tuple(tuple(float(x) for x in row) for row in tableau.a)
+    return Scheme(
+        tableau=tableau,
+        fsal=tableau.fsal,
+        c=tuple(float(x) for x in tableau.c),
+        a=a,
+        stages=tuple(_nonzero(row) for row in a),
+        solution=tuple(b),
+        indices=indices,
+        b=tuple(b[i] for i in indices),
+        error=None if error is None else tuple(error[i] for i in indices),
+        error_last=error[-1] if tableau.fsal and error is not None else 0.0,
+    )
+
+
+def solution_only(scheme: Scheme) -> Scheme:
+    """The same step, its solution bit for bit, without the error and without the slope at its end."""
+    count = 1 + max(scheme.indices)
+    return replace(scheme, fsal=False, c=scheme.c[:count], stages=scheme.stages[:count], error=None, error_last=0.0)
+
+
+def _nonzero(weights: Sequence[float]) -> Weights:
+    indices = tuple(i for i, w in enumerate(weights) if w != 0)
+    return indices, tuple(weights[i] for i in indices)
+
+
+@dataclass(slots=True)
+class Trial:
+    """A computed step, not yet accepted: the solution at its end, all slopes, and the error but for its last slope.
+
+    ``error_norm`` is known where the step took it along.
+    """
+
+    y1: Tensor
+    k: list[Tensor]
+    partial_error: Tensor | None
+    error_norm: Number | None = None
+
+
+def stage_times(
+    scheme: Scheme, t: Number, h: Number, t_next: Number, jumps: frozenset[float], dtype: torch.dtype
+) -> list[Number]:
+    """Times of all stages; those at the end of the step are ``t_next`` exactly, which rounding may keep from t + h.
+
+    Where f jumps at an end of the step, its stages there see the next number of ``dtype`` inside the step.
+    """
+    times = [t_next if c == 1 else t + c * h for c in scheme.c]
+    if t in jumps:
+        times = [_next_after(t, t_next, dtype) if c == 0 else time for c, time in zip(scheme.c, times, strict=True)]
+    if t_next in jumps:
+        times = [_next_after(t_next, t, dtype) if c == 1 else time for c, time in zip(scheme.c, times, strict=True)]
+    return times
+
+
+def _next_after(t: float, towards: Number, dtype: torch.dtype) -> float:
+    sign = 1.0 if towards > t else -1.0
+    start, end = (torch.tensor(x, dtype=dtype, device="cpu") for x in (t, sign * math.inf))
+    return torch.nextafter(start, end).item()
+
+
+def step(
+    f: SlopeFunction,
+    ops: TorchOperations,
+    scheme: Scheme,
+    times: Sequence[Number],
+    y: Tensor,
+    h: Number,
+    k_first: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Trial:
+    """Advances ``y`` by h, with the ``times`` of the stages.
+
+    Reuses ``k_first`` = f(t, y) and writes the solution into ``out`` where they are given.
+    """
+    t = ops.scalars(times)
+    k = [f(t[0], y) if k_first is None else k_first]
+    for i in range(1, len(scheme.c) - scheme.fsal):
+        indices, weights = scheme.stages[i]
+        k.append(f(t[i], ops.weighted_sum(y, h, [k[j] for j in indices], weights)))
+    known = [k[j] for j in scheme.indices]
+    if scheme.error is None:
+        y1, partial_error = ops.weighted_sum(y, h, known, scheme.b, out), None
+    else:
+        y1, partial_error = ops.solution_and_error(y, h, known, scheme.b, scheme.error, out)
+    if scheme.fsal:
+        k.append(f(t[-1], y1))
+    return Trial(y1, k, partial_error)
+
+
+def compiled_stepper(ops: TorchOperations, scheme: Scheme) -> Any | None:
+    """What calls f and forms the sums of a step in compiled code; None where they run otherwise."""
+    if type(ops) is not KernelOperations:
+        return None
+    known = ops.steppers.get(scheme)
+    if known is None:
+        solution = scheme.indices, scheme.b, scheme.error, scheme.error_last
+        known = ops.steppers[scheme] = ops.stepper(scheme.c, scheme.stages, solution, scheme.fsal)
+    return known
+
+
+def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme, compiled: Any | None) -> Callable[..., Trial]:
+    """``step`` with its first three arguments given, in compiled code where there is."""
+    if compiled is None:
+        return partial(step, f, ops, scheme)
+
+    def compiled_step(
+        times: Sequence[float], y: Tensor, h: float, k_first: Tensor | None = None, out: Tensor | None = None
+    ) -> Trial:
+        return Trial(*compiled.step(f, times, y, h, k_first, out))
+
+    return compiled_step
+
+
+def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) -> Callable[..., Tensor]:
+    """``step_vjp`` with its first three arguments given, in compiled code where there is."""
+    compiled = compiled_stepper(ops, scheme)
+    if compiled is None:
+        return partial(step_vjp, f, ops, scheme)
+
+    admit = partial(ops.admit, what=_PULLED)
+
+    def compiled_step_vjp(
+        times: Sequence[float],
+        y: Tensor,
+        h: float,
+        outputs: Sequence[tuple[Sequence[float], Tensor]],
+        compare: Compare | None = None,
+        y_next: Tensor | None = None,
+    ) -> Tensor:
+        return compiled.vjp(f.fastest, f.pull_back, admit, compare, y_next, times, y, h, outputs)
+
+    return compiled_step_vjp
+
+
+def error_norm(ops: TorchOperations, scheme: Scheme, y: Tensor, h: Number, trial: Trial) -> Number:
+    """The error of a trial in units of the tolerance."""
+    if trial.error_norm is not None:
+        return trial.error_norm
+    assert trial.partial_error is not None
+    k_last = trial.k[-1] if scheme.error_last != 0 else None
+    return ops.error_norm(trial.partial_error, k_last, scheme.error_last * h, y, trial.y1)
+
+
+def interpolate(
+    ops: TorchOperations,
+    tableau: Tableau,
+    y: Tensor,
+    h: Number,
+    k: Sequence[Tensor],
+    theta: Number,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Dense output y(theta) inside a step."""
+    indices, weights = _nonzero(tableau.dense_weights(theta))
+    return ops.weighted_sum(y, h, [k[i] for i in indices], weights, out)
+
+
+class ReplayFunction(SlopeFunction, Protocol):
+    """f for the transpose: its slopes have graphs, and it pulls a cotangent back through one."""
+
+    @property
+    def fastest(self) -> SlopeFunction: ...
+
+    def pull_back(self, y: Tensor, k: Tensor, grad_k: Tensor) -> Tensor | None: ...
+
+
+def step_vjp(
+    f: ReplayFunction,
+    ops: TorchOperations,
+    scheme: Scheme,
+    times: Sequence[float],
+    y: Tensor,
+    h: Number,
+    outputs: Sequence[tuple[Sequence[float], Tensor]],
+    compare: Compare | None = None,
+    y_next: Tensor | None = None,
+    inside: tuple[Tensor, Sequence[Tensor]] | None = None,
+) -> Tensor:
+    """Replays a step from ``y`` and pulls the cotangents of its outputs back to ``y``.
+
+    ``outputs`` are pairs (w, g): g is the cotangent of y + h·Σ_i w[i]·k_i, so the end of the step is (b, g) and dense
+    output is (b(theta), g). Only the stages that some output needs are evaluated. Cotangents of whatever else f
+    depends on are left with ``f.pull_back``. ``compare`` is called with the end of the step and its slopes, where these
+    are evaluated; in compiled code on the CPU only if the end is not that of ``y_next``, bit for bit. ``inside`` is
+    what further outputs contribute, summed up: the sum of g, and for each i that of w[i]·g.
+    """
+    count = 1 + max(i for w, _ in outputs for i, w_i in enumerate(w) if w_i != 0)
+    if inside is not None:
+        count = len(scheme.stages)
+    t = ops.scalars(times[:count])
+    states: list[Tensor] = []
+    slopes: list[Tensor] = []  # with their graphs
+    k: list[Tensor] = []
+    for i in range(count):
+        indices, weights = scheme.stages[i]
+        y_i = ops.weighted_sum(y, h, [k[j] for j in indices], weights) if i else y.detach()
+        states.append(y_i.requires_grad_())
+        slopes.append(f(t[i], y_i))
+        k.append(slopes[i].detach())
+    if compare is not None and count > max(scheme.indices):
+        compare(ops.weighted_sum(y, h, [k[i] for i in scheme.indices], scheme.b), k)
+
+    pulled: dict[int, Tensor] = {}  # v_i, stages that y does not reach left out
+    a = scheme.a
+    for i in reversed(range(count)):
+        terms = [(w[i], g) for w, g in outputs if w[i] != 0]
+        if inside is not None:
+            terms.append((1.0, inside[1][i]))
+        terms += [(a[j][i], v) for j, v in pulled.items() if a[j][i] != 0]
+        y_i, k_i = states.pop(), slopes.pop()
+        if not terms or not k_i.requires_grad:
+            continue
+        grad_k = ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
+        v = own_result(f.pull_back, y_i, k_i, grad_k)
+        if v is not None:
+            pulled[i] = ops.admit(v, _PULLED)
+
+    g, *rest = [*(g for _, g in outputs), *([] if inside is None else [inside[0]]), *pulled.values()]
+    return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g

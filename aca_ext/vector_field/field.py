@@ -1,0 +1,250 @@
+"""The user's f as the solver sees it: called with the user's form of the state, checked, counted, and repeatable.
+
+Repeatable means that a replay sees what the forward pass saw: the random numbers, the autocast state, the training
+mode of modules, and their buffers (BatchNorm statistics) that only accepted evaluations may move.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from aca_ext.errors import ArgumentTypeError
+from aca_ext.kernels.fused import TorchOperations
+from aca_ext.problem.state import Packing
+from aca_ext.problem.transforms import refuse_transforms
+from aca_ext.solver.runge_kutta import SlopeFunction
+from aca_ext.vector_field.holdings import Holdings
+from aca_ext.vector_field.module_buffers import (
+    Buffer,
+    Held,
+    buffers_used_by,
+    held_by,
+    is_distributed,
+    modules_of,
+    restore,
+    warn_of_batch_statistics,
+)
+from aca_ext.vector_field.slope_check import Func, checked_slope_function
+
+RandomState = tuple[Tensor, ...]
+
+
+class Kept(Protocol):
+    """A place where func keeps what it computes."""
+
+    def snapshot(self) -> Callable[[], None]: ...
+
+
+class VectorField:
+    """f(t, y, \\*args) on packed states, with its output checked against the state it was given.
+
+    Attributes:
+        n_evals: how often func was called.
+        draws_random_numbers: its first evaluation moved a random generator.
+        random_trail: the random generators' states before each evaluation since the list was last emptied, where func
+            draws random numbers.
+        moving_buffers: buffers of func's modules that its first evaluation changed.
+        calls_autograd: it is evaluated with gradients enabled and a state that requires grad, since it differentiates.
+        holdings: the tensors, modules and generators that func holds; None where no backward pass is to come.
+        held: the parameters and buffers that func's modules hold in the forward pass.
+        modes: func's modules, each with its training mode in the forward pass.
+        kept: what func keeps of its evaluations, which replays are not to change.
+    """
+
+    def __init__(self, func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations) -> None:
+        self.func, self.args, self.packing = func, tuple(args), packing
+        self.draws_random_numbers = False
+        self.random_trail: list[RandomState] = []
+        self.moving_buffers: list[Tensor] = []
+        self._has_been_watched = False
+        self._random_state_before: RandomState | None = None
+        self.calls_autograd = False
+        self.holdings: Holdings | None = None
+        self.held: list[Held] = []
+        self.modes: list[tuple[nn.Module, bool]] = []
+        self.kept: Sequence[Kept] = ()
+        self._generators: list[torch.Generator] = []
+        self._ops = ops
+        self._device = ops.like.device
+        self._call = checked_slope_function(func, self.args, packing, ops)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        if self.draws_random_numbers:
+            self.random_trail.append(self.random_state())
+        if not self.calls_autograd or (torch.is_grad_enabled() and y.requires_grad):
+            return self._call(t, y)
+        with torch.enable_grad():
+            k = self._call(t, y.detach().requires_grad_())
+        return k if torch.is_grad_enabled() else k.detach()
+
+    @property
+    def n_evals(self) -> int:
+        return self._call.n_evals
+
+    @property
+    def fastest(self) -> SlopeFunction:
+        """What evaluates func with the least in between."""
+        return self if self.draws_random_numbers or self.calls_autograd else self._call
+
+    def admit(self, y: Tensor) -> Tensor:
+        """``y`` laid out in memory like the state."""
+        return self._ops.admit(y)
+
+    def with_args(self, args: Sequence[Any]) -> VectorField:
+        """The same f with other args."""
+        other = copy.copy(self)
+        other.args = tuple(args)
+        other._call = checked_slope_function(other.func, other.args, other.packing, other._ops)
+        return other
+
+    @property
+    def _roots(self) -> tuple[Any, ...]:
+        return self.func, *(arg for arg in self.args if not isinstance(arg, Tensor))
+
+    def check_signature(self) -> None:
+        """Raises ArgumentTypeError where func does not take the arguments that it is called with."""
+        try:
+            signature = inspect.signature(self.func.forward if isinstance(self.func, nn.Module) else self.func)
+        except (TypeError, ValueError):
+            return  # compiled code may not tell
+        try:
+            signature.bind(None, None, *self.args)
+        except TypeError as mismatch:
+            given = f" and {len(self.args)} of args" if self.args else ""
+            raise ArgumentTypeError(
+                f"func takes {signature}, but is called as func(t, y, *args) with t, y{given}: {mismatch}. Let func "
+                "take both t and y, used or not, and pass whatever else it takes by args=(...)."
+            ) from None
+
+    def prepare_replay(self) -> None:
+        """Notes what func and its modules hold now, for evaluations when they may hold something else.
+
+        A module that is hidden from the walk is noted in the first evaluation.
+        """
+        self.holdings = Holdings(self._roots)
+        self._generators = self.holdings.generators
+        if isinstance(self.func, nn.Module):
+            for module in modules_of(self.func):
+                _check_is_not_distributed(module)
+        for module in self.holdings.modules:
+            self._note(module)
+
+    def has_put(self, leaf: Tensor) -> bool:
+        """Whether func itself made a leaf and keeps it: nobody who holds it now held it before the first evaluation."""
+        if self.holdings is None or self.holdings.has_seen(leaf):
+            return False
+        return any(place.tensor is leaf for place in Holdings(self._roots).places)
+
+    def take_notes_of(self, other: VectorField) -> None:
+        """Takes over what another field for the same func found before its first evaluation."""
+        self.holdings, self.held, self.modes = other.holdings, other.held, other.modes
+        self._generators = other._generators
+
+    def _note(self, module: nn.Module) -> None:
+        self.held += held_by(module)
+        mode = getattr(module, "training", None)  # a frozen scripted module has none
+        if mode is not None:
+            self.modes.append((module, mode))
+
+    def _note_in_use(self, module: nn.Module) -> None:
+        _check_is_not_distributed(module)
+        if self.holdings is not None and not self.holdings.has_seen(module):
+            self._note(module)
+
+    def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
+        """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""
+        random_state = self._random_state_before = self.random_state()
+        with buffers_used_by(self.func, self._note_in_use) as used, watch or nullcontext():
+            k = self(t, y)
+        refuse_transforms("the slope that func returned", k)
+        self.draws_random_numbers = self.has_drawn_since(random_state)
+        if self.draws_random_numbers:
+            self.random_trail.append(random_state)
+        # Batch normalisation moves its statistics without a new version, but counts its batches with one.
+        moved = [owned for owned in used if any(b.tensor._version != b.version for b in owned)]
+        self.moving_buffers = [b.tensor for owned in moved for b in owned]
+        if moved:
+            warn_of_batch_statistics(moved)
+        self._has_been_watched = True
+        return k
+
+    def forget_first(self) -> None:
+        """Undoes what ``first`` left where it failed, before it is called again."""
+        self.random_trail.clear()
+        if self._random_state_before is not None:
+            self.set_random_state(self._random_state_before)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For evaluations that are no part of the solution: they leave no trace but in ``n_evals``."""
+        trail = list(self.random_trail)
+        watch: AbstractContextManager[list[list[Buffer]]] = (
+            nullcontext([]) if self._has_been_watched else buffers_used_by(self.func)
+        )
+        values = self.buffer_values()
+        with watch as used:
+            try:
+                yield
+            finally:
+                self.random_trail = trail
+                self.restore_buffers(values)
+                for owned in used:
+                    restore([b.tensor for b in owned], [b.value for b in owned])
+
+    def random_state(self) -> RandomState:
+        """State of the random generators of the CPU and of the state's device, and of those that func holds."""
+        states = (torch.get_rng_state(), *[generator.get_state() for generator in self._generators])
+        return (*states, torch.cuda.get_rng_state(self._device)) if self._device.type == "cuda" else states
+
+    def set_random_state(self, state: RandomState) -> None:
+        torch.set_rng_state(state[0])
+        for generator, of_generator in zip(self._generators, state[1:], strict=False):
+            generator.set_state(of_generator)
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state[-1], self._device)
+
+    def has_drawn_since(self, state: RandomState) -> bool:
+        """Whether a random generator has moved since ``state``."""
+        return any(_bytes(a) != _bytes(b) for a, b in zip(state, self.random_state(), strict=True))
+
+    def buffer_values(self) -> list[Tensor] | None:
+        """A copy of the buffers that func moves, or None where it moves none."""
+        return [b.detach().clone() for b in self.moving_buffers] if self.moving_buffers else None
+
+    def restore_buffers(self, values: list[Tensor] | None) -> None:
+        if values is not None:
+            restore(self.moving_buffers, values)
+
+
+def _check_is_not_distributed(module: nn.Module) -> None:
+    if is_distributed(type(module)):  # type: ignore[arg-type]
+        raise ArgumentTypeError(
+            f"func is, or holds, a distributed module ({type(module).__name__}), which acts on every backward pass "
+            "through it; a solve evaluates func many times. Wrap the module that holds the solve instead."
+        )
+
+
+def _bytes(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+class AutocastState:
+    """torch.autocast as it was when this object was made; ``dtype`` is None where it was off."""
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self.enabled = torch.is_autocast_enabled(device_type)
+        self.dtype = torch.get_autocast_dtype(device_type) if self.enabled else None
+
+    def restored(self) -> Any:
+        if not self.enabled and not torch.is_autocast_enabled(self._device_type):
+            return nullcontext()
+        # Without the cache: a weight cast in a pass without a graph must not serve one with.
+        return torch.autocast(self._device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)

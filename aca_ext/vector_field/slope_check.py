@@ -1,0 +1,107 @@
+"""The user's f on packed states: what it returns, checked against the state that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import SlopeError
+from aca_ext.kernels.fused import TorchOperations, slope_function
+from aca_ext.problem.admission import check_readable, looks_readable
+from aca_ext.problem.state import Packing, State
+from aca_ext.problem.transforms import refuse_transforms
+
+Func = Callable[..., State]
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def checked_slope_function(func: Func, args: tuple[Any, ...], packing: Packing, ops: TorchOperations) -> Any:
+    """func with its args, checks and count. It holds no reference to whoever asked for it, which would be a cycle."""
+    like = ops.like
+    check = SlopeCheck(packing, ops)
+    called = func if packing.is_trivial else partial(_unpacked, func, packing, check)
+    versioned = not like.is_inference() and not torch.is_inference_mode_enabled()
+    return slope_function(called, args, like, check, _changed_in_place, versioned)
+
+
+_SWAPPED = " It may have been computed from t alone: func is called as func(t, y), time first."
+
+
+class SlopeCheck:
+    """Makes the packed slope of what func returned, converted in layout and, under autocast, in dtype alone."""
+
+    def __init__(self, packing: Packing, ops: TorchOperations) -> None:
+        self.packing, self._ops = packing, ops
+        self._dtype, self._device = ops.like.dtype, ops.like.device
+        self._has_looked = False  # closely, which takes too long for every evaluation
+
+    def __call__(self, k: Any) -> Tensor:
+        packing = self.packing
+        parts = self._parts(k)
+        given: list[Tensor] = []
+        for i, (part, shape) in enumerate(zip(parts, packing.shapes, strict=True)):
+            where = f"component {i} of func's output" if packing.is_tuple else "func's output"
+            if not isinstance(part, Tensor):
+                raise SlopeError(f"{where} is of type {type(part).__name__}; it must be a tensor.")
+            if part.device != self._device:
+                raise SlopeError(f"{where} is on {part.device}; the state is on {self._device}. Move one to the other.")
+            if not (self._has_looked and looks_readable(part)):
+                refuse_transforms(where, part)
+                check_readable(where, part, SlopeError)
+            expected = shape[:-1] if packing.is_complex else shape
+            if part.shape != expected:
+                raise SlopeError(
+                    f"{where} has shape {tuple(part.shape)}; the state has {tuple(expected)}. The derivative has the "
+                    f"shape of the state; nothing is broadcast.{_SWAPPED if part.numel() == 1 else ''}"
+                )
+            given.append(self._of_state_dtype(part, where))
+        self._has_looked = True
+        packed = packing.pack(tuple(given) if packing.is_tuple else given[0])
+        return self._ops.admit(packed, "func's output")
+
+    def _parts(self, k: Any) -> Sequence[Any]:
+        packing = self.packing
+        if not packing.is_tuple:
+            if isinstance(k, (tuple, list)):
+                raise SlopeError(f"func returned a {type(k).__name__}; y0 is a tensor, so func returns one tensor.")
+            return (k,)
+        if not isinstance(k, (tuple, list)):
+            raise SlopeError(
+                f"func returned a {type(k).__name__}; y0 is {packing.describe()}, so func returns a tuple."
+            )
+        if len(k) != len(packing.shapes):
+            raise SlopeError(f"func returned {len(k)} components; y0 is {packing.describe()}.")
+        return k
+
+    def _of_state_dtype(self, part: Tensor, where: str) -> Tensor:
+        real, packing = self._dtype, self.packing
+        expected = _COMPLEX.get(real, torch.complex32) if packing.is_complex else real
+        if part.dtype == expected:
+            return part
+        if part.is_floating_point() and torch.is_autocast_enabled(self._device.type):
+            return part.to(expected)
+        if part.is_complex() and not packing.is_complex:
+            raise SlopeError(
+                f"{where} is complex ({part.dtype}) and the state is real ({expected}). Make y0 complex, for example "
+                f"y0.to({part.dtype}), or return a real derivative."
+            )
+        raise SlopeError(
+            f"{where} has dtype {part.dtype}; the state has {expected}. Convert y0 or the output, for example with "
+            f".to({expected}). (Under torch.autocast a lower precision is converted for you.)"
+        )
+
+
+def _unpacked(func: Func, packing: Packing, check: SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:
+    return check(func(t, packing.unpack(y), *args))
+
+
+def _changed_in_place() -> None:
+    raise SlopeError(
+        "func changed its state argument in place, which would corrupt the solution. "
+        "Work on a copy: y = y.clone(), or use the out-of-place operation."
+    )

@@ -1,0 +1,65 @@
+// Step-size control on plain numbers, what aca_ext.numerics.controller does with floats: for loops that do not go
+// through Python, on the host or on a GPU.
+#pragma once
+#include <cmath>
+
+#ifdef __CUDACC__
+#define ACA_HD __host__ __device__ __forceinline__
+#else
+#define ACA_HD inline
+#endif
+
+namespace aca {
+
+struct Controller {
+    int order;
+    double safety, ifactor, dfactor, pcoeff, icoeff, dcoeff, min_step, max_step;
+
+    // The step after an accepted one of size h; `ratio` holds the `count` last error ratios, newest first.
+    ACA_HD double grow(double h, const double* ratio, int count) const {
+        const bool has_memory = pcoeff != 0 || dcoeff != 0;
+        const double exponent[] = {-(pcoeff + icoeff + dcoeff) / order, (pcoeff + 2 * dcoeff) / order, -dcoeff / order};
+        double factor = safety;
+        for (int i = 0; i < (has_memory ? count : 1); ++i) {
+            if (exponent[i] == 0) continue;
+            if (ratio[i] == 0) {
+                factor = ifactor;
+                break;
+            }
+            factor *= pow(ratio[i], exponent[i]);
+        }
+        return limit(h * least(ifactor, most(has_memory ? dfactor : 1.0, to_single(factor))));
+    }
+
+    // Size of the next trial after a rejected one of size h.
+    ACA_HD double shrink(double h, double ratio) const {
+        const bool is_finite = ratio - ratio == 0;
+        const double smaller =
+            is_finite ? h * most(dfactor, to_single(safety * pow(ratio, -1.0 / order))) : h * dfactor;
+        return smaller < min_step && min_step < h ? min_step : smaller;
+    }
+
+    // The first step by Hairer's rule (Solving ODEs I, II.4): the Euler step to try, and the step from what it showed.
+    // The norms, over the tolerance, are those of y0, of f(t0, y0), and of the change of f along the Euler step.
+    ACA_HD double euler_step(double length, double norm_y, double norm_f) const {
+        const bool small = norm_y < 1e-5 || norm_f < 1e-5;
+        return least(small ? 1e-6 : 0.01 * norm_y / norm_f, length);
+    }
+    ACA_HD double first_step(double length, double euler, double norm_f, double norm_change) const {
+        const double curvature = norm_change / euler;
+        if (!(curvature - curvature == 0)) return limit(euler);
+        const double largest = most(norm_f, curvature);
+        const double h1 = largest <= 1e-15 ? most(1e-6, euler * 1e-3) : to_single(pow(0.01 / largest, 1.0 / order));
+        return limit(least(least(100 * euler, h1), length));
+    }
+
+    ACA_HD double limit(double h) const { return most(min_step, least(max_step, h)); }
+
+  private:
+    ACA_HD static double least(double a, double b) { return b < a ? b : a; }
+    ACA_HD static double most(double a, double b) { return b > a ? b : a; }
+    // Powers differ in their last bits from one mathematical library to the next; in single precision they agree.
+    ACA_HD static double to_single(double x) { return double(float(x)); }
+};
+
+}  // namespace aca

@@ -1,0 +1,287 @@
+// The arithmetic of a Runge-Kutta step and of its transpose, for a pack of V neighbouring elements.
+// Both backends instantiate these functors; no formula is written anywhere else.
+#pragma once
+#include <cstdint>
+
+#include "control/control_block.h"
+#include "kernels/ops.h"
+
+#ifndef ACA_ISA  // the CPU kernels are compiled once per instruction set, each into a namespace of its own
+#define ACA_ISA portable
+#endif
+
+namespace aca::ACA_ISA {
+
+// V elements that travel together: 16 bytes on a GPU, one element on the CPU, where the compiler vectorises the loop.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+    T v[V];
+    ACA_HD T& operator[](int i) { return v[i]; }
+    ACA_HD const T& operator[](int i) const { return v[i]; }
+};
+
+template <int V, typename T>
+ACA_HD Pack<T, V> load(const T* x, int64_t i) {
+    return *reinterpret_cast<const Pack<T, V>*>(x + i);
+}
+
+template <int V, typename T>
+ACA_HD void store(T* x, int64_t i, const Pack<T, V>& value) {
+    *reinterpret_cast<Pack<T, V>*>(x + i) = value;
+}
+
+// a·b + c, fused where the target has the instruction. Left to the compiler, which of two products in a sum is fused
+// would depend on the code around it, and so would the last bit.
+template <typename T>
+ACA_HD T multiply_add(T a, T b, T c) {
+#if defined(__CUDA_ARCH__)
+    return fma(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    if constexpr (sizeof(T) == sizeof(float))
+        return __builtin_fmaf(a, b, c);
+    else
+        return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+template <typename T>
+ACA_HD T magnitude(T x) {
+    return x < T(0) ? -x : x;
+}
+
+// Σ_j w[j]·x[j], always added up in the order of j: every path through the code rounds alike.
+template <typename T, int N>
+struct Terms {
+    const T* x[N];
+    T w[N];
+
+    template <int V>
+    ACA_HD Pack<T, V> sum(int64_t i) const {
+        Pack<T, V> total = load<V>(x[0], i);
+        for (int e = 0; e < V; ++e) total[e] *= w[0];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (int j = 1; j < N; ++j) {
+            const Pack<T, V> term = load<V>(x[j], i);
+            for (int e = 0; e < V; ++e) total[e] = multiply_add(w[j], term[e], total[e]);
+        }
+        return total;
+    }
+};
+
+// A functor's `width` is how many elements one call may take at most.
+// Where every row (sample) has a step size of its own, a functor is asked for the one `of_row`, which differs in that
+// alone: each row sees the arithmetic that it would see by itself.
+
+// out = base + h·Σ_j w_j·x_j, or without base: stage states, solutions, dense output, and every sum of the transpose.
+template <typename T, int N, bool HasBase>
+struct WeightedSum {
+    static constexpr int width = 16 / sizeof(T);
+    Terms<T, N> terms;
+    const T* base;
+    T h;
+    T* out;
+
+    ACA_HD WeightedSum of_row(double step) const {
+        WeightedSum f = *this;
+        f.h = T(step);
+        return f;
+    }
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        Pack<T, V> total = terms.template sum<V>(i);
+        if constexpr (HasBase) {
+            const Pack<T, V> start = load<V>(base, i);
+            for (int e = 0; e < V; ++e) total[e] = multiply_add(h, total[e], start[e]);
+        } else {
+            for (int e = 0; e < V; ++e) total[e] *= h;
+        }
+        store<V>(out, i, total);
+    }
+};
+
+// y1 = y + h·Σ_j b_j·k_j and error = h·Σ_j e_j·k_j from one read of the slopes.
+template <typename T, int N>
+struct SolutionAndError {
+    static constexpr int width = 16 / sizeof(T);
+    Terms<T, N> terms;  // the slopes, weighted by b
+    T error_weight[N];
+    const T* y;
+    T h;
+    T *y1, *error;
+
+    ACA_HD SolutionAndError of_row(double step) const {
+        SolutionAndError f = *this;
+        f.h = T(step);
+        return f;
+    }
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        Pack<T, V> k = load<V>(terms.x[0], i), advance, deviation;
+        for (int e = 0; e < V; ++e) advance[e] = terms.w[0] * k[e], deviation[e] = error_weight[0] * k[e];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (int j = 1; j < N; ++j) {
+            k = load<V>(terms.x[j], i);
+            for (int e = 0; e < V; ++e) {
+                advance[e] = multiply_add(terms.w[j], k[e], advance[e]);
+                deviation[e] = multiply_add(error_weight[j], k[e], deviation[e]);
+            }
+        }
+        const Pack<T, V> start = load<V>(y, i);
+        for (int e = 0; e < V; ++e) advance[e] = multiply_add(h, advance[e], start[e]), deviation[e] *= h;
+        store<V>(y1, i, advance);
+        store<V>(error, i, deviation);
+    }
+};
+
+template <typename T>
+struct ScalarTolerance {
+    T rtol, atol;
+    template <int V>
+    ACA_HD Pack<T, V> scale(int64_t, const Pack<T, V>& size) const {
+        Pack<T, V> result;
+        for (int e = 0; e < V; ++e) result[e] = multiply_add(rtol, size[e], atol);
+        return result;
+    }
+};
+
+template <typename T>
+struct ElementTolerance {
+    const T *rtol, *atol;
+    template <int V>
+    ACA_HD Pack<T, V> scale(int64_t i, const Pack<T, V>& size) const {
+        const Pack<T, V> relative = load<V>(rtol, i);
+        Pack<T, V> result = load<V>(atol, i);
+        for (int e = 0; e < V; ++e) result[e] = multiply_add(relative[e], size[e], result[e]);
+        return result;
+    }
+};
+
+// (error / (atol + rtol·max(|y0|, |y1|)))² with error = partial + w·k, the summand of the squared RMS error ratio.
+// A y1 that is not finite makes the sum NaN, so a step to infinity is never accepted.
+template <typename T, typename Tolerance, bool HasSlope>
+struct SquaredErrorRatio {
+    static constexpr int width = 16 / sizeof(T);
+    const T *partial, *k;
+    T w;
+    const T *y0, *y1;
+    Tolerance tolerance;
+
+    ACA_HD SquaredErrorRatio of_row(double slope_weight) const {
+        SquaredErrorRatio f = *this;
+        f.w = T(slope_weight);
+        return f;
+    }
+
+    template <int V>
+    ACA_HD double operator()(int64_t i) const {
+        Pack<T, V> error = load<V>(partial, i), size = load<V>(y0, i);
+        const Pack<T, V> end = load<V>(y1, i);
+        if constexpr (HasSlope) {
+            const Pack<T, V> slope = load<V>(k, i);
+            for (int e = 0; e < V; ++e) error[e] = multiply_add(w, slope[e], error[e]);
+        }
+        for (int e = 0; e < V; ++e) {
+            const T before = magnitude(size[e]), after = magnitude(end[e]);
+            size[e] = before < after ? after : before;
+        }
+        const Pack<T, V> scale = tolerance.template scale<V>(i, size);
+        double total = 0;
+        for (int e = 0; e < V; ++e) {
+            const T divisor = error[e] == T(0) ? T(1) : scale[e];  // no error counts 0 where the tolerance is 0, too
+            const T ratio = error[e] / divisor;
+            const T not_finite = end[e] - end[e];  // 0, or NaN at an infinity or NaN
+            total += double(ratio) * double(ratio) + double(not_finite);
+        }
+        return total;
+    }
+};
+
+// What an accepted step leaves: its outputs, its solution where states are kept, and what the next step starts from.
+template <typename T>
+struct FinishStep {
+    static constexpr int width = 1;
+    const Control* control;
+    T* y;
+    const T* y1;
+    int stages;
+    const T* k[kMaxTerms];
+    T* k_first;
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        const Control& s = *control;
+        if (!s.is_accepted) return;
+        const T start = y[i], end = y1[i];
+        const T h = T(s.h_done);
+        for (int64_t o = s.first_due; o < s.end_due; ++o) {
+            T* const out = control::at<T>(s.outputs + uintptr_t(o * s.row_bytes));
+            if (control::at<const double>(s.times)[o] == s.t_done) {
+                out[i] = end;
+                continue;
+            }
+            const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
+            T total = 0;
+            for (int j = 0; j < stages; ++j)
+                if (weight[j] != 0) total = multiply_add(T(weight[j]), k[j][i], total);
+            out[i] = multiply_add(h, total, start);
+        }
+        if (s.slot) control::at<T>(s.slot)[i] = end;
+        y[i] = end;
+        if (k_first) k_first[i] = k[stages - 1][i];
+    }
+};
+
+// The state that a step started from, and what its outputs contribute to the cotangents of its end (g), of its start
+// by themselves (inside) and of its slopes, over the step size.
+template <typename T>
+struct RestoreStep {
+    static constexpr int width = 1;
+    const Control* control;
+    T *y, *g, *inside;
+    int stages;
+    T* slope[kMaxTerms];
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        const Control& s = *control;
+        y[i] = control::at<const T>(s.slot)[i];
+        if (inside) {
+            inside[i] = 0;
+            for (int j = 0; j < stages; ++j) slope[j][i] = 0;
+        }
+        for (int64_t o = s.first_due; o < s.end_due; ++o) {
+            const T grad = control::at<const T>(s.grad_outputs + uintptr_t(o * s.row_bytes))[i];
+            if (control::at<const double>(s.times)[o] == s.t_done) {
+                g[i] += grad;
+                continue;
+            }
+            const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
+            inside[i] += grad;
+            for (int j = 0; j < stages; ++j)
+                if (weight[j] != 0) slope[j][i] = multiply_add(T(weight[j]), grad, slope[j][i]);
+        }
+    }
+};
+
+// out[i] = value[i]: the few numbers of a step, its stage times, written on the device without a copy from the host.
+template <typename T>
+struct Scalars {
+    static constexpr int width = 1;
+    T value[kMaxTerms];
+    T* out;
+
+    template <int V>
+    ACA_HD void operator()(int64_t i) const {
+        out[i] = value[i];
+    }
+};
+
+}  // namespace aca::ACA_ISA

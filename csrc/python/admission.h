@@ -1,0 +1,185 @@
+// Which tensors may enter the kernels, which take addresses on trust, and who else can still reach their memory.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+
+#include "python/tensors.h"
+#include "python/torch_tensors.h"
+
+namespace aca {
+
+// The layout of a state. Admitted is a plain tensor laid out alike, with memory behind its elements: no negative bit,
+// no subclass, and none of those without memory (zeros that autograd makes, functional, fake and freed tensors).
+class Admission {
+  public:
+    explicit Admission(const py::object& like)
+        : is_plain_(Torch::found().is_plain(like.ptr())),
+          type_(py::type::of(like)),
+          dtype_(names().dtype.of(like.ptr())),
+          device_(names().device.of(like.ptr())),
+          shape_(names().shape.of(like.ptr())),
+          stride_(names().stride.call(like.ptr())) {
+        dlpack::Tensor seen;
+        is_seen_ = Torch::found().look(like.ptr(), &seen);
+        if (is_seen_) layout_ = Layout(seen);
+    }
+
+    // Whether kernels are to read what is admitted; a subclass runs by plain torch.
+    bool is_for_kernels() const { return is_plain_; }
+
+    // Notes the address of an admitted `x`, where torch tells without a call into Python; else it becomes 0.
+    bool admits(PyObject* x, uintptr_t* address) const {
+        dlpack::Tensor seen;
+        *address = 0;
+        if (is_seen_ && Torch::found().look(x, &seen)) {
+            if (!layout_.is_that_of(seen) || names().is_neg.call(x).ptr() != Py_False) return false;
+            *address = uintptr_t(seen.data);
+            return true;
+        }
+        try {
+            return has_layout(x) && has_memory(x);
+        } catch (const py::error_already_set&) {  // of a tensor without shape, strides or address
+            return false;
+        }
+    }
+
+  private:
+    struct Names {
+        const Attribute dtype{"dtype"}, device{"device"}, shape{"shape"}, stride{"stride"}, is_neg{"is_neg"},
+            numel{"numel"}, data_ptr{"data_ptr"};
+    };
+
+    static const Names& names() {
+        static const Names all;
+        return all;
+    }
+
+    bool has_layout(PyObject* x) const {
+        const bool is_of_type = is_plain_ ? Torch::found().is_plain(x) : py::type::handle_of(x).is(type_);
+        return is_of_type && names().dtype.of(x).is(dtype_) && equal(names().shape.of(x), shape_) &&
+               equal(names().stride.call(x), stride_) && equal(names().device.of(x), device_) &&
+               names().is_neg.call(x).ptr() == Py_False;
+    }
+
+    // Subclasses run without kernels, and may have memory that only they know.
+    bool has_memory(PyObject* x) const {
+        if (!is_plain_ || as_size(names().numel.call(x)) == 0) return true;
+        return Torch::has_memory(x, as_size(names().data_ptr.call(x)));
+    }
+
+    bool is_plain_;
+    py::object type_, dtype_, device_, shape_, stride_;
+    bool is_seen_;
+    Layout layout_;  // where it is seen
+};
+
+// Raises where the storage of `x`, a tensor that fills one block of memory, was shortened below what `x` needs.
+inline void check_whole(PyObject* x) {
+    static const Attribute untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, offset{"storage_offset"},
+        element_size{"element_size"};
+    const size_t held = as_size(nbytes.call(untyped_storage.call(x).ptr()));
+    const size_t start = as_size(offset.call(x)) * as_size(element_size.call(x));
+    if (held < start + as_size(nbytes.of(x))) refuse_without_memory();
+}
+
+// Whether nothing but the one reference that the caller holds leads to a tensor or to its memory: no variable of func,
+// no view, no array of NumPy. Counts are compared with those of a tensor that is known to be alone, since versions of
+// torch count differently; where they differ for another reason, a tensor is taken to be shared.
+class Solitude {
+  public:
+    static Solitude& known() {
+        static Solitude solitude;
+        return solitude;
+    }
+
+    // Learns from a new tensor and a view of another one, each held by the caller alone.
+    void learn(const py::object& tensor, const py::object& view) {
+        is_known_ = Torch::found().storage_uses != nullptr;
+        if (!is_known_) return;
+        tensor_ = counts_of(tensor.ptr(), true);
+        view_ = counts_of(view.ptr(), true);
+    }
+
+    // With a graph, which may hold the memory without ever writing to it, references from C++ are not counted.
+    bool holds(PyObject* x, bool has_graph) const {
+#ifdef Py_GIL_DISABLED
+        (void)x, (void)has_graph;
+        return false;
+#else
+        if (!is_known_ || Py_REFCNT(x) != 1) return false;
+        const Counts now = counts_of(x, !has_graph);
+        return now.is_like(now.base ? view_ : tensor_, has_graph);
+#endif
+    }
+
+  private:
+    struct Counts {
+        Py_ssize_t storage = 0, base = 0;  // references from Python
+        long uses = 0, storage_uses = 0, base_uses = 0;
+        bool is_own = false;  // memory that torch allocated, which no array of NumPy shares
+
+        bool is_like(const Counts& alone, bool has_graph) const {
+            return is_own && storage == alone.storage && base == alone.base && uses == alone.uses &&
+                   base_uses == alone.base_uses && (has_graph || storage_uses == alone.storage_uses);
+        }
+    };
+
+    static Counts counts_of(PyObject* x, bool counts_storage) {
+        static const Attribute untyped_storage{"untyped_storage"}, cdata{"_cdata"}, uses{"_use_count"},
+            resizable{"resizable"}, base{"_base"};
+        Counts counts;
+        const py::object storage = untyped_storage.call(x);
+        counts.storage = Py_REFCNT(storage.ptr());
+        counts.is_own = resizable.call(storage.ptr()).ptr() == Py_True;
+        counts.uses = as_long(uses.call(x));
+        if (counts_storage) {
+            PyObject* const count = Torch::found().storage_uses;
+            counts.storage_uses = as_long(Attribute::owned(PyObject_CallOneArg(count, cdata.of(storage.ptr()).ptr())));
+        }
+        const py::object viewed = base.of(x);
+        if (viewed.is_none()) return counts;
+        counts.base = Py_REFCNT(viewed.ptr());
+        counts.base_uses = as_long(uses.call(viewed.ptr()));
+        return counts;
+    }
+
+    bool is_known_ = false;
+    Counts tensor_, view_;
+};
+
+// Tensors laid out like the state for copies of others. func never sees them, so one that Python holds no more is free.
+class Copies {
+  public:
+    explicit Copies(py::object allocate) : allocate_(std::move(allocate)) {}
+
+    Row take() {
+        for (size_t tried = 0; tried < rows_.size(); ++tried) {
+            next_ = next_ + 1 < rows_.size() ? next_ + 1 : 0;
+            if (is_free(rows_[next_].tensor.ptr())) return rows_[next_];
+        }
+        const py::tuple block = allocate_();
+        if (block.size() == 1) return {block[0], address_of(block[0])};  // too large to be kept for later
+        for (py::handle row : block) {
+            const auto tensor = py::reinterpret_borrow<py::object>(row);
+            rows_.push_back({tensor, address_of(tensor)});
+        }
+        next_ = rows_.size() - 1;
+        return rows_[next_];
+    }
+
+  private:
+    static bool is_free(PyObject* x) {
+#ifdef Py_GIL_DISABLED
+        (void)x;
+        return false;
+#else
+        return Py_REFCNT(x) == 1;
+#endif
+    }
+
+    py::object allocate_;
+    std::vector<Row> rows_;
+    size_t next_ = 0;
+};
+
+}  // namespace aca

@@ -1,0 +1,277 @@
+// Python's view of the operations: integers and floats in, C++ types out.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/ops.h"
+#include "python/compiled_bindings.h"
+#include "python/control_bindings.h"
+#include "python/leaves.h"
+#include "python/step_runs.h"
+#include "python/stepper.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace aca;
+
+constexpr int kMaxSegments = 64;
+
+BoundTarget make_target(const std::string& backend, const std::string& dtype, int threads, int device, uintptr_t stream,
+                        uintptr_t workspace) {
+    BoundTarget bound{};
+    if (dtype != "float32" && dtype != "float64") throw std::invalid_argument("no kernels for dtype " + dtype);
+    if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+    bound.target = {dtype == "float32" ? DType::f32 : DType::f64, threads, device, stream, workspace};
+    if (backend == "cpu") {
+        bound.backend = &cpu_backend();
+#ifdef ACA_CUDA
+    } else if (backend == "cuda") {
+        bound.backend = &cuda_backend();
+#endif
+    } else {
+        throw std::invalid_argument("this build has no backend " + backend);
+    }
+    return bound;
+}
+
+// Reads up to `limit` numbers from a list or tuple without an allocation.
+template <typename T, typename Convert>
+int read(py::handle sequence, T* to, int limit, const char* what, Convert convert) {
+    const bool list = PyList_CheckExact(sequence.ptr());
+    if (!list && !PyTuple_CheckExact(sequence.ptr()))
+        throw py::type_error(std::string(what) + " must be a list or a tuple");
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
+    if (count < 1 || count > limit)
+        throw std::invalid_argument(std::string(what) + " takes 1 to " + std::to_string(limit) + " entries, not " +
+                                    std::to_string(count));
+    for (Py_ssize_t i = 0; i < count; ++i) to[i] = convert(PySequence_Fast_GET_ITEM(sequence.ptr(), i));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return int(count);
+}
+
+int read_doubles(py::handle sequence, double* to, int limit, const char* what) {
+    return read(sequence, to, limit, what, PyFloat_AsDouble);
+}
+
+Sum read_sum(py::handle x, py::handle w) {
+    Sum sum{};
+    sum.count = read(x, sum.x, kMaxTerms, "x", [](PyObject* o) { return uintptr_t(PyLong_AsSize_t(o)); });
+    if (read_doubles(w, sum.w, kMaxTerms, "w") != sum.count) throw std::invalid_argument("x and w differ in length");
+    return sum;
+}
+
+void read_weights(py::handle error_weight, double* to, int count) {
+    if (read_doubles(error_weight, to, kMaxTerms, "error_weight") != count)
+        throw std::invalid_argument("x and error_weight differ in length");
+}
+
+int read_bounds(py::handle bounds, int64_t* to) {
+    const int segments = read(bounds, to, kMaxSegments + 1, "bounds", PyLong_AsLongLong) - 1;
+    for (int s = 0; s < segments; ++s)
+        if (to[s] < 0 || to[s + 1] < to[s]) throw std::invalid_argument("bounds must not decrease");
+    return segments;
+}
+
+// Raises where an address is next to null and there is an element to be read or written there.
+void check_memory(int64_t n, std::initializer_list<uintptr_t> addresses) {
+    if (n <= 0) return;
+    for (const uintptr_t address : addresses)
+        if (address < kLowestAddress) refuse_without_memory();
+}
+
+void check_memory(int64_t n, const Sum& sum) {
+    for (int j = 0; j < sum.count; ++j) check_memory(n, {sum.x[j]});
+}
+
+ErrorRatio make_ratio(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, uintptr_t y1, double rtol, double atol,
+                      uintptr_t rtol_each, uintptr_t atol_each) {
+    if ((rtol_each == 0) != (atol_each == 0))
+        throw std::invalid_argument("rtol_each and atol_each are given both or neither");
+    return {partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each};
+}
+
+void weighted_sum(const BoundTarget& on, int64_t n, uintptr_t out, uintptr_t base, double h, py::handle x,
+                  py::handle w) {
+    const Sum sum = read_sum(x, w);
+    check_memory(n, {out});
+    check_memory(n, sum);
+    run(n, [&] { on.backend->weighted_sum(on.target, n, out, base, h, sum); });
+}
+
+void solution_and_error(const BoundTarget& on, int64_t n, uintptr_t y1, uintptr_t error, uintptr_t y, double h,
+                        py::handle x, py::handle b, py::handle error_weight) {
+    const Sum sum = read_sum(x, b);
+    double weight[kMaxTerms];
+    read_weights(error_weight, weight, sum.count);
+    check_memory(n, {y1, error, y});
+    check_memory(n, sum);
+    run(n, [&] { on.backend->solution_and_error(on.target, n, y1, error, y, h, sum, weight); });
+}
+
+void squared_error_ratio(const BoundTarget& on, py::handle bounds, uintptr_t out, uintptr_t partial, uintptr_t k,
+                         double w, uintptr_t y0, uintptr_t y1, double rtol, double atol, uintptr_t rtol_each,
+                         uintptr_t atol_each) {
+    const ErrorRatio ratio = make_ratio(partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each);
+    int64_t bound[kMaxSegments + 1];
+    const int segments = read_bounds(bounds, bound);
+    check_memory(bound[segments], {out, partial, y0, y1});
+    run(bound[segments], [&] { on.backend->squared_error_ratio(on.target, segments, bound, out, ratio); });
+}
+
+Samples make_samples(int64_t count, int64_t length, uintptr_t each) {
+    if (count < 0 || length < 0) throw std::invalid_argument("rows must not be negative");
+    return {count, length, each};
+}
+
+void weighted_sum_rows(const BoundTarget& on, int64_t count, int64_t length, uintptr_t h, uintptr_t out, uintptr_t base,
+                       py::handle x, py::handle w) {
+    const Samples rows = make_samples(count, length, h);
+    const Sum sum = read_sum(x, w);
+    check_memory(count * length, {h, out});
+    check_memory(count * length, sum);
+    run(count * length, [&] { on.backend->weighted_sum_rows(on.target, rows, out, base, sum); });
+}
+
+void solution_and_error_rows(const BoundTarget& on, int64_t count, int64_t length, uintptr_t h, uintptr_t y1,
+                             uintptr_t error, uintptr_t y, py::handle x, py::handle b, py::handle error_weight) {
+    const Samples rows = make_samples(count, length, h);
+    const Sum sum = read_sum(x, b);
+    double weight[kMaxTerms];
+    read_weights(error_weight, weight, sum.count);
+    check_memory(count * length, {h, y1, error, y});
+    check_memory(count * length, sum);
+    run(count * length, [&] { on.backend->solution_and_error_rows(on.target, rows, y1, error, y, sum, weight); });
+}
+
+void squared_error_ratio_rows(const BoundTarget& on, int64_t count, py::handle bounds, uintptr_t w, uintptr_t out,
+                              uintptr_t partial, uintptr_t k, uintptr_t y0, uintptr_t y1, double rtol, double atol,
+                              uintptr_t rtol_each, uintptr_t atol_each) {
+    const ErrorRatio ratio = make_ratio(partial, k, 0, y0, y1, rtol, atol, rtol_each, atol_each);
+    int64_t bound[kMaxSegments + 1];
+    const int segments = read_bounds(bounds, bound);
+    const Samples rows = make_samples(count, bound[segments], w);
+    check_memory(count * rows.length, {w, out, partial, y0, y1});
+    run(count * rows.length,
+        [&] { on.backend->squared_error_ratio_rows(on.target, rows, segments, bound, out, ratio); });
+}
+
+void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
+    double value[kMaxTerms];
+    const int n = read_doubles(values, value, kMaxTerms, "values");
+    check_memory(n, {out});
+    on.backend->write_scalars(on.target, n, out, value);
+}
+
+// Lets the garbage collector see what an object holds: func may hold a result whose graph holds a Slope.
+template <typename T>
+void make_collectable(PyHeapTypeObject* heap_type) {
+    PyTypeObject& type = heap_type->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+        Py_VISIT(Py_TYPE(self));
+        const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+        return held.holder_constructed() ? held.value_ptr<T>()->traverse(visit, arg) : 0;
+    };
+    type.tp_clear = [](PyObject* self) {
+        py::cast<T&>(py::handle(self)).clear();
+        return 0;
+    };
+}
+
+// Learns the types of plain tensors and, where torch has them (else None), its table of DLPack's C functions and what
+// counts who shares a storage; also how a tensor and a view look that nobody else holds.
+void use_torch(const py::type& tensor, const py::type& parameter, const py::object& exchange_api,
+               const py::object& storage_uses, const py::tuple& alone) {
+    Torch& torch = Torch::found();
+    torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()),
+             reinterpret_cast<PyTypeObject*>(py::type(parameter).release().ptr()), nullptr, nullptr};
+    if (!storage_uses.is_none()) torch.storage_uses = py::object(storage_uses).release().ptr();
+    Solitude::known().learn(alone[0], alone[1]);
+    if (exchange_api.is_none()) return;
+    const auto* api =
+        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (api->major == 1) torch.view = api->view;
+}
+
+// The tensor that `f(*args)` returns, or a copy where somebody else could change it.
+py::object own_result(const py::object& f, const py::tuple& args) {
+    py::object x = Attribute::owned(PyObject_CallObject(f.ptr(), args.ptr()));
+    if (x.is_none() || Solitude::known().holds(x.ptr(), false)) return x;
+    return x.attr("clone")();
+}
+
+int device_count() {
+#ifdef ACA_CUDA
+    return cuda_device_count();
+#else
+    return 0;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Kernels of aca_ext on raw addresses; aca_ext.kernels.fused is the only caller.";
+    m.attr("VERSION") = ACA_VERSION;
+    m.attr("CUDA_ARCHITECTURES") = ACA_CUDA_ARCHITECTURES;
+    m.attr("HAS_CUDA") = py::bool_(sizeof(ACA_CUDA_ARCHITECTURES) > 1);
+    m.attr("HAS_OPENMP") = py::bool_(
+#ifdef _OPENMP
+        true
+#else
+        false
+#endif
+    );
+    m.attr("MAX_TERMS") = kMaxTerms;
+    m.attr("MAX_SEGMENTS") = kMaxSegments;
+    m.attr("WORKSPACE_BYTES") = kWorkspaceBytes;
+    m.def("cpu_instruction_set", &cpu_instruction_set);
+    m.def("cuda_device_count", &device_count);
+
+    m.def("use_torch", &use_torch);
+    m.def("own_result", &own_result);
+
+    py::class_<BoundTarget>(m, "Target")
+        .def(py::init(&make_target), py::arg("backend"), py::arg("dtype"), py::arg("threads"), py::arg("device"),
+             py::arg("stream"), py::arg("workspace"));
+    py::class_<Controller>(m, "Controller")
+        .def(py::init([](int order, double safety, double ifactor, double dfactor, double pcoeff, double icoeff,
+                         double dcoeff, double min_step, double max_step) {
+                 return Controller{order, safety, ifactor, dfactor, pcoeff, icoeff, dcoeff, min_step, max_step};
+             }),
+             py::arg("order"), py::arg("safety"), py::arg("ifactor"), py::arg("dfactor"), py::arg("pcoeff"),
+             py::arg("icoeff"), py::arg("dcoeff"), py::arg("min_step"), py::arg("max_step"));
+    py::class_<Slope>(m, "Slope", py::custom_type_setup(&make_collectable<Slope>))
+        .def(py::init<py::object, py::tuple, const py::object&, py::object, py::object, py::object, bool>())
+        .def_readonly("n_evals", &Slope::n_evals)
+        .def("__call__", [](Slope& f, py::handle t, py::handle y) { return f(t.ptr(), y.ptr()); });
+    py::class_<KnownTensors>(m, "KnownTensors", py::custom_type_setup(&make_collectable<KnownTensors>))
+        .def(py::init<const py::iterable&, Py_ssize_t>())
+        .def("add", [](KnownTensors& known, py::handle x) { known.add(x.ptr()); })
+        .def("others", [](const KnownTensors& known, py::handle roots,
+                          py::handle state) { return known.others(roots.ptr(), state.ptr()); })
+        .def("are_met_by", [](const KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
+    py::class_<Stepper>(m, "Stepper")
+        .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
+                      py::object, py::object, const py::object&>())
+        .def("step", &Stepper::step)
+        .def("first_step", &Stepper::first_step)
+        .def("leap", &leap)
+        .def("walk", &walk)
+        .def("vjp", &Stepper::vjp);
+    m.def("weighted_sum", &weighted_sum);
+    m.def("solution_and_error", &solution_and_error);
+    m.def("squared_error_ratio", &squared_error_ratio);
+    m.def("weighted_sum_rows", &weighted_sum_rows);
+    m.def("solution_and_error_rows", &solution_and_error_rows);
+    m.def("squared_error_ratio_rows", &squared_error_ratio_rows);
+    m.def("write_scalars", &write_scalars);
+    bind_compiled(m);
+    bind_control(m);
+}

@@ -1,0 +1,114 @@
+// Python's view of the loop over compiled steps, forward and backward.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "compiled/backward.h"
+#include "compiled/loop.h"
+#include "kernels/ops.h"
+#include "python/torch_tensors.h"
+
+namespace aca {
+
+// What Code holds, in its order; none for a program that is not there.
+using CodeFields = std::array<uintptr_t, 4>;
+
+inline Code make_code(const CodeFields& fields) { return {fields[0], fields[1], size_t(fields[2]), size_t(fields[3])}; }
+
+inline Code make_code(const std::optional<CodeFields>& fields) { return fields ? make_code(*fields) : Code{}; }
+
+inline std::shared_ptr<Specification> make_specification(const BoundTarget& on, int64_t n, std::vector<double> c,
+                                                         bool fsal, std::vector<std::vector<double>> dense, double rtol,
+                                                         double atol, uintptr_t rtol_each, uintptr_t atol_each,
+                                                         std::vector<int64_t> bounds, const Controller& control,
+                                                         double first_step, std::vector<double> times,
+                                                         std::vector<double> stops, std::vector<double> jumps,
+                                                         std::vector<double> grid, int64_t max_num_steps,
+                                                         const CodeFields& slope, const CodeFields& step) {
+    return std::shared_ptr<Specification>(new Specification{on.target,
+                                                            *on.backend,
+                                                            n,
+                                                            {std::move(c), fsal, std::move(dense)},
+                                                            {rtol, atol, rtol_each, atol_each, std::move(bounds)},
+                                                            control,
+                                                            first_step,
+                                                            std::move(times),
+                                                            std::move(stops),
+                                                            std::move(jumps),
+                                                            std::move(grid),
+                                                            max_num_steps,
+                                                            make_code(slope),
+                                                            make_code(step)});
+}
+
+inline int solve_compiled(CompiledLoop& loop, uintptr_t memory, const std::vector<uintptr_t>& inputs, uintptr_t y0,
+                          uintptr_t outputs, const py::object& next_slots) {
+    CompiledLoop::Slots slots;
+    if (!next_slots.is_none())
+        slots = [&] {
+            const py::gil_scoped_acquire acquire;
+            return next_slots().cast<std::pair<uintptr_t, int64_t>>();
+        };
+    const auto check_signals = [] {
+        const py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    };
+    const py::gil_scoped_release release;
+    return int(loop.solve(memory, inputs, y0, outputs, std::move(slots), check_signals));
+}
+
+inline size_t backward_bytes(const Specification& spec, const std::optional<CodeFields>& end_only,
+                             const std::optional<CodeFields>& inside) {
+    return CompiledBackward(spec, make_code(end_only), make_code(inside)).memory_bytes();
+}
+
+inline uintptr_t transpose(const CompiledLoop& loop, const std::optional<CodeFields>& end_only,
+                           const std::optional<CodeFields>& inside, uintptr_t memory,
+                           const std::vector<uintptr_t>& inputs, uintptr_t grad_outputs, uintptr_t g,
+                           uintptr_t g_next) {
+    CompiledBackward backward(loop.specification(), make_code(end_only), make_code(inside));
+    return backward.run(loop.steps, memory, inputs, grad_outputs, g, g_next);
+}
+
+// (t, h, t_next, outputs) of each accepted step.
+inline py::list accepted_steps(const CompiledLoop& loop) {
+    py::list steps;
+    for (const AcceptedStep& s : loop.steps) steps.append(py::make_tuple(s.t, s.h, s.t_next, s.outputs));
+    return steps;
+}
+
+// Start and end of each accepted step, float64.
+inline py::bytearray bounds_of(const CompiledLoop& loop) {
+    std::vector<double> values;
+    for (const AcceptedStep& s : loop.steps) values.insert(values.end(), {s.t, s.t_next});
+    return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(double)};
+}
+
+inline void bind_compiled(py::module_& m) {
+    py::class_<Specification, std::shared_ptr<Specification>>(m, "CompiledSpecification")
+        .def(py::init(&make_specification))
+        .def_property_readonly("forward_bytes", &CompiledLoop::memory_bytes)
+        .def("backward_bytes", &backward_bytes);
+    py::class_<CompiledLoop>(m, "CompiledLoop")
+        .def(py::init<std::shared_ptr<Specification>>())
+        .def("solve", &solve_compiled)
+        .def("transpose", &transpose, py::call_guard<py::gil_scoped_release>())
+        .def("accepted_steps", &accepted_steps)
+        .def("bounds", &bounds_of)
+        .def_property_readonly("n_accepted", [](const CompiledLoop& loop) { return loop.steps.size(); })
+        .def_readonly("n_steps", &CompiledLoop::n_steps)
+        .def_readonly("n_rejected", &CompiledLoop::n_rejected)
+        .def_readonly("n_f_evals", &CompiledLoop::n_f_evals)
+        .def_readonly("t", &CompiledLoop::t)
+        .def_readonly("h", &CompiledLoop::h)
+        .def_readonly("error_ratio", &CompiledLoop::ratio)
+        .def_readonly("n_inside", &CompiledLoop::n_inside);
+}
+
+}  // namespace aca

@@ -1,0 +1,140 @@
+// Python's view of the control block and of the loops over it.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "control/control_block.h"
+#include "kernels/ops.h"
+#include "python/tensors.h"
+#ifdef ACA_CUDA
+#include "cuda_graph/loop_graph.h"
+#endif
+
+namespace aca {
+
+inline void set_tableau(Control& s, const std::vector<double>& c, const std::vector<std::vector<double>>& dense) {
+    if (c.size() > size_t(kMaxTerms) || dense.size() > c.size())
+        throw std::invalid_argument("a step has at most 16 stages, each with its c");
+    s.stages = int(c.size());
+    s.degree = 0;
+    std::memset(s.dense, 0, sizeof s.dense);
+    for (size_t i = 0; i < c.size(); ++i) s.c[i] = c[i];
+    for (const auto& row : dense)
+        if (int(row.size()) > s.degree) s.degree = int(row.size());
+    if (s.degree > kMaxDegree) throw std::invalid_argument("dense output is a polynomial of degree 8 at most");
+    for (size_t i = 0; i < dense.size(); ++i)  // rows of one length: leading zeros change no bit of a Horner scheme
+        for (size_t p = 0; p < dense[i].size(); ++p) s.dense[i][size_t(s.degree) - dense[i].size() + p] = dense[i][p];
+}
+
+inline void add_block(Control& s, uintptr_t address, int64_t states) {
+    if (s.n_blocks == kMaxBlocks) throw std::invalid_argument("more blocks of states than a control block holds");
+    s.blocks[s.n_blocks] = {address, s.n_blocks ? s.n_states : 0};
+    s.n_states = s.blocks[s.n_blocks++].first + states;
+}
+
+inline Control control_from(const py::bytes& bytes) {
+    const std::string raw = bytes;
+    Control s;
+    if (raw.size() != sizeof s) throw std::invalid_argument("these are not the bytes of a control block");
+    std::memcpy(static_cast<void*>(&s), raw.data(), sizeof s);
+    return s;
+}
+
+inline Decision decision_named(const std::string& name) {
+    const char* const names[] = {"start", "euler", "first", "next", "resume", "transpose"};
+    for (int i = 0; i < 6; ++i)
+        if (name == names[i]) return Decision(i);
+    throw std::invalid_argument("no decision " + name);
+}
+
+inline const char* status_of(const Control& s) {
+    const char* const names[] = {"running", "done", "step_limit", "step_size", "not_finite", "no_room"};
+    return names[int(s.status)];
+}
+
+inline DecidedStep decided_step(uintptr_t control, uintptr_t y, const std::vector<uintptr_t>& k) {
+    if (k.size() > size_t(kMaxTerms)) throw std::invalid_argument("a step has at most 16 slopes");
+    DecidedStep step{control, y, int(k.size()), {}};
+    for (size_t j = 0; j < k.size(); ++j) step.k[j] = k[j];
+    return step;
+}
+
+inline void bind_control(py::module_& m) {
+    m.attr("CONTROL_BYTES") = sizeof(Control);
+    m.attr("STEP_ENTRY_DOUBLES") = sizeof(StepEntry) / sizeof(double);
+    m.attr("H_TRIAL") = offsetof(Control, h_trial);
+    m.attr("SLOPE_WEIGHT") = offsetof(Control, slope_weight);
+    py::class_<Control>(m, "Control")
+        .def(py::init([](const std::string& dtype, const Controller& controller) {
+            Control s{};
+            s.dtype = dtype == "float32" ? DType::f32 : DType::f64;
+            s.controller = controller;
+            s.next_output = 1;
+            return s;
+        }))
+        .def(py::init(&control_from))
+        .def("set_tableau", &set_tableau)
+        .def("add_block", &add_block)
+        .def_property_readonly("status", &status_of)
+        .def_property_readonly("ratios", [](const Control& s) { return std::vector<double>(s.ratios, s.ratios + 3); })
+        .def_readwrite("fsal", &Control::fsal)
+        .def_readwrite("is_adaptive", &Control::is_adaptive)
+        .def_readwrite("segments", &Control::segments)
+        .def_readwrite("error_last", &Control::error_last)
+        .def_readwrite("first_step", &Control::first_step)
+        .def_readwrite("sign", &Control::sign)
+        .def_readwrite("length", &Control::length)
+        .def_readwrite("max_num_steps", &Control::max_num_steps)
+        .def_readwrite("n_times", &Control::n_times)
+        .def_readwrite("n_states", &Control::n_states)
+        .def_readwrite("n_blocks", &Control::n_blocks)
+        .def_readwrite("row_bytes", &Control::row_bytes)
+        .def_readwrite("times", &Control::times)
+        .def_readwrite("stops", &Control::stops)
+        .def_readwrite("sizes", &Control::sizes)
+        .def_readwrite("sums", &Control::sums)
+        .def_readwrite("stage_times", &Control::stage_times)
+        .def_readwrite("weights", &Control::weights)
+        .def_readwrite("outputs", &Control::outputs)
+        .def_readwrite("grad_outputs", &Control::grad_outputs)
+        .def_readwrite("steps", &Control::steps)
+        .def_readwrite("t", &Control::t)
+        .def_readwrite("step", &Control::step)
+        .def_readonly("h", &Control::h)
+        .def_readonly("ratio", &Control::ratio)
+        .def_readonly("n_steps", &Control::n_steps)
+        .def_readonly("n_accepted", &Control::n_accepted)
+        .def_readonly("is_unfinished", &Control::is_unfinished);
+    m.def("write_control", [](const BoundTarget& on, uintptr_t to, const Control& from) {
+        on.backend->write_control(on.target, to, from);
+    });
+    m.def("decide", [](const BoundTarget& on, uintptr_t control, const std::string& decision) {
+        on.backend->decide(on.target, control, decision_named(decision));
+    });
+    m.def("finish_step", [](const BoundTarget& on, int64_t n, uintptr_t control, uintptr_t y,
+                            const std::vector<uintptr_t>& k, uintptr_t y1, uintptr_t k_first) {
+        const DecidedStep step = decided_step(control, y, k);
+        run(n, [&] { on.backend->finish_step(on.target, n, step, y1, k_first); });
+    });
+    m.def("restore_step", [](const BoundTarget& on, int64_t n, uintptr_t control, uintptr_t y,
+                             const std::vector<uintptr_t>& k, uintptr_t g, uintptr_t inside) {
+        const DecidedStep step = decided_step(control, y, k);
+        run(n, [&] { on.backend->restore_step(on.target, n, step, g, inside); });
+    });
+#ifdef ACA_CUDA
+    py::class_<LoopGraph>(m, "LoopGraph")
+        .def(py::init<int, uintptr_t, uintptr_t, uintptr_t>())
+        .def("launch", &LoopGraph::launch)
+        .def_static("is_supported", &LoopGraph::is_supported);
+    m.def("obstacle_to_loop", &obstacle_to_loop);
+    m.def("restart_capture", &restart_capture);
+#endif
+}
+
+}  // namespace aca

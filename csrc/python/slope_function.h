@@ -1,0 +1,110 @@
+// f called straight from C++, and a first look at what it returned: most results are laid out like the state.
+#pragma once
+#include <utility>
+#include <vector>
+
+#include "python/admission.h"
+#include "python/tensors.h"
+#include "python/torch_tensors.h"
+
+namespace aca {
+
+class Slope {
+  public:
+    // Calls `func(t, y, *args)`. A result that is not admitted beside `like` becomes `checked(result)`. With
+    // `versioned`, a state that func changed in place ends in `changed()`, which raises. Where the caller wants no
+    // graph, `is_grad_enabled()`, a result that has one all the same is detached.
+    Slope(py::object func, py::tuple args, const py::object& like, py::object checked, py::object changed,
+          py::object is_grad_enabled, bool versioned)
+        : func_(std::move(func)),
+          args_(std::move(args)),
+          checked_(std::move(checked)),
+          changed_(std::move(changed)),
+          is_grad_enabled_(std::move(is_grad_enabled)),
+          admission_(like),
+          versioned_(versioned) {}
+
+    // A slope that nobody else can change. The first of a solve comes from here.
+    py::object operator()(PyObject* t, PyObject* y) {
+        dlpack::Tensor before;
+        Result k = evaluate(t, y, Torch::found().look(y, &before) ? uintptr_t(before.data) : 0);
+        if (admission_.is_for_kernels()) check_whole(k.tensor.ptr());
+        if (k.is_held || !Solitude::known().holds(k.tensor.ptr(), k.has_graph))
+            return names().clone.call(k.tensor.ptr());
+        return std::move(k.tensor);
+    }
+
+    // A slope as func returned it. It is held where func has a variable of it; func may have its memory all the same.
+    // The address is 0 where torch does not tell it without a call into Python.
+    struct Result {
+        py::object tensor;
+        uintptr_t address;
+        bool has_graph, is_held;
+    };
+
+    // `y_address` is where y is, 0 if that is not known.
+    Result evaluate(PyObject* t, PyObject* y, uintptr_t y_address) {
+        ++n_evals;
+        const py::object version = versioned_ ? names().version.of(y) : py::object();
+        Result k{call(t, y), 0, false, false};
+        if (!admission_.admits(k.tensor.ptr(), &k.address)) {
+            k.tensor = checked_(k.tensor);
+            if (!admission_.admits(k.tensor.ptr(), &k.address) && admission_.is_for_kernels()) refuse_without_memory();
+        }
+        if ((versioned_ && !equal(version, names().version.of(y))) || has_moved(y, y_address)) changed_();
+        k.is_held = Py_REFCNT(k.tensor.ptr()) != 1;
+        if (names().requires_grad.of(k.tensor.ptr()).ptr() == Py_True) {
+            k.has_graph = is_grad_enabled_().ptr() != Py_False;
+            if (!k.has_graph) k.tensor = names().detach.call(k.tensor.ptr());
+        }
+        return k;
+    }
+
+    const Admission& admission() const { return admission_; }
+
+    int traverse(visitproc visit, void* arg) const {
+        for (const py::object* held : {&func_, &args_, &checked_}) Py_VISIT(held->ptr());
+        return 0;
+    }
+    void clear() { func_ = args_ = checked_ = py::none(); }
+
+    Py_ssize_t n_evals = 0;
+
+  private:
+    struct Names {
+        const Attribute version{"_version"}, requires_grad{"requires_grad"}, detach{"detach"}, clone{"clone"};
+    };
+
+    static const Names& names() {
+        static const Names all;
+        return all;
+    }
+
+    // func may have freed the memory of its state, or given it another.
+    static bool has_moved(PyObject* y, uintptr_t from) {
+        dlpack::Tensor now;
+        return from != 0 && Torch::found().view && !(Torch::found().look(y, &now) && uintptr_t(now.data) == from);
+    }
+
+    py::object call(PyObject* t, PyObject* y) const {
+        constexpr size_t kOffset = 1;  // a free place in front, which the callee may use
+        const size_t n_args = 2 + size_t(PyTuple_GET_SIZE(args_.ptr()));
+        PyObject* few[kOffset + 6];
+        std::vector<PyObject*> many;
+        PyObject** operands = few;
+        if (kOffset + n_args > sizeof(few) / sizeof(*few)) {
+            many.resize(kOffset + n_args);
+            operands = many.data();
+        }
+        operands[kOffset] = t, operands[kOffset + 1] = y;
+        for (size_t i = 2; i < n_args; ++i) operands[kOffset + i] = PyTuple_GET_ITEM(args_.ptr(), Py_ssize_t(i - 2));
+        return Attribute::owned(
+            PyObject_Vectorcall(func_.ptr(), operands + kOffset, n_args | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    }
+
+    py::object func_, args_, checked_, changed_, is_grad_enabled_;
+    Admission admission_;
+    bool versioned_;
+};
+
+}  // namespace aca

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.gradients.base import Record
-from aca_ext.numerics.output_times import stack_rows
+from aca_ext.kernels.layout import stack_rows
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State, like_tuple

@@ -83,7 +83,10 @@ class TestSourceFolder:
         assert "pip install ." in last
 
     def test_hands_over_to_the_installed_package(self) -> None:
-        program = "import aca_ext, aca_ext.kernels.fused; print(aca_ext.__file__, aca_ext.kernels.fused.__file__, *aca_ext.config(), sep='|')"
+        program = (
+            "import aca_ext, aca_ext.errors as errors; "
+            "print(aca_ext.__file__, errors.__file__, *aca_ext.config(), sep='|')"
+        )
         run = run_python("-c", program)
         assert run.returncode == 0, run.stderr
         package, ops, *keys = run.stdout.strip().split("|")

@@ -21,7 +21,7 @@ from aca_ext.gradients.base import AdjointOptions, Result, Task
 from aca_ext.gradients.requested_times import with_time_gradient
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.problem.arguments import lookup
-from aca_ext.problem.batch import BatchProblem, RowField, batch_problem_of, is_independent
+from aca_ext.problem.batch import BatchProblem, batch_problem_of, is_independent
 from aca_ext.problem.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem.problem import Problem, known_problem, problem_of
 from aca_ext.problem.recorders import recorder
@@ -33,6 +33,7 @@ from aca_ext.progress import Callback, both, progress_bar
 from aca_ext.solution import LazySolution, Solution, stopped
 from aca_ext.solver.checkpoints import Policy, StepRecord
 from aca_ext.solver.loop import Stats
+from aca_ext.vector_field.batch_field import RowField
 from aca_ext.vector_field.field import VectorField
 
 ENGINES = ("eager", "compiled", "graph")

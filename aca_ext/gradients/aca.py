@@ -20,7 +20,8 @@ from torch import Tensor
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.kernels.fused import TorchOperations, empty_rows, operations_for, rows_like
-from aca_ext.numerics.output_times import stack_rows
+from aca_ext.kernels.layout import stack_rows
+from aca_ext.kernels.pool import pool_for
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.transforms import refuse_transforms
@@ -67,7 +68,7 @@ def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints 
     """The forward pass; ``checkpoints`` receives what a backward pass needs."""
     problem = task.problem
     y0 = problem.y0.detach()
-    with torch.no_grad(), problem.pool.lend(y0, problem.tolerance) as ops:
+    with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
         ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
         n_outputs = len(solver.run(y0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import first_slope_with_graph
 from aca_ext.kernels.fused import operations_for
-from aca_ext.numerics.output_times import stack_rows
+from aca_ext.kernels.layout import stack_rows
 from aca_ext.solver.loop import Solver
 
 

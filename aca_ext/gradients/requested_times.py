@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from aca_ext.gradients.base import Result, Task
-from aca_ext.numerics.output_times import stack_rows
+from aca_ext.kernels.layout import stack_rows
 
 
 def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:

@@ -41,6 +41,19 @@ def scalars(count: int, like: Tensor) -> Sequence[Tensor]:
     return torch.empty(count, dtype=like.dtype, device=like.device).unbind(0)
 
 
+def stack_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """torch.stack that keeps the memory format of ``like`` in every row; differentiable."""
+    if like.numel() == 0:
+        return torch.stack(list(rows))
+    stride = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: (-stride[d], d))
+    stacked = torch.stack([row.permute(order) for row in rows])
+    inverse = [0] * len(order)
+    for position, dimension in enumerate(order):
+        inverse[dimension] = position + 1
+    return stacked.permute(0, *inverse)
+
+
 class Relayout(torch.autograd.Function):
     """A copy of ``x`` laid out in memory like ``like``."""
 

@@ -1,7 +1,8 @@
-"""Operations that wait, with the memory of their steps, for the next solve like the last one."""
+"""Pool of kernel operations, so that repeated solves reuse their buffers."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,3 +39,14 @@ class OperationsPool:
             return None
         suits = ops.tolerance is tolerance and ops.like.dtype == like.dtype and ops.like.shape == like.shape
         return ops if suits and ops.stride == like.stride() else None
+
+
+_pools: weakref.WeakKeyDictionary[object, OperationsPool] = weakref.WeakKeyDictionary()
+
+
+def pool_for(settings: object) -> OperationsPool:
+    """The pool of solves that share ``settings`` (``Problem.settings``); it lives as long as they do."""
+    pool = _pools.get(settings)
+    if pool is None:
+        pool = _pools[settings] = OperationsPool()
+    return pool

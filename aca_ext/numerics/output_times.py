@@ -1,11 +1,8 @@
-"""Which requested times fall inside a step, and at what theta; and how outputs become one tensor."""
+"""Requested times that fall inside a step, and their positions in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 
 class OutputTimes:
@@ -30,16 +27,3 @@ class OutputTimes:
             i += 1
         self._next = i
         return due
-
-
-def stack_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """torch.stack that keeps the memory format of ``like`` in every row; differentiable."""
-    if like.numel() == 0:
-        return torch.stack(list(rows))
-    stride = like.stride()
-    order = sorted(range(like.dim()), key=lambda d: (-stride[d], d))
-    stacked = torch.stack([row.permute(order) for row in rows])
-    inverse = [0] * len(order)
-    for position, dimension in enumerate(order):
-        inverse[dimension] = position + 1
-    return stacked.permute(0, *inverse)

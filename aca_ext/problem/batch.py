@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError, TimeError
-from aca_ext.kernels.fused import Array, Tolerance, TorchOperations
+from aca_ext.numerics.batch_controller import Array
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.times import as_float64, times_of
-from aca_ext.vector_field.field import VectorField
+from aca_ext.problem.tolerance import Tolerance
 
 _UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
 
@@ -71,17 +71,6 @@ class RowPacking(Packing):
             return super().unpack_rows(ys)
         parts = [p.reshape(len(ys), *s) for p, s in zip(ys.split(self.sizes, 2), self.shapes, strict=True)]
         return self.as_given(torch.view_as_complex(p) if self.is_complex else p for p in parts)
-
-
-class RowField(VectorField):
-    """f of a batch whose samples have each a time of their own."""
-
-    def __init__(self, func: Callable[..., State], args: Sequence[Any], packing: RowPacking, ops: TorchOperations):
-        super().__init__(func, args, packing, ops)
-        self._time_shape = packing.time_shape
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        return super().__call__(t if t.shape == self._time_shape else t.view(self._time_shape), y)
 
 
 @dataclass(frozen=True, kw_only=True)

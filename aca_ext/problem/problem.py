@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
-from aca_ext.kernels.pool import OperationsPool
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.numerics.tableau import Tableau
@@ -37,6 +36,10 @@ from aca_ext.progress import Callback
 _PLAIN = (torch.float32, torch.float64)
 
 
+class Settings:
+    """Identity of problems that differ in func, args and the values of y0 alone: the key of what they share."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What to solve and how.
@@ -53,7 +56,6 @@ class Problem:
         resumed: where it goes on, if it does.
         on_step: called after every trial step.
         settings: the same object for problems that are known to differ in func, args and the values of y0 alone.
-        pool: operations for such problems.
     """
 
     func: Callable[..., State]
@@ -71,8 +73,7 @@ class Problem:
     stops_at_limit: bool = False
     resumed: SolverState | None = None
     on_step: Callback | None = None
-    settings: object = field(default_factory=object)
-    pool: OperationsPool = field(default_factory=OperationsPool, repr=False, compare=False)
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def adaptive(self) -> bool:

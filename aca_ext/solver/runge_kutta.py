@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from aca_ext.kernels.fused import KernelOperations, TorchOperations, own_result
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.tableau import Tableau
+from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction
 
 _PULLED = "the gradient that a backward pass inside func returned"
 
@@ -33,12 +34,6 @@ Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes tha
 
 # Called with the end of a replayed step and its slopes, to compare them with the forward pass.
 Compare = Callable[[Tensor, Sequence[Tensor]], None]
-
-
-class SlopeFunction(Protocol):
-    """f with its checks: a time as 0-d tensor and a packed state to a packed slope."""
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as tableaus are
@@ -218,15 +213,6 @@ def interpolate(
     """Dense output y(theta) inside a step."""
     indices, weights = _nonzero(tableau.dense_weights(theta))
     return ops.weighted_sum(y, h, [k[i] for i in indices], weights, out)
-
-
-class ReplayFunction(SlopeFunction, Protocol):
-    """f for the transpose: its slopes have graphs, and it pulls a cotangent back through one."""
-
-    @property
-    def fastest(self) -> SlopeFunction: ...
-
-    def pull_back(self, y: Tensor, k: Tensor, grad_k: Tensor) -> Tensor | None: ...
 
 
 def step_vjp(

@@ -19,7 +19,6 @@ from aca_ext.errors import ArgumentTypeError
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.problem.state import Packing
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solver.runge_kutta import SlopeFunction
 from aca_ext.vector_field.holdings import Holdings
 from aca_ext.vector_field.module_buffers import (
     Buffer,
@@ -32,6 +31,7 @@ from aca_ext.vector_field.module_buffers import (
     warn_of_batch_statistics,
 )
 from aca_ext.vector_field.slope_check import Func, checked_slope_function
+from aca_ext.vector_field.slope_function import SlopeFunction
 
 RandomState = tuple[Tensor, ...]
 

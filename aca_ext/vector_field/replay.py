@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
 from aca_ext.kernels.fused import known_tensors
-from aca_ext.solver.runge_kutta import SlopeFunction
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
+from aca_ext.vector_field.slope_function import SlopeFunction
 
 # torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its look at the arguments, which takes
 # longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph, inputs,

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from aca_ext.kernels.fused import empty_rows
-from aca_ext.numerics.output_times import OutputTimes, stack_rows
+from aca_ext.kernels.layout import stack_rows
+from aca_ext.numerics.output_times import OutputTimes
 
 LAYOUTS = {
     "0-d": torch.tensor(2.0),

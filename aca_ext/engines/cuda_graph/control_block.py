@@ -1,8 +1,8 @@
 """The control block of a solve in the memory of its device, and the operations of a step that read from it when and how
 far to go. With ``aca_ext.kernels.fused`` the only module that imports ``_C``.
 
-``csrc/control/control_block.h`` says what the block holds. A decision about it, by one thread of the device, is all that happens
-between two steps: whoever launches them need not know how far they have come.
+``csrc/control/control_block.h`` says what the block holds. A decision about it, by one thread of the device, is all
+that happens between two steps: whoever launches them need not know how far they have come.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 VERSION: str
@@ -62,6 +64,58 @@ class Controller:
         max_step: float,
     ) -> None: ...
 
+STATUSES: tuple[str, ...]
+
+class SolveControl:
+    status: str
+    t: float
+    h: float
+    sign: float
+    length: float
+    ratio: float
+    ratios: list[float]
+    h_trial: float
+    t_next: float
+    is_accepted: bool
+    due: tuple[int, int]
+    n_steps: int
+    n_accepted: int
+    can_shrink: bool
+    def __init__(
+        self,
+        controller: Controller,
+        is_adaptive: bool,
+        max_num_steps: int,
+        times: Sequence[float],
+        stops: Sequence[float],
+    ) -> None: ...
+    def propose(self) -> None: ...
+    def judge(self, ratio: float, /) -> None: ...
+    def resume(self) -> None: ...
+    def position(self, output: int, /) -> float: ...
+
+class BatchControl:
+    status: NDArray[np.intc]
+    t: NDArray[np.float64]
+    h: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+    h_trial: NDArray[np.float64]
+    t_next: NDArray[np.float64]
+    is_accepted: NDArray[np.intc]
+    t_start: NDArray[np.float64]
+    first_due: NDArray[np.int64]
+    end_due: NDArray[np.int64]
+    n_steps: NDArray[np.int64]
+    n_accepted: NDArray[np.int64]
+    def __init__(
+        self, controller: Controller, first_step: float, max_num_steps: int, times: NDArray[np.float64]
+    ) -> None: ...
+    def propose_euler_steps(self, norm_y: NDArray[np.float64], norm_f: NDArray[np.float64], /) -> None: ...
+    def choose_first_steps(self, norm_change: NDArray[np.float64], /) -> None: ...
+    def propose(self) -> None: ...
+    def judge(self, ratios: NDArray[np.float64], /) -> None: ...
+    def retry(self) -> None: ...
+
 class Stepper:
     def __init__(
         self,
@@ -85,45 +139,22 @@ class Stepper:
         out: Tensor | None,
         /,
     ) -> tuple[Tensor, list[Tensor], Tensor | None, float | None]: ...
-    def first_step(
+    def choose_first_step(
+        self, f: Callable[[Tensor, Tensor], Tensor], control: SolveControl, y: Tensor, k: Tensor, /
+    ) -> bool: ...
+    def run_steps(
         self,
         f: Callable[[Tensor, Tensor], Tensor],
-        controller: Controller,
-        t: float,
-        y: Tensor,
-        k: Tensor,
-        length: float,
-        sign: float,
-        /,
-    ) -> float: ...
-    def leap(
-        self,
-        f: Callable[[Tensor, Tensor], Tensor],
-        controller: Controller,
+        control: SolveControl,
         slot: Callable[[], Tensor] | None,
         accept: Callable[[], None] | None,
-        start: tuple[float, float, Tensor, Tensor | None, Sequence[float]],
-        stop: float,
-        output: float,
-        trials: int,
+        y: Tensor,
+        k: Tensor | None,
+        rows: tuple[Tensor, ...],
         /,
     ) -> tuple[
-        tuple[float, float, Tensor, Tensor | None, list[float]],
-        list[tuple[float, float, float]],
-        int,
-        tuple[Tensor, list[Tensor]] | None,
-        float | None,
+        Tensor, Tensor | None, list[tuple[float, float, float, int, int]], tuple[Tensor, list[Tensor]] | None
     ]: ...
-    def walk(
-        self,
-        f: Callable[[Tensor, Tensor], Tensor],
-        slot: Callable[[], Tensor] | None,
-        accept: Callable[[], None] | None,
-        start: tuple[Tensor, Tensor | None],
-        grid: Sequence[float],
-        outputs: Sequence[Tensor | None],
-        /,
-    ) -> tuple[Tensor, Tensor | None]: ...
     def vjp(
         self,
         f: Callable[[Tensor, Tensor], Tensor],
@@ -158,10 +189,10 @@ class CompiledSpecification:
         bounds: Sequence[int],
         control: Controller,
         first_step: float,
+        is_adaptive: bool,
         times: Sequence[float],
         stops: Sequence[float],
         jumps: Sequence[float],
-        grid: Sequence[float],
         max_num_steps: int,
         slope: _Code,
         step: _Code,
@@ -204,19 +235,11 @@ class CompiledLoop:
 
 class Control:
     fsal: bool
-    is_adaptive: bool
     segments: int
     error_last: float
-    first_step: float
-    sign: float
-    length: float
-    max_num_steps: int
-    n_times: int
     n_states: int
     n_blocks: int
     row_bytes: int
-    times: int
-    stops: int
     sizes: int
     sums: int
     stage_times: int
@@ -224,20 +247,23 @@ class Control:
     outputs: int
     grad_outputs: int
     steps: int
-    t: float
     step: int
     status: str
-    ratios: list[float]
+    t: float
     h: float
     ratio: float
     n_steps: int
     n_accepted: int
+    can_shrink: bool
     is_unfinished: bool
 
     @overload
-    def __init__(self, dtype: str, controller: Controller, /) -> None: ...
+    def __init__(
+        self, dtype: str, controller: Controller, first_step: float, is_adaptive: bool, max_num_steps: int
+    ) -> None: ...
     @overload
     def __init__(self, raw: bytes, /) -> None: ...
+    def set_times(self, first: float, last: float, times: int, n_times: int, stops: int, n_stops: int, /) -> None: ...
     def set_tableau(self, c: Sequence[float], dense: Sequence[Sequence[float]], /) -> None: ...
     def add_block(self, address: int, states: int, /) -> None: ...
 

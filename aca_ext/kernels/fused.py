@@ -23,6 +23,7 @@ from aca_ext.problem.admission import is_plain
 from aca_ext.problem.tolerance import Norm, Tolerance
 
 __all__ = [
+    "STATUSES",
     "Array",
     "DifferentiableKernels",
     "DifferentiableRowKernels",
@@ -32,6 +33,7 @@ __all__ = [
     "RowOperations",
     "Tolerance",
     "TorchOperations",
+    "batch_control_for",
     "compiled_loop",
     "config",
     "controller_for",
@@ -43,8 +45,11 @@ __all__ = [
     "rows_like",
     "show_config",
     "slope_function",
+    "step_control_for",
     "target_for",
 ]
+
+STATUSES: tuple[str, ...] = _C.STATUSES  # of step controls, by their numbers
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _THREADS_FROM = 1 << 15  # elements; below, waking threads costs more than they save
@@ -163,10 +168,10 @@ class KernelOperations(TorchOperations):
             self.tolerance.segments,
             controller_for(control),
             0.0 if control is None else control.first_step or 0.0,
+            control is not None,
             problem.times,
-            problem.stops,
+            problem.step_ends if len(problem.times) > 1 else (),
             list(problem.jumps),
-            problem.grid or (),
             problem.max_num_steps,
             slope,
             step,
@@ -282,6 +287,18 @@ def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bo
 def controller_for(controller: Any) -> _C.Controller:
     """A ``Controller`` for steps that do not go through Python; for fixed steps, which have none, any."""
     return _C.Controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
+
+
+def step_control_for(
+    controller: Any, max_num_steps: int, times: Sequence[float], stops: Sequence[float]
+) -> _C.SolveControl:
+    """The step control of one solve for loops in compiled code; arguments and behaviour of ``StepControl``."""
+    return _C.SolveControl(controller_for(controller), controller is not None, max_num_steps, times, stops)
+
+
+def batch_control_for(controller: Any, max_num_steps: int, times: Array) -> _C.BatchControl:
+    """The step controls of independent solves, one for each row of ``times``; attributes are arrays over the rows."""
+    return _C.BatchControl(controller_for(controller), controller.first_step or 0.0, max_num_steps, times)
 
 
 def slope_function(

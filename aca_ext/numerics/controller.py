@@ -62,10 +62,12 @@ class Controller:
         return self.limit(h * min(self.ifactor, max(lowest, to_single(factor))))
 
     def shrink(self, h: Number, ratio: Number) -> Number:
-        """Size of the next trial after a rejected one of size ``h``."""
+        """Size of the next trial after a rejected one of size ``h``, at least ``min_step`` where ``h`` is above it."""
         if not ratio < math.inf:  # NaN or infinite: the size of the error tells nothing
-            return h * self.dfactor
-        return h * max(self.dfactor, to_single(self.safety * ratio ** (-1 / self.order)))
+            smaller = h * self.dfactor
+        else:
+            smaller = h * max(self.dfactor, to_single(self.safety * ratio ** (-1 / self.order)))
+        return self.min_step if smaller < self.min_step < h else smaller
 
     def limit(self, h: Number) -> Number:
         return max(self.min_step, min(self.max_step, h))

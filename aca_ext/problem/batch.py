@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError, TimeError
-from aca_ext.numerics.batch_controller import Array
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.times import as_float64, times_of
 from aca_ext.problem.tolerance import Tolerance
+
+Array = NDArray[np.float64]
 
 _UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
 

@@ -80,6 +80,11 @@ class Problem:
         return self.controller is not None
 
     @property
+    def step_ends(self) -> tuple[float, ...]:
+        """Times at which a step must end, the end of the solve last: the nodes of a fixed grid, or the stops."""
+        return (*self.stops, self.times[-1]) if self.grid is None else self.grid[1:]
+
+    @property
     def length(self) -> float:
         """Of the solve, in time; of a batch the mean of its samples'."""
         return abs(self.times[-1] - self.times[0])

@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.fused import Array, RowOperations
-from aca_ext.numerics.batch_controller import RowController
+from aca_ext.kernels.fused import STATUSES, Array, RowOperations, batch_control_for
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.progress import Step
 from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
 from aca_ext.vector_field.field import VectorField
+
+_RUNNING, _STEP_LIMIT, _STEP_SIZE, _NOT_FINITE = map(
+    STATUSES.index, ("running", "step_limit", "step_size", "not_finite")
+)
 
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
@@ -99,29 +102,6 @@ class BatchRecord:
         return torch.from_numpy(ends[order]).split(counts.tolist())
 
 
-class OutputTimesOfRows:
-    """Walks through the requested times of every sample once."""
-
-    def __init__(self, times: Array, sign: Array) -> None:
-        self._times, self._sign = times, sign
-        self._next = np.ones(len(times), dtype=np.int64)  # the first time is the start
-
-    def within(self, rows: Index, t: Array, t_next: Array) -> OutputRows:
-        """The requested times that the steps of ``rows`` from t to t_next reach; theta is exactly 1 at t_next."""
-        found: list[OutputRows] = []
-        while len(rows):
-            i = self._next[rows]
-            is_left = i < self._times.shape[1]
-            time = self._times[rows, np.where(is_left, i, 0)]
-            due = is_left & (self._sign[rows] * time <= self._sign[rows] * t_next)
-            rows, i, t, t_next, time = rows[due], i[due], t[due], t_next[due], time[due]
-            self._next[rows] += 1
-            found.append(OutputRows(rows, i, np.where(time == t_next, 1.0, (time - t) / (t_next - t))))
-        if not found:
-            return OutputRows(rows, rows, t)
-        return OutputRows(*(np.concatenate([getattr(o, name) for o in found]) for name in ("rows", "index", "theta")))
-
-
 class BatchSolver:
     """One solve of a batch with the given operations.
 
@@ -143,14 +123,14 @@ class BatchSolver:
         n = ops.n_rows
         self.record = BatchRecord(n)
         self.states: list[Tensor] = []
-        zeros = [torch.zeros(n, dtype=torch.int64, device="cpu") for _ in _COUNTS]
-        self.stats = BatchStats(zeros[0], zeros[1], zeros[2], backend=ops.backend)
-        self._counts = {what: count.numpy() for what, count in zip(_COUNTS, zeros, strict=True)}  # the same memory
+        self._control = batch_control_for(problem.controller, problem.max_num_steps, problem.times_of_rows)
+        self.stats = BatchStats(
+            *(torch.zeros(n, dtype=torch.int64, device="cpu") for _ in range(3)), backend=ops.backend
+        )
         self._scheme = scheme_of(problem.tableau, estimate_error=True)
         self._keep_states = keep_states
         times = problem.times_of_rows
-        self._end, self._sign = times[:, -1].copy(), np.where(times[:, -1] < times[:, 0], -1.0, 1.0)
-        self._output_times = OutputTimesOfRows(times, self._sign)
+        self._sign = np.where(times[:, -1] < times[:, 0], -1.0, 1.0)
         self._outputs: list[tuple[Index, Index, Tensor]] = []
 
     def run(self, y: Tensor) -> Tensor:
@@ -164,81 +144,76 @@ class BatchSolver:
         self.y = y
         if self.problem.times_of_rows.shape[1] > 1 and n > 0:
             self.y = self._run(y)
-        self.stats.n_f_evals = self.field.n_evals
-        self.stats.n_f_rows = self.field.n_evals * n
+        control, stats = self._control, self.stats
+        stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
+        stats.n_rejected = stats.n_steps - stats.n_accepted
+        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_evals * n
         return assemble(self._outputs, self.problem.times_of_rows.shape, y)
 
     def _run(self, y: Tensor) -> Tensor:
-        problem, sign, end = self.problem, self._sign, self._end
-        assert problem.controller is not None
-        controller = RowController(problem.controller, len(end))
-        t = problem.times_of_rows[:, 0].copy()
-        h = self._initial_steps(controller, t, y)
-        ratio = np.full(len(end), math.nan)
-        active = np.ones(len(end), dtype=np.bool_)
-        while active.any():
-            self._check(active & (self._counts["steps"] >= problem.max_num_steps), StepLimitError, t, h, ratio)
-            is_cut = (sign * (t + sign * h) >= sign * end) | (np.abs(end - t) <= h * (1 + 1e-12))
-            t_next = np.where(active, np.where(is_cut, end, t + sign * h), t)
-            h_now = np.where(active, np.where(is_cut, np.abs(end - t), h), 0.0)
-            self._check(active & (t_next == t), StepSizeError, t, h, ratio)
-            steps = self.ops.steps(sign * h_now)
-            trial = step(self.field, self.ops, self._scheme, stage_times(self._scheme, t, sign * h_now, t_next), y,
-                         steps, self._k)  # fmt: skip
-            found = error_norm(self.ops, self._scheme, y, steps, trial)
-            ratio = np.where(active, found, ratio)
-            accepted, rejected = active & (found <= 1), active & ~(found <= 1)
-            for what, mask in zip(_COUNTS, (active, accepted, rejected), strict=True):
-                self._counts[what] += mask
-            self._report(t, np.where(accepted, t_next, t), sign * h_now, ratio, accepted)
+        control = self._control
+        self._choose_first_steps(y)
+        while (active := control.status == _RUNNING).any():
+            control.propose()
+            self._check(control.status == _STEP_LIMIT, StepLimitError)
+            self._check(control.status == _STEP_SIZE, StepSizeError)
+            t, h, t_next = control.t.copy(), control.h_trial.copy(), control.t_next.copy()
+            steps = self.ops.steps(h)
+            trial = step(self.field, self.ops, self._scheme, stage_times(self._scheme, t, h, t_next), y, steps, self._k)
+            control.judge(error_norm(self.ops, self._scheme, y, steps, trial))
+            accepted = control.is_accepted != 0
+            rejected = active & ~accepted
+            self._report(t, h, accepted)
             if accepted.any():
-                self._accept(accepted, t, y, sign * h_now, t_next, trial)
-                grown = controller.grow(h_now, found, accepted)
+                self._accept(accepted, t, y, h, t_next, trial)
             if rejected.any():
-                shrunk = controller.shrink(h_now, found, rejected)
-                self._check_progress(rejected, t, y, shrunk, trial.k[0], found)
-                h = np.where(rejected, shrunk, h)
+                self._check_progress(y, trial.k[0])
             self._k = self._next_slopes(accepted, rejected | ~active, trial)
             if accepted.any():
-                # A step cut short says little about the size to come.
-                h = np.where(accepted, np.where(is_cut, np.maximum(grown, h), grown), h)
-                t = np.where(accepted, t_next, t)
                 y = trial.y1 if accepted.all() else torch.where(self._mask(accepted), trial.y1, y)
-                active &= ~(accepted & is_cut)
             del trial
         return y
 
-    def _report(self, t: Array, t_next: Array, h: Array, ratio: Array, accepted: Mask) -> None:
+    def _report(self, t: Array, h: Array, accepted: Mask) -> None:
         if self.problem.on_step is not None:
-            arrays = (t, t_next, h, ratio, accepted, *(self._counts[what] for what in _COUNTS))
+            control = self._control
+            counts = control.n_steps, control.n_accepted, control.n_steps - control.n_accepted
+            arrays = (t, control.t, h, control.ratio, accepted, *counts)
             self.problem.on_step(Step._make((*(torch.from_numpy(x.copy()) for x in arrays), self.field.n_evals)))
 
-    def _initial_steps(self, controller: RowController, t: Array, y: Tensor) -> Array:
-        problem, ops, k, sign = self.problem, self.ops, self._k, self._sign
+    def _choose_first_steps(self, y: Tensor) -> None:
+        """Hairer's first steps; the evaluation that they take is no part of the solution."""
+        problem, ops, k, control = self.problem, self.ops, self._k, self._control
         assert problem.controller is not None
         assert k is not None
         if problem.controller.first_step is not None:
-            return np.full(len(t), problem.controller.first_step)
+            return
         with torch.no_grad():
             norm_f = ops.error_norm(k, None, 0.0, y, y)
-            self._check_finite(~np.isfinite(norm_f), t, y, k, np.full(len(t), math.nan), norm_f)
-
-            def change_of_slope(h: Array) -> Array:
-                euler = ops.weighted_sum(y, ops.steps(sign * h), [k], (1.0,))
-                with self.field.aside():
-                    change = self.field(ops.scalars([t + sign * h])[0], euler)
-                return ops.error_norm(change, k, -1.0, y, y)
-
-            norm_y = ops.error_norm(y, None, 0.0, y, y)
-            return controller.initial(np.abs(self._end - t), norm_y, norm_f, change_of_slope)
+            self._check_finite(~np.isfinite(norm_f), y, k, norm_f)
+            control.propose_euler_steps(ops.error_norm(y, None, 0.0, y, y), norm_f)
+            euler = ops.weighted_sum(y, ops.steps(control.h_trial.copy()), [k], (1.0,))
+            with self.field.aside():
+                change = self.field(ops.scalars([control.t_next])[0], euler)
+            control.choose_first_steps(ops.error_norm(change, k, -1.0, y, y))
 
     def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> None:
         rows = np.flatnonzero(accepted)
-        outputs = self._output_times.within(rows, t[rows], t_next[rows])
+        outputs = self._outputs_due(rows)
         self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs))
         if self._keep_states:
             self.states.append(y if accepted.all() else y[index_of(rows, y)])
         self._outputs += outputs_of_step(outputs, self._scheme, y, self.ops.steps(h), trial)
+
+    def _outputs_due(self, rows: Index) -> OutputRows:
+        """The requested times that the steps just accepted reached; theta is exactly 1 at the end of a step."""
+        control, times = self._control, self.problem.times_of_rows
+        first = control.first_due[rows]
+        counts = control.end_due[rows] - first
+        of_rows = np.repeat(rows, counts)
+        index = np.arange(len(of_rows)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+        time, start, end = times[of_rows, index], control.t_start[of_rows], control.t[of_rows]
+        return OutputRows(of_rows, index, np.where(time == end, 1.0, (time - start) / (end - start)))
 
     def _next_slopes(self, accepted: Mask, others: Mask, trial: Trial) -> Tensor | None:
         """First slopes of the next step: those at the solution for samples that go on, the same again for others."""
@@ -251,20 +226,21 @@ class BatchSolver:
     def _mask(self, rows: Mask) -> Tensor:
         return torch.from_numpy(rows).view(self.ops.row_shape).to(self.ops.like.device)
 
-    def _check_progress(self, rejected: Mask, t: Array, y: Tensor, h: Array, k: Tensor, ratio: Array) -> None:
+    def _check_progress(self, y: Tensor, k: Tensor) -> None:
         """Raises where a smaller step cannot help."""
-        assert self.problem.controller is not None
-        is_finite = np.isfinite(ratio)
-        self._check_finite(rejected & ~is_finite, t, y, k, h, ratio)
-        stuck = rejected & ((h < self.problem.controller.min_step) | (t + self._sign * h * 0.5 == t))
-        if not stuck.any():
+        control = self._control
+        self._check(control.status == _STEP_SIZE, StepSizeError)
+        doubtful = control.status == _NOT_FINITE
+        if not doubtful.any():
             return
+        self._check_finite(doubtful, y, k, control.ratio)
+        control.retry()
+        stuck = control.status == _NOT_FINITE
         if self.problem.tolerance.forbids_error():
-            self._check(stuck & (ratio == np.inf), StepSizeError, t, h, ratio, NO_TOLERANCE)
-        self._check(stuck & ~is_finite, NonFiniteError, t, h, ratio)
-        self._check(stuck, StepSizeError, t, h, ratio)
+            self._check(stuck & (control.ratio == np.inf), StepSizeError, NO_TOLERANCE)
+        self._check(stuck, NonFiniteError)
 
-    def _check_finite(self, suspects: Mask, t: Array, y: Tensor, k: Tensor, h: Array, ratio: Array) -> None:
+    def _check_finite(self, suspects: Mask, y: Tensor, k: Tensor, ratio: Array) -> None:
         if not suspects.any() or y.numel() == 0:
             return
         for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
@@ -272,31 +248,29 @@ class BatchSolver:
             if not failed.any():
                 continue
             row = int(failed.argmax())
-            message = fault_of_start(self.problem.y0[row]) or f"{what} t={t[row]:.17g}; look at func there."
-            self._check(failed, NonFiniteError, t, h, ratio, message)
+            fault = fault_of_start(self.problem.y0[row])
+            message = fault or f"{what} t={self._control.t[row]:.17g}; look at func there."
+            self._check(failed, NonFiniteError, message, ratio)
 
     def _check(
-        self, failed: Mask, kind: type[SolveError], t: Array, h: Array, ratio: Array, message: str | None = None
+        self, failed: Mask, kind: type[SolveError], message: str | None = None, ratio: Array | None = None
     ) -> None:
         if not failed.any():
             return
-        row = int(failed.argmax())
+        control, row = self._control, int(failed.argmax())
         others = int(failed.sum()) - 1
-        reason = message or reason_of(kind, self.problem.max_num_steps, self._end[row])
+        reason = message or reason_of(kind, self.problem.max_num_steps, self.problem.times_of_rows[row, -1])
         raise kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {self.problem.tableau.name} "
             f"stopped: {reason}",
-            t=float(t[row]),
-            h=float(h[row]),
-            error_ratio=float(ratio[row]),
-            n_accepted=int(self._counts["accepted"][row]),
-            n_rejected=int(self._counts["rejected"][row]),
+            t=float(control.t[row]),
+            h=float(control.h[row]) or math.nan,  # 0: none was chosen yet
+            error_ratio=float((control.ratio if ratio is None else ratio)[row]),
+            n_accepted=int(control.n_accepted[row]),
+            n_rejected=int(control.n_steps[row] - control.n_accepted[row]),
             n_f_evals=self.field.n_evals,
             sample=row,
         )
-
-
-_COUNTS = ("steps", "accepted", "rejected")
 
 
 def stage_times(scheme: Scheme, t: Array, h: Array, t_next: Array) -> list[Array]:

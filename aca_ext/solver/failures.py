@@ -10,6 +10,7 @@ from torch import Tensor
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.problem.problem import Problem
 
+NOT_FINITE_ON_GRID = "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
 NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
 
 

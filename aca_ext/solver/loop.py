@@ -9,23 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.fused import TorchOperations, controller_for
+from aca_ext.kernels.fused import TorchOperations, step_control_for
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.controller import Controller
-from aca_ext.numerics.output_times import OutputTimes
+from aca_ext.numerics.step_control import StepControl
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
-from aca_ext.solver.failures import NO_TOLERANCE, failure_of
+from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
 from aca_ext.solver.runge_kutta import (
     Trial,
     compiled_stepper,
@@ -37,7 +35,7 @@ from aca_ext.solver.runge_kutta import (
 )
 from aca_ext.vector_field.field import RandomState, VectorField
 
-Leap = Callable[..., Any]  # ``_C.Stepper.leap`` but for where it starts and ends
+AnyStepControl = Any  # StepControl, or its C++ counterpart
 
 
 @dataclass
@@ -98,7 +96,6 @@ class Solver:
         self._step = stepper(field.fastest, ops, self.scheme, self._compiled)
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
-        self._output_times = OutputTimes(problem.times)
         self._outputs: list[Tensor] = []
         # Random states behind the first slope of the step to come, where func draws random numbers.
         self._first_random_state: RandomState | None = field.random_trail[-1] if field.random_trail else None
@@ -114,121 +111,125 @@ class Solver:
         Raises:
             SolveError: the end could not be reached.
         """
+        problem, stats = self.problem, self.stats
         self._outputs = [y0 if self._rows is None else self._rows[0].copy_(y0)]
-        if self.problem.controller is None:
-            self._run_fixed(y0)
-        elif len(self.problem.times) > 1:
-            self._run_adaptive(self.problem.controller, y0)
-        self.stats.n_f_evals = self.field.n_evals
-        return self._outputs
-
-    def _run_fixed(self, y: Tensor) -> None:
-        grid = self.problem.grid or ()
         compiled = self._runs_of_steps()
         if compiled is not None and self._rows is not None:
-            y = self._walk(compiled, grid, y, self._rows)
+            control = step_control_for(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
         else:
-            for t, t_next in pairwise(grid):
-                trial = self._try(t, y, t_next - t, t_next)
-                self.stats.n_steps += 1
-                self._accept(t, y, t_next - t, t_next, trial)
-                self._report(t, t_next, t_next - t, math.nan, is_accepted=True)
-                y = trial.y1
-                del trial  # its slopes
-        self.stats.n_steps = self.stats.n_accepted = len(self.record.steps)
-        # One look at the end, and only where it costs no wait for a device.
-        if y.device.type == "cpu" and len(grid) > 1 and not _is_finite(y):
-            h = grid[-1] - grid[-2]
-            message = (
-                "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
-            )
-            raise self._failure(NonFiniteError, grid[-1], h, math.nan, message)
+            compiled = None
+            control = StepControl(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
+        if control.status == "running":
+            self._start(control, y0)
+            y = self._run(control, y0) if compiled is None else self._run_compiled(compiled, control, y0, self._rows)
+            stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
+            stats.n_rejected = stats.n_steps - stats.n_accepted
+            self._finish(control, y)
+        stats.n_f_evals = self.field.n_evals
+        return self._outputs
 
-    def _run_adaptive(self, controller: Controller, y: Tensor) -> None:
-        problem, stats = self.problem, self.stats
-        t: Number = problem.times[0]
-        end = problem.times[-1]
-        sign = math.copysign(1.0, end - t)
-        stops = [*problem.stops, end]
-        ratios: list[Number] = []  # of the last accepted steps, newest first
-        if problem.resumed is None:
-            h: Number = self._initial_step(controller, t, y, sign)
+    def _start(self, control: AnyStepControl, y: Tensor) -> None:
+        """Sets the size of the first trial, or that with which a solve goes on."""
+        controller, resumed = self.problem.controller, self.problem.resumed
+        if controller is None:
+            return
+        if resumed is not None:
+            control.h, control.ratios = resumed.h, resumed.ratios
+        elif controller.first_step is not None:
+            control.h = controller.first_step
         else:
-            h, ratios = problem.resumed.h, problem.resumed.ratios
+            self._choose_first_step(controller, control, y)
         if self._differentiable_steps:
-            h = torch.tensor(h, dtype=torch.float64, device="cpu")
-        leap = self._leaps(controller)
-        while stops:
-            if stats.n_steps >= problem.max_num_steps:
-                if problem.stops_at_limit:
-                    return self._stop(t, h, y, sign, ratios)
-                raise self._failure(StepLimitError, t, h, ratios[0] if ratios else math.nan)
-            if leap is not None:
-                t, h, y, ratios = self._leap(leap, controller, t, h, y, ratios, stops[0])
-                if t == stops[0]:
-                    stops.pop(0)
-                continue
-            is_cut = sign * (t + sign * h) >= sign * stops[0] or abs(stops[0] - t) <= h * (1 + 1e-12)
-            t_next, h_now = (stops[0], abs(stops[0] - t)) if is_cut else (t + sign * h, h)
-            if t_next == t:
-                raise self._failure(StepSizeError, t, h, ratios[0] if ratios else math.nan)
-            buffers = self.field.buffer_values()
-            trial = self._try(t, y, sign * h_now, t_next)
-            ratio = error_norm(self.ops, self.scheme, y, sign * h_now, trial)
-            stats.n_steps += 1
-            if ratio <= 1:
-                self._accept(t, y, sign * h_now, t_next, trial)
-                self._report(t, t_next, sign * h_now, ratio, is_accepted=True)
-                t, y = t_next, trial.y1
-                ratios = [ratio, *ratios[:2]]
-                grown = controller.grow(h_now, ratios)
-                h = max(grown, h) if is_cut else grown  # a step cut short says little about the size to come
-                if is_cut:
-                    stops.pop(0)
+            control.h = torch.tensor(control.h, dtype=torch.float64, device="cpu")
+
+    def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
+        """Steps until the solve is done or stops; returns the state reached."""
+        while control.status == "running":
+            control.propose()
+            if control.status != "running":
+                break
+            t, h, t_next, buffers = control.t, control.h_trial, control.t_next, self.field.buffer_values()
+            trial = self._try(t, y, h, t_next)
+            is_adaptive = self.problem.adaptive
+            ratio = error_norm(self.ops, self.scheme, y, h, trial) if is_adaptive else math.nan
+            control.judge(ratio)
+            if control.is_accepted:
+                self._accept(control, t, y, h, trial)
             else:
                 self._reject(trial, buffers)
-                self._report(t, t_next, sign * h_now, ratio, is_accepted=False)
-                h = controller.shrink(h_now, ratio)
-                if h < controller.min_step < h_now:
-                    h = controller.min_step
-                self._check_progress(controller, t, y, h, sign, ratio)
+            self._report(control, t, t_next, h, ratio)
+            if control.is_accepted:
+                y = trial.y1
+            elif control.status == "not_finite":
+                self._look(control, y)
             del trial  # its slopes are not to live beside those of the next
-        if problem.stops_at_limit:
-            self.record.end = self._state(t, h, sign, ratios, is_complete=True)
+        return y
 
-    def _stop(self, t: Number, h: Number, y: Tensor, sign: float, ratios: list[Number]) -> None:
+    def _run_compiled(self, compiled: Any, control: AnyStepControl, y: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """As ``_run``, in compiled code up to the next output inside a step."""
+        while control.status == "running":
+            found = compiled.run_steps(self.field.fastest, control, *self._keep, y, self._k, tuple(rows))
+            y, self._k, accepted, inside = found
+            for t, h, t_next, first, end in accepted:
+                due: list[tuple[int, float]] = []
+                if first < end:
+                    due = [(i, _position(self.problem.times[i], t, t_next)) for i in range(first, end)]
+                    self._outputs += rows[first:end]
+                self.record.steps.append(AcceptedStep(t, h, t_next, due))
+            if inside is not None:
+                start, slopes = inside
+                step = self.record.steps[-1]
+                for i, theta in step.outputs:
+                    if theta != 1.0:
+                        interpolate(self.ops, self.problem.tableau, start, step.h, slopes, theta, rows[i])
+            if control.status == "not_finite":
+                self._look(control, y)
+        return y
+
+    def _finish(self, control: AnyStepControl, y: Tensor) -> None:
+        """Notes where the solve ended, or raises why it did not reach its end."""
+        problem, status = self.problem, control.status
+        if status == "done":
+            if problem.stops_at_limit:
+                self.record.end = self._state(control, is_complete=True)
+            # One look at the end of a fixed grid, and only where it costs no wait for a device.
+            if not problem.adaptive and y.device.type == "cpu" and not _is_finite(y):
+                raise self._failure(NonFiniteError, control, NOT_FINITE_ON_GRID)
+        elif status == "step_limit" and problem.stops_at_limit:
+            self._stop(control, y)
+        else:
+            raise self._failure(StepLimitError if status == "step_limit" else StepSizeError, control)
+
+    def _stop(self, control: AnyStepControl, y: Tensor) -> None:
         """Makes the state reached so far one more output, unless it is still the first, and notes how to go on."""
         i, steps = len(self._outputs), self.record.steps
         if steps:
             self._outputs.append(y if self._rows is None else self._rows[i].copy_(y))
             steps[-1] = steps[-1]._replace(outputs=[*steps[-1].outputs, (i, 1.0)])
-        self.record.end = self._state(t, h, sign, ratios, is_complete=False)
+        self.record.end = self._state(control, is_complete=False)
 
-    def _state(self, t: Number, h: Number, sign: float, ratios: list[Number], is_complete: bool) -> SolverState:
-        return SolverState(t, h, sign, ratios, self._k, self._first_random_state, is_complete)
+    def _state(self, control: AnyStepControl, is_complete: bool) -> SolverState:
+        return SolverState(
+            control.t, control.h, control.sign, control.ratios, self._k, self._first_random_state, is_complete
+        )
 
-    def _report(self, t: Number, t_next: Number, h: Number, ratio: Number, is_accepted: bool) -> None:
+    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number) -> None:
         if self.problem.on_step is not None:
-            n, times = self.stats, (_float(t), _float(t_next), _float(h))
-            counts = n.n_steps, n.n_accepted, n.n_rejected, self.field.n_evals
-            self.problem.on_step(Step._make((*times, _float(ratio), is_accepted, *counts)))
+            times, n_accepted = (_float(t), _float(t_next), _float(h)), control.n_accepted
+            counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
+            self.problem.on_step(Step._make((*times, _float(ratio), control.is_accepted, *counts)))
 
-    def _initial_step(self, controller: Controller, t: float, y: Tensor, sign: float) -> float:
-        """Hairer's first step, or the user's; an evaluation that it takes is no part of the solution."""
-        if controller.first_step is not None:
-            return controller.first_step
-        field, ops, k = self.field, self.ops, self._k
+    def _choose_first_step(self, controller: Controller, control: AnyStepControl, y: Tensor) -> None:
+        """Hairer's first step; an evaluation that it takes is no part of the solution."""
+        field, ops, k, t, sign = self.field, self.ops, self._k, control.t, control.sign
         assert k is not None
-        length = abs(self.problem.times[-1] - t)
         compiled = self._runs_of_steps()
-        if compiled is not None:
-            h = compiled.first_step(field.fastest, controller_for(controller), t, y, k, length, sign)
-            if not math.isnan(h):
-                return h
+        if compiled is not None and self._rows is not None and compiled.choose_first_step(field.fastest, control, y, k):
+            return
         with torch.no_grad():
             norm_f = float(ops.error_norm(k, None, 0.0, y, y))
             if not math.isfinite(norm_f):
-                self._check_finite(t, y, k, math.nan, norm_f)
+                self._check_finite(control, y, k, norm_f)
 
             def change_of_slope(h: float) -> float:
                 euler = ops.weighted_sum(y, sign * h, [k], (1.0,))
@@ -237,7 +238,7 @@ class Solver:
                 return float(ops.error_norm(change, k, -1.0, y, y))
 
             norm_y = float(ops.error_norm(y, None, 0.0, y, y))
-            return controller.initial(length, norm_y, norm_f, change_of_slope)
+            control.h = controller.initial(control.length, norm_y, norm_f, change_of_slope)
 
     def _runs_of_steps(self) -> Any | None:
         """Compiled code for several steps at a time; None where something has to happen at each of them."""
@@ -252,82 +253,33 @@ class Solver:
         checkpoints = self._checkpoints
         return (None, None) if checkpoints is None else (checkpoints.slot, checkpoints.accept)
 
-    def _walk(self, compiled: Any, grid: Sequence[float], y: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """The steps of a fixed grid, as ``_run_fixed`` would make them."""
-        row_of = {time: i for i, time in enumerate(self.problem.times)}  # each of them is a node
-        due = [row_of.get(node) for node in grid[1:]]
-        outputs = [None if i is None else rows[i] for i in due]
-        y, self._k = compiled.walk(self.field.fastest, *self._keep, (y, self._k), grid, outputs)
-        self.record.steps = [
-            AcceptedStep(t, t_next - t, t_next, [] if i is None else [(i, 1.0)])
-            for t, t_next, i in zip(grid, grid[1:], due, strict=False)
-        ]
-        return y
-
-    def _leaps(self, controller: Controller) -> Leap | None:
-        compiled = self._runs_of_steps()
-        return (
-            None
-            if compiled is None
-            else partial(compiled.leap, self.field.fastest, controller_for(controller), *self._keep)
-        )
-
-    def _leap(
-        self, leap: Leap, controller: Controller, t: float, h: float, y: Tensor, ratios: list[float], stop: float
-    ) -> tuple[float, float, Tensor, list[float]]:
-        """The steps up to the next stop or beyond the next output, as ``_run_adaptive`` would make them."""
-        stats, sign, start = self.stats, math.copysign(1.0, stop - t), (t, h, y, self._k, ratios)
-        trials = self.problem.max_num_steps - stats.n_steps
-        reached = leap(start, stop, self._output_times.next, trials)
-        (t, h, y, self._k, ratios), steps, n_rejected, ends_inside, alarm = reached
-        if not steps and not n_rejected:
-            raise self._failure(StepSizeError, t, h, ratios[0] if ratios else math.nan)
-        self.record.steps += [AcceptedStep(t_n, h_n, t_end, []) for t_n, h_n, t_end in steps]
-        stats.n_steps += len(steps) + n_rejected
-        stats.n_accepted += len(steps)
-        stats.n_rejected += n_rejected
-        if ends_inside is not None:
-            last = self.record.steps[-1]
-            last.outputs.extend(self._write_outputs(last.t, ends_inside[0], last.h, last.t_next, y, ends_inside[1]))
-        if alarm is not None:
-            self._check_progress(controller, t, y, h, sign, alarm)
-        return t, h, y, ratios
-
     def _try(self, t: Number, y: Tensor, h: Number, t_next: Number) -> Trial:
         self.field.random_trail = []
         out = self._checkpoints.slot() if self._checkpoints is not None else None
         times = stage_times(self.scheme, t, h, t_next, self.problem.jumps, y.dtype)
         return self._step(times, y, h, self._k, out)
 
-    def _accept(self, t: Number, y: Tensor, h: Number, t_next: Number, trial: Trial) -> None:
+    def _accept(self, control: AnyStepControl, t: Number, y: Tensor, h: Number, trial: Trial) -> None:
         """Makes a trial part of the solution: outputs, record, checkpoint, and the first slope of the next step."""
-        due = self._write_outputs(t, y, h, t_next, trial.y1, trial.k)
+        t_next = control.t
+        due = [(i, control.position(i)) for i in range(*control.due)]
+        for i, theta in due:
+            out = None if self._rows is None else self._rows[i]
+            if theta != 1.0:
+                y_i = interpolate(self.ops, self.problem.tableau, y, h, trial.k, theta, out)
+            else:
+                y_i = trial.y1 if out is None else out.copy_(trial.y1)
+            self._outputs.append(y_i)
         random_states = self._random_states()
         self.record.steps.append(AcceptedStep(_float(t), _float(h), _float(t_next), due, random_states))
         if self._checkpoints is not None:
             self._checkpoints.accept()
-        self.stats.n_accepted += 1
         reusable = self.scheme.fsal and t_next not in self.problem.jumps
         self._k = trial.k[-1] if reusable else None
         self._first_random_state = random_states[-1] if reusable and random_states else None
 
-    def _write_outputs(
-        self, t: Number, y: Tensor, h: Number, t_next: Number, y1: Tensor, k: Sequence[Tensor]
-    ) -> list[tuple[int, float]]:
-        """The outputs inside a step from (t, y) to (t_next, y1), and where they are."""
-        due = self._output_times.within(t, t_next)
-        for i, theta in due:
-            out = None if self._rows is None else self._rows[i]
-            if theta != 1.0:
-                y_i = interpolate(self.ops, self.problem.tableau, y, h, k, theta, out)
-            else:
-                y_i = y1 if out is None else out.copy_(y1)
-            self._outputs.append(y_i)
-        return due
-
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
         """Leaves no trace of a trial but its first slope, which the next one shares."""
-        self.stats.n_rejected += 1
         self.field.restore_buffers(buffers)
         random_states = self._random_states()
         self._k = trial.k[0]
@@ -338,39 +290,38 @@ class Solver:
         trail, first = self.field.random_trail, self._first_random_state
         return (trail if first is None else [first, *trail]) or None
 
-    def _check_progress(
-        self, controller: Controller, t: Number, y: Tensor, h: Number, sign: float, ratio: Number
-    ) -> None:
-        """Raises where a smaller step cannot help."""
-        is_finite = math.isfinite(_float(ratio))
-        if not is_finite and self._k is not None:
-            self._check_finite(t, y, self._k, h, ratio)
-        if h >= controller.min_step and t + sign * h * 0.5 != t:
-            return
-        if ratio == math.inf and self.problem.tolerance.forbids_error():
-            raise self._failure(StepSizeError, t, h, ratio, NO_TOLERANCE)
-        raise self._failure(StepSizeError if is_finite else NonFiniteError, t, h, ratio)
+    def _look(self, control: AnyStepControl, y: Tensor) -> None:
+        """Goes on after a trial whose error was not finite, or raises where a smaller step cannot help."""
+        if self._k is not None:
+            self._check_finite(control, y, self._k, control.ratio)
+        if control.can_shrink:
+            control.resume()
+        elif control.ratio == math.inf and self.problem.tolerance.forbids_error():
+            raise self._failure(StepSizeError, control, NO_TOLERANCE)
+        else:
+            raise self._failure(NonFiniteError, control)
 
-    def _check_finite(self, t: Number, y: Tensor, k: Tensor, h: Number, ratio: Number) -> None:
+    def _check_finite(self, control: AnyStepControl, y: Tensor, k: Tensor, ratio: Number) -> None:
         if _is_finite(y) and _is_finite(k):
             return
         what = "func returned NaN or infinity at" if _is_finite(y) else "the state is NaN or infinite at"
-        raise self._failure(NonFiniteError, t, h, ratio, f"{what} t={_float(t):.17g}; look at func there.")
+        message = f"{what} t={_float(control.t):.17g}; look at func there."
+        raise self._failure(NonFiniteError, control, message, ratio)
 
     def _failure(
-        self, kind: type[SolveError], t: Number, h: Number, ratio: Number, message: str | None = None
+        self, kind: type[SolveError], control: AnyStepControl, message: str | None = None, ratio: Number | None = None
     ) -> SolveError:
-        stats = self.stats
+        stats, n_steps, n_accepted = self.stats, control.n_steps, control.n_accepted
         stats.n_f_evals = self.field.n_evals
         return failure_of(
             self.problem,
             kind,
             message,
-            t=_float(t),
-            h=_float(h),
-            error_ratio=_float(ratio),
-            n_accepted=stats.n_accepted,
-            n_rejected=stats.n_rejected,
+            t=_float(control.t),
+            h=_float(control.h if self.problem.adaptive else control.h_trial) or math.nan,  # 0: none was chosen yet
+            error_ratio=_float(control.ratio if ratio is None else ratio),
+            n_accepted=n_accepted,
+            n_rejected=n_steps - n_accepted,
             n_f_evals=stats.n_f_evals,
         )
 
@@ -382,3 +333,7 @@ def _is_finite(x: Tensor) -> bool:
 
 def _float(x: Number) -> float:
     return x.item() if isinstance(x, Tensor) else x
+
+
+def _position(time: float, t: float, t_next: float) -> float:
+    return 1.0 if time == t_next else (time - t) / (t_next - t)

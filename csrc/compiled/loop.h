@@ -1,11 +1,9 @@
-// The loop of a solve over compiled programs: what aca_ext.solver.loop and aca_ext.numerics.controller do, for steps so
-// short that Python between them would take most of the time.
+// The loop of a solve over compiled programs, for steps so short that Python between them would take most of the time.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -34,7 +32,9 @@ class CompiledLoop {
     Outcome solve(uintptr_t memory, const std::vector<uintptr_t>& inputs, uintptr_t y0, uintptr_t outputs, Slots slots,
                   std::function<void()> check_signals) {
         const std::vector<double>& times = spec_->times;
-        direction_ = times.back() < times.front() ? -1.0 : 1.0;
+        control_ = control::begin(spec_->control, spec_->first_step, spec_->is_adaptive, spec_->max_num_steps);
+        control::set_times(control_, times.front(), times.back(), uintptr_t(times.data()), int64_t(times.size()),
+                           uintptr_t(spec_->stops.data()), int64_t(spec_->stops.size()));
         outputs_ = outputs;
         slots_ = std::move(slots);
         check_signals_ = std::move(check_signals);
@@ -48,7 +48,7 @@ class CompiledLoop {
         Outcome outcome = Outcome::done;
         if (times.size() > 1) {
             set_up(Buffers(*spec_, memory), inputs);
-            outcome = spec_->grid.empty() ? adaptive() : fixed();
+            outcome = run();
         }
         slots_ = nullptr;
         check_signals_ = nullptr;
@@ -59,8 +59,8 @@ class CompiledLoop {
 
     std::vector<AcceptedStep> steps;
     int64_t n_inside = 0;  // accepted steps with outputs inside
-    int64_t n_steps = 0, n_rejected = 0, n_f_evals = 0;
-    double t = 0, h = 0, ratio = std::numeric_limits<double>::quiet_NaN();
+    int64_t n_f_evals = 0;
+    const StepControl& control() const { return control_; }
 
   private:
     struct Buffers {
@@ -94,77 +94,56 @@ class CompiledLoop {
         }
     }
 
-    Outcome fixed() {
-        const std::vector<double>& grid = spec_->grid;
-        evaluate_slope(grid[0]);
-        for (size_t i = 0; i + 1 < grid.size(); ++i) {
-            const double step = grid[i + 1] - grid[i];
-            if (i && !spec_->method.fsal) evaluate_slope(grid[i]);
-            attempt(grid[i], step, grid[i + 1]);
-            accept(grid[i], step, grid[i + 1]);
-            t = grid[i + 1];
-            h = step;
-        }
-        return spec_->is_finite(y_) ? Outcome::done : Outcome::not_finite;
-    }
-
-    Outcome adaptive() {
-        const Controller& control = spec_->control;
-        const double end = spec_->times.back(), sign = direction_;
-        size_t next_stop = 0;
-        t = spec_->times.front();
-        evaluate_slope(t);
-        if (!initial_step()) return Outcome::not_finite_at_start;
-        double ratios[3] = {};
-        for (;;) {
-            if (n_steps >= spec_->max_num_steps) return Outcome::step_limit;
-            const double stop = next_stop < spec_->stops.size() ? spec_->stops[next_stop] : end;
-            const bool is_cut = sign * (t + sign * h) >= sign * stop || std::abs(stop - t) <= h * (1 + 1e-12);
-            const double h_now = is_cut ? std::abs(stop - t) : h, t_next = is_cut ? stop : t + sign * h;
-            if (t_next == t) return Outcome::step_size;
-            attempt(t, sign * h_now, t_next);
-            ratio = norm_of_sums();
-            if (ratio <= 1) {
-                const bool reusable = spec_->method.fsal && !spec_->jumps_at(t_next);
-                accept(t, sign * h_now, t_next);
-                if (is_cut && next_stop++ == spec_->stops.size()) return Outcome::done;
-                t = t_next;
-                if (!reusable) evaluate_slope(t);
-                ratios[2] = ratios[1];
-                ratios[1] = ratios[0];
-                ratios[0] = ratio;
-                const double grown = control.grow(h_now, ratios, int(std::min<size_t>(steps.size(), 3)));
-                h = is_cut ? std::max(grown, h) : grown;
+    Outcome run() {
+        StepControl& s = control_;
+        evaluate_slope(s.t);
+        if (s.is_adaptive && !choose_first_step()) return Outcome::not_finite_at_start;
+        for (bool needs_slope = false;;) {
+            control::propose(s);
+            if (s.status != Status::running) return outcome_of(s.status);
+            if (needs_slope) evaluate_slope(s.t);
+            attempt();
+            control::judge(s, s.is_adaptive ? norm_of_sums() : 0.0);
+            if (s.is_accepted) {
+                accept();
+                needs_slope = !spec_->method.fsal || spec_->jumps_at(s.t);
             } else {
-                ++n_rejected;
-                h = control.shrink(h_now, ratio);
-                const bool finite = std::isfinite(ratio);
-                if (!finite && !is_start_finite()) return Outcome::not_finite_at_start;
-                if (h < control.min_step || t + sign * h * 0.5 == t)
-                    return finite ? Outcome::step_size : Outcome::not_finite;
+                needs_slope = false;
             }
+            if (s.status == Status::done) break;
+            if (s.status == Status::not_finite) {
+                if (!is_start_finite()) return Outcome::not_finite_at_start;
+                if (control::can_shrink(s)) s.status = Status::running;
+            }
+            if (s.status != Status::running) return outcome_of(s.status);
         }
+        return s.is_adaptive || spec_->is_finite(y_) ? Outcome::done : Outcome::not_finite;
     }
 
-    // Chooses the first step; false where f is not finite.
-    bool initial_step() {
-        if (spec_->first_step != 0) {
-            h = spec_->first_step;
+    static Outcome outcome_of(Status status) {
+        return status == Status::step_limit  ? Outcome::step_limit
+               : status == Status::step_size ? Outcome::step_size
+                                             : Outcome::not_finite;
+    }
+
+    // False where f is not finite at the start.
+    bool choose_first_step() {
+        StepControl& s = control_;
+        if (s.first_step != 0) {
+            s.h = s.first_step;
             return true;
         }
-        const Controller& control = spec_->control;
-        const double norm_f = norm(k_first_, 0, 0, y_), length = std::abs(spec_->times.back() - t);
-        if (!std::isfinite(norm_f)) {
-            h = control.limit(std::min(1e-6, length));
-            return is_start_finite();
+        control::propose_euler_step(s, norm(y_, 0, 0, y_), norm(k_first_, 0, 0, y_));
+        double norm_change = 0;
+        if (std::isfinite(s.norm_f)) {
+            const uintptr_t euler = spare_[0], k = spare_[1];
+            std::memcpy(at(euler), at(y_), bytes_);
+            spec_->add(euler, s.h_trial, k_first_);
+            slope_at(s.t_next, euler, k);
+            norm_change = norm(k, k_first_, -1.0, y_);
         }
-        const double step = control.euler_step(length, norm(y_, 0, 0, y_), norm_f);
-        const uintptr_t euler = spare_[0], k = spare_[1];
-        std::memcpy(at(euler), at(y_), bytes_);
-        spec_->add(euler, direction_ * step, k_first_);
-        slope_at(t + direction_ * step, euler, k);
-        h = control.first_step(length, step, norm_f, norm(k, k_first_, -1.0, y_));
-        return true;
+        control::choose_first_step(s, norm_change);
+        return s.status != Status::not_finite || is_start_finite();
     }
 
     void slope_at(double time, uintptr_t y, uintptr_t k) {
@@ -177,33 +156,33 @@ class CompiledLoop {
 
     // The first slope of the step from `time`; where f jumps there, of the time next to it inside the step.
     void evaluate_slope(double time) {
-        slope_at(spec_->jumps_at(time) ? spec_->next_after(time, direction_) : time, y_, k_first_);
+        slope_at(spec_->jumps_at(time) ? spec_->next_after(time, control_.sign) : time, y_, k_first_);
     }
 
-    void attempt(double from, double step, double to) {
+    void attempt() {
         y1_ = slots_ ? slot() : spare_[y_ == spare_[0]];
-        spec_->write_scalars(step_.inputs[0], from, step, to);
+        spec_->write_scalars(step_.inputs[0], control_.t, control_.h_trial, control_.t_next);
         step_.inputs[1] = y_;
         step_.inputs[2] = k_first_;
         step_.inputs[3] = y1_;
         step_.run();
         n_f_evals += int64_t(stages_) - 1;
-        if ((++n_steps & 255) == 0) check_signals_();
+        if ((control_.n_steps & 255) == 255) check_signals_();
     }
 
-    void accept(double from, double step, double to) {
+    void accept() {
+        const StepControl& s = control_;
+        AcceptedStep accepted{s.t_start, s.h_done, s.t_done, y_, {}};
         bool has_inside = false;
-        AcceptedStep accepted{from, step, to, y_, {}};
-        const std::vector<double>& times = spec_->times;
-        while (next_output_ < times.size() && direction_ * times[next_output_] <= direction_ * to) {
-            const double time = times[next_output_], theta = time == to ? 1.0 : (time - from) / (to - from);
-            const uintptr_t row = outputs_ + next_output_ * bytes_;
+        for (int64_t i = s.first_due; i < s.end_due; ++i) {
+            const double theta = control::position(s, i);
+            const uintptr_t row = outputs_ + size_t(i) * bytes_;
             std::memcpy(at(row), at(theta == 1.0 ? y1_ : y_), bytes_);
             if (theta != 1.0) {
-                interpolate(row, step, theta);
+                interpolate(row, s.h_done, theta);
                 has_inside = true;
             }
-            accepted.outputs.emplace_back(int(next_output_++), theta);
+            accepted.outputs.emplace_back(int(i), theta);
         }
         n_inside += has_inside;
         steps.push_back(std::move(accepted));
@@ -232,7 +211,9 @@ class CompiledLoop {
     }
 
     double norm_of_sums() const {
-        return spec_->tolerances.norm_of_sums(reinterpret_cast<const double*>(step_.inputs[4]));
+        const Tolerances& tolerances = spec_->tolerances;
+        return control::norm_of_sums(reinterpret_cast<const double*>(step_.inputs[4]), tolerances.sizes.data(),
+                                     tolerances.segments());
     }
 
     bool is_start_finite() const { return spec_->is_finite(y_) && spec_->is_finite(k_first_); }
@@ -252,10 +233,9 @@ class CompiledLoop {
     Slots slots_;
     std::function<void()> check_signals_;
     Program slope_, step_;
-    double direction_ = 1;
+    StepControl control_{};
     uintptr_t outputs_ = 0, spare_[2] = {}, y_ = 0, y1_ = 0, k_first_ = 0, next_slot_ = 0;
     int64_t slots_left_ = 0;
-    size_t next_output_ = 1;
 };
 
 }  // namespace aca

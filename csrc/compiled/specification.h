@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "compiled/program.h"
-#include "control/controller.h"
+#include "control/step_control.h"
 #include "kernels/ops.h"
 
 namespace aca {
@@ -31,19 +31,15 @@ struct Tolerances {
     double rtol, atol;
     uintptr_t rtol_each, atol_each;  // 0: the numbers count
     std::vector<int64_t> bounds;     // of the segments
+    std::vector<int64_t> sizes;      // of the segments, in elements
 
-    int segments() const { return int(bounds.size()) - 1; }
-
-    // The largest RMS over the segments; NaN where any is.
-    double norm_of_sums(const double* sums) const {
-        double largest = 0;
-        for (size_t s = 0; s + 1 < bounds.size(); ++s) {
-            const int64_t size = bounds[s + 1] - bounds[s];
-            if (std::isnan(sums[s])) return sums[s];
-            if (size) largest = std::max(largest, sums[s] / double(size));
-        }
-        return std::sqrt(largest);
+    Tolerances(double relative, double absolute, uintptr_t relative_each, uintptr_t absolute_each,
+               std::vector<int64_t> segments)
+        : rtol(relative), atol(absolute), rtol_each(relative_each), atol_each(absolute_each), bounds(segments) {
+        for (size_t s = 1; s < bounds.size(); ++s) sizes.push_back(bounds[s] - bounds[s - 1]);
     }
+
+    int segments() const { return int(sizes.size()); }
 };
 
 struct AcceptedStep {
@@ -59,8 +55,9 @@ struct Specification {
     Method method;
     Tolerances tolerances;
     Controller control;
-    double first_step;                              // 0: by Hairer's rule
-    std::vector<double> times, stops, jumps, grid;  // grid: fixed steps, instead of `control`
+    double first_step;                        // 0: by Hairer's rule
+    bool is_adaptive;                         // else every stop ends a step
+    std::vector<double> times, stops, jumps;  // the last of the stops is the end
     int64_t max_num_steps;
     Code slope, step;
 
@@ -90,7 +87,7 @@ struct Specification {
         const size_t stages = method.stages();
         for (size_t i = 0; i < stages; ++i) {
             const double c = method.c[i];
-            write(scalars, i, c == 0 ? first : c == 1 ? last : from + c * step);
+            write(scalars, i, c == 0 ? first : control::stage_time(c, from, step, last));
         }
         write(scalars, stages, step);
         write(scalars, stages + 1, tolerances.rtol);

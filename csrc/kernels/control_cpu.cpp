@@ -9,7 +9,7 @@ void write_control_on_cpu(uintptr_t to, const Control& from) { *control::at<Cont
 void decide_on_cpu(uintptr_t address, Decision decision) {
     Control& s = *control::at<Control>(address);
     control::decide(s, decision);
-    for (int64_t output = s.first_due; s.is_accepted && s.degree && output < s.end_due; ++output)
+    for (int64_t output = s.solve.first_due; s.solve.is_accepted && s.degree && output < s.solve.end_due; ++output)
         control::write_weights(s, output);
 }
 

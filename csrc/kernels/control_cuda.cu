@@ -24,8 +24,8 @@ __global__ void decide_kernel(Control* control, Decision decision) {
     if (threadIdx.x == 0) control::decide(s, decision);
     __syncthreads();
     for (int i = threadIdx.x; i < kWords; i += kThreads) there[i] = words[i];
-    if (s.is_accepted && s.degree)
-        for (int64_t output = s.first_due + threadIdx.x; output < s.end_due; output += kThreads)
+    if (s.solve.is_accepted && s.degree)
+        for (int64_t output = s.solve.first_due + threadIdx.x; output < s.solve.end_due; output += kThreads)
             control::write_weights(s, output);
 }
 

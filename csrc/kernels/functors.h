@@ -218,12 +218,12 @@ struct FinishStep {
     template <int V>
     ACA_HD void operator()(int64_t i) const {
         const Control& s = *control;
-        if (!s.is_accepted) return;
+        if (!s.solve.is_accepted) return;
         const T start = y[i], end = y1[i];
-        const T h = T(s.h_done);
-        for (int64_t o = s.first_due; o < s.end_due; ++o) {
+        const T h = T(s.solve.h_done);
+        for (int64_t o = s.solve.first_due; o < s.solve.end_due; ++o) {
             T* const out = control::at<T>(s.outputs + uintptr_t(o * s.row_bytes));
-            if (control::at<const double>(s.times)[o] == s.t_done) {
+            if (control::at<const double>(s.solve.times)[o] == s.solve.t_done) {
                 out[i] = end;
                 continue;
             }
@@ -257,9 +257,9 @@ struct RestoreStep {
             inside[i] = 0;
             for (int j = 0; j < stages; ++j) slope[j][i] = 0;
         }
-        for (int64_t o = s.first_due; o < s.end_due; ++o) {
+        for (int64_t o = s.solve.first_due; o < s.solve.end_due; ++o) {
             const T grad = control::at<const T>(s.grad_outputs + uintptr_t(o * s.row_bytes))[i];
-            if (control::at<const double>(s.times)[o] == s.t_done) {
+            if (control::at<const double>(s.solve.times)[o] == s.solve.t_done) {
                 g[i] += grad;
                 continue;
             }

@@ -247,6 +247,7 @@ PYBIND11_MODULE(_C, m) {
              }),
              py::arg("order"), py::arg("safety"), py::arg("ifactor"), py::arg("dfactor"), py::arg("pcoeff"),
              py::arg("icoeff"), py::arg("dcoeff"), py::arg("min_step"), py::arg("max_step"));
+    bind_step_control(m);
     py::class_<Slope>(m, "Slope", py::custom_type_setup(&make_collectable<Slope>))
         .def(py::init<py::object, py::tuple, const py::object&, py::object, py::object, py::object, bool>())
         .def_readonly("n_evals", &Slope::n_evals)
@@ -261,9 +262,9 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
                       py::object, py::object, const py::object&>())
         .def("step", &Stepper::step)
-        .def("first_step", &Stepper::first_step)
-        .def("leap", &leap)
-        .def("walk", &walk)
+        .def("choose_first_step", [](Stepper& stepper, const py::object& f, SolveControl& control, const py::object& y,
+                                     const py::object& k) { return stepper.choose_first_step(f, control.solve, y, k); })
+        .def("run_steps", &run_steps)
         .def("vjp", &Stepper::vjp);
     m.def("weighted_sum", &weighted_sum);
     m.def("solution_and_error", &solution_and_error);

@@ -27,10 +27,10 @@ inline std::shared_ptr<Specification> make_specification(const BoundTarget& on, 
                                                          bool fsal, std::vector<std::vector<double>> dense, double rtol,
                                                          double atol, uintptr_t rtol_each, uintptr_t atol_each,
                                                          std::vector<int64_t> bounds, const Controller& control,
-                                                         double first_step, std::vector<double> times,
+                                                         double first_step, bool is_adaptive, std::vector<double> times,
                                                          std::vector<double> stops, std::vector<double> jumps,
-                                                         std::vector<double> grid, int64_t max_num_steps,
-                                                         const CodeFields& slope, const CodeFields& step) {
+                                                         int64_t max_num_steps, const CodeFields& slope,
+                                                         const CodeFields& step) {
     return std::shared_ptr<Specification>(new Specification{on.target,
                                                             *on.backend,
                                                             n,
@@ -38,10 +38,10 @@ inline std::shared_ptr<Specification> make_specification(const BoundTarget& on, 
                                                             {rtol, atol, rtol_each, atol_each, std::move(bounds)},
                                                             control,
                                                             first_step,
+                                                            is_adaptive,
                                                             std::move(times),
                                                             std::move(stops),
                                                             std::move(jumps),
-                                                            std::move(grid),
                                                             max_num_steps,
                                                             make_code(slope),
                                                             make_code(step)});
@@ -102,12 +102,13 @@ inline void bind_compiled(py::module_& m) {
         .def("accepted_steps", &accepted_steps)
         .def("bounds", &bounds_of)
         .def_property_readonly("n_accepted", [](const CompiledLoop& loop) { return loop.steps.size(); })
-        .def_readonly("n_steps", &CompiledLoop::n_steps)
-        .def_readonly("n_rejected", &CompiledLoop::n_rejected)
+        .def_property_readonly("n_steps", [](const CompiledLoop& loop) { return loop.control().n_steps; })
+        .def_property_readonly(
+            "n_rejected", [](const CompiledLoop& loop) { return loop.control().n_steps - int64_t(loop.steps.size()); })
+        .def_property_readonly("t", [](const CompiledLoop& loop) { return loop.control().t; })
+        .def_property_readonly("h", [](const CompiledLoop& loop) { return loop.control().h; })
+        .def_property_readonly("error_ratio", [](const CompiledLoop& loop) { return loop.control().ratio; })
         .def_readonly("n_f_evals", &CompiledLoop::n_f_evals)
-        .def_readonly("t", &CompiledLoop::t)
-        .def_readonly("h", &CompiledLoop::h)
-        .def_readonly("error_ratio", &CompiledLoop::ratio)
         .def_readonly("n_inside", &CompiledLoop::n_inside);
 }
 

@@ -11,6 +11,7 @@
 
 #include "control/control_block.h"
 #include "kernels/ops.h"
+#include "python/step_control_bindings.h"
 #include "python/tensors.h"
 #ifdef ACA_CUDA
 #include "cuda_graph/loop_graph.h"
@@ -53,11 +54,6 @@ inline Decision decision_named(const std::string& name) {
     throw std::invalid_argument("no decision " + name);
 }
 
-inline const char* status_of(const Control& s) {
-    const char* const names[] = {"running", "done", "step_limit", "step_size", "not_finite", "no_room"};
-    return names[int(s.status)];
-}
-
 inline DecidedStep decided_step(uintptr_t control, uintptr_t y, const std::vector<uintptr_t>& k) {
     if (k.size() > size_t(kMaxTerms)) throw std::invalid_argument("a step has at most 16 slopes");
     DecidedStep step{control, y, int(k.size()), {}};
@@ -68,35 +64,37 @@ inline DecidedStep decided_step(uintptr_t control, uintptr_t y, const std::vecto
 inline void bind_control(py::module_& m) {
     m.attr("CONTROL_BYTES") = sizeof(Control);
     m.attr("STEP_ENTRY_DOUBLES") = sizeof(StepEntry) / sizeof(double);
-    m.attr("H_TRIAL") = offsetof(Control, h_trial);
+    m.attr("H_TRIAL") = offsetof(Control, solve.h_trial);
     m.attr("SLOPE_WEIGHT") = offsetof(Control, slope_weight);
     py::class_<Control>(m, "Control")
-        .def(py::init([](const std::string& dtype, const Controller& controller) {
-            Control s{};
-            s.dtype = dtype == "float32" ? DType::f32 : DType::f64;
-            s.controller = controller;
-            s.next_output = 1;
-            return s;
-        }))
+        .def(py::init([](const std::string& dtype, const Controller& controller, double first_step, bool is_adaptive,
+                         int64_t max_num_steps) {
+                 Control s{};
+                 s.dtype = dtype == "float32" ? DType::f32 : DType::f64;
+                 s.solve = control::begin(controller, first_step, is_adaptive, max_num_steps);
+                 return s;
+             }),
+             py::arg("dtype"), py::arg("controller"), py::arg("first_step"), py::arg("is_adaptive"),
+             py::arg("max_num_steps"))
         .def(py::init(&control_from))
+        .def("set_times",
+             [](Control& s, double first, double last, uintptr_t times, int64_t n_times, uintptr_t stops,
+                int64_t n_stops) { control::set_times(s.solve, first, last, times, n_times, stops, n_stops); })
         .def("set_tableau", &set_tableau)
         .def("add_block", &add_block)
-        .def_property_readonly("status", &status_of)
-        .def_property_readonly("ratios", [](const Control& s) { return std::vector<double>(s.ratios, s.ratios + 3); })
+        .def_property_readonly("status", [](const Control& s) { return name_of(s.solve.status); })
+        .def_property_readonly("t", [](const Control& s) { return s.solve.t; })
+        .def_property_readonly("h", [](const Control& s) { return s.solve.h; })
+        .def_property_readonly("ratio", [](const Control& s) { return s.solve.ratio; })
+        .def_property_readonly("n_steps", [](const Control& s) { return s.solve.n_steps; })
+        .def_property_readonly("n_accepted", [](const Control& s) { return s.solve.n_accepted; })
+        .def_property_readonly("can_shrink", [](const Control& s) { return control::can_shrink(s.solve); })
         .def_readwrite("fsal", &Control::fsal)
-        .def_readwrite("is_adaptive", &Control::is_adaptive)
         .def_readwrite("segments", &Control::segments)
         .def_readwrite("error_last", &Control::error_last)
-        .def_readwrite("first_step", &Control::first_step)
-        .def_readwrite("sign", &Control::sign)
-        .def_readwrite("length", &Control::length)
-        .def_readwrite("max_num_steps", &Control::max_num_steps)
-        .def_readwrite("n_times", &Control::n_times)
         .def_readwrite("n_states", &Control::n_states)
         .def_readwrite("n_blocks", &Control::n_blocks)
         .def_readwrite("row_bytes", &Control::row_bytes)
-        .def_readwrite("times", &Control::times)
-        .def_readwrite("stops", &Control::stops)
         .def_readwrite("sizes", &Control::sizes)
         .def_readwrite("sums", &Control::sums)
         .def_readwrite("stage_times", &Control::stage_times)
@@ -104,12 +102,7 @@ inline void bind_control(py::module_& m) {
         .def_readwrite("outputs", &Control::outputs)
         .def_readwrite("grad_outputs", &Control::grad_outputs)
         .def_readwrite("steps", &Control::steps)
-        .def_readwrite("t", &Control::t)
         .def_readwrite("step", &Control::step)
-        .def_readonly("h", &Control::h)
-        .def_readonly("ratio", &Control::ratio)
-        .def_readonly("n_steps", &Control::n_steps)
-        .def_readonly("n_accepted", &Control::n_accepted)
         .def_readonly("is_unfinished", &Control::is_unfinished);
     m.def("write_control", [](const BoundTarget& on, uintptr_t to, const Control& from) {
         on.backend->write_control(on.target, to, from);

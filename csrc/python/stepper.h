@@ -3,15 +3,13 @@
 #pragma once
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "control/controller.h"
+#include "control/step_control.h"
 #include "kernels/ops.h"
 #include "python/admission.h"
 #include "python/slope_function.h"
@@ -57,13 +55,12 @@ class Stepper {
     struct Trial {
         py::object y1, error;
         py::list slopes;
-        double error_norm;  // where the norm is ours to take
+        double error_norm;  // valid only if this stepper computes the norm
     };
 
-    // Times of the stages; at the end of the step they are t_next exactly, which rounding may keep from t + h.
-    std::vector<double> stage_times(double t, double h, double t_next) const {
-        std::vector<double> times(c_.size());
-        for (size_t i = 0; i < times.size(); ++i) times[i] = c_[i] == 1 ? t_next : t + c_[i] * h;
+    std::vector<double> stage_times(const StepControl& trial) const {
+        std::vector<double> times;
+        for (const double c : c_) times.push_back(control::stage_time(c, trial.t, trial.h_trial, trial.t_next));
         return times;
     }
 
@@ -116,22 +113,20 @@ class Stepper {
         return py::make_tuple(std::move(trial.y1), std::move(trial.slopes), std::move(trial.error), error_norm);
     }
 
-    // The first step by Hairer's rule from (t, y), where f is k, with h in the direction of `sign` and of `length` at
-    // most; NaN where the norm of k is not finite.
-    double first_step(const py::object& f, const Controller& controller, double t, const py::object& y,
-                      const py::object& k, double length, double sign) {
-        if (!takes_norm()) throw std::invalid_argument("the norm is not this stepper's to take");
+    // Chooses the first step by Hairer's rule from y at the start, where f is k; false where the norm of k is not
+    // finite.
+    bool choose_first_step(const py::object& f, StepControl& solve, const py::object& y, const py::object& k) {
+        if (!takes_norm()) throw std::invalid_argument("this stepper does not compute the norm");
         const uintptr_t y_address = memory_of(y), k_address = memory_of(k);
         const double norm_f = norm(k_address, 0, 0, y_address, y_address);
-        if (!std::isfinite(norm_f)) return std::numeric_limits<double>::quiet_NaN();
-        const double norm_y = norm(y_address, 0, 0, y_address, y_address);
-        const double h = controller.euler_step(length, norm_y, norm_f);
+        if (!std::isfinite(norm_f)) return false;
+        control::propose_euler_step(solve, norm(y_address, 0, 0, y_address, y_address), norm_f);
         Slope* const slope = py::isinstance<Slope>(f) ? f.cast<Slope*>() : nullptr;
-        write_times({t + sign * h}, 1);
-        const Row y1 = weighted({{0}, {1.0}}, y_address, sign * h, {k_address});
+        write_times({solve.t_next}, 1);
+        const Row y1 = weighted({{0}, {1.0}}, y_address, solve.h_trial, {k_address});
         const Row change = slope_of(f, slope, 0, y1.tensor, y1.address);
-        const double norm_change = norm(change.address, k_address, -1.0, y_address, y_address);
-        return controller.first_step(length, h, norm_f, norm_change);
+        control::choose_first_step(solve, norm(change.address, k_address, -1.0, y_address, y_address));
+        return true;
     }
 
     // Replays the step with graphs and returns the cotangent of y, given `outputs`, a list of (weights, cotangent).
@@ -258,13 +253,7 @@ class Stepper {
             copied = names().tolist.call(sums_.ptr()).cast<std::vector<double>>();
             sums = copied.data();
         }
-        double largest = 0;
-        for (int s = 0; s < segments; ++s) {
-            const int64_t size = bounds_[size_t(s) + 1] - bounds_[size_t(s)];
-            if (std::isnan(sums[s])) return sums[s];
-            if (size) largest = std::max(largest, sums[s] / double(size));
-        }
-        return std::sqrt(largest);
+        return control::norm_of_sums(sums, sizes_.data(), segments);
     }
 
     void read_norm(const py::tuple& norm) {
@@ -272,6 +261,7 @@ class Stepper {
         for (size_t s = 1; s < bounds_.size(); ++s)
             if (bounds_[s - 1] < 0 || bounds_[s] < bounds_[s - 1] || bounds_[s] > n_)
                 throw std::invalid_argument("bounds must not decrease, and end within the state");
+        for (size_t s = 1; s < bounds_.size(); ++s) sizes_.push_back(bounds_[s] - bounds_[s - 1]);
         sums_ = norm[1];
         sums_address_ = address_of(sums_);
         if (sums_address_ < kLowestAddress && bounds_.size() > 1) refuse_without_memory();
@@ -437,7 +427,7 @@ class Stepper {
     Copies copies_;
     Rows states_, times_;
     py::object error_estimate_;
-    std::vector<int64_t> bounds_;  // empty: the norm is not ours to take
+    std::vector<int64_t> bounds_, sizes_;  // of the segments; empty: this stepper does not compute the norm
     py::object sums_;
     uintptr_t sums_address_ = 0, rtol_each_ = 0, atol_each_ = 0;
     double rtol_ = 0, atol_ = 0;

@@ -70,20 +70,21 @@ class ControlBlock:
 
     def control(self, problem: Problem, solve: SolveMemory, tolerance: Tolerance) -> _C.Control:
         """The block at the start of a solve."""
-        controller, scheme = problem.controller, self.scheme
-        control = _C.Control(str(self.like.dtype).removeprefix("torch."), controller_for(controller))
-        control.first_step = 0.0 if controller is None else controller.first_step or 0.0
+        controller, scheme, times = problem.controller, self.scheme, problem.times
+        first_step = 0.0 if controller is None else controller.first_step or 0.0
+        dtype = str(self.like.dtype).removeprefix("torch.")
+        control = _C.Control(
+            dtype, controller_for(controller), first_step, controller is not None, problem.max_num_steps
+        )
+        control.set_times(
+            times[0], times[-1], solve.times.data_ptr(), len(solve.times), solve.stops.data_ptr(), len(solve.stops)
+        )
         dense = scheme.tableau.dense_coefficients if solve.weights is not None else ()
         control.set_tableau(scheme.c, dense)
-        control.fsal, control.is_adaptive = scheme.fsal, controller is not None
+        control.fsal = scheme.fsal
         control.error_last = scheme.error_last
         control.segments = len(tolerance.sizes)
-        times = problem.times
-        control.sign = 1.0 if times[-1] > times[0] else -1.0
-        control.length = abs(times[-1] - times[0])
-        control.max_num_steps, control.n_times, control.t = problem.max_num_steps, len(times), times[0]
         control.row_bytes = self.like.numel() * self.like.element_size()
-        control.times, control.stops = solve.times.data_ptr(), solve.stops.data_ptr()
         control.sizes, control.sums = self._sizes.data_ptr(), self.sums.data_ptr()
         control.stage_times = self._stage_times.data_ptr()
         control.weights = 0 if solve.weights is None else solve.weights.data_ptr()

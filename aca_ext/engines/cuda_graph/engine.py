@@ -129,14 +129,11 @@ class _Run:
 
     def _look(self, control: Any) -> None:
         """Raises where a solve cannot go on."""
-        problem, controller = self.problem, self.problem.controller
-        assert controller is not None
-        t, h, ratio, status = control.t, control.h, control.ratio, control.status
-        sign = math.copysign(1.0, problem.times[-1] - problem.times[0])
+        problem, t, h, ratio, status = self.problem, control.t, control.h, control.ratio, control.status
         message = None
         if status == "not_finite":
             culprit = self.plan.not_finite()
-            if culprit is None and h >= controller.min_step and t + sign * h * 0.5 != t:
+            if culprit is None and control.can_shrink:
                 return
             if culprit is not None:
                 message = f"{culprit} t={t:.17g}; look at func there."

@@ -199,7 +199,7 @@ class Plan:
 
     def _memory(self, problem: Problem, *, keeps_states: bool) -> SolveMemory:
         n_states = self._n_states if problem.grid is None else len(problem.grid) + 1
-        stops = problem.grid[1:] if problem.grid is not None else (*problem.stops, problem.times[-1])
+        stops = problem.step_ends
         if self._times is None or self._times.of != (problem.times, stops):
             self._times = DeviceTimes(problem.times, stops, self._like.device)
         return SolveMemory(

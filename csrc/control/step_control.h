@@ -1,0 +1,189 @@
+// Step control: the state of a solve between two steps and the decisions about it, on a host and on a GPU. A loop over
+// steps, whoever runs it, is: propose the trial, make the step, measure its error, judge it.
+#pragma once
+#include <cstdint>
+
+#include "control/controller.h"
+
+namespace aca {
+
+enum class Status { running, done, step_limit, step_size, not_finite, no_room };
+
+struct StepControl {
+    // Constant through a solve. The last of the stops, at which a step must end, is the last of the requested times.
+    Controller controller;
+    double first_step;  // 0: by Hairer's rule
+    double sign;        // direction of the solve, 1 or -1
+    double length;      // of the solve
+    int64_t max_num_steps, n_times, n_stops;
+    uintptr_t times, stops;  // double
+    int is_adaptive;         // 0: each trial ends at the next stop and is accepted
+
+    // The state between two steps.
+    Status status;
+    int n_ratios;
+    double t, h;              // h without its sign
+    double ratio, ratios[3];  // error ratios of the last trial and of the last accepted ones, newest first
+    double norm_f;            // of f(t0, y0), while the first step is sought
+    int64_t n_steps, n_accepted, next_output, next_stop;
+
+    // The trial that was proposed: signed step, its end, and whether it ends where the controller did not choose.
+    double h_trial, t_next;
+    int is_cut;
+
+    // The trial that was judged, and where it was accepted its start, signed step and end, and the outputs it reached.
+    int is_accepted;
+    double t_start, h_done, t_done;
+    int64_t first_due, end_due;
+};
+
+namespace control {
+
+template <typename T>
+ACA_HD T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+ACA_HD double magnitude(double x) { return x < 0 ? -x : x; }
+
+ACA_HD bool is_finite(double x) { return x - x == 0; }
+
+// A solve before its first step.
+ACA_HD StepControl begin(const Controller& controller, double first_step, bool is_adaptive, int64_t max_num_steps) {
+    StepControl s{};
+    s.controller = controller;
+    s.first_step = first_step;
+    s.is_adaptive = is_adaptive;
+    s.max_num_steps = max_num_steps;
+    s.sign = 1;
+    s.ratio = s.ratios[0] = NAN;
+    s.next_output = 1;  // the first time is the start
+    return s;
+}
+
+// Tells the times of the solve, which runs from `first` to `last`. Times and stops may lie in the memory of a device.
+ACA_HD void set_times(StepControl& s, double first, double last, uintptr_t times, int64_t n_times, uintptr_t stops,
+                      int64_t n_stops) {
+    s.times = times;
+    s.stops = stops;
+    s.n_times = n_times;
+    s.n_stops = n_stops;
+    s.t = first;
+    s.length = magnitude(last - first);
+    s.sign = last < first ? -1.0 : 1.0;
+}
+
+// The first half of Hairer's rule for the first step, given the norms of y0 and f(t0, y0) over the tolerance: the
+// Euler step along which to see how f changes, proposed as a trial.
+ACA_HD void propose_euler_step(StepControl& s, double norm_y, double norm_f) {
+    s.norm_f = norm_f;
+    s.h = is_finite(norm_f) ? s.controller.euler_step(s.length, norm_y, norm_f) : (s.length < 1e-6 ? s.length : 1e-6);
+    s.h_trial = s.sign * s.h;
+    s.t_next = s.t + s.h_trial;
+}
+
+// The second half, given the norm of the change of f. Where the norm of f(t0, y0) was not finite, a tolerance of zero
+// somewhere or f itself is to blame, and the caller has to look: the status is then not_finite.
+ACA_HD void choose_first_step(StepControl& s, double norm_change) {
+    if (is_finite(s.norm_f)) {
+        s.h = s.controller.first_step(s.length, s.h, s.norm_f, norm_change);
+    } else {
+        s.h = s.controller.limit(s.h);
+        s.ratio = s.norm_f;
+        s.status = Status::not_finite;
+    }
+}
+
+// The trial to come, or why there is none. A trial that would pass a stop, or all but reach it, ends there.
+ACA_HD void propose(StepControl& s) {
+    s.status = Status::running;
+    const double stop = at<const double>(s.stops)[s.next_stop];
+    if (!s.is_adaptive) {
+        s.is_cut = 1;
+        s.t_next = stop;
+        s.h_trial = stop - s.t;
+        return;
+    }
+    if (s.n_steps >= s.max_num_steps) {
+        s.ratio = s.ratios[0];
+        s.status = Status::step_limit;
+        return;
+    }
+    s.is_cut = s.sign * (s.t + s.sign * s.h) >= s.sign * stop || magnitude(stop - s.t) <= s.h * (1 + 1e-12);
+    s.t_next = s.is_cut ? stop : s.t + s.sign * s.h;
+    s.h_trial = s.is_cut ? s.sign * magnitude(stop - s.t) : s.sign * s.h;
+    if (s.t_next == s.t) {
+        s.ratio = s.ratios[0];
+        s.status = Status::step_size;
+    }
+}
+
+// Whether a trial can be smaller than the last: it is not below the limit, and time moves.
+ACA_HD bool can_shrink(const StepControl& s) { return s.h >= s.controller.min_step && s.t + s.sign * s.h * 0.5 != s.t; }
+
+// Makes the trial part of the solution: the outputs that it reached, and where the next step starts.
+ACA_HD void accept(StepControl& s) {
+    s.is_accepted = 1;
+    ++s.n_accepted;
+    s.t_start = s.t;
+    s.h_done = s.h_trial;
+    s.t_done = s.t = s.t_next;
+    s.first_due = s.next_output;
+    const double* const times = at<const double>(s.times);
+    while (s.next_output < s.n_times && s.sign * times[s.next_output] <= s.sign * s.t_next) ++s.next_output;
+    s.end_due = s.next_output;
+    if (s.is_cut && ++s.next_stop == s.n_stops) s.status = Status::done;
+}
+
+// What follows from the trial with this error ratio: whether it is accepted, and the size of the next one. The status
+// not_finite, for a ratio that is not, leaves it to the caller to look whether a smaller step can help.
+ACA_HD void judge(StepControl& s, double ratio) {
+    ++s.n_steps;
+    s.is_accepted = 0;
+    if (!s.is_adaptive) return accept(s);
+    s.ratio = ratio;
+    const double tried = magnitude(s.h_trial);
+    if (ratio <= 1) {
+        accept(s);
+        s.ratios[2] = s.ratios[1];
+        s.ratios[1] = s.ratios[0];
+        s.ratios[0] = ratio;
+        if (s.n_ratios < 3) ++s.n_ratios;
+        const double grown = s.controller.grow(tried, s.ratios, s.n_ratios);
+        s.h = s.is_cut && s.h > grown ? s.h : grown;  // a step cut short says little about the size to come
+        return;
+    }
+    s.h = s.controller.shrink(tried, ratio);
+    if (!is_finite(ratio))
+        s.status = Status::not_finite;
+    else if (!can_shrink(s))
+        s.status = Status::step_size;
+}
+
+// Position of the time number `output` in the accepted step, exactly 1 at its end.
+ACA_HD double position(const StepControl& s, int64_t output) {
+    const double time = at<const double>(s.times)[output];
+    return time == s.t_done ? 1.0 : (time - s.t_start) / (s.t_done - s.t_start);
+}
+
+// Whether the proposed trial ends at the next requested time.
+ACA_HD bool lands_on_output(const StepControl& s) {
+    return s.next_output < s.n_times && at<const double>(s.times)[s.next_output] == s.t_next;
+}
+
+// Time of the stage at `c`; at the end of the step t_next exactly, which rounding may keep from t + h.
+ACA_HD double stage_time(double c, double t, double h, double t_next) { return c == 1 ? t_next : t + c * h; }
+
+// Largest RMS over segments of `sizes` elements from their sums of squares; NaN where any is.
+template <typename Size>
+ACA_HD double norm_of_sums(const double* sums, const Size* sizes, int segments) {
+    double largest = 0, all = 0;
+    for (int i = 0; i < segments; ++i) {
+        all += sums[i];
+        if (sizes[i] > 0 && sums[i] / double(sizes[i]) > largest) largest = sums[i] / double(sizes[i]);
+    }
+    return all == all ? sqrt(largest) : all;
+}
+
+}  // namespace control
+}  // namespace aca

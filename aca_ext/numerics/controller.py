@@ -56,7 +56,7 @@ class Controller:
             if ratio == 0:
                 factor = self.ifactor  # no error at all: nothing to learn from its size
                 break
-            factor = factor * ratio**exponent
+            factor = factor * _power(ratio, exponent)
         # Under I control alone, an error within tolerance is no reason to shrink.
         lowest = self.dfactor if self.has_memory else 1.0
         return self.limit(h * min(self.ifactor, max(lowest, to_single(factor))))
@@ -66,7 +66,7 @@ class Controller:
         if not ratio < math.inf:  # NaN or infinite: the size of the error tells nothing
             smaller = h * self.dfactor
         else:
-            smaller = h * max(self.dfactor, to_single(self.safety * ratio ** (-1 / self.order)))
+            smaller = h * max(self.dfactor, to_single(self.safety * _power(ratio, -1 / self.order)))
         return self.min_step if smaller < self.min_step < h else smaller
 
     def limit(self, h: Number) -> Number:
@@ -94,7 +94,7 @@ class Controller:
         if not math.isfinite(curvature):
             return self.limit(h0)  # the Euler step left the domain: start small and let the trial decide
         largest = max(norm_f, curvature)
-        h1 = max(1e-6, h0 * 1e-3) if largest <= 1e-15 else to_single((0.01 / largest) ** (1 / self.order))
+        h1 = max(1e-6, h0 * 1e-3) if largest <= 1e-15 else to_single(_power(0.01 / largest, 1 / self.order))
         return self.limit(min(100 * h0, h1, length))
 
 
@@ -108,3 +108,10 @@ def to_single(x: Number) -> Number:
         return ctypes.c_float(x).value
     near = x.item()
     return x + (ctypes.c_float(near).value - near)
+
+
+def _power(base: Number, exponent: float) -> Number:
+    try:
+        return base**exponent
+    except OverflowError:  # an error of 1e-320, say: limited like any other
+        return math.inf

@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from autograd_reference import relative_error, solve_over
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from problems import DrivenMlp, Mlp, sample
 from torch import Tensor, nn
 
 import aca_ext
 from aca_ext import errors
-from aca_ext.numerics.batch_controller import RowController
-from aca_ext.numerics.controller import Controller
 
 ADAPTIVE = [name for name, tableau in aca_ext.METHODS.items() if tableau.adaptive]
 INDEPENDENT = {"batch": "independent"}
@@ -388,59 +383,3 @@ class TestFailures:
         y0 = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
         y = aca_ext.odeint(func, y0, t, options=INDEPENDENT, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(y[-1, :, 0], torch.exp(-t[:, 1]), rtol=1e-6, atol=1e-8)
-
-
-@st.composite
-def controllers(draw: st.DrawFn) -> Controller:
-    return Controller(
-        order=draw(st.integers(1, 8)),
-        safety=draw(st.floats(0.1, 1.0)),
-        pcoeff=draw(st.sampled_from([0.0, 0.4, -0.2])),
-        icoeff=draw(st.sampled_from([1.0, 0.3])),
-        dcoeff=draw(st.sampled_from([0.0, 0.1])),
-        min_step=draw(st.sampled_from([0.0, 1e-3])),
-        max_step=draw(st.sampled_from([math.inf, 0.5])),
-    )
-
-
-class TestController:
-    @settings(max_examples=100, deadline=None)
-    @given(controller=controllers(), data=st.data())
-    def test_is_bitwise_that_of_one_sample(self, controller: Controller, data: st.DataObject) -> None:
-        count = 4
-        rows = RowController(controller, count)
-        histories: list[list[float]] = [[] for _ in range(count)]
-        ratios = st.one_of(st.floats(1e-30, 1.0), st.floats(1.0, 1e9), st.sampled_from([0.0, math.inf, math.nan]))
-        for _ in range(5):
-            h = np.array(data.draw(st.lists(st.floats(1e-6, 1e3), min_size=count, max_size=count)))
-            ratio = np.array(data.draw(st.lists(ratios, min_size=count, max_size=count)))
-            accepted = ratio <= 1
-            grown, shrunk = rows.grow(h, ratio, accepted), rows.shrink(h, ratio, ~accepted)
-            for i in range(count):
-                if accepted[i]:
-                    histories[i] = [ratio[i], *histories[i][:2]]
-                    assert grown[i] == controller.grow(float(h[i]), [float(r) for r in histories[i]])
-                else:
-                    smaller = controller.shrink(float(h[i]), float(ratio[i]))
-                    smallest = controller.min_step
-                    assert shrunk[i] == (smallest if smaller < smallest < h[i] else smaller)
-
-    def test_an_error_too_small_for_its_power(self) -> None:
-        rows = RowController(Controller(order=1), 2)
-        assert rows.grow(np.ones(2), np.array([1e-320, 0.5]), np.array([True, True])).tolist() == [
-            10.0,
-            float(np.float32(1.8)),
-        ]
-
-    @settings(max_examples=100, deadline=None)
-    @given(controller=controllers(), data=st.data())
-    def test_first_steps(self, controller: Controller, data: st.DataObject) -> None:
-        norms = st.one_of(st.floats(0.0, 1e9), st.sampled_from([0.0, 1e-7, math.inf, math.nan]))
-        draw = lambda numbers: np.array(data.draw(st.lists(numbers, min_size=3, max_size=3)))  # noqa: E731
-        length, norm_y, norm_f, change = draw(st.floats(1e-3, 1e3)), draw(st.floats(0, 1e9)), draw(norms), draw(norms)
-        found = RowController(controller, 3).initial(length, norm_y, norm_f, lambda h: change)
-        for i in range(3):
-            one = controller.initial(
-                float(length[i]), float(norm_y[i]), float(norm_f[i]), lambda h, i=i: float(change[i])
-            )
-            assert found[i] == one

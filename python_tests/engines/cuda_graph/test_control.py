@@ -15,6 +15,7 @@ from operands import on_cuda
 from aca_ext import _C, METHODS
 from aca_ext.engines.cuda_graph.control_block import ControlBlock, DeviceTimes, SolveMemory
 from aca_ext.numerics.controller import Controller
+from aca_ext.numerics.step_control import StepControl
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.solver.runge_kutta import scheme_of, stage_times
 
@@ -83,50 +84,23 @@ def seen(ratio: float, problem: Problem) -> float:
 
 
 class Host:
-    """What ``aca_ext.solver.loop`` does from trial to trial, with ``aca_ext.numerics.controller``'s decisions."""
+    """The step control of the loop on the host, with the steps that it accepted."""
 
     def __init__(self, problem: Problem, h: float) -> None:
-        assert problem.controller is not None
-        self.problem, self.controller, self.h = problem, problem.controller, h
-        self.t = problem.times[0]
-        self.sign = 1.0 if problem.times[-1] > self.t else -1.0
-        self.stops = [*problem.stops, problem.times[-1]]
-        self.ratios: list[float] = []
+        self.problem = problem
+        self.control = StepControl(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
+        self.control.h = h
         self.steps: list[tuple[float, float, float]] = []
-        self.status = "running"
-        self.prepare()
-
-    def prepare(self) -> None:
-        t, h, sign, stop = self.t, self.h, self.sign, self.stops[0]
-        self.is_cut = sign * (t + sign * h) >= sign * stop or abs(stop - t) <= h * (1 + 1e-12)
-        self.t_next, self.h_now = (stop, abs(stop - t)) if self.is_cut else (t + sign * h, h)
-        if self.t_next == t:
-            self.status = "step_size"
+        self.control.propose()
 
     def tried(self, ratio: float) -> None:
-        controller = self.controller
-        if ratio <= 1:
-            self.steps.append((self.t, self.sign * self.h_now, self.t_next))
-            self.t = self.t_next
-            self.ratios = [ratio, *self.ratios[:2]]
-            grown = controller.grow(self.h_now, self.ratios)
-            self.h = max(grown, self.h) if self.is_cut else grown
-            if self.is_cut:
-                self.stops.pop(0)
-            if not self.stops:
-                self.status = "done"
-                return
-        else:
-            self.h = controller.shrink(self.h_now, ratio)
-            if self.h < controller.min_step < self.h_now:
-                self.h = controller.min_step
-            if not math.isfinite(ratio):
-                self.status = "not_finite"
-                return
-            if self.h < controller.min_step or self.t + self.sign * self.h * 0.5 == self.t:
-                self.status = "step_size"
-                return
-        self.prepare()
+        control = self.control
+        step = control.t, control.h_trial, control.t_next
+        control.judge(ratio)
+        if control.is_accepted:
+            self.steps.append(step)
+        if control.status == "running":
+            control.propose()
 
 
 def problem_with(
@@ -143,23 +117,22 @@ def assert_same_walk(driven: Driven, host: Host, ratios: list[float]) -> None:
     """Both make the same of ratio after ratio: status, times, sizes, and all that is recorded."""
     problem = host.problem
     for ratio in ratios:
-        if host.status != "running":
+        here = host.control
+        if here.status != "running":
             break
-        assert driven.h_trial == host.sign * host.h_now
-        host_times = stage_times(
-            driven.scheme, host.t, host.sign * host.h_now, host.t_next, frozenset(), problem.y0.dtype
-        )
+        assert driven.h_trial == here.h_trial
+        host_times = stage_times(driven.scheme, here.t, here.h_trial, here.t_next, frozenset(), problem.y0.dtype)
         assert driven.stage_times == torch.tensor(host_times, dtype=problem.y0.dtype).tolist()
         control = driven.tried(ratio)
         host.tried(seen(ratio, problem))
-        assert (control.status, control.t, control.h) == (host.status, host.t, host.h)
+        assert (control.status, control.t, control.h) == (here.status, here.t, here.h)
         assert control.n_accepted == len(host.steps)
     entries = driven.memory.steps[: len(host.steps)].cpu()
     assert [tuple(entry) for entry in entries[:, :3].tolist()] == host.steps
     ends = entries[:, 3].contiguous().view(torch.int64).tolist()
     begin = 1
     for (t, _, t_next), end in zip(host.steps, ends, strict=True):
-        assert end == 1 + sum(host.sign * time <= host.sign * t_next for time in problem.times[1:])
+        assert end == 1 + sum(host.control.sign * time <= host.control.sign * t_next for time in problem.times[1:])
         for i in range(begin, end):
             if problem.times[i] == t_next or driven.memory.weights is None:
                 continue
@@ -225,7 +198,7 @@ class TestDecisions:
         problem = problem_with(controller, times, step_t, method, dtype)
         assert controller.first_step is not None
         driven, host = Driven(problem, "cpu"), Host(problem, controller.first_step)
-        assert driven.first(1.0, 1.0, 1.0).status == host.status
+        assert driven.first(1.0, 1.0, 1.0).status == host.control.status
         assert_same_walk(driven, host, ratios)
 
     @settings(max_examples=100, deadline=None, derandomize=True)

@@ -124,9 +124,8 @@ class BatchSolver:
         self.record = BatchRecord(n)
         self.states: list[Tensor] = []
         self._control = batch_control_for(problem.controller, problem.max_num_steps, problem.times_of_rows)
-        self.stats = BatchStats(
-            *(torch.zeros(n, dtype=torch.int64, device="cpu") for _ in range(3)), backend=ops.backend
-        )
+        n_steps, n_accepted, n_rejected = torch.zeros(3, n, dtype=torch.int64, device="cpu").unbind()
+        self.stats = BatchStats(n_steps, n_accepted, n_rejected, backend=ops.backend)
         self._scheme = scheme_of(problem.tableau, estimate_error=True)
         self._keep_states = keep_states
         times = problem.times_of_rows

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.fused import TorchOperations, step_control_for
+from aca_ext.kernels.fused import TorchOperations, empty_rows, step_control_for
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
@@ -112,16 +112,15 @@ class Solver:
             SolveError: the end could not be reached.
         """
         problem, stats = self.problem, self.stats
-        self._outputs = [y0 if self._rows is None else self._rows[0].copy_(y0)]
         compiled = self._runs_of_steps()
-        if compiled is not None and self._rows is not None:
-            control = step_control_for(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
-        else:
-            compiled = None
-            control = StepControl(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
+        if compiled is not None and self._rows is None:
+            self._rows = empty_rows(len(problem.times) + problem.stops_at_limit, y0).unbind(0)
+        self._outputs = [y0 if self._rows is None else self._rows[0].copy_(y0)]
+        kind: Callable[..., AnyStepControl] = StepControl if compiled is None else step_control_for
+        control = kind(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
         if control.status == "running":
             self._start(control, y0)
-            y = self._run(control, y0) if compiled is None else self._run_compiled(compiled, control, y0, self._rows)
+            y = self._run(control, y0) if compiled is None else self._run_compiled(compiled, control, y0)
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
             self._finish(control, y)
@@ -165,10 +164,11 @@ class Solver:
             del trial  # its slopes are not to live beside those of the next
         return y
 
-    def _run_compiled(self, compiled: Any, control: AnyStepControl, y: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    def _run_compiled(self, compiled: Any, control: AnyStepControl, y: Tensor) -> Tensor:
         """As ``_run``, in compiled code up to the next output inside a step."""
+        rows = tuple(self._rows or ())
         while control.status == "running":
-            found = compiled.run_steps(self.field.fastest, control, *self._keep, y, self._k, tuple(rows))
+            found = compiled.run_steps(self.field.fastest, control, *self._keep, y, self._k, rows)
             y, self._k, accepted, inside = found
             for t, h, t_next, first, end in accepted:
                 due: list[tuple[int, float]] = []
@@ -224,7 +224,7 @@ class Solver:
         field, ops, k, t, sign = self.field, self.ops, self._k, control.t, control.sign
         assert k is not None
         compiled = self._runs_of_steps()
-        if compiled is not None and self._rows is not None and compiled.choose_first_step(field.fastest, control, y, k):
+        if compiled is not None and compiled.choose_first_step(field.fastest, control, y, k):
             return
         with torch.no_grad():
             norm_f = float(ops.error_norm(k, None, 0.0, y, y))

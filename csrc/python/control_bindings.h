@@ -88,6 +88,7 @@ inline void bind_control(py::module_& m) {
         .def_property_readonly("ratio", [](const Control& s) { return s.solve.ratio; })
         .def_property_readonly("n_steps", [](const Control& s) { return s.solve.n_steps; })
         .def_property_readonly("n_accepted", [](const Control& s) { return s.solve.n_accepted; })
+        .def("set_first_step", [](Control& s, double h) { s.solve.first_step = h; })
         .def_property_readonly("can_shrink", [](const Control& s) { return control::can_shrink(s.solve); })
         .def_readwrite("fsal", &Control::fsal)
         .def_readwrite("segments", &Control::segments)

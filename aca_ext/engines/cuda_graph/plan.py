@@ -213,7 +213,7 @@ class Plan:
         memory.turn = self._turn
         control = memory.control = self._block.control(problem, memory, self._tolerance)
         if first_step is not None:
-            control.first_step = first_step
+            control.set_first_step(first_step)
         memory.room_in(control)
         for to in (self._y, memory.ys[0], *(block[0] for block in memory.blocks[:1])):
             to.copy_(y0)

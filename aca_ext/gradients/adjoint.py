@@ -123,9 +123,11 @@ def _interval(
     )
     ops = operations_for(problem.y0, problem.tolerance)
     field = VectorField(augmented, (), problem.packing, ops)
-    k0 = Task(problem, field, (), how).first_slope(problem.y0)
+    start = problem.y0.detach()
     try:
-        end = Solver(problem, field, ops, k0=k0).run(problem.y0)[-1]
+        with torch.no_grad():
+            k0 = Task(problem, field, (), how).first_slope(start)
+            end = Solver(problem, field, ops, k0=k0).run(start)[-1]
     except SolveError as error:
         what = str(error) if torch.isfinite(a).all() else "the gradient of the solution holds NaN or infinity."
         error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {what}',)

@@ -30,6 +30,7 @@ __all__ = [
     "RowOperations",
     "Tolerance",
     "TorchOperations",
+    "checksums",
     "compiled_loop",
     "config",
     "controller_for",
@@ -288,6 +289,12 @@ def slope_function(
 def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:
     """The loop for one solve."""
     return _C.CompiledLoop(specification)
+
+
+def checksums(addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Of blocks of memory of so many bytes."""
+    found: list[int] = _C.checksums(addresses, sizes)
+    return found
 
 
 def config() -> dict[str, str]:

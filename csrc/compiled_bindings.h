@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "checksum.h"
 #include "compiled_backward.h"
 #include "compiled_loop.h"
 #include "ops.h"
@@ -90,7 +91,16 @@ inline py::bytearray bounds_of(const CompiledLoop& loop) {
     return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(double)};
 }
 
+// A checksum of each block of memory, which may differ by chance for other contents with probability 2^-64.
+inline std::vector<uint64_t> checksums(const std::vector<uintptr_t>& addresses, const std::vector<size_t>& sizes) {
+    if (addresses.size() != sizes.size()) throw std::invalid_argument("each block has its size");
+    std::vector<uint64_t> found;
+    for (size_t i = 0; i < sizes.size(); ++i) found.push_back(checksum(addresses[i], sizes[i]));
+    return found;
+}
+
 inline void bind_compiled(py::module_& m) {
+    m.def("checksums", &checksums);
     py::class_<Specification, std::shared_ptr<Specification>>(m, "CompiledSpecification")
         .def(py::init(&make_specification))
         .def_property_readonly("forward_bytes", &CompiledLoop::memory_bytes)

@@ -7,7 +7,7 @@ import itertools
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from aca_ext.compiled.changing_numbers import ChangingNumbers
 from aca_ext.compiled.methods import Methods, code_in_trace
 from aca_ext.compiled.places import Place
-from aca_ext.compiled.side_effects import Counter, check_independence, counters_of, name_of
+from aca_ext.compiled.side_effects import Counter, check_independence, counters_of, name_of, name_of_input
 from aca_ext.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.errors import CompileError
 from aca_ext.owners import PerOwner
@@ -187,7 +187,7 @@ def _trace(
             entry.trace(func, t, y, args)
         entry.keep()
         entry.methods.add(func, _request.code)
-        counters = {counter.place.name for counter in _request.counters if counter.place is not None}
+        counters = {counter.place.name for counter in _request.counters}
         entry.numbers.known.update((k, v) for k, v in _request.numbers.items() if k not in counters)
         return entry
     except Exception as error:
@@ -241,7 +241,7 @@ def _backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
     _request.numbers = _numbers_read(_request.scope)
     _request.counters = tuple(counters_of(graph, tracer, dict(_request.scope)))
     _attach_results(graph)
-    names = tuple(_name_of_input(node) for node in graph.graph.nodes if node.op == "placeholder")
+    names = tuple(name_of_input(node) for node in graph.graph.nodes if node.op == "placeholder")
     differentiates = any(node.target is torch.autograd.grad for node in graph.graph.nodes)
     captured = Captured(graph, names=names, differentiates=differentiates)
     captured.counters, _request.code = _request.counters, code_in_trace()
@@ -283,13 +283,9 @@ def _attach_results(graph: fx.GraphModule) -> None:
     for clone in output.args[0]:
         detach = clone.args[0]
         clone.replace_input_with(detach, detach.args[0])
-    graph.graph.eliminate_dead_code(lambda node: node.op != "placeholder" and node.target != "detach")
+        if not detach.users:
+            graph.graph.erase_node(detach)
     graph.recompile()
-
-
-def _name_of_input(node: fx.Node) -> str:
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    return node.name if source is None else name_of(source)
 
 
 def _numbers_read(scope: Mapping[str, Any]) -> dict[str, float]:
@@ -311,7 +307,7 @@ def _numbers_read(scope: Mapping[str, Any]) -> dict[str, float]:
 def _keep_guard(guard: Any) -> bool:
     """Whether a guard is to hold for a graph to be used; those on counters are not."""
     name = name_of(guard.orig_guard) if hasattr(guard, "orig_guard") else str(guard.name)
-    return all(counter.place is None or counter.place.name != name for counter in _request.counters)
+    return all(counter.place.name != name for counter in _request.counters)
 
 
 def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
@@ -331,8 +327,6 @@ def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
     captured.places = tuple(i for i, (kind, _) in enumerate(roles) if kind == "input")
     captured.wants_gradient = tuple(x.requires_grad for x in others)
     captured.names = tuple(captured.names[i] for i in captured.places)
-    index = {place: i for i, place in enumerate(captured.places)}
-    captured.counters = tuple(replace(c, input=index.get(c.input, -1)) for c in captured.counters)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class _Run:
         self.wants_gradient, self.names = captured.wants_gradient, captured.names
         self.counting = None
         if captured.counters:
-            self.counting = Counting(captured.counters, scope_of(problem.func, problem.args), self.used)
+            self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))
         found: _Specification | None = captured.solves.get(problem.settings)
         if found is None:
             if len(captured.solves) >= _MAX_SPECIFICATIONS:
@@ -292,9 +292,9 @@ class _Run:
 
     def _checksums_of(self, inputs: Sequence[Tensor]) -> list[int]:
         """Of the inputs of func, those aside that it changes itself."""
-        changed = () if self.counting is None else self.counting.inputs
+        changed = () if self.counting is None else self.counting.names
         blocks = [x if x.is_contiguous() else x.detach().contiguous() for x in inputs]
-        sizes = [0 if i in changed else x.nbytes for i, x in enumerate(blocks)]
+        sizes = [0 if name in changed else x.nbytes for name, x in zip(self.names, blocks, strict=True)]
         found: list[int] = checksums([x.data_ptr() for x in blocks], sizes)
         return found
 

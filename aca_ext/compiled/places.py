@@ -55,7 +55,7 @@ class Place:
 
 def shown(name: str) -> str:
     """TorchDynamo's name of a place in the user's words."""
-    name = re.sub(r"\.__dict__\['_(buffers|parameters|modules)'\]\['(\w+)'\]", r".\2", name)
+    name = re.sub(r"(\.__dict__\['_\w+'\]|\._(buffers|parameters|modules))\['(\w+)'\]", r".\3", name)
     name = re.sub(r"G\['(__import_(\w+))'\]", lambda m: m[2].replace("_dot_", "."), name)
     name = re.sub(r"[LG]\['(\w+)'\]", r"\1", name)
     return name.replace(".cell_contents", "").replace("__closure__", "closure")

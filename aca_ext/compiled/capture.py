@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from aca_ext.compiled.changing_numbers import ChangingNumbers
 from aca_ext.compiled.methods import Methods, code_in_trace
 from aca_ext.compiled.places import Place
-from aca_ext.compiled.side_effects import Counter, check_independence, counters_of, name_of, name_of_input
+from aca_ext.compiled.side_effects import Counter, counters_of, dependence_of, name_of, name_of_input
 from aca_ext.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.errors import CompileError
 from aca_ext.owners import PerOwner
@@ -45,6 +45,7 @@ class Captured:
         names: TorchDynamo's names of them.
         differentiates: whether func calls torch.autograd.grad, for which the state and such inputs must require grad.
         counters: what each evaluation of func adds a constant to.
+        refusal: why it cannot be used.
         lifted: whether numbers that func reads are inputs, for they changed before.
         plans: what was compiled from it, by layout and method.
         solves: what solves of a kind share, by their settings.
@@ -58,6 +59,7 @@ class Captured:
     names: tuple[str, ...] = ()
     differentiates: bool = False
     counters: tuple[Counter, ...] = ()
+    refusal: str = ""
     lifted: bool = False
     plans: dict[Any, Any] = field(default_factory=dict)
     solves: dict[Any, Any] = field(default_factory=dict)
@@ -74,6 +76,9 @@ class _Request(threading.local):
     scope: Mapping[str, Any] = {}
     numbers: Mapping[str, float] = {}
     counters: tuple[Counter, ...] = ()
+
+    def begin_trace(self) -> None:
+        self.code, self.counters, self.numbers = frozenset(), (), {}
 
 
 _request = _Request()
@@ -129,6 +134,8 @@ def _captured(
         if captured is None:
             _request.t, _request.y = t, parts
             captured = _new(entry, func, t, y, args)
+        if captured.refusal:
+            raise CompileError(captured.refusal)
         return captured, [_request.inputs[i] for i in captured.places]
     finally:
         _request.captured, _request.inputs, _request.y, _request.scope = None, (), (), {}
@@ -159,7 +166,7 @@ def _traced(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tu
     if any(counter.is_number for counter in captured.counters):
         inputs = _request.inputs
         with unchanged(func, args):
-            check_independence(captured.counters, scope_of(func, args), lambda: func(t, y, *args))
+            captured.refusal = dependence_of(captured.counters, scope_of(func, args), lambda: func(t, y, *args))
         _request.inputs = inputs
     return captured
 
@@ -183,7 +190,7 @@ def _trace(
 ) -> _Entry:
     try:
         with torch._dynamo.config.patch(_settings()):
-            _request.code, _request.counters, _request.numbers = frozenset(), (), {}
+            _request.begin_trace()
             entry.trace(func, t, y, args)
         entry.keep()
         entry.methods.add(func, _request.code)
@@ -271,8 +278,7 @@ def _tracer() -> Any:
         torch._dynamo.config.replay_side_effects  # noqa: B018
     except (AttributeError, ImportError) as error:
         raise CompileError(
-            f'engine="compiled" does not know this version of torch ({torch.__version__}): {error}. '
-            'Use engine="eager".'
+            f'engine="compiled" does not know this version of torch ({torch.__version__}): {error}. Use engine="eager".'
         ) from error
     return tracer
 

@@ -33,7 +33,8 @@ from aca_ext.solver import Stats
 from aca_ext.vector_field import AutocastState
 
 # The time that func is traced with: one that requires grad, for functions that ask it to.
-_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu").requires_grad_() for dtype in (torch.float32, torch.float64)}
+_DTYPES = (torch.float32, torch.float64)
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu").requires_grad_() for dtype in _DTYPES}
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
 _MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
@@ -87,7 +88,7 @@ class _Plan:
 
         def check(programs: list[Program]) -> None:
             assert self._trials is not None
-            check_transpose(*programs, layout, captured.wants_gradient, self._trials[inside])
+            check_transpose(programs[0], layout, captured.wants_gradient, self._trials[inside])
             self._trials[inside] = []
 
         return self._compiled(
@@ -179,6 +180,7 @@ class _Run:
         except CompileError:
             self._evaluate_once()  # where func itself is at fault, its own error says more
             raise
+        self.addresses = addresses_of(self.used)
         self.wants_gradient, self.names = captured.wants_gradient, captured.names
         self.counting = None
         if captured.counters:
@@ -187,14 +189,15 @@ class _Run:
         if found is None:
             if len(captured.solves) >= _MAX_SPECIFICATIONS:
                 del captured.solves[next(iter(captured.solves))]
-            plan = self._plan(captured)
-            self.stats.compile_seconds += time.perf_counter() - start
+            plan = self._plan(captured, start)
             try:
                 found = captured.solves[problem.settings] = _Specification(self, plan)
             except CompileError:
                 if not captured.lifted:
                     raise
-                specialise(problem.func)  # perhaps it needs as numbers what it reads: once more without tensors for them
+                specialise(
+                    problem.func
+                )  # perhaps it needs as numbers what it reads: once more without tensors for them
                 return self._find()
         return found
 
@@ -203,7 +206,7 @@ class _Run:
         with unchanged(self.problem.func, self.problem.args):
             self.task().first_slope(self.y0)
 
-    def _plan(self, captured: Captured) -> _Plan:
+    def _plan(self, captured: Captured, start: float) -> _Plan:
         problem, tolerance, y0 = self.problem, self.problem.tolerance, self.y0
         each = isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor)
         key = problem.tableau, problem.adaptive, problem.packing, y0.stride(), each, torch.get_num_threads()
@@ -212,15 +215,16 @@ class _Run:
             self._evaluate_once()  # checks what func returns
             layout = Layout(y0, problem.packing, scheme_of(problem.tableau, problem.adaptive), tolerance)
             plan = captured.plans[key] = _Plan(captured, layout)
+            self.stats.compile_seconds += time.perf_counter() - start
         return plan
 
     def forward(self, checkpoints: Blocks | None) -> Tensor:
         specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
-        ys = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype, device="cpu")
+        ys = self._rows()
         memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device="cpu")
         outcome = loop.solve(
             memory.data_ptr(),
-            addresses_of(self.used),
+            self.addresses,
             y0.data_ptr(),
             ys.data_ptr(),
             None if checkpoints is None else checkpoints.add,
@@ -231,6 +235,11 @@ class _Run:
         if outcome != 0:
             self._fail(outcome)
         return ys
+
+    def _rows(self) -> Tensor:
+        """Memory for a state, or a cotangent, at every time."""
+        shape, stride = self.specification.rows_shape, self.specification.rows_stride
+        return torch.empty_strided(shape, stride, dtype=self.y0.dtype, device="cpu")
 
     def _count(self, n_evals: int) -> None:
         if self.counting is not None:
@@ -264,8 +273,7 @@ class _Run:
         """The cotangent of y0 and those of func's inputs."""
         specification, loop, y0 = self.specification, self.loop, self.y0
         if grad_ys.stride() != specification.rows_stride or not is_plain(grad_ys):
-            rows = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype, device="cpu")
-            grad_ys = rows.copy_(grad_ys)
+            grad_ys = self._rows().copy_(grad_ys)
         addresses = addresses_of(inputs)
         self._check_inputs(inputs)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
@@ -282,7 +290,7 @@ class _Run:
             g.data_ptr(),
             g_next.data_ptr(),
         )
-        self._count(self.stats.n_f_evals_backward)
+        self._count(self.stats.n_f_evals_backward or 0)
         return g if result == g.data_ptr() else g_next, grads
 
     def prepare_backward(self) -> None:
@@ -400,6 +408,11 @@ def _check_supported(problem: Problem) -> None:
         raise CompileError(
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer, on whose compiler it rests; '
             f"here is {torch.__version__}. {hint}"
+        )
+    if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise CompileError(
+            "func is scripted, traced or frozen (torch.jit), whose code cannot be traced once more; give the module or "
+            f"function that it was made of. {hint}"
         )
     if not y0.is_cpu or y0.dtype not in _ZEROS or problem.packing.is_complex:
         raise CompileError(

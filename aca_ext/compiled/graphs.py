@@ -177,9 +177,7 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
     return _trace(transpose, inputs, {3, *range(first, first + n_wanted)}, captured)
 
 
-def _trace(
-    function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], captured: Captured
-) -> Traced:
+def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], captured: Captured) -> Traced:
     """A functional graph of ``function`` of ``inputs`` and then those of func; it ends in writing to those ``written``.
 
     Raises:
@@ -202,7 +200,8 @@ def _trace(
                 'Use engine="eager", or func.eval() where it is dropout.'
             )
         if node.target is torch.ops.aten.copy_.default and placeholders.get(node.args[0]) not in written:
-            name = shown(captured.names[placeholders[node.args[0]] - first]) if placeholders[node.args[0]] >= first else "y"
+            i = placeholders.get(node.args[0], 0) - first
+            name = shown(captured.names[i]) if i >= 0 else "y"
             raise CompileError(
                 f"func changes {name}, a tensor that it depends on, in place (a buffer such as the statistics of "
                 'BatchNorm in training, or its state argument). Use engine="eager", or func.eval().'

@@ -20,10 +20,13 @@ class Place:
         self.name = name
         tree = ast.parse(name, mode="eval").body
         self.key: Any
+        self._is_default = False
         if isinstance(tree, ast.Attribute):
             self.key, self._is_item = tree.attr, False
         elif isinstance(tree, ast.Subscript):
             self.key, self._is_item = ast.literal_eval(tree.slice), True
+            if isinstance(tree.value, ast.Attribute) and tree.value.attr == "__defaults__":
+                self._is_default, tree = True, tree.value
         else:
             raise ValueError(f"{name} is no place in an object")
         self._owner: CodeType = compile(ast.Expression(tree.value), name, "eval")
@@ -33,10 +36,16 @@ class Place:
         return eval(self._owner, scope)
 
     def get(self, owner: Any) -> Any:
+        if self._is_default:
+            owner = owner.__defaults__
         return owner[self.key] if self._is_item else getattr(owner, self.key)
 
     def set(self, owner: Any, value: Any) -> None:
-        if self._is_item:
+        if self._is_default:
+            values = list(owner.__defaults__)
+            values[self.key] = value
+            owner.__defaults__ = tuple(values)
+        elif self._is_item:
             owner[self.key] = value
         elif isinstance(owner, nn.Module) and self.key in vars(owner):
             vars(owner)[self.key] = value  # modules look closely at what they are given
@@ -46,7 +55,7 @@ class Place:
     def is_own(self, owner: Any) -> bool:
         """Whether ``set`` replaces the value itself, and does not hide one of a class."""
         if self._is_item:
-            return isinstance(owner, (dict, list))
+            return self._is_default or isinstance(owner, (dict, list))
         return self.key == "cell_contents" or self.key in getattr(owner, "__dict__", {})
 
     def __str__(self) -> str:

@@ -54,9 +54,9 @@ def counters_of(graph: fx.GraphModule, tracer: Any, scope: dict[str, Any]) -> li
             continue
         for place, value in _changes_of(variable, effects, scope):
             owner = place.owner(scope)
-            before = place.get(owner) if _has(place, owner) else None
-            after = getattr(value, "value", _NOTHING)
-            chain = chains.get(getattr(_proxy(value), "node", None))
+            before: Any = place.get(owner) if _has(place, owner) else None
+            after: Any = getattr(value, "value", _NOTHING)
+            chain = chains.get(getattr(_proxy(value), "node", None))  # type: ignore[arg-type]
             if _is_number(before) and _is_number(after):
                 if after != before:
                     found.append(Counter(place, after - before))
@@ -127,9 +127,11 @@ def _changes_of(variable: Any, effects: Any, scope: dict[str, Any]) -> Iterator[
             raise CompileError(f"func changes {shown(name)} in every evaluation, which would be lost. {_HINT}")
         return
     before = eval(name, scope)
-    pairs = {i: item for i, item in enumerate(items)} if isinstance(items, list) else {_key(k): v for k, v in items.items()}
+    pairs = dict(enumerate(items)) if isinstance(items, list) else {_key(k): v for k, v in items.items()}
     if len(pairs) != len(before) or not all(_contains(before, key) for key in pairs):
-        raise CompileError(f"func adds to {shown(name)} or removes from it in every evaluation, which would be lost. {_HINT}")
+        raise CompileError(
+            f"func adds to {shown(name)} or removes from it in every evaluation, which would be lost. {_HINT}"
+        )
     for key, value in pairs.items():
         place = Place(f"{name}[{key!r}]")
         source = getattr(value, "source", None)
@@ -196,12 +198,12 @@ def _step(node: fx.Node, x: fx.Node) -> tuple[float, bool] | None:
     return None
 
 
-class _Used(Exception):
+class _UsedError(Exception):
     """func did something else with a counter than adding to it."""
 
 
 def _used(*_: Any) -> NoReturn:
-    raise _Used
+    raise _UsedError
 
 
 class _Tally:
@@ -222,19 +224,16 @@ class _Tally:
         return _Tally if str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.nn.") else _used()
 
     __radd__ = __add__
-    __bool__ = __int__ = __float__ = __index__ = __hash__ = __str__ = __repr__ = __format__ = _used  # type: ignore
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _used  # type: ignore[assignment]
+    __bool__ = __int__ = __float__ = __index__ = __hash__ = __str__ = __repr__ = __format__ = _used
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _used
     __getattr__ = _used
 
 
-def check_independence(counters: Sequence[Counter], scope: dict[str, Any], evaluate: Callable[[], Any]) -> None:
-    """Evaluates func with stand-ins for its counters.
-
-    Raises:
-        CompileError: it does something else with one than adding to it.
-    """
-    numbers = [counter for counter in counters if counter.is_number]
-    for counter in numbers:
+def dependence_of(counters: Sequence[Counter], scope: dict[str, Any], evaluate: Callable[[], Any]) -> str:
+    """Evaluates func with stand-ins for its counters: what it does with one beyond adding to it, "" for nothing."""
+    for counter in counters:
+        if not counter.is_number:
+            continue
         place = counter.place
         owner = place.owner(scope)
         before = place.get(owner)
@@ -248,10 +247,11 @@ def check_independence(counters: Sequence[Counter], scope: dict[str, Any], evalu
         finally:
             place.set(owner, before)
         if not is_right:
-            raise CompileError(
+            return (
                 f"func does more with {place} than adding a constant to it in every evaluation. A compiled solve keeps "
                 f"up only such counters. {_HINT}"
             )
+    return ""
 
 
 class Counting:

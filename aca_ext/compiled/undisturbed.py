@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import random
 import sys
@@ -136,7 +137,7 @@ def _note(x: Any, states: list[Callable[[], None]]) -> list[Any]:
             states.append(functools.partial(_restore_tensor, x, x.detach().clone()))
         return []
     if isinstance(x, torch.Generator):
-        states.append(functools.partial(x.set_state, x.get_state()))
+        states.append(functools.partial(_restore_generator, x, x.get_state()))
         return []
     if isinstance(x, (dict, list, set, deque)):
         states.append(functools.partial(_restore_container, x, x.copy()))
@@ -156,7 +157,7 @@ def _note(x: Any, states: list[Callable[[], None]]) -> list[Any]:
         return _note_cell(x, states)
     held = getattr(x, "__dict__", None)
     if type(held) is dict and (isinstance(x, nn.Module) or not type(x).__module__.startswith("torch.")):
-        return [held, *([type(x).forward] if isinstance(x, nn.Module) else [])]
+        return [held, inspect.getattr_static(type(x), "forward" if isinstance(x, nn.Module) else "__call__", None)]
     return []
 
 
@@ -180,6 +181,10 @@ def _restore_tensor(x: Tensor, value: Tensor) -> None:
         x.data = value
     elif not torch.equal(x, value):
         x.data.copy_(value)  # no new version, for no graph that saved it is wrong
+
+
+def _restore_generator(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
 
 
 def _restore_container(x: Any, before: Any) -> None:

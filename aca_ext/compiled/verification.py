@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from aca_ext.vector_field import AutocastState
 _SAFETY = 100.0  # by how much compiled code may exceed the effect of rounding func's state
 
 
-class Mismatch(CompileError):
+class MismatchError(CompileError):
     """A compiled program computes something else than func."""
 
 
@@ -147,9 +148,7 @@ class Verification:
         k = [torch.empty_like(y) for _ in range(layout.stages)]
         y1, sums = torch.empty_like(y), torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
         k[0].copy_(self._field(p.times[0], y))
-        run_program(
-            program, [_scalars(p), y, k[0], y1, sums, *k[1:], *layout.tolerance_tensors, *self.inputs]
-        )
+        run_program(program, [_scalars(p), y, k[0], y1, sums, *k[1:], *layout.tolerance_tensors, *self.inputs])
         return [y1, *k[1:], *([] if layout.scheme.error is None else [self._error(sums, k, p.h)])]
 
     def _cotangents(self, p: _Point, inside: bool) -> list[Tensor]:
@@ -183,7 +182,6 @@ class Verification:
         return [g_y, *(grads[i].detach() if i in grads else torch.zeros_like(self.inputs[i]) for i in wanted)]
 
 
-
 def check_transpose(program: Program, layout: Layout, wants_gradient: Sequence[bool], trials: Sequence[Trial]) -> None:
     """Raises CompileError where the gradients of the program are not those of the trials."""
     for trial in trials:
@@ -191,7 +189,11 @@ def check_transpose(program: Program, layout: Layout, wants_gradient: Sequence[b
         g_y = torch.empty_like(y)
         grads = [torch.zeros_like(x) for x, w in zip(trial.inputs, wants_gradient, strict=True) if w]
         run_program(program, [_scalars(trial.point), y, g, g_y, *inside, *grads, *trial.inputs])
-        _check("gradient", trial.expected, [g_y, *grads], trial.point, lambda _, t=trial: t.moved)
+        _check("gradient", trial.expected, [g_y, *grads], trial.point, partial(_moved_results, trial))
+
+
+def _moved_results(trial: Trial, _: _Point) -> Sequence[Tensor]:
+    return trial.moved
 
 
 def _scalars(p: _Point) -> Tensor:
@@ -212,7 +214,7 @@ def _check(
     point: _Point,
     evaluate: Callable[[_Point], Sequence[Tensor]],
 ) -> None:
-    """Raises Mismatch where the results differ by more than rounding in func explains."""
+    """Raises MismatchError where the results differ by more than rounding in func explains."""
     if not all(torch.isfinite(x).all() for x in expected):
         return
     sizes = [_largest(x) for x in expected]
@@ -223,7 +225,7 @@ def _check(
     # func may amplify rounding: see what it makes of a state that differs in its last bits.
     effects = [_largest(x - y) for x, y in zip(expected, evaluate(_moved(point)), strict=True)]
     if not _are_close(found, expected, [a + _SAFETY * e for a, e in zip(allowed, effects, strict=True)]):
-        raise Mismatch(
+        raise MismatchError(
             f"the {what} that torch's compiler made of func is not that of func. Either func does not return the same "
             'for the same time and state, or it does something that the compiler mistakes. Use engine="eager".'
         )

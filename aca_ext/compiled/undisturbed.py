@@ -133,7 +133,8 @@ def _states_of(*roots: Any) -> list[Callable[[], None]]:
 def _note(x: Any, states: list[Callable[[], None]]) -> list[Any]:
     """Adds what restores ``x``, and returns what it holds."""
     if isinstance(x, Tensor):
-        if type(x) is Tensor and not x.requires_grad and x.layout is torch.strided and x.nbytes <= _MAX_BYTES:
+        is_plain = type(x) is Tensor and x.is_cpu and x.layout is torch.strided
+        if is_plain and not x.requires_grad and x.nbytes <= _MAX_BYTES:
             states.append(functools.partial(_restore_tensor, x, x.detach().clone()))
         return []
     if isinstance(x, torch.Generator):
@@ -149,6 +150,8 @@ def _note(x: Any, states: list[Callable[[], None]]) -> list[Any]:
     if isinstance(x, functools.partial):
         return [x.func, x.args, x.keywords]
     if isinstance(x, types.FunctionType):
+        if _is_of_library(x):
+            return []
         names = [name for name in _names_in(x.__code__) if name in x.__globals__]
         before = {name: x.__globals__[name] for name in names}
         states.append(functools.partial(x.__globals__.update, before))
@@ -156,9 +159,15 @@ def _note(x: Any, states: list[Callable[[], None]]) -> list[Any]:
     if isinstance(x, types.CellType):
         return _note_cell(x, states)
     held = getattr(x, "__dict__", None)
-    if type(held) is dict and (isinstance(x, nn.Module) or not type(x).__module__.startswith("torch.")):
+    if type(held) is dict and (isinstance(x, nn.Module) or not _is_of_library(type(x))):
         return [held, inspect.getattr_static(type(x), "forward" if isinstance(x, nn.Module) else "__call__", None)]
     return []
+
+
+def _is_of_library(x: Any) -> bool:
+    """Whether a class or function belongs to Python, torch, NumPy or this package, whose state is not func's."""
+    package = str(x.__module__).partition(".")[0]
+    return package in ("aca_ext", "numpy", "torch") or package in sys.stdlib_module_names
 
 
 def _note_cell(cell: types.CellType, states: list[Callable[[], None]]) -> list[Any]:

@@ -30,7 +30,7 @@ __all__ = [
     "RowOperations",
     "Tolerance",
     "TorchOperations",
-    "checksums",
+    "checksums_of",
     "compiled_loop",
     "config",
     "controller_for",
@@ -291,10 +291,9 @@ def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:
     return _C.CompiledLoop(specification)
 
 
-def checksums(addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Of blocks of memory of so many bytes."""
-    found: list[int] = _C.checksums(addresses, sizes)
-    return found
+def checksums_of(sizes: Sequence[int]) -> _C.Checksums:
+    """Called with the addresses of blocks of so many bytes, returns eight bytes for each that tell its contents."""
+    return _C.Checksums(sizes)
 
 
 def config() -> dict[str, str]:

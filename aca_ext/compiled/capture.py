@@ -20,6 +20,7 @@ from aca_ext.compiled.places import Place
 from aca_ext.compiled.side_effects import Counter, counters_of, dependence_of, name_of, name_of_input
 from aca_ext.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.errors import CompileError
+from aca_ext.ops import checksums_of
 from aca_ext.owners import PerOwner
 from aca_ext.state import Packing, State
 
@@ -43,6 +44,8 @@ class Captured:
         places: of the inputs that are neither time nor state, among all of them.
         wants_gradient: whether input i requires grad.
         names: TorchDynamo's names of them.
+        checksums: of the contents of those that func does not change itself and that have no gaps in memory.
+        gaps: the inputs that have.
         differentiates: whether func calls torch.autograd.grad, for which the state and such inputs must require grad.
         counters: what each evaluation of func adds a constant to.
         refusal: why it cannot be used.
@@ -57,6 +60,8 @@ class Captured:
     places: tuple[int, ...] = ()
     wants_gradient: tuple[bool, ...] = ()
     names: tuple[str, ...] = ()
+    checksums: Any = None
+    gaps: tuple[int, ...] = ()
     differentiates: bool = False
     counters: tuple[Counter, ...] = ()
     refusal: str = ""
@@ -133,12 +138,15 @@ def _captured(
         captured = _request.captured
         if captured is None:
             _request.t, _request.y = t, parts
-            captured = _new(entry, func, t, y, args)
+            try:
+                captured = _new(entry, func, t, y, args)
+            finally:
+                _request.y, _request.scope = (), {}
         if captured.refusal:
             raise CompileError(captured.refusal)
         return captured, [_request.inputs[i] for i in captured.places]
     finally:
-        _request.captured, _request.inputs, _request.y, _request.scope = None, (), (), {}
+        _request.captured, _request.inputs = None, ()
 
 
 def _new(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:
@@ -333,6 +341,11 @@ def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
     captured.places = tuple(i for i, (kind, _) in enumerate(roles) if kind == "input")
     captured.wants_gradient = tuple(x.requires_grad for x in others)
     captured.names = tuple(captured.names[i] for i in captured.places)
+    counting = {counter.place.name for counter in captured.counters}
+    fixed = {i for i, name in enumerate(captured.names) if name not in counting}
+    captured.gaps = tuple(i for i in sorted(fixed) if span_of(others[i]) != others[i].numel())
+    without_gaps = fixed.difference(captured.gaps)
+    captured.checksums = checksums_of([x.nbytes if i in without_gaps else 0 for i, x in enumerate(others)])
 
 
 def _like(x: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from aca_ext.checkpoints import AcceptedStep, Blocks, StepRecord
-from aca_ext.compiled.capture import Captured, capture, is_plain, scope_of, span_of, specialise
+from aca_ext.compiled.capture import Captured, capture, scope_of, specialise
 from aca_ext.compiled.graphs import Layout, slope_graph, step_graph, transpose_graph
 from aca_ext.compiled.places import shown
 from aca_ext.compiled.program import Program, Traced, compile_programs
@@ -26,15 +26,16 @@ from aca_ext.errors import AcaError, CompileError, NonFiniteError, ReplayError, 
 from aca_ext.failures import NO_TOLERANCE, failure_of
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
-from aca_ext.ops import KernelOperations, checksums, compiled_loop, operations_for
+from aca_ext.ops import KernelOperations, checksums_of, compiled_loop, operations_for
 from aca_ext.problem import Problem
 from aca_ext.runge_kutta import scheme_of
 from aca_ext.solver import Stats
 from aca_ext.vector_field import AutocastState
 
 # The time that func is traced with: one that requires grad, for functions that ask it to.
+_CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.float64)
-_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu").requires_grad_() for dtype in _DTYPES}
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device=_CPU).requires_grad_() for dtype in _DTYPES}
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
 _MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
@@ -130,7 +131,7 @@ class _Specification:
 
     def __init__(self, run: _Run, plan: _Plan) -> None:
         problem = run.problem
-        self._plan, y0 = plan, problem.y0.detach()
+        self.plan, y0 = plan, problem.y0.detach()
         ops = operations_for(y0, problem.tolerance)
         assert isinstance(ops, KernelOperations)
         self._ops = ops  # holds the tolerances of each element
@@ -142,15 +143,12 @@ class _Specification:
         self._evals = 1 + max(i for i, w in enumerate(solution) if w != 0), len(solution)
         self._backward: dict[tuple[bool, bool], tuple[Program | None, Program | None, int]] = {}
 
-    def expect_gradients(self, run: _Run) -> None:
-        self._plan.expect_gradients(run)
-
     def backward(self, stats: Stats, n_end_only: int, n_inside: int) -> tuple[Program | None, Program | None, int]:
         """Programs for so many steps without and with outputs inside, and the bytes that they need."""
         key = n_end_only > 0, n_inside > 0
         if key not in self._backward:
-            end_only = self._plan.transpose(stats, inside=False) if key[0] else None
-            inside = self._plan.transpose(stats, inside=True) if key[1] else None
+            end_only = self.plan.transpose(stats, inside=False) if key[0] else None
+            inside = self.plan.transpose(stats, inside=True) if key[1] else None
             self._backward[key] = end_only, inside, self.loop.backward_bytes(end_only, inside)
         stats.n_f_evals_backward = n_end_only * self._evals[0] + n_inside * self._evals[1]
         return self._backward[key]
@@ -178,10 +176,15 @@ class _Run:
         try:
             captured, self.used = capture(problem.func, _ZEROS[y0.dtype], y0, problem.packing, problem.args)
         except CompileError:
+            if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+                raise CompileError(
+                    "func is scripted, traced or frozen (torch.jit), whose code cannot be traced once more; give the "
+                    'module or function that it was made of, or use engine="eager".'
+                ) from None
             self._evaluate_once()  # where func itself is at fault, its own error says more
             raise
-        self.addresses = addresses_of(self.used)
-        self.wants_gradient, self.names = captured.wants_gradient, captured.names
+        self.captured, self.addresses = captured, addresses_of(self.used)
+        self.wants_gradient = captured.wants_gradient
         self.counting = None
         if captured.counters:
             self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))
@@ -221,7 +224,7 @@ class _Run:
     def forward(self, checkpoints: Blocks | None) -> Tensor:
         specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
         ys = self._rows()
-        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device=_CPU)
         outcome = loop.solve(
             memory.data_ptr(),
             self.addresses,
@@ -231,7 +234,8 @@ class _Run:
         )
         stats.n_steps, stats.n_accepted, stats.n_rejected = loop.n_steps, loop.n_accepted, loop.n_rejected
         stats.n_f_evals = loop.n_f_evals
-        self._count(loop.n_f_evals)
+        if self.counting is not None:
+            self.counting.count(loop.n_f_evals)
         if outcome != 0:
             self._fail(outcome)
         return ys
@@ -239,11 +243,7 @@ class _Run:
     def _rows(self) -> Tensor:
         """Memory for a state, or a cotangent, at every time."""
         shape, stride = self.specification.rows_shape, self.specification.rows_stride
-        return torch.empty_strided(shape, stride, dtype=self.y0.dtype, device="cpu")
-
-    def _count(self, n_evals: int) -> None:
-        if self.counting is not None:
-            self.counting.count(n_evals)
+        return torch.empty_strided(shape, stride, dtype=self.y0.dtype, device=_CPU)
 
     def _fail(self, outcome: int) -> None:
         loop = self.loop
@@ -272,15 +272,17 @@ class _Run:
     def backward(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         """The cotangent of y0 and those of func's inputs."""
         specification, loop, y0 = self.specification, self.loop, self.y0
-        if grad_ys.stride() != specification.rows_stride or not is_plain(grad_ys):
+        if grad_ys.stride() != specification.rows_stride or grad_ys.is_neg() or grad_ys._is_zerotensor():
             grad_ys = self._rows().copy_(grad_ys)
         addresses = addresses_of(inputs)
-        self._check_inputs(inputs)
+        contents = self._contents(inputs, addresses)
+        if contents != self._before:
+            self._refuse_inputs(inputs, contents)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
         g, g_next = torch.empty_like(y0), torch.empty_like(y0)
         n_inside = loop.n_inside
         end_only, inside, n_bytes = specification.backward(self.stats, loop.n_accepted - n_inside, n_inside)
-        memory = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(n_bytes, dtype=torch.uint8, device=_CPU)
         result = loop.transpose(
             end_only,
             inside,
@@ -290,35 +292,37 @@ class _Run:
             g.data_ptr(),
             g_next.data_ptr(),
         )
-        self._count(self.stats.n_f_evals_backward or 0)
+        if self.counting is not None:
+            self.counting.count(self.stats.n_f_evals_backward or 0)
         return g if result == g.data_ptr() else g_next, grads
 
     def prepare_backward(self) -> None:
         """Notes what the backward pass needs of the forward pass besides its states."""
-        self.specification.expect_gradients(self)
-        self._checksums = self._checksums_of(self.used)
+        self.specification.plan.expect_gradients(self)
+        self._before = self._contents(self.used, self.addresses)
 
-    def _checksums_of(self, inputs: Sequence[Tensor]) -> list[int]:
-        """Of the inputs of func, those aside that it changes itself."""
-        changed = () if self.counting is None else self.counting.names
-        blocks = [x if x.is_contiguous() else x.detach().contiguous() for x in inputs]
-        sizes = [0 if name in changed else x.nbytes for name, x in zip(self.names, blocks, strict=True)]
-        found: list[int] = checksums([x.data_ptr() for x in blocks], sizes)
+    def _contents(self, inputs: Sequence[Tensor], addresses: list[int]) -> bytes:
+        """Eight bytes for each input, and for each that has gaps in memory, which tell their contents."""
+        found: bytes = self.captured.checksums(addresses)
+        for i in self.captured.gaps:
+            dense = inputs[i].detach().contiguous()
+            found += checksums_of([dense.nbytes])([dense.data_ptr()])
         return found
 
-    def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Raises ReplayError where an input of func has other values than in the forward pass.
+    def _refuse_inputs(self, inputs: Sequence[Tensor], contents: bytes) -> NoReturn:
+        """Where an input of func has other contents than in the forward pass.
 
-        The programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
+        Programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
+
+        Raises:
+            ReplayError: it has.
         """
-        now = self._checksums_of(inputs)
-        if now == self._checksums:
-            return
-        i = next(i for i, (a, b) in enumerate(zip(now, self._checksums, strict=True)) if a != b)
+        order = [*range(len(inputs)), *self.captured.gaps]
+        i = next(i for n, i in enumerate(order) if contents[8 * n : 8 * n + 8] != self._before[8 * n : 8 * n + 8])
         step = self.loop.accepted_steps()[-1:]
         where = f" from t={step[0][0]:.17g}" if step else ""
         raise ReplayError(
-            f"Replaying the step{where} would not repeat the forward pass: {shown(self.names[i])}, of shape "
+            f"Replaying the step{where} would not repeat the forward pass: {shown(self.captured.names[i])}, of shape "
             f"{tuple(inputs[i].shape)}, on which func depends, has changed since. Causes: it was written to through "
             ".data, or its memory was reused for the next batch. Change it after the backward pass, give func a copy, "
             'or use gradient="direct", which does not replay.'
@@ -329,16 +333,17 @@ def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
     """Where the inputs of func lie.
 
     Raises:
-        CompileError: the memory of one was freed, or is smaller than its shape says.
+        CompileError: the memory of one was freed.
     """
-    for x in inputs:
-        end = x.nbytes if x.is_contiguous() else span_of(x) * x.element_size()
-        if x.untyped_storage().nbytes() < x.storage_offset() * x.element_size() + end:
-            raise CompileError(
-                f"func depends on a tensor of shape {tuple(x.shape)} whose memory was freed or resized "
-                "(untyped_storage().resize_). Restore it before the solve and before its backward pass."
-            )
-    return [x.data_ptr() for x in inputs]
+    found = [x.data_ptr() for x in inputs]
+    if 0 in found:
+        for x in inputs:
+            if x.numel() and x.data_ptr() == 0:
+                raise CompileError(
+                    f"func depends on a tensor of shape {tuple(x.shape)} whose memory was freed "
+                    "(untyped_storage().resize_). Restore it before the solve and before its backward pass."
+                )
+    return found
 
 
 class _LoopRecord(StepRecord):
@@ -375,8 +380,12 @@ class _CompiledAca(torch.autograd.Function):
         saved, run = ctx.saved_tensors, ctx.run
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
-        learnt = iter(saved[ctx.n_blocks + ctx.has_y0 :])
-        inputs = [next(learnt) if x.requires_grad else x for x in run.inputs]
+        learnt = saved[ctx.n_blocks + ctx.has_y0 :]
+        if len(learnt) == len(run.inputs):
+            inputs = learnt
+        else:
+            following = iter(learnt)
+            inputs = [next(following) if x.requires_grad else x for x in run.inputs]
         if torch.is_grad_enabled():
             y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.y0
             grad_y0, *grads = _eager_backward(ctx, run, grad_ys, y0, inputs)
@@ -408,11 +417,6 @@ def _check_supported(problem: Problem) -> None:
         raise CompileError(
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer, on whose compiler it rests; '
             f"here is {torch.__version__}. {hint}"
-        )
-    if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise CompileError(
-            "func is scripted, traced or frozen (torch.jit), whose code cannot be traced once more; give the module or "
-            f"function that it was made of. {hint}"
         )
     if not y0.is_cpu or y0.dtype not in _ZEROS or problem.packing.is_complex:
         raise CompileError(

@@ -367,16 +367,6 @@ class Branch(nn.Module):
         return -y if y.sum() > 0 else y
 
 
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_evals = 0
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        self.n_evals += 1
-        return -y
-
-
 class Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -397,13 +387,12 @@ class TestRefusals:
         ("func", "cause"),
         [
             (Branch(), "cannot be traced as one graph"),
-            (Counting(), "counter"),
             (_module(nn.Dropout(0.5)), "random numbers"),
             (_module(nn.BatchNorm1d(3)), "in place"),
             (lambda t, y: Straight.apply(y), "autograd.Function"),
             (lambda t, y: torch.linalg.solve(torch.eye(2).double(), y), "operation"),
         ],
-        ids=["branch", "counter", "dropout", "batch norm", "custom backward", "library call"],
+        ids=["branch", "dropout", "batch norm", "custom backward", "library call"],
     )
     def test_of_what_cannot_be_compiled_names_the_cause(self, func: Any, cause: str) -> None:
         y0 = sample(2, 3)

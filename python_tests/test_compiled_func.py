@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from autograd_reference import relative_error
@@ -244,6 +245,7 @@ class Recording(nn.Module):
         self.history: list[Any] = []
         self.kept: dict[str, Any] = {}
         self.register_buffer("mean", torch.zeros(3).double())
+        self.generator = torch.Generator()
         self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(3).double()
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
@@ -276,6 +278,12 @@ class Recording(nn.Module):
                 self.last = torch.func.hessian(energy)(y)
             case "branch" if y.sum() > 0:
                 return -y
+            case "python random":
+                return -y * random.random()
+            case "numpy random":
+                return -y * np.random.rand()
+            case "generator":
+                return -y * torch.rand(3, generator=self.generator).double()
             case "operation":
                 return torch.linalg.solve(torch.eye(2).double(), y)
             case "error":
@@ -284,6 +292,7 @@ class Recording(nn.Module):
 
     def state(self) -> list[Any]:
         tensors = [x.clone() for x in self.buffers()]
+        tensors.append(self.generator.get_state())
         return [self.n, self.last, list(self.history), dict(self.kept), id(self.mean), *tensors]
 
 
@@ -303,6 +312,9 @@ REFUSED = {
     "branch": "cannot be traced as one graph",
     "operation": "operation",
     "error": "mine",
+    "python random": 'engine="eager"',
+    "numpy random": 'engine="eager"',
+    "generator": 'engine="eager"',
 }
 
 
@@ -404,6 +416,15 @@ class TestBetweenForwardAndBackward:
         func.u = torch.ones(2).double()
         assert relative_error(torch.autograd.grad(y.sum(), func.w)[0], expected) < 1e-12
         func.u = before
+
+    def test_second_derivatives_need_func_as_it_was(self, func: Driven) -> None:
+        y, before = steps(func, sample(2)).y, func.u
+        func.u = torch.ones(2).double()
+        with pytest.raises(ReplayError, match="create_graph"):
+            torch.autograd.grad(y.sum(), func.w, create_graph=True)
+        func.u = before
+        (grad,) = torch.autograd.grad(y.sum(), func.w, create_graph=True)
+        assert grad.requires_grad
 
     def test_freed_memory_is_an_error(self, func: Driven) -> None:
         y = steps(func, sample(2)).y

@@ -14,8 +14,6 @@ import torch
 
 from aca_ext.compiled.places import Place
 
-_DTYPES = {float: torch.float64, int: torch.int64}
-
 
 class ChangingNumbers:
     """The numbers that graphs of one owner depend on.
@@ -60,8 +58,9 @@ class ChangingNumbers:
                     number = place.get(owner)
                 except (AttributeError, LookupError, TypeError, ValueError):
                     continue
-                if type(number) in _DTYPES:
-                    place.set(owner, torch.tensor(number, dtype=_DTYPES[type(number)], device="cpu"))
+                if type(number) in (int, float):
+                    # An integer too, for torch computes with integer tensors in single precision.
+                    place.set(owner, torch.tensor(number, dtype=torch.float64, device="cpu"))
                     replaced.append((place, owner, number))
             yield
         finally:

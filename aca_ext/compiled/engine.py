@@ -301,6 +301,27 @@ class _Run:
         self.specification.plan.expect_gradients(self)
         self._before = self._contents(self.used, self.addresses)
 
+    def check_func(self) -> None:
+        """Raises ReplayError where func, evaluated once more, would not be what it was in the forward pass."""
+        problem = self.problem
+        try:
+            captured, used = capture(problem.func, _ZEROS[self.y0.dtype], self.y0, problem.packing, problem.args)
+        except CompileError:
+            captured, used = None, []
+        # Numbers that became tensors are made anew each time.
+        if captured is not self.captured or not all(
+            one is other or (captured.lifted and one.dim() == 0 and torch.equal(one, other))
+            for one, other in zip(used, self.used, strict=True)
+        ):
+            raise ReplayError(
+                "func is not what it was in the forward pass: it depends on other tensors, numbers or modules now. "
+                "With create_graph=True the backward pass evaluates it again. Change it after the backward pass, or "
+                'use gradient="direct", which does not replay.'
+            )
+        contents = self._contents(used, addresses_of(used))
+        if contents != self._before:
+            self._refuse_inputs(used, contents)
+
     def _contents(self, inputs: Sequence[Tensor], addresses: list[int]) -> bytes:
         """Eight bytes for each input, and for each that has gaps in memory, which tell their contents."""
         found: bytes = self.captured.checksums(addresses)
@@ -397,6 +418,7 @@ class _CompiledAca(torch.autograd.Function):
 
 def _eager_backward(ctx: Any, run: _Run, grad_ys: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """create_graph=True: the eager engine over the same accepted steps."""
+    run.check_func()
     task = run.task()
     of_params, of_args = inputs_by_kind(task.field.args, run.inputs)
     ctx.task, ctx.record, ctx.stats, ctx.must_check = task, run.record, run.stats, False

@@ -177,7 +177,7 @@ def _chains(graph: fx.GraphModule) -> Iterator[_Chain]:
             chain.increment += step[0]
             chain.is_in_place = step[1]
             node = user
-        if chain.nodes and not node.users and "'t'" not in chain.name and "'y'" not in chain.name:
+        if chain.nodes and not node.users and not chain.name.startswith(("L['t']", "L['y']")):
             yield chain
 
 

@@ -112,15 +112,17 @@ def odeint(
             (``stats.compile_seconds``); what is compiled is used again, whatever values parameters, times and
             tolerances have. For real float32 and float64 states on the CPU and gradient="aca", every state kept; second
             derivatives come from the eager engine. func must be one that ``torch.compile(fullgraph=True)`` can trace,
-            out of pointwise operations, reductions and matrix products, without random numbers, state that it changes,
-            or an autograd.Function of its own. Needs torch 2.13 or newer. "graph" (experimental: it has not run on a
-            GPU yet) captures a trial step and its transpose as CUDA graphs and repeats them on the device, which
-            decides by itself on step sizes, acceptance, outputs and checkpoints: the steps of the eager engine, without
-            the host between them. For states on a CUDA device and gradient="aca", every state kept, tolerances as
-            numbers; second derivatives come from the eager engine. func is captured anew where its operations, the
-            tensors it holds, shapes, dtypes, tolerances, autocast or training mode differ; parameters updated in place
-            need none. It must not draw random numbers, change what it holds, or decide on the host by what a tensor
-            holds.
+            out of pointwise operations, reductions, matrix products, and derivatives of such (torch.func,
+            torch.autograd.grad), without random numbers or an autograd.Function of its own. Of the state that it
+            changes, counters of its evaluations are kept up; whatever else it records is refused. Programs are checked
+            against func itself before they are used. Needs torch 2.13 or newer.
+            "graph" (experimental: it has not run on a GPU yet) captures a trial step and its transpose as CUDA graphs
+            and repeats them on the device, which decides by itself on step sizes, acceptance, outputs and checkpoints:
+            the steps of the eager engine, without the host between them. For states on a CUDA device and
+            gradient="aca", every state kept, tolerances as numbers; second derivatives come from the eager engine. func
+            is captured anew where its operations, the tensors it holds, shapes, dtypes, tolerances, autocast or
+            training mode differ; parameters updated in place need none. It must not draw random numbers, change what
+            it holds, or decide on the host by what a tensor holds.
         args: further arguments of func; tensors among them receive gradients.
         params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
             its first evaluation uses. Name them where func uses some only later.

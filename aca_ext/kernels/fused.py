@@ -34,6 +34,7 @@ __all__ = [
     "Tolerance",
     "TorchOperations",
     "batch_control_for",
+    "checksums_of",
     "compiled_loop",
     "config",
     "controller_for",
@@ -325,6 +326,11 @@ def known_tensors(tensors: Iterable[Tensor]) -> _C.KnownTensors:
 def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:
     """The loop for one solve."""
     return _C.CompiledLoop(specification)
+
+
+def checksums_of(sizes: Sequence[int]) -> _C.Checksums:
+    """Called with the addresses of blocks of so many bytes, returns eight bytes for each that tell its contents."""
+    return _C.Checksums(sizes)
 
 
 def config() -> dict[str, str]:

@@ -12,6 +12,7 @@
 #include "compiled/backward.h"
 #include "compiled/loop.h"
 #include "kernels/ops.h"
+#include "python/checksum.h"
 #include "python/torch_tensors.h"
 
 namespace aca {
@@ -90,7 +91,28 @@ inline py::bytearray bounds_of(const CompiledLoop& loop) {
     return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(double)};
 }
 
+// Checksums of the inputs of func, eight bytes each, which may agree by chance for other contents with probability
+// 2^-64.
+class Checksums {
+  public:
+    // The bytes of each input; those of 0 bytes do not count.
+    explicit Checksums(std::vector<size_t> sizes) : sizes_(std::move(sizes)) {}
+
+    py::bytes operator()(const py::list& addresses) const {
+        if (addresses.size() != sizes_.size()) throw std::invalid_argument("each block has its size");
+        std::vector<uint64_t> sums;
+        sums.reserve(sizes_.size());
+        for (size_t i = 0; i < sizes_.size(); ++i)
+            sums.push_back(sizes_[i] ? checksum(addresses[i].cast<uintptr_t>(), sizes_[i]) : 0);
+        return {reinterpret_cast<const char*>(sums.data()), sums.size() * sizeof(uint64_t)};
+    }
+
+  private:
+    std::vector<size_t> sizes_;
+};
+
 inline void bind_compiled(py::module_& m) {
+    py::class_<Checksums>(m, "Checksums").def(py::init<std::vector<size_t>>()).def("__call__", &Checksums::operator());
     py::class_<Specification, std::shared_ptr<Specification>>(m, "CompiledSpecification")
         .def(py::init(&make_specification))
         .def_property_readonly("forward_bytes", &CompiledLoop::memory_bytes)

@@ -88,12 +88,18 @@ def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, 
     sizes: dict[int, int] = {}
     constants: dict[int, torch.UntypedStorage] = {}
     for n, call in enumerate(calls):
-        for x, is_read_only in zip(call.operands, call.read_only, strict=True):
+        # A kernel may read what it writes through another operand: not a constant.
+        written = {
+            x.untyped_storage().data_ptr()
+            for x, is_read_only in zip(call.operands, call.read_only, strict=True)
+            if not is_read_only
+        }
+        for x in call.operands:
             memory = x.untyped_storage()
             address = memory.data_ptr()
             if address in places or address in constants:
                 continue
-            if address not in uses and is_read_only:
+            if address not in uses and address not in written:
                 constants[address] = memory
                 continue
             uses.setdefault(address, []).append(n)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs
+from aca_ext.engines.compiled.places import shown
+from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.step_graphs import Layout, slope_graph, step_graph, transpose_graph
-from aca_ext.engines.compiled.tracing import Captured, capture
-from aca_ext.errors import AcaError, CompileError, NonFiniteError, StepLimitError, StepSizeError
+from aca_ext.engines.compiled.tracing import Captured, capture, scope_of, specialise
+from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
+from aca_ext.engines.compiled.verification import Trial, Verification, check_transpose, inputs_by_kind
+from aca_ext.errors import AcaError, CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
-from aca_ext.kernels.fused import KernelOperations, compiled_loop, operations_for
+from aca_ext.kernels.fused import KernelOperations, checksums_of, compiled_loop, operations_for
 from aca_ext.problem.admission import check_readable, looks_readable
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
@@ -29,7 +33,10 @@ from aca_ext.solver.loop import Stats
 from aca_ext.solver.runge_kutta import scheme_of
 from aca_ext.vector_field.field import AutocastState
 
-_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+# The time that func is traced with: one that requires grad, for functions that ask it to.
+_CPU = torch.device("cpu")
+_DTYPES = (torch.float32, torch.float64)
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device=_CPU).requires_grad_() for dtype in _DTYPES}
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
 _MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
@@ -50,36 +57,72 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
 
 
 class _Plan:
-    """The programs for one graph of func and one layout, compiled when they are first needed."""
+    """The programs for one graph of func and one layout, compiled and checked when they are first needed."""
 
     def __init__(self, captured: Captured, layout: Layout) -> None:
         self._captured, self._layout = captured, layout
         self._programs: dict[str, list[Program]] = {}
+        self._trials: dict[bool, list[Trial]] | None = None
 
-    def forward(self, stats: Stats) -> tuple[Program, Program]:
+    def forward(self, run: _Run) -> tuple[Program, Program]:
         """For the first slope, and for a step."""
         captured, layout = self._captured, self._layout
+
+        def check(programs: list[Program]) -> None:
+            with unchanged(run.problem.func, run.problem.args):
+                self._verification(run).forward(*programs)
+
         slope, step = self._compiled(
-            "forward", stats, lambda: (slope_graph(captured, layout), step_graph(captured, layout))
+            "forward", run.stats, lambda: (slope_graph(captured, layout), step_graph(captured, layout)), check
         )
         return slope, step
 
+    def expect_gradients(self, run: _Run) -> None:
+        """Notes what gradients func has, for the backward pass may find it changed when it checks its programs."""
+        if self._trials is None:
+            with unchanged(run.problem.func, run.problem.args):
+                verification = self._verification(run)
+                self._trials = {inside: verification.trials(inside=inside) for inside in (False, True)}
+
     def transpose(self, stats: Stats, *, inside: bool) -> Program:
         """For a step transposed, with or without outputs inside it."""
-        name = "inside" if inside else "end only"
-        return self._compiled(name, stats, lambda: (transpose_graph(self._captured, self._layout, inside=inside),))[0]
+        captured, layout = self._captured, self._layout
 
-    def _compiled(self, name: str, stats: Stats, trace: Callable[[], tuple[Traced, ...]]) -> list[Program]:
+        def check(programs: list[Program]) -> None:
+            assert self._trials is not None
+            check_transpose(programs[0], layout, captured.wants_gradient, self._trials[inside])
+            self._trials[inside] = []
+
+        return self._compiled(
+            "inside" if inside else "end only",
+            stats,
+            lambda: (transpose_graph(captured, layout, inside=inside),),
+            check,
+        )[0]
+
+    def _verification(self, run: _Run) -> Verification:
+        return Verification(run.task(), self._layout, run.used, self._captured.wants_gradient)
+
+    def _compiled(
+        self,
+        name: str,
+        stats: Stats,
+        trace: Callable[[], tuple[Traced, ...]],
+        check: Callable[[list[Program]], None],
+    ) -> list[Program]:
         if name not in self._programs:
             start = time.perf_counter()
             try:
-                self._programs[name] = compile_programs(*trace())
+                with undisturbed():
+                    programs = compile_programs(*trace())
             except AcaError:
                 raise
             except Exception as error:
                 raise CompileError(
                     f'torch\'s compiler failed on func. Use engine="eager". It says: {type(error).__name__}: {error}'
                 ) from error
+            check(programs)
+            self._programs[name] = programs
             stats.compile_seconds += time.perf_counter() - start
         return self._programs[name]
 
@@ -87,12 +130,13 @@ class _Plan:
 class _Specification:
     """What one solve and the next share beyond the programs: times, tolerances, step control, and sizes."""
 
-    def __init__(self, problem: Problem, plan: _Plan, stats: Stats) -> None:
-        self._plan, y0 = plan, problem.y0.detach()
+    def __init__(self, run: _Run, plan: _Plan) -> None:
+        problem = run.problem
+        self.plan, y0 = plan, problem.y0.detach()
         ops = operations_for(y0, problem.tolerance)
         assert isinstance(ops, KernelOperations)
         self._ops = ops  # holds the tolerances of each element
-        self.loop = ops.compiled_specification(problem, *plan.forward(stats))
+        self.loop = ops.compiled_specification(problem, *plan.forward(run))
         self.forward_bytes = self.loop.forward_bytes
         self.rows_shape, self.rows_stride = (len(problem.times), *y0.shape), (y0.numel(), *y0.stride())
         # Each step is replayed up to the last stage that an output needs.
@@ -104,8 +148,8 @@ class _Specification:
         """Programs for so many steps without and with outputs inside, and the bytes that they need."""
         key = n_end_only > 0, n_inside > 0
         if key not in self._backward:
-            end_only = self._plan.transpose(stats, inside=False) if key[0] else None
-            inside = self._plan.transpose(stats, inside=True) if key[1] else None
+            end_only = self.plan.transpose(stats, inside=False) if key[0] else None
+            inside = self.plan.transpose(stats, inside=True) if key[1] else None
             self._backward[key] = end_only, inside, self.loop.backward_bytes(end_only, inside)
         stats.n_f_evals_backward = n_end_only * self._evals[0] + n_inside * self._evals[1]
         return self._backward[key]
@@ -119,59 +163,88 @@ class _Run:
         self.problem, self.task = problem, task
         self.stats = Stats(backend="compiled")
         self.y0 = problem.y0.detach()
-        self.specification = self._find(params)
+        self.specification = self._find()
+        self.inputs = self.used
+        if params is not None:
+            named = {id(x) for x in (*params, *problem.args)}
+            self.inputs = [x if id(x) in named else x.detach() for x in self.used]
         self.loop = compiled_loop(self.specification.loop)
         self.record = _LoopRecord(self.loop)
 
-    def _find(self, params: Sequence[Tensor] | None) -> _Specification:
+    def _find(self) -> _Specification:
         problem, y0 = self.problem, self.y0
         start = time.perf_counter()
         try:
-            captured, inputs = capture(problem.func, _ZEROS[y0.dtype], y0, problem.packing, problem.args)
+            captured, self.used = capture(problem.func, _ZEROS[y0.dtype], y0, problem.packing, problem.args)
         except CompileError:
-            self.task().first_slope(y0)  # where func itself is at fault, its own error says more
+            if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+                raise CompileError(
+                    "func is scripted, traced or frozen (torch.jit), whose code cannot be traced once more; give the "
+                    'module or function that it was made of, or use engine="eager".'
+                ) from None
+            self._evaluate_once()  # where func itself is at fault, its own error says more
             raise
-        self.inputs = inputs
-        if params is not None:
-            named = {id(x) for x in (*params, *problem.args)}
-            self.inputs = [x if id(x) in named else x.detach() for x in inputs]
+        self.captured, self.addresses = captured, addresses_of(self.used)
         self.wants_gradient = captured.wants_gradient
+        self.counting = None
+        if captured.counters:
+            self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))
         found: _Specification | None = captured.solves.get(problem.settings)
         if found is None:
             if len(captured.solves) >= _MAX_SPECIFICATIONS:
                 del captured.solves[next(iter(captured.solves))]
-            plan = self._plan(captured)
-            self.stats.compile_seconds += time.perf_counter() - start
-            found = captured.solves[problem.settings] = _Specification(problem, plan, self.stats)
+            plan = self._plan(captured, start)
+            try:
+                found = captured.solves[problem.settings] = _Specification(self, plan)
+            except CompileError:
+                if not captured.lifted:
+                    raise
+                specialise(
+                    problem.func
+                )  # perhaps it needs as numbers what it reads: once more without tensors for them
+                return self._find()
         return found
 
-    def _plan(self, captured: Captured) -> _Plan:
+    def _evaluate_once(self) -> None:
+        """Lets func, evaluated for its errors alone, show them."""
+        with unchanged(self.problem.func, self.problem.args):
+            self.task().first_slope(self.y0)
+
+    def _plan(self, captured: Captured, start: float) -> _Plan:
         problem, tolerance, y0 = self.problem, self.problem.tolerance, self.y0
         each = isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor)
         key = problem.tableau, problem.adaptive, problem.packing, y0.stride(), each, torch.get_num_threads()
         plan = captured.plans.get(key)
         if plan is None:
-            self.task().first_slope(y0)  # checks what func returns
+            self._evaluate_once()  # checks what func returns
             layout = Layout(y0, problem.packing, scheme_of(problem.tableau, problem.adaptive), tolerance)
             plan = captured.plans[key] = _Plan(captured, layout)
+            self.stats.compile_seconds += time.perf_counter() - start
         return plan
 
     def forward(self, checkpoints: Blocks | None) -> Tensor:
         specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
-        ys = torch.empty_strided(specification.rows_shape, specification.rows_stride, dtype=y0.dtype, device="cpu")
-        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device="cpu")
+        ys = self._rows()
+        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device=_CPU)
         outcome = loop.solve(
             memory.data_ptr(),
-            [x.data_ptr() for x in self.inputs],
+            self.addresses,
             y0.data_ptr(),
             ys.data_ptr(),
             None if checkpoints is None else checkpoints.add,
         )
         stats.n_steps, stats.n_accepted, stats.n_rejected = loop.n_steps, loop.n_accepted, loop.n_rejected
         stats.n_f_evals = loop.n_f_evals
+        if self.counting is not None:
+            self.counting.count(loop.n_f_evals)
         if outcome != 0:
             self._fail(outcome)
         return ys
+
+    def _rows(self) -> Tensor:
+        """Memory for a state, or a cotangent, at every time."""
+        shape, stride = self.specification.rows_shape, self.specification.rows_stride
+        return torch.empty_strided(shape, stride, dtype=self.y0.dtype, device=_CPU)
 
     def _fail(self, outcome: int) -> None:
         loop = self.loop
@@ -203,23 +276,98 @@ class _Run:
         is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
         if not is_laid_out_alike or not looks_readable(grad_ys):
             check_readable("the gradient of the solution", grad_ys)
-            shape, stride = specification.rows_shape, specification.rows_stride
-            grad_ys = torch.empty_strided(shape, stride, dtype=y0.dtype, device="cpu").copy_(grad_ys)
+            grad_ys = self._rows().copy_(grad_ys)
+        addresses = addresses_of(inputs)
+        contents = self._contents(inputs, addresses)
+        if contents != self._before:
+            self._refuse_inputs(inputs, contents)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
         g, g_next = torch.empty_like(y0), torch.empty_like(y0)
         n_inside = loop.n_inside
         end_only, inside, n_bytes = specification.backward(self.stats, loop.n_accepted - n_inside, n_inside)
-        memory = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(n_bytes, dtype=torch.uint8, device=_CPU)
         result = loop.transpose(
             end_only,
             inside,
             memory.data_ptr(),
-            [x.data_ptr() for x in (*grads, *inputs) if x is not None],
+            [*(x.data_ptr() for x in grads if x is not None), *addresses],
             grad_ys.data_ptr(),
             g.data_ptr(),
             g_next.data_ptr(),
         )
+        if self.counting is not None:
+            self.counting.count(self.stats.n_f_evals_backward or 0)
         return g if result == g.data_ptr() else g_next, grads
+
+    def prepare_backward(self) -> None:
+        """Notes what the backward pass needs of the forward pass besides its states."""
+        self.specification.plan.expect_gradients(self)
+        self._before = self._contents(self.used, self.addresses)
+
+    def check_func(self) -> None:
+        """Raises ReplayError where func, evaluated once more, would not be what it was in the forward pass."""
+        problem = self.problem
+        try:
+            captured, used = capture(problem.func, _ZEROS[self.y0.dtype], self.y0, problem.packing, problem.args)
+        except CompileError:
+            captured, used = None, []
+        # Numbers that became tensors are made anew each time.
+        if captured is not self.captured or not all(
+            one is other or (captured.lifted and one.dim() == 0 and torch.equal(one, other))
+            for one, other in zip(used, self.used, strict=True)
+        ):
+            raise ReplayError(
+                "func is not what it was in the forward pass: it depends on other tensors, numbers or modules now. "
+                "With create_graph=True the backward pass evaluates it again. Change it after the backward pass, or "
+                'use gradient="direct", which does not replay.'
+            )
+        contents = self._contents(used, addresses_of(used))
+        if contents != self._before:
+            self._refuse_inputs(used, contents)
+
+    def _contents(self, inputs: Sequence[Tensor], addresses: list[int]) -> bytes:
+        """Eight bytes for each input, and for each that has gaps in memory, which tell their contents."""
+        found: bytes = self.captured.checksums(addresses)
+        for i in self.captured.gaps:
+            dense = inputs[i].detach().contiguous()
+            found += checksums_of([dense.nbytes])([dense.data_ptr()])
+        return found
+
+    def _refuse_inputs(self, inputs: Sequence[Tensor], contents: bytes) -> NoReturn:
+        """Where an input of func has other contents than in the forward pass.
+
+        Programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
+
+        Raises:
+            ReplayError: it has.
+        """
+        order = [*range(len(inputs)), *self.captured.gaps]
+        i = next(i for n, i in enumerate(order) if contents[8 * n : 8 * n + 8] != self._before[8 * n : 8 * n + 8])
+        step = self.loop.accepted_steps()[-1:]
+        where = f" from t={step[0][0]:.17g}" if step else ""
+        raise ReplayError(
+            f"Replaying the step{where} would not repeat the forward pass: {shown(self.captured.names[i])}, of shape "
+            f"{tuple(inputs[i].shape)}, on which func depends, has changed since. Causes: it was written to through "
+            ".data, or its memory was reused for the next batch. Change it after the backward pass, give func a copy, "
+            'or use gradient="direct", which does not replay.'
+        )
+
+
+def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
+    """Where the inputs of func lie.
+
+    Raises:
+        CompileError: the memory of one was freed.
+    """
+    found = [x.data_ptr() for x in inputs]
+    if 0 in found:
+        for x in inputs:
+            if x.numel() and x.data_ptr() == 0:
+                raise CompileError(
+                    f"func depends on a tensor of shape {tuple(x.shape)} whose memory was freed "
+                    "(untyped_storage().resize_). Restore it before the solve and before its backward pass."
+                )
+    return found
 
 
 class _LoopRecord(StepRecord):
@@ -243,17 +391,25 @@ class _CompiledAca(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         checkpoints = Blocks(run.y0)
+        run.prepare_backward()
         ys = run.forward(checkpoints)
         ctx.run, ctx.n_blocks, ctx.has_y0 = run, len(checkpoints.blocks), y0.requires_grad
-        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *inputs)
+        # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
+        learnt = [x for x in inputs if x.requires_grad]
+        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *learnt)
         return ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        saved, run = ctx.saved_tensors, ctx.run
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved, run = ctx.saved_tensors, ctx.run
-        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
+        learnt = saved[ctx.n_blocks + ctx.has_y0 :]
+        if len(learnt) == len(run.inputs):
+            inputs = learnt
+        else:
+            following = iter(learnt)
+            inputs = [next(following) if x.requires_grad else x for x in run.inputs]
         if torch.is_grad_enabled():
             y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.y0
             grad_y0, *grads = _eager_backward(ctx, run, grad_ys, y0, inputs)
@@ -265,18 +421,15 @@ class _CompiledAca(torch.autograd.Function):
 
 def _eager_backward(ctx: Any, run: _Run, grad_ys: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """create_graph=True: the eager engine over the same accepted steps."""
+    run.check_func()
     task = run.task()
-    field = task.field
-    originals = {id(x): i for i, x in enumerate(run.inputs)}
-    args = [(x, originals.get(id(x))) for x in field.args if isinstance(x, Tensor) and x.requires_grad]
-    of_args = {i for _, i in args}
-    of_params = [i for i, x in enumerate(inputs) if x.requires_grad and i not in of_args]
+    of_params, of_args = inputs_by_kind(task.field.args, run.inputs)
     ctx.task, ctx.record, ctx.stats = task, run.record, run.stats
     ctx.n_params, ctx.autocast = len(of_params), AutocastState(y0.device.type)
-    given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in args)]
+    given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
     grad_y0, *found = differentiable_backward(ctx, grad_ys, y0, {}, given)
     grads: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip([*of_params, *(i for _, i in args)], found, strict=True):
+    for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
         if i is not None:
             grads[i] = grad
     return [grad_y0, *grads]

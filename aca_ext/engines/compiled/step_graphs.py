@@ -14,7 +14,6 @@ contribute to the cotangent of each slope, ``G_i = sum of b_i(theta) g``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from aca_ext.engines.compiled.inductor import Traced
 from aca_ext.engines.compiled.lowerings import decompositions
+from aca_ext.engines.compiled.places import shown
 from aca_ext.engines.compiled.tracing import Captured
 from aca_ext.errors import CompileError
 from aca_ext.kernels.fused import Tolerance, TorchOperations
@@ -68,9 +68,16 @@ class _Slope:
     """func's graph on packed states."""
 
     def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
-        self._captured, self._packing, self._inputs = captured, packing, inputs
+        self._captured, self._packing = captured, packing
+        self._inputs = _leaves(captured, inputs) if captured.differentiates else inputs
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        if not self._captured.differentiates:
+            return self._evaluated(t, y)
+        # torch.autograd.grad in func finds what it was traced with: a time and a state that require grad.
+        return self._evaluated(t.detach().requires_grad_(), y.detach().requires_grad_()).detach()
+
+    def _evaluated(self, t: Tensor, y: Tensor) -> Tensor:
         y_parts = self._packing.unpack(y)
         parts = y_parts if isinstance(y_parts, tuple) else (y_parts,)
         operands = {"t": (t,), "y": parts, "input": self._inputs}
@@ -82,13 +89,13 @@ class _Replay(_Slope):
     """The same with gradients for those of func's inputs that want them."""
 
     def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
-        leaves = [
-            x.detach().requires_grad_() if wanted else x
-            for x, wanted in zip(inputs, captured.wants_gradient, strict=True)
-        ]
-        super().__init__(captured, packing, leaves)
+        super().__init__(captured, packing, inputs)
+        leaves = self._inputs = _leaves(captured, inputs)
         self._wanted = [x for x, wanted in zip(leaves, captured.wants_gradient, strict=True) if wanted]
         self.grads: list[Tensor | None] = [None] * len(self._wanted)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        return self._evaluated(t.detach().requires_grad_() if self._captured.differentiates else t, y)
 
     def pull_back(self, y: Tensor, k: Tensor, grad_k: Tensor) -> Tensor | None:
         v, *grads = torch.autograd.grad(k, (y, *self._wanted), grad_k, allow_unused=True)
@@ -99,12 +106,18 @@ class _Replay(_Slope):
         return v
 
 
+def _leaves(captured: Captured, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """func's inputs, those that want gradients as tensors that require grad."""
+    wanted = captured.wants_gradient
+    return [x.detach().requires_grad_() if w else x for x, w in zip(inputs, wanted, strict=True)]
+
+
 def slope_graph(captured: Captured, layout: Layout) -> Traced:
     def slope(scalars: Tensor, y: Tensor, k: Tensor, *inputs: Tensor) -> tuple[()]:
         k.copy_(_Slope(captured, layout.packing, inputs)(scalars[0], y))
         return ()
 
-    return _trace(slope, [layout.scalars(), layout.state(), layout.state()], {2}, captured.inputs)
+    return _trace(slope, [layout.scalars(), layout.state(), layout.state()], {2}, captured)
 
 
 def step_graph(captured: Captured, layout: Layout) -> Traced:
@@ -130,7 +143,7 @@ def step_graph(captured: Captured, layout: Layout) -> Traced:
     sums = torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
     states = [layout.state() for _ in range(s + 2)]
     inputs = [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors]
-    return _trace(whole_step, inputs, {3, 4, *range(5, 4 + s)}, captured.inputs)
+    return _trace(whole_step, inputs, {3, 4, *range(5, 4 + s)}, captured)
 
 
 def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Traced:
@@ -147,8 +160,7 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
             outputs.append(((0.0,) * s, g_inside))
             outputs += [(tuple(float(i == j) for j in range(s)), g_i) for i, g_i in enumerate(each)]
         replay = _Replay(captured, layout.packing, inputs)
-        with torch.enable_grad():
-            pulled = step_vjp(replay, ops, scheme, scalars[:s], y, scalars[s], outputs)  # type: ignore[arg-type]
+        pulled = step_vjp(replay, ops, scheme, scalars[:s], y, scalars[s], outputs)  # type: ignore[arg-type]
         # A pair (w, g) is a cotangent of the state too, which what concerns a slope alone is not.
         for g_i in of_slopes[1:]:
             pulled = pulled - g_i
@@ -162,12 +174,10 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
     grads = [torch.zeros_like(x) for x in wanted]
     inputs = [layout.scalars(), *states, *grads]
     first = 4 + n_inside
-    return _trace(transpose, inputs, {3, *range(first, first + n_wanted)}, captured.inputs)
+    return _trace(transpose, inputs, {3, *range(first, first + n_wanted)}, captured)
 
 
-def _trace(
-    function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], of_func: Sequence[Tensor]
-) -> Traced:
+def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], captured: Captured) -> Traced:
     """A functional graph of ``function`` of ``inputs`` and then those of func; it ends in writing to those ``written``.
 
     Raises:
@@ -175,11 +185,12 @@ def _trace(
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    inputs = [*inputs, *of_func]
+    first = len(inputs)
+    inputs = [*inputs, *captured.inputs]
     examples = [x.clone() for x in inputs]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own modules
+    with torch.enable_grad():  # func may differentiate, and so does the transpose
         graph = make_fx(function)(*examples)  # with autograd's operations in it, and in-place ones
+    with torch.no_grad():
         graph = make_fx(torch.func.functionalize(graph), decomposition_table=decompositions())(*examples)
     placeholders = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
     for node in graph.graph.nodes:
@@ -189,10 +200,12 @@ def _trace(
                 'Use engine="eager", or func.eval() where it is dropout.'
             )
         if node.target is torch.ops.aten.copy_.default and placeholders.get(node.args[0]) not in written:
+            i = placeholders.get(node.args[0], 0) - first
+            name = shown(captured.names[i]) if i >= 0 else "y"
             raise CompileError(
-                "func changes a tensor that it depends on in place (a buffer such as the statistics of BatchNorm in "
-                'training, or its state argument). Use engine="eager", or func.eval().'
+                f"func changes {name}, a tensor that it depends on, in place (a buffer such as the statistics of "
+                'BatchNorm in training, or its state argument). Use engine="eager", or func.eval().'
             )
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph, inputs, len(of_func)
+    return graph, inputs, len(captured.inputs)

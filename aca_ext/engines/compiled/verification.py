@@ -1,0 +1,263 @@
+"""Compiled programs against func itself: the step and its transpose as the eager engine computes them.
+
+A program is used only after it has agreed with plain evaluations of func at several states, times and step sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.engines.compiled.inductor import Program, run_program
+from aca_ext.engines.compiled.step_graphs import Layout
+from aca_ext.errors import CompileError
+from aca_ext.gradients.base import Task
+from aca_ext.kernels.fused import TorchOperations
+from aca_ext.kernels.reference import squared_error_ratios
+from aca_ext.solver.runge_kutta import step, step_vjp
+from aca_ext.vector_field.field import AutocastState
+from aca_ext.vector_field.replay import Replay
+
+# Relative to the largest element: what rounding may do in code that is arranged differently.
+_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-11}
+_SAFETY = 100.0  # by how much compiled code may exceed the effect of rounding func's state
+
+
+class MismatchError(CompileError):
+    """A compiled program computes something else than func."""
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where programs are tried."""
+
+    times: list[float]  # of the stages
+    y: Tensor
+    h: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A transposed step as the eager engine computes it, for a program that is compiled later.
+
+    Attributes:
+        cotangents: of the end, and for outputs inside the step their sum and what they contribute to each slope.
+        expected: the cotangent of the start, and the gradients of func's inputs.
+        moved: the same from a state that differs in its last bits.
+    """
+
+    point: _Point
+    inputs: list[Tensor]
+    cotangents: list[Tensor]
+    expected: list[Tensor]
+    moved: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Compares programs with func itself.
+
+    Attributes:
+        task: evaluates func.
+        inputs: what func depends on besides time and state.
+        wants_gradient: whether input i requires grad.
+    """
+
+    task: Task
+    layout: Layout
+    inputs: Sequence[Tensor]
+    wants_gradient: Sequence[bool]
+
+    def forward(self, slope: Program, whole_step: Program) -> None:
+        """Raises CompileError where the first slope or a step of the programs is not that of func."""
+        for point in self._points():
+            expected, found = [self._field(point.times[0], point.y)], self._slope(slope, point)
+            _check("slope", expected, found, point, lambda p: [self._field(p.times[0], p.y)])
+            _check("step", self._step(point), self._compiled_step(whole_step, point), point, self._step)
+
+    def trials(self, *, inside: bool) -> list[Trial]:
+        """Transposed steps of func as it is now."""
+        found: list[Trial] = []
+        for point in self._points():
+            cotangents = self._cotangents(point, inside)
+            expected, moved = (self._transposed(p, cotangents) for p in (point, _moved(point)))
+            found.append(Trial(point, [x.detach().clone() for x in self.inputs], cotangents, expected, moved))
+        return found
+
+    def _points(self) -> Iterator[_Point]:
+        problem, y0 = self.task.problem, self.layout.like.detach()
+        t0, t1 = problem.times[0], problem.times[-1]
+        random = torch.Generator(device="cpu").manual_seed(0)
+        size = float(y0.square().mean().sqrt()) if y0.numel() else 0.0
+        noise = torch.empty_like(y0).copy_(torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu"))
+        for t, distance in ((t0, 0.0), (t0 + 0.37 * (t1 - t0), 0.1), (t0 + 0.1 * (t1 - t0), 0.001)):
+            y = y0 + distance * (size or 1.0) * noise
+            try:
+                k = self._field(t, y)
+            except CompileError:
+                raise
+            except Exception:
+                if distance == 0:
+                    raise
+                continue  # func need not take any state
+            if not torch.isfinite(k).all():
+                continue
+            slope = float(k.abs().max()) if k.numel() else 0.0
+            h = min(0.1 * abs(t1 - t0), 0.1 * (size or 1.0) / slope if slope else math.inf)
+            h = math.copysign(h, t1 - t0)
+            yield _Point([t + c * h for c in self.layout.scheme.c], y, h)
+            if distance == 0.1:
+                return  # two points are enough
+
+    def _field(self, t: float | Tensor, y: Tensor) -> Tensor:
+        """func as it was traced: with a time and a state that require grad."""
+        time = torch.as_tensor(t, dtype=y.dtype, device="cpu").detach().requires_grad_()
+        with torch.enable_grad():
+            return self.task.field(time, y.detach().requires_grad_()).detach()
+
+    def _slope(self, program: Program, p: _Point) -> list[Tensor]:
+        k = torch.empty_like(p.y)
+        run_program(program, [_scalars(p), p.y, k, *self.inputs])
+        return [k]
+
+    def _step(self, p: _Point) -> list[Tensor]:
+        layout, scheme, y = self.layout, self.layout.scheme, p.y
+        with torch.no_grad():
+            ops = TorchOperations(layout.like, layout.tolerance)
+            trial = step(self._field, ops, scheme, p.times, y, p.h)
+            results = [trial.y1, *trial.k[1:]]
+            if trial.partial_error is None:
+                return results
+            k_last = trial.k[-1] if scheme.error_last != 0 else None
+            rtol, atol = layout.tolerance_tensors or (1.0, 1.0)
+            segments, w = layout.tolerance.segments, scheme.error_last * p.h
+            sums = squared_error_ratios(trial.partial_error, k_last, w, y, trial.y1, rtol, atol, segments)
+            return [*results, self._error(sums, trial.k, p.h)]
+
+    def _error(self, sums: Tensor, k: Sequence[Tensor], h: float) -> Tensor:
+        """The norm of the error estimate, which may be rounding alone, with what it was computed from added to it."""
+        largest = max((float(x.abs().max()) for x in k if x.numel()), default=0.0)
+        return (sums / max(1, k[0].numel())).sqrt() + abs(h) * largest
+
+    def _compiled_step(self, program: Program, p: _Point) -> list[Tensor]:
+        layout, y = self.layout, p.y
+        k = [torch.empty_like(y) for _ in range(layout.stages)]
+        y1, sums = torch.empty_like(y), torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
+        k[0].copy_(self._field(p.times[0], y))
+        run_program(program, [_scalars(p), y, k[0], y1, sums, *k[1:], *layout.tolerance_tensors, *self.inputs])
+        return [y1, *k[1:], *([] if layout.scheme.error is None else [self._error(sums, k, p.h)])]
+
+    def _cotangents(self, p: _Point, inside: bool) -> list[Tensor]:
+        """g, and for outputs inside the step their sum and what they contribute to each slope."""
+        random = torch.Generator(device="cpu").manual_seed(1)
+        count = 2 + self.layout.stages if inside else 1
+        like = p.y
+        return [
+            torch.empty_like(like).copy_(torch.randn(like.shape, generator=random, dtype=like.dtype, device="cpu"))
+            for _ in range(count)
+        ]
+
+    def _transposed(self, p: _Point, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        layout, field = self.layout, self.task.field
+        of_params, of_args = inputs_by_kind(field.args, self.inputs)
+        params = [self.inputs[i] for i in of_params]
+        args = [x for x, _ in of_args]
+        replay = Replay(field, params, args, AutocastState("cpu"))
+        g, *inside = cotangents
+        ops = TorchOperations(layout.like, layout.tolerance)
+        with replay.repeating():
+            g_y = step_vjp(
+                _Traced(replay), ops, layout.scheme, p.times, p.y, p.h, [(layout.scheme.solution, g)],
+                inside=(inside[0], inside[1:]) if inside else None,
+            )  # fmt: skip
+        grads: dict[int, Tensor] = {}
+        for i, grad in zip([*of_params, *(i for _, i in of_args)], replay.grads, strict=True):
+            if i is not None and grad is not None:
+                grads[i] = grad
+        wanted = [i for i, w in enumerate(self.wants_gradient) if w]
+        return [g_y, *(grads[i].detach() if i in grads else torch.zeros_like(self.inputs[i]) for i in wanted)]
+
+
+def check_transpose(program: Program, layout: Layout, wants_gradient: Sequence[bool], trials: Sequence[Trial]) -> None:
+    """Raises CompileError where the gradients of the program are not those of the trials."""
+    for trial in trials:
+        y, (g, *inside) = trial.point.y, trial.cotangents
+        g_y = torch.empty_like(y)
+        grads = [torch.zeros_like(x) for x, w in zip(trial.inputs, wants_gradient, strict=True) if w]
+        run_program(program, [_scalars(trial.point), y, g, g_y, *inside, *grads, *trial.inputs])
+        _check("gradient", trial.expected, [g_y, *grads], trial.point, partial(_moved_results, trial))
+
+
+def _moved_results(trial: Trial, _: _Point) -> Sequence[Tensor]:
+    return trial.moved
+
+
+def _scalars(p: _Point) -> Tensor:
+    return torch.tensor([*p.times, p.h, 1.0, 1.0], dtype=p.y.dtype, device="cpu")
+
+
+def _moved(p: _Point) -> _Point:
+    """The point with a state that differs in its last bits."""
+    signs = torch.where(torch.arange(p.y.numel(), device="cpu") % 2 == 0, 1.0, -1.0).to(p.y.dtype)
+    y = p.y * (1 + 2 * torch.finfo(p.y.dtype).eps * signs.reshape(p.y.shape))
+    return _Point(p.times, torch.empty_like(p.y).copy_(y), p.h)
+
+
+def _check(
+    what: str,
+    expected: Sequence[Tensor],
+    found: Sequence[Tensor],
+    point: _Point,
+    evaluate: Callable[[_Point], Sequence[Tensor]],
+) -> None:
+    """Raises MismatchError where the results differ by more than rounding in func explains."""
+    if not all(torch.isfinite(x).all() for x in expected):
+        return
+    sizes = [_largest(x) for x in expected]
+    # Of several gradients, those that are zero but for rounding are measured by the others.
+    allowed = [_ROUNDING[point.y.dtype] * max(size, 0.01 * max(sizes)) for size in sizes]
+    if _are_close(found, expected, allowed):
+        return
+    # func may amplify rounding: see what it makes of a state that differs in its last bits.
+    effects = [_largest(x - y) for x, y in zip(expected, evaluate(_moved(point)), strict=True)]
+    if not _are_close(found, expected, [a + _SAFETY * e for a, e in zip(allowed, effects, strict=True)]):
+        raise MismatchError(
+            f"the {what} that torch's compiler made of func is not that of func. Either func does not return the same "
+            'for the same time and state, or it does something that the compiler mistakes. Use engine="eager".'
+        )
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+class _Traced:
+    """A replay whose times require grad, as func was traced."""
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self.pull_back, self.fastest = replay.pull_back, self
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        return self._replay(t.detach().requires_grad_(), y)
+
+
+def inputs_by_kind(args: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[list[int], list[tuple[Tensor, int | None]]]:
+    """Indices of the inputs that require grad and are no args, and the args that do with their indices."""
+    index = {id(x): i for i, x in enumerate(inputs)}
+    of_args = [(x, index.get(id(x))) for x in args if isinstance(x, Tensor) and x.requires_grad]
+    taken = {i for _, i in of_args}
+    return [i for i, x in enumerate(inputs) if x.requires_grad and i not in taken], of_args
+
+
+def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: Sequence[float]) -> bool:
+    # Not <=, which a NaN would fail to exceed.
+    return all(
+        bool(((x - y).abs() <= tolerance).all()) for x, y, tolerance in zip(found, expected, allowed, strict=True)
+    )

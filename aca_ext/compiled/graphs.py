@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from aca_ext.compiled.capture import Captured
+from aca_ext.compiled.backend import Captured
 from aca_ext.compiled.lowerings import decompositions
 from aca_ext.compiled.places import shown
 from aca_ext.compiled.program import Traced

@@ -103,11 +103,11 @@ def odeint(
             against func itself before they are used. Needs torch 2.13 or newer.
             "graph" (experimental: it has not run on a GPU yet) captures a trial step and its transpose as CUDA graphs
             and repeats them on the device, which decides by itself on step sizes, acceptance, outputs and checkpoints:
-            the steps of the eager engine, without the host between them. For states on a CUDA device and gradient="aca", every state kept, tolerances as
-            numbers; second derivatives come from the eager engine. func is captured anew where its operations, the
-            tensors it holds, shapes, dtypes, tolerances, autocast or training mode differ; parameters updated in place
-            need none. It must not draw random numbers, change what it holds, or decide on the host by what a tensor
-            holds.
+            the steps of the eager engine, without the host between them. For states on a CUDA device and
+            gradient="aca", every state kept, tolerances as numbers; second derivatives come from the eager engine. func
+            is captured anew where its operations, the tensors it holds, shapes, dtypes, tolerances, autocast or
+            training mode differ; parameters updated in place need none. It must not draw random numbers, change what it
+            holds, or decide on the host by what a tensor holds.
         args: further arguments of func; tensors among them receive gradients.
         params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
             its first evaluation uses. Name them where func uses some only later.

@@ -1,6 +1,6 @@
 """engine="compiled": the adaptive checkpoint adjoint with every step, and every transposed step, one compiled program.
 
-The loop over the steps is compiled too (csrc/compiled/loop.h). What is stored, and which steps are replayed, is as in
+The loop over the steps is compiled too (csrc/compiled_loop.h). What is stored, and which steps are replayed, is as in
 ``gradients.aca``.
 """
 
@@ -14,17 +14,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs
+from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.places import shown
+from aca_ext.engines.compiled.plans import Plan, Specification
 from aca_ext.engines.compiled.side_effects import Counting
-from aca_ext.engines.compiled.step_graphs import Layout, slope_graph, step_graph, transpose_graph
-from aca_ext.engines.compiled.tracing import Captured, capture, scope_of, specialise
-from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
-from aca_ext.engines.compiled.verification import Trial, Verification, check_transpose, inputs_by_kind
-from aca_ext.errors import AcaError, CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
+from aca_ext.engines.compiled.step_graphs import Layout
+from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
+from aca_ext.engines.compiled.undisturbed import unchanged
+from aca_ext.engines.compiled.verification import inputs_by_kind
+from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
-from aca_ext.kernels.fused import KernelOperations, checksums_of, compiled_loop, operations_for
+from aca_ext.kernels.fused import checksums_of, compiled_loop
 from aca_ext.problem.admission import check_readable, looks_readable
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
@@ -56,105 +57,6 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
     return Result(ys, run.record, run.stats)
 
 
-class _Plan:
-    """The programs for one graph of func and one layout, compiled and checked when they are first needed."""
-
-    def __init__(self, captured: Captured, layout: Layout) -> None:
-        self._captured, self._layout = captured, layout
-        self._programs: dict[str, list[Program]] = {}
-        self._trials: dict[bool, list[Trial]] | None = None
-
-    def forward(self, run: _Run) -> tuple[Program, Program]:
-        """For the first slope, and for a step."""
-        captured, layout = self._captured, self._layout
-
-        def check(programs: list[Program]) -> None:
-            with unchanged(run.problem.func, run.problem.args):
-                self._verification(run).forward(*programs)
-
-        slope, step = self._compiled(
-            "forward", run.stats, lambda: (slope_graph(captured, layout), step_graph(captured, layout)), check
-        )
-        return slope, step
-
-    def expect_gradients(self, run: _Run) -> None:
-        """Notes what gradients func has, for the backward pass may find it changed when it checks its programs."""
-        if self._trials is None:
-            with unchanged(run.problem.func, run.problem.args):
-                verification = self._verification(run)
-                self._trials = {inside: verification.trials(inside=inside) for inside in (False, True)}
-
-    def transpose(self, stats: Stats, *, inside: bool) -> Program:
-        """For a step transposed, with or without outputs inside it."""
-        captured, layout = self._captured, self._layout
-
-        def check(programs: list[Program]) -> None:
-            assert self._trials is not None
-            check_transpose(programs[0], layout, captured.wants_gradient, self._trials[inside])
-            self._trials[inside] = []
-
-        return self._compiled(
-            "inside" if inside else "end only",
-            stats,
-            lambda: (transpose_graph(captured, layout, inside=inside),),
-            check,
-        )[0]
-
-    def _verification(self, run: _Run) -> Verification:
-        return Verification(run.task(), self._layout, run.used, self._captured.wants_gradient)
-
-    def _compiled(
-        self,
-        name: str,
-        stats: Stats,
-        trace: Callable[[], tuple[Traced, ...]],
-        check: Callable[[list[Program]], None],
-    ) -> list[Program]:
-        if name not in self._programs:
-            start = time.perf_counter()
-            try:
-                with undisturbed():
-                    programs = compile_programs(*trace())
-            except AcaError:
-                raise
-            except Exception as error:
-                raise CompileError(
-                    f'torch\'s compiler failed on func. Use engine="eager". It says: {type(error).__name__}: {error}'
-                ) from error
-            check(programs)
-            self._programs[name] = programs
-            stats.compile_seconds += time.perf_counter() - start
-        return self._programs[name]
-
-
-class _Specification:
-    """What one solve and the next share beyond the programs: times, tolerances, step control, and sizes."""
-
-    def __init__(self, run: _Run, plan: _Plan) -> None:
-        problem = run.problem
-        self.plan, y0 = plan, problem.y0.detach()
-        ops = operations_for(y0, problem.tolerance)
-        assert isinstance(ops, KernelOperations)
-        self._ops = ops  # holds the tolerances of each element
-        self.loop = ops.compiled_specification(problem, *plan.forward(run))
-        self.forward_bytes = self.loop.forward_bytes
-        self.rows_shape, self.rows_stride = (len(problem.times), *y0.shape), (y0.numel(), *y0.stride())
-        # Each step is replayed up to the last stage that an output needs.
-        solution = scheme_of(problem.tableau, problem.adaptive).solution
-        self._evals = 1 + max(i for i, w in enumerate(solution) if w != 0), len(solution)
-        self._backward: dict[tuple[bool, bool], tuple[Program | None, Program | None, int]] = {}
-
-    def backward(self, stats: Stats, n_end_only: int, n_inside: int) -> tuple[Program | None, Program | None, int]:
-        """Programs for so many steps without and with outputs inside, and the bytes that they need."""
-        key = n_end_only > 0, n_inside > 0
-        if key not in self._backward:
-            end_only = self.plan.transpose(stats, inside=False) if key[0] else None
-            inside = self.plan.transpose(stats, inside=True) if key[1] else None
-            self._backward[key] = end_only, inside, self.loop.backward_bytes(end_only, inside)
-        stats.n_f_evals_backward = n_end_only * self._evals[0] + n_inside * self._evals[1]
-        return self._backward[key]
-
-
 class _Run:
     """One solve: its programs, its tensors, its loop."""
 
@@ -171,7 +73,7 @@ class _Run:
         self.loop = compiled_loop(self.specification.loop)
         self.record = _LoopRecord(self.loop)
 
-    def _find(self) -> _Specification:
+    def _find(self) -> Specification:
         problem, y0 = self.problem, self.y0
         start = time.perf_counter()
         try:
@@ -189,13 +91,13 @@ class _Run:
         self.counting = None
         if captured.counters:
             self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))
-        found: _Specification | None = captured.solves.get(problem.settings)
+        found: Specification | None = captured.solves.get(problem.settings)
         if found is None:
             if len(captured.solves) >= _MAX_SPECIFICATIONS:
                 del captured.solves[next(iter(captured.solves))]
             plan = self._plan(captured, start)
             try:
-                found = captured.solves[problem.settings] = _Specification(self, plan)
+                found = captured.solves[problem.settings] = Specification(self, plan)
             except CompileError:
                 if not captured.lifted:
                     raise
@@ -210,7 +112,7 @@ class _Run:
         with unchanged(self.problem.func, self.problem.args):
             self.task().first_slope(self.y0)
 
-    def _plan(self, captured: Captured, start: float) -> _Plan:
+    def _plan(self, captured: Captured, start: float) -> Plan:
         problem, tolerance, y0 = self.problem, self.problem.tolerance, self.y0
         each = isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor)
         key = problem.tableau, problem.adaptive, problem.packing, y0.stride(), each, torch.get_num_threads()
@@ -218,7 +120,7 @@ class _Run:
         if plan is None:
             self._evaluate_once()  # checks what func returns
             layout = Layout(y0, problem.packing, scheme_of(problem.tableau, problem.adaptive), tolerance)
-            plan = captured.plans[key] = _Plan(captured, layout)
+            plan = captured.plans[key] = Plan(captured, layout)
             self.stats.compile_seconds += time.perf_counter() - start
         return plan
 
@@ -382,7 +284,7 @@ class _LoopRecord(StepRecord):
 
     def bounds(self) -> Tensor:
         if self._loop.n_accepted == 0:
-            return torch.empty(0, 2, dtype=torch.float64, device="cpu")
+            return torch.empty(0, 2, dtype=torch.float64)
         return torch.frombuffer(self._loop.bounds(), dtype=torch.float64).view(-1, 2)
 
 

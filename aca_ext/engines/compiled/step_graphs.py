@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.inductor import Traced
 from aca_ext.engines.compiled.lowerings import decompositions
 from aca_ext.engines.compiled.places import shown
-from aca_ext.engines.compiled.tracing import Captured
 from aca_ext.errors import CompileError
 from aca_ext.kernels.fused import Tolerance, TorchOperations
 from aca_ext.kernels.reference import squared_error_ratios

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from aca_ext import odeint
 from aca_ext.engines.compiled import engine as compiled_engine
 from aca_ext.engines.compiled import tracing as capture
+from aca_ext.engines.compiled.backend import Captured
 from aca_ext.problem.state import Packing
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
@@ -112,7 +113,7 @@ def changes_of(func: Reads) -> dict[str, Callable[[], Any]]:
 def test_whatever_func_reads_may_change_between_solves() -> None:
     func, t, y = Reads(), torch.tensor(0.5).double(), sample(2, 2)
 
-    def captured() -> tuple[capture.Captured, Tensor]:
+    def captured() -> tuple[Captured, Tensor]:
         graph, inputs = capture.capture(func, t, y, Packing.of(y), ())
         operands = {"t": [t], "y": [y], "input": inputs}
         (slope,) = graph.graph.forward(*(operands[kind][i] for kind, i in graph.roles))

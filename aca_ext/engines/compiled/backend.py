@@ -1,0 +1,205 @@
+"""What TorchDynamo hands a traced func to: its graph becomes a ``Captured``, which is not run but looked at."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx
+
+from aca_ext.engines.compiled.method_guards import code_in_trace
+from aca_ext.engines.compiled.places import Place
+from aca_ext.engines.compiled.side_effects import Counter, counters_of, name_of, name_of_input
+from aca_ext.errors import CompileError
+from aca_ext.kernels.fused import checksums_of
+
+HINT = 'Use engine="eager", or change func.'
+
+
+@dataclass(eq=False)
+class Captured:
+    """A graph of func.
+
+    Attributes:
+        graph: called with its inputs, returns the components of the slope.
+        roles: of each input: "t", ("y", i) for component i of the state, or ("input", i).
+        inputs: what each input i that is neither time nor state looked like: copies, for tracing.
+        places: of the inputs that are neither time nor state, among all of them.
+        wants_gradient: whether input i requires grad.
+        names: TorchDynamo's names of them.
+        checksums: of the contents of those that func does not change itself and that have no gaps in memory.
+        gaps: the inputs that have.
+        differentiates: whether func calls torch.autograd.grad, for which the state and such inputs must require grad.
+        counters: what each evaluation of func adds a constant to.
+        refusal: why it cannot be used.
+        lifted: whether numbers that func reads are inputs, for they changed before.
+        plans: what was compiled from it, by layout and method.
+        solves: what solves of a kind share, by their settings.
+    """
+
+    graph: fx.GraphModule
+    roles: tuple[tuple[str, int], ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    places: tuple[int, ...] = ()
+    wants_gradient: tuple[bool, ...] = ()
+    names: tuple[str, ...] = ()
+    checksums: Any = None
+    gaps: tuple[int, ...] = ()
+    differentiates: bool = False
+    counters: tuple[Counter, ...] = ()
+    refusal: str = ""
+    lifted: bool = False
+    plans: dict[Any, Any] = field(default_factory=dict)
+    solves: dict[Any, Any] = field(default_factory=dict)
+
+
+class Request(threading.local):
+    """What is being asked for, and what the graph was called with."""
+
+    t: Tensor
+    y: Sequence[Tensor]
+    captured: Captured | None = None
+    inputs: tuple[Tensor, ...] = ()
+    code: Set[types.CodeType] = frozenset()
+    scope: Mapping[str, Any] = {}
+    numbers: Mapping[str, float] = {}
+    counters: tuple[Counter, ...] = ()
+
+    def begin_trace(self) -> None:
+        self.code, self.counters, self.numbers = frozenset(), (), {}
+
+
+request = Request()
+
+
+def backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.HigherOrderOperator):
+                    raise CompileError(
+                        f"func uses {node.target}: a custom autograd.Function, checkpointing or control flow on "
+                        f"tensors, which is not supported. {HINT}"
+                    )
+    tracer = _tracer()
+    request.numbers = _numbers_read(request.scope)
+    request.counters = tuple(counters_of(graph, tracer, dict(request.scope)))
+    _attach_results(graph)
+    names = tuple(name_of_input(node) for node in graph.graph.nodes if node.op == "placeholder")
+    differentiates = any(node.target is torch.autograd.grad for node in graph.graph.nodes)
+    captured = Captured(graph, names=names, differentiates=differentiates)
+    captured.counters, request.code = request.counters, code_in_trace()
+    results = next(len(node.args[0]) for node in graph.graph.nodes if node.op == "output")
+    nothing = tuple(torch.empty(0, device="cpu") for _ in range(results))
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        if not captured.roles and inputs:
+            _describe(captured, inputs)
+        request.captured, request.inputs = captured, inputs
+        return nothing
+
+    return run
+
+
+def _tracer() -> Any:
+    """TorchDynamo's view of the trace at hand.
+
+    Raises:
+        CompileError: this version of torch does not tell, so that what func changes would go unseen.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer = InstructionTranslator.current_tx()
+        tracer.output.side_effects._get_modified_vars  # noqa: B018
+        torch._dynamo.config.replay_side_effects  # noqa: B018
+    except (AttributeError, ImportError) as error:
+        raise CompileError(
+            f'engine="compiled" does not know this version of torch ({torch.__version__}): {error}. Use engine="eager".'
+        ) from error
+    return tracer
+
+
+def _attach_results(graph: fx.GraphModule) -> None:
+    """Takes the last detach() before each result, ``_call``'s own, out of the graph."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    for clone in output.args[0]:
+        detach = clone.args[0]
+        clone.replace_input_with(detach, detach.args[0])
+        if not detach.users:
+            graph.graph.erase_node(detach)
+    graph.recompile()
+
+
+def _numbers_read(scope: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that the trace at hand took for constants, by TorchDynamo's names."""
+    context = torch._guards.TracingContext.try_get()
+    numbers: dict[str, float] = {}
+    for guard in () if context is None else context.guards_context.dynamo_guards:
+        name = name_of(guard)
+        try:
+            place = Place(name)
+            value = place.get(place.owner(dict(scope)))
+        except Exception:  # names of other things than places
+            continue
+        if type(value) in (int, float):
+            numbers[name] = value
+    return numbers
+
+
+def keep_guard(guard: Any) -> bool:
+    """Whether a guard is to hold for a graph to be used; those on counters are not."""
+    name = name_of(guard.orig_guard) if hasattr(guard, "orig_guard") else str(guard.name)
+    return all(counter.place.name != name for counter in request.counters)
+
+
+def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
+    roles: list[tuple[str, int]] = []
+    others: list[Tensor] = []
+    for x in inputs:
+        position = [i for i, part in enumerate(request.y) if part is x]
+        if x is request.t:
+            roles.append(("t", 0))
+        elif position:
+            roles.append(("y", position[0]))
+        else:
+            roles.append(("input", len(others)))
+            others.append(x)
+    captured.roles = tuple(roles)
+    captured.inputs = tuple(_like(x) for x in others)
+    captured.places = tuple(i for i, (kind, _) in enumerate(roles) if kind == "input")
+    captured.wants_gradient = tuple(x.requires_grad for x in others)
+    captured.names = tuple(captured.names[i] for i in captured.places)
+    counting = {counter.place.name for counter in captured.counters}
+    fixed = {i for i, name in enumerate(captured.names) if name not in counting}
+    captured.gaps = tuple(i for i in sorted(fixed) if span_of(others[i]) != others[i].numel())
+    without_gaps = fixed.difference(captured.gaps)
+    captured.checksums = checksums_of([x.nbytes if i in without_gaps else 0 for i, x in enumerate(others)])
+
+
+def _like(x: Tensor) -> Tensor:
+    if x.device.type != "cpu" or not is_plain(x):
+        raise CompileError(
+            f"func depends on a {type(x).__name__} of layout {x.layout} on {x.device}: only dense, plain ones on the "
+            f"CPU with memory of their own are supported. {HINT}"
+        )
+    copy, span = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"), (span_of(x),)
+    with torch.no_grad():
+        copy.as_strided(span, (1,)).copy_(x.detach().as_strided(span, (1,), x.storage_offset()))
+    return copy
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the memory of a tensor on the CPU holds its elements as they are."""
+    is_own = type(x) is Tensor or isinstance(x, torch.nn.Parameter)
+    return is_own and x.layout is torch.strided and not (x.is_neg() or x.is_conj() or x._is_zerotensor())
+
+
+def span_of(x: Tensor) -> int:
+    """Elements between the first and the last, as x lies in memory."""
+    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0

@@ -1,0 +1,129 @@
+"""Compiled programs of a func, and what solves by them have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs
+from aca_ext.engines.compiled.step_graphs import Layout, slope_graph, step_graph, transpose_graph
+from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
+from aca_ext.engines.compiled.verification import Trial, Verification, check_transpose
+from aca_ext.errors import AcaError, CompileError
+from aca_ext.gradients.base import Task
+from aca_ext.kernels.fused import KernelOperations, operations_for
+from aca_ext.problem.problem import Problem
+from aca_ext.solver.loop import Stats
+from aca_ext.solver.runge_kutta import scheme_of
+
+
+class Run(Protocol):
+    """The solve that programs are compiled for: ``used`` is what func depends on besides time and state."""
+
+    problem: Problem
+    stats: Stats
+    used: list[Tensor]
+    task: Callable[[], Task]
+
+
+class Plan:
+    """The programs for one graph of func and one layout, compiled and checked when they are first needed."""
+
+    def __init__(self, captured: Captured, layout: Layout) -> None:
+        self._captured, self._layout = captured, layout
+        self._programs: dict[str, list[Program]] = {}
+        self._trials: dict[bool, list[Trial]] | None = None
+
+    def forward(self, run: Run) -> tuple[Program, Program]:
+        """For the first slope, and for a step."""
+        captured, layout = self._captured, self._layout
+
+        def check(programs: list[Program]) -> None:
+            with unchanged(run.problem.func, run.problem.args):
+                self._verification(run).forward(*programs)
+
+        slope, step = self._compiled(
+            "forward", run.stats, lambda: (slope_graph(captured, layout), step_graph(captured, layout)), check
+        )
+        return slope, step
+
+    def expect_gradients(self, run: Run) -> None:
+        """Notes what gradients func has, for the backward pass may find it changed when it checks its programs."""
+        if self._trials is None:
+            with unchanged(run.problem.func, run.problem.args):
+                verification = self._verification(run)
+                self._trials = {inside: verification.trials(inside=inside) for inside in (False, True)}
+
+    def transpose(self, stats: Stats, *, inside: bool) -> Program:
+        """For a step transposed, with or without outputs inside it."""
+        captured, layout = self._captured, self._layout
+
+        def check(programs: list[Program]) -> None:
+            assert self._trials is not None
+            check_transpose(programs[0], layout, captured.wants_gradient, self._trials[inside])
+            self._trials[inside] = []
+
+        return self._compiled(
+            "inside" if inside else "end only",
+            stats,
+            lambda: (transpose_graph(captured, layout, inside=inside),),
+            check,
+        )[0]
+
+    def _verification(self, run: Run) -> Verification:
+        return Verification(run.task(), self._layout, run.used, self._captured.wants_gradient)
+
+    def _compiled(
+        self,
+        name: str,
+        stats: Stats,
+        trace: Callable[[], tuple[Traced, ...]],
+        check: Callable[[list[Program]], None],
+    ) -> list[Program]:
+        if name not in self._programs:
+            start = time.perf_counter()
+            try:
+                with undisturbed():
+                    programs = compile_programs(*trace())
+            except AcaError:
+                raise
+            except Exception as error:
+                raise CompileError(
+                    f'torch\'s compiler failed on func. Use engine="eager". It says: {type(error).__name__}: {error}'
+                ) from error
+            check(programs)
+            self._programs[name] = programs
+            stats.compile_seconds += time.perf_counter() - start
+        return self._programs[name]
+
+
+class Specification:
+    """What one solve and the next share beyond the programs: times, tolerances, step control, and sizes."""
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        problem = run.problem
+        self.plan, y0 = plan, problem.y0.detach()
+        ops = operations_for(y0, problem.tolerance)
+        assert isinstance(ops, KernelOperations)
+        self._ops = ops  # holds the tolerances of each element
+        self.loop = ops.compiled_specification(problem, *plan.forward(run))
+        self.forward_bytes = self.loop.forward_bytes
+        self.rows_shape, self.rows_stride = (len(problem.times), *y0.shape), (y0.numel(), *y0.stride())
+        # Each step is replayed up to the last stage that an output needs.
+        solution = scheme_of(problem.tableau, problem.adaptive).solution
+        self._evals = 1 + max(i for i, w in enumerate(solution) if w != 0), len(solution)
+        self._backward: dict[tuple[bool, bool], tuple[Program | None, Program | None, int]] = {}
+
+    def backward(self, stats: Stats, n_end_only: int, n_inside: int) -> tuple[Program | None, Program | None, int]:
+        """Programs for so many steps without and with outputs inside, and the bytes that they need."""
+        key = n_end_only > 0, n_inside > 0
+        if key not in self._backward:
+            end_only = self.plan.transpose(stats, inside=False) if key[0] else None
+            inside = self.plan.transpose(stats, inside=True) if key[1] else None
+            self._backward[key] = end_only, inside, self.loop.backward_bytes(end_only, inside)
+        stats.n_f_evals_backward = n_end_only * self._evals[0] + n_inside * self._evals[1]
+        return self._backward[key]

@@ -34,7 +34,7 @@ def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     ys = names["ys"]
     assert isinstance(ys, torch.Tensor)
     assert ys.shape == (5, 128, 2)
-    assert all(p.grad is not None for p in names["net"].parameters())
+    assert all(p.grad is not None for p in names["func"].parameters())
     assert names["longer"].y.shape == (7, 128, 2)
     assert "n_f_evals" in capsys.readouterr().out
 

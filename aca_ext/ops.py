@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aca_ext import _C
-from aca_ext.admission import is_plain
+from aca_ext.admission import is_plain, looks_readable
 from aca_ext.differentiable import DifferentiableOperations
 from aca_ext.layout import aligned_rows, empty_rows, scalars
 from aca_ext.reference import Number
@@ -36,6 +36,7 @@ __all__ = [
     "controller_for",
     "empty_rows",
     "has_kernels",
+    "has_memory",
     "operations_for",
     "own_result",
     "row_operations_for",
@@ -260,6 +261,11 @@ def has_kernels(like: Tensor) -> bool:
     if not is_plain(like) or like.dtype not in _DTYPES:
         return False
     return like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA)
+
+
+def has_memory(x: Tensor) -> bool:
+    """Whether ``x`` is a plain strided tensor with memory behind it, or none to have."""
+    return _C.has_memory(x) or looks_readable(x)  # the first takes less time, and may not know
 
 
 def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> TorchOperations:

@@ -9,13 +9,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from aca_ext.admission import looks_readable
 from aca_ext.arguments import holds_grad, lookup
 from aca_ext.controller import Controller
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.grid import grid_of
 from aca_ext.methods import ALIASES, METHODS
 from aca_ext.operations_pool import OperationsPool
+from aca_ext.ops import has_memory
 from aca_ext.options import (
     FIXED_OPTIONS,
     Options,
@@ -175,7 +175,7 @@ def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
     """A tensor on the CPU of a floating dtype that means what its elements say."""
-    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and looks_readable(x)
+    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and has_memory(x)
 
 
 def _checked(

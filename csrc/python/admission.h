@@ -85,29 +85,32 @@ inline void check_whole(PyObject* x) {
 // Whether nothing but the one reference that the caller holds leads to a tensor or to its memory: no variable of func,
 // no view, no array of NumPy. Counts are compared with those of a tensor that is known to be alone, since versions of
 // torch count differently; where they differ for another reason, a tensor is taken to be shared.
-class Solitude {
+class Ownership {
   public:
-    static Solitude& known() {
-        static Solitude solitude;
-        return solitude;
+    static Ownership& known() {
+        static Ownership ownership;
+        return ownership;
     }
 
     // Learns from a new tensor and a view of another one, each held by the caller alone.
     void learn(const py::object& tensor, const py::object& view) {
-        is_known_ = Torch::found().storage_uses != nullptr;
-        if (!is_known_) return;
-        tensor_ = counts_of(tensor.ptr(), true);
-        view_ = counts_of(view.ptr(), true);
+        if (!Torch::found().storage_uses) return;
+        try {
+            tensor_ = counts_of(tensor.ptr(), false), view_ = counts_of(view.ptr(), false);
+            is_known_ = true;
+        } catch (const py::error_already_set&) {  // another version of torch: every tensor is taken to be shared
+            is_known_ = false;
+        }
     }
 
-    // With a graph, which may hold the memory without ever writing to it, references from C++ are not counted.
-    bool holds(PyObject* x, bool has_graph) const {
+    // The graph of `x` may hold the memory, without ever writing to it: then only tensors in Python count.
+    bool is_sole(PyObject* x, bool has_graph) const {
 #ifdef Py_GIL_DISABLED
         (void)x, (void)has_graph;
         return false;
 #else
         if (!is_known_ || Py_REFCNT(x) != 1) return false;
-        const Counts now = counts_of(x, !has_graph);
+        const Counts now = counts_of(x, has_graph);
         return now.is_like(now.base ? view_ : tensor_, has_graph);
 #endif
     }
@@ -119,20 +122,21 @@ class Solitude {
         bool is_own = false;  // memory that torch allocated, which no array of NumPy shares
 
         bool is_like(const Counts& alone, bool has_graph) const {
-            return is_own && storage == alone.storage && base == alone.base && uses == alone.uses &&
-                   base_uses == alone.base_uses && (has_graph || storage_uses == alone.storage_uses);
+            const bool is_alike = uses == alone.uses && base == alone.base && base_uses == alone.base_uses;
+            return is_alike &&
+                   (has_graph || (is_own && storage == alone.storage && storage_uses == alone.storage_uses));
         }
     };
 
-    static Counts counts_of(PyObject* x, bool counts_storage) {
+    static Counts counts_of(PyObject* x, bool has_graph) {
         static const Attribute untyped_storage{"untyped_storage"}, cdata{"_cdata"}, uses{"_use_count"},
             resizable{"resizable"}, base{"_base"};
         Counts counts;
-        const py::object storage = untyped_storage.call(x);
-        counts.storage = Py_REFCNT(storage.ptr());
-        counts.is_own = resizable.call(storage.ptr()).ptr() == Py_True;
         counts.uses = as_long(uses.call(x));
-        if (counts_storage) {
+        if (!has_graph) {
+            const py::object storage = untyped_storage.call(x);
+            counts.storage = Py_REFCNT(storage.ptr());
+            counts.is_own = resizable.call(storage.ptr()).ptr() == Py_True;
             PyObject* const count = Torch::found().storage_uses;
             counts.storage_uses = as_long(Attribute::owned(PyObject_CallOneArg(count, cdata.of(storage.ptr()).ptr())));
         }

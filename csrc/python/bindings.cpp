@@ -191,7 +191,7 @@ void use_torch(const py::type& tensor, const py::type& parameter, const py::obje
     torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()),
              reinterpret_cast<PyTypeObject*>(py::type(parameter).release().ptr()), nullptr, nullptr};
     if (!storage_uses.is_none()) torch.storage_uses = py::object(storage_uses).release().ptr();
-    Solitude::known().learn(alone[0], alone[1]);
+    Ownership::known().learn(alone[0], alone[1]);
     if (exchange_api.is_none()) return;
     const auto* api =
         static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
@@ -202,7 +202,7 @@ void use_torch(const py::type& tensor, const py::type& parameter, const py::obje
 // The tensor that `f(*args)` returns, or a copy where somebody else could change it.
 py::object own_result(const py::object& f, const py::tuple& args) {
     py::object x = Attribute::owned(PyObject_CallObject(f.ptr(), args.ptr()));
-    if (x.is_none() || Solitude::known().holds(x.ptr(), false)) return x;
+    if (x.is_none() || Ownership::known().is_sole(x.ptr(), false)) return x;
     return x.attr("clone")();
 }
 

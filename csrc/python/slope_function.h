@@ -28,8 +28,8 @@ class Slope {
     py::object operator()(PyObject* t, PyObject* y) {
         dlpack::Tensor before;
         Result k = evaluate(t, y, Torch::found().look(y, &before) ? uintptr_t(before.data) : 0);
-        if (admission_.is_for_kernels()) check_whole(k.tensor.ptr());
-        if (k.is_held || !Solitude::known().holds(k.tensor.ptr(), k.has_graph))
+        if (n_evals == 1 && admission_.is_for_kernels()) check_whole(k.tensor.ptr());
+        if (k.is_held || !Ownership::known().is_sole(k.tensor.ptr(), k.has_graph))
             return names().clone.call(k.tensor.ptr());
         return std::move(k.tensor);
     }
@@ -51,7 +51,8 @@ class Slope {
             k.tensor = checked_(k.tensor);
             if (!admission_.admits(k.tensor.ptr(), &k.address) && admission_.is_for_kernels()) refuse_without_memory();
         }
-        if ((versioned_ && !equal(version, names().version.of(y))) || has_moved(y, y_address)) changed_();
+        if ((versioned_ && !equal(version, names().version.of(y))) || Torch::found().has_moved(y, y_address))
+            changed_();
         k.is_held = Py_REFCNT(k.tensor.ptr()) != 1;
         if (names().requires_grad.of(k.tensor.ptr()).ptr() == Py_True) {
             k.has_graph = is_grad_enabled_().ptr() != Py_False;
@@ -78,12 +79,6 @@ class Slope {
     static const Names& names() {
         static const Names all;
         return all;
-    }
-
-    // func may have freed the memory of its state, or given it another.
-    static bool has_moved(PyObject* y, uintptr_t from) {
-        dlpack::Tensor now;
-        return from != 0 && Torch::found().view && !(Torch::found().look(y, &now) && uintptr_t(now.data) == from);
     }
 
     py::object call(PyObject* t, PyObject* y) const {

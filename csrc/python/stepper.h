@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -149,7 +150,7 @@ class Stepper {
             const Row y_i = i == 0 ? Row{names().detach.call(y.ptr()), y_address} : weighted(rows_[i], y_address, h, k);
             names().require_grad.call(y_i.tensor.ptr());
             states.push_back(y_i.tensor);
-            stages.push_back(stage(call(f, slope, i, y_i.tensor, y_i.address)));
+            stages.push_back(stage(call(f, slope, i, y_i.tensor, y_i.address), i));
             k.push_back(stages[i].values.address);
         }
         if (!compare.is_none() && int(count) > solution_.index.back()) {
@@ -173,11 +174,13 @@ class Stepper {
             sum_up(grad_k.address, 0, h, terms);
             stage_i.check_unchanged();
             py::object v_i = pull_back(y_i, stage_i.slope, grad_k.tensor);
-            if (memory_of(grad_k.tensor) != grad_k.address) refuse_without_memory();
+            if (Torch::found().has_moved(grad_k.tensor.ptr(), grad_k.address)) refuse_without_memory();
             if (v_i.is_none()) continue;
             Row v = admitted(slope, admit, std::move(v_i));
-            if (pulled.empty()) check_whole(v.tensor.ptr());  // once a step: it takes longer than the other checks
-            pulled.emplace_back(i, own(std::move(v)));
+            if (!has_looked_) check_whole(v.tensor.ptr());  // once: it takes longer than the other checks
+            has_looked_ = true;
+            const bool is_held = Py_REFCNT(v.tensor.ptr()) != 1;
+            pulled.emplace_back(i, kept(std::move(v), is_held, false, count + i));
         }
 
         Terms terms;
@@ -308,19 +311,19 @@ class Stepper {
 
     Row slope_of(const py::object& f, Slope* slope, size_t i, const py::object& y, uintptr_t y_address) {
         Evaluation k = call(f, slope, i, y, y_address);
-        return k.is_held ? copy({std::move(k.tensor), k.address}) : own({std::move(k.tensor), k.address});
+        Row row{std::move(k.tensor), k.address};
+        return !k.is_held && is_own(row, false) ? row : copy(row);
     }
 
-    Stage stage(Evaluation k) {
-        if (!k.has_graph)
-            return {k.tensor, k.is_held ? copy({k.tensor, k.address}) : own({k.tensor, k.address}), py::object()};
+    Stage stage(Evaluation k, size_t i) {
+        if (!k.has_graph) return {k.tensor, kept({k.tensor, k.address}, k.is_held, false, i), py::object()};
         py::object version = k.is_held ? py::object() : version_of(k.tensor);
         if (!version) {  // func may give the same tensor another graph
             k.tensor = names().clone.call(k.tensor.ptr());
             k.address = memory_of(k.tensor);
             version = names().version.of(k.tensor.ptr());
         }
-        Row values = own({k.tensor, k.address}, true);
+        Row values = kept({k.tensor, k.address}, false, true, i);
         return {std::move(k.tensor), std::move(values), std::move(version)};
     }
 
@@ -341,23 +344,41 @@ class Stepper {
         return {std::move(x), address};
     }
 
-    // `x`, or a copy where somebody else could change it before the step is done: func may write all its slopes, and a
-    // backward pass all its results, into one buffer. Copying a small one is cheaper than looking who else has it.
-    Row own(Row x, bool has_graph = false) {
-        const bool is_small = on_.backend == &cpu_backend() && n_ * itemsize() <= kSmall;
-        return !is_small && Solitude::known().holds(x.tensor.ptr(), has_graph) ? x : copy(x);
+    // False where somebody else could change `x` before the step is done: func may write all its slopes, and a backward
+    // pass all its results, into one buffer. Copying a small one is cheaper than looking who else has it.
+    bool is_own(const Row& x, bool has_graph) const {
+        return !is_small() && Ownership::known().is_sole(x.tensor.ptr(), has_graph);
     }
 
     Row copy(const Row& x) {
-        const Row out = copies_.take();
-        Terms one;
-        one.add(1, x.address);
-        check_memory(out.address);
-        sum_up(out.address, 0, 1, one);
+        Row out = copies_.take();
+        copy_to(check_memory(out.address), x.address);
         return out;
     }
 
-    int64_t itemsize() const { return on_.target.dtype == DType::f32 ? 4 : 8; }
+    // `x` in the replay, or a copy of a small one in place `i` of those of the step.
+    Row kept(Row x, bool is_held, bool has_graph, size_t i) {
+        if (!is_small()) return !is_held && is_own(x, has_graph) ? x : copy(x);
+        const size_t pitch = (size_t(n_bytes()) + sizeof(Line) - 1) / sizeof(Line);
+        values_.resize(2 * rows_.size() * pitch);
+        const auto to = reinterpret_cast<uintptr_t>(values_.data() + i * pitch);
+        copy_to(to, x.address);
+        return {py::object(), to};
+    }
+
+    void copy_to(uintptr_t to, uintptr_t from) const {
+        if (n_ == 0) return;
+        if (is_small()) {
+            std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), size_t(n_bytes()));
+        } else {
+            Terms one;
+            one.add(1, from);
+            sum_up(to, 0, 1, one);
+        }
+    }
+
+    bool is_small() const { return on_.backend == &cpu_backend() && n_bytes() <= kSmall; }
+    int64_t n_bytes() const { return n_ * (on_.target.dtype == DType::f32 ? 4 : 8); }
 
     uintptr_t memory_of(const py::object& x) const { return check_memory(address_of(x)); }
 
@@ -414,6 +435,9 @@ class Stepper {
     }
 
     static constexpr int64_t kSmall = 4096;  // bytes
+    struct alignas(64) Line {
+        std::byte bytes[64];
+    };
 
     BoundTarget on_;
     int64_t n_;
@@ -422,8 +446,10 @@ class Stepper {
     std::vector<std::vector<double>> a_;  // the rows with their zeros
     Weights solution_;
     bool fsal_, estimates_error_;
+    bool has_looked_ = false;  // closely at what backward passes return
     std::vector<double> error_;
     double error_last_ = 0;
+    std::vector<Line> values_;  // of slopes and cotangents in the replay, where they are small
     Copies copies_;
     Rows states_, times_;
     py::object error_estimate_;

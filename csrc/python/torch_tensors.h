@@ -61,6 +61,12 @@ struct Torch {
         return has_memory(x, uintptr_t(seen->data)) && seen->strides != nullptr && seen->byte_offset == 0;
     }
 
+    // Whether `x`, which was at `address` if that is not 0, lost its memory or was given another.
+    bool has_moved(PyObject* x, uintptr_t address) const {
+        dlpack::Tensor now;
+        return address != 0 && view && !(look(x, &now) && uintptr_t(now.data) == address);
+    }
+
     // Without memory, a tensor's address is as far from 0 as the tensor from the start of its storage.
     static bool has_memory(PyObject* x, uintptr_t address) {
         constexpr uint64_t kSurelyMemory = uint64_t(1) << 40;  // further than any tensor from the start of its storage

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class Run:
-    """What one gradient method achieved and cost."""
+    """Result and cost of one gradient method."""
 
     gradient: str
     accuracy: float = 0.0

@@ -1,4 +1,4 @@
-"""What ``solve`` returns, and how a solve that stopped goes on."""
+"""``Solution``, the result of ``solve``, and the continuation of a solve that stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from aca_ext.solver.loop import Stats
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a solve goes on, from which state of the ODE, to which of the requested times, and by which call."""
+    """Continuation of a solve that stopped: states of the solver and of the ODE, times left, and the call to make."""
 
     state: SolverState
     y: State
@@ -34,7 +34,7 @@ class Continuation:
 
 @dataclass(frozen=True, repr=False)
 class Solution:
-    """What ``solve`` returns.
+    """Result of ``solve``.
 
     Attributes:
         t: the requested times as given, (T,), or (batch, T) where the samples are independent; those reached where the

@@ -1,4 +1,4 @@
-"""What do the host and the GPU do in a solve: launches, waits, kernels, and time in Python?
+"""Breakdown of a solve on a GPU: launches, waits, kernels, and time in Python.
 
 float32, dopri5. ``busy`` is the part of a solve's time in which the GPU has work: the sum over its kernels and copies,
 seen by PyTorch's profiler, over the time of the solve without it. ``launches`` are those of the host, a whole graph

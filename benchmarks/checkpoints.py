@@ -1,4 +1,4 @@
-"""What do few checkpoints cost? Memory and steps computed again for a long solve, against the fewest possible.
+"""Cost of few checkpoints: memory and steps computed again for a long solve, against the fewest possible.
 
 20 000 steps of dopri5 on a state of 256 doubles, forward and backward, each choice in a process of its own (Linux).
 ``states`` is the memory of those kept, ``process`` how much the process grew at most, the record of (t, h) included.

@@ -1,4 +1,4 @@
-"""What does a training step of a convolutional neural ODE cost on a GPU, in time and memory?
+"""Cost of a training step of a convolutional neural ODE on a GPU, in time and memory.
 
 A block as in NODE18: two 3×3 convolutions of 64 channels with normalisation and ReLU, 32×32 images in batches of 128,
 channels_last; f under autocast to bfloat16, in the backward pass as well; tolerance 1e-2. By adaptive_heun, of which

@@ -1,4 +1,4 @@
-"""How near to the memory's speed is an ensemble of eight million Lorenz systems on a GPU?
+"""Speed of an ensemble of eight million Lorenz systems on a GPU, relative to the memory's.
 
 float32, forward, state (3, 2^23), by fixed steps and by adaptive ones at the same tolerance. The floor is that of
 ``large_state``: the evaluations of f that a solver makes, each as long as f takes by itself, and the bytes that the

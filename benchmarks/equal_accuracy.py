@@ -1,4 +1,4 @@
-"""How much time does each solver take to reach the same error, of the solution forward and of the gradient backward?
+"""Time of each solver to reach the same error, of the solution forward and of the gradient backward.
 
 One CPU thread, float64, dopri5. Each solver runs over a range of tolerances; its time at an error is read off the
 log-log line between the runs on either side of it. Errors are relative, against dopri8 at tolerance 1e-12.
@@ -109,7 +109,7 @@ def _time_at(error: float, curve: list[tuple[float, float]]) -> float:
 
 
 def _doubt(workload: Network) -> float:
-    """How far torchdiffeq's dopri8, made to land on the end, is from the reference: the larger of the two errors."""
+    """Distance of torchdiffeq's dopri8, made to land on the end, from the reference: the larger of the two errors."""
     from torchdiffeq import odeint
 
     problem = workload.problem(torch.float64, "cpu", tol=1e-12)

@@ -25,7 +25,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = 3, 100
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for on the command line."""
+    """The request on the command line."""
 
     device: str = "cpu"
     quick: bool = False
@@ -46,7 +46,7 @@ Parts = Iterator[Table | str]
 
 @dataclass
 class Result:
-    """What a benchmark has yielded; ``is_complete`` once it has reached its end."""
+    """Tables that a benchmark has yielded; ``is_complete`` once it has reached its end."""
 
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -112,7 +112,7 @@ def torch_threads(n: int) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What it says, cut short."""
+    """Its message, cut short."""
     return next(iter(str(error).splitlines()), "")[:300]
 
 

@@ -1,4 +1,4 @@
-"""What do steps of its own for every sample save, and what do they cost? Van der Pol oscillators of rising stiffness.
+"""Savings and cost of separate steps for every sample. Van der Pol oscillators of rising stiffness.
 
 32 oscillators with stiffness from 1 on, dopri5, float64, one thread, forward and backward for start and stiffness.
 ``steps`` are the trial steps of a sample, ``f rows`` the samples that f is evaluated on, forward; ``one by one`` solves

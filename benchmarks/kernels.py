@@ -1,4 +1,4 @@
-"""How fast is each kernel, by size and number of operands, next to the same operation in plain torch?
+"""Speed of each kernel, by size and number of operands, next to the same operation in plain torch.
 
 float32, torch's default number of threads. GB/s counts each operand once. The kernels write sums and solutions into
 memory that is there already; plain torch allocates. On a GPU float64 too, with states of 256 MB; ``/ copy`` is GB/s

@@ -1,4 +1,4 @@
-"""How far from the memory's speed is a solve whose state is large?
+"""Speed of a solve with a large state, relative to the memory's.
 
 W4, float32, forward, two threads. The floor of one evaluation of f is f itself and a sixth of the bytes of a dopri5
 step at the speed of a copy, both at the best of several runs over as many arrays as a step has. The bytes: stage sums,

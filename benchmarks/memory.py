@@ -1,4 +1,4 @@
-"""How does the peak memory of a gradient grow with the number of accepted steps?
+"""Peak memory of a gradient by the number of accepted steps.
 
 W2's network, float32, dopri5 with equal steps: tolerances that every step meets, and a bound on the step. Bytes of
 tensors alive at once, over those of the state, from the forward through the backward pass.

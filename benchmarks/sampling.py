@@ -1,4 +1,4 @@
-"""What does a fixed-step solve without gradient cost beyond f, as when a trained flow is sampled?
+"""Cost beyond f of a fixed-step solve without gradient, as when a trained flow is sampled.
 
 One CPU thread, float32, 100 equal steps, once with every step's state returned and once with the last one alone.
 ``/ f`` is time over n_f_evals calls of f.

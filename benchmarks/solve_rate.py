@@ -1,4 +1,4 @@
-"""How many steps per second do whole solves make on a GPU, by engine, next to torchdiffeq and diffrax?
+"""Steps per second of whole solves on a GPU, by engine, next to torchdiffeq and diffrax.
 
 float32, dopri5 at the workload's tolerance, all solvers in turn; products in full precision, jax's too. Times are those
 of the host from the call until the device is done. aca_ext is given t on the CPU, where it wants it, torchdiffeq on the
@@ -209,7 +209,7 @@ def _device_loops(value: bool) -> Iterator[None]:
 
 
 def _seconds(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns and how long it took, the device included."""
+    """Its result and its duration, the device included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How does the cost beyond f change with the size of the state?
+"""Cost beyond f by the size of the state.
 
 float32, forward, dopri5, f = -y, torch's default number of threads. Overhead is (time - n_f_evals × f) over n_f_evals:
 what the solver adds to each evaluation.

@@ -1,4 +1,4 @@
-"""How many accepted steps per second does each solver make on small networks, and what does a solve cost beyond f?
+"""Accepted steps per second of each solver on small networks, and the cost of a solve beyond f.
 
 One CPU thread, float32, dopri5 at the workload's tolerance, all solvers in turn. ``/ f`` is time over n_f_evals calls
 of f without gradient. ``/ floor`` is time over what an exact gradient from checkpoints cannot avoid: the forward

@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, the same random numbers, and the benchmarks importable."""
+"""Common start of every test: one thread, the same random numbers, and the benchmarks importable."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def wrapped_by(wrapping: str, model: nn.Module, world: int) -> nn.Module:
 
 
 def trained(wrapping: str, kind: str, rank: int, world: int) -> dict[str, object]:
-    """What this process has after training on its share of the batch, or the error that kept it from that."""
+    """Result of this process after training on its share of the batch, or the error that prevented it."""
     model = model_of(kind)
     fired: list[int] = []
     if wrapping == "ddp":

@@ -1,4 +1,4 @@
-"""What config() tells of the build, and what importing the uncompiled source folder does."""
+"""Build information of config(), and the import of the uncompiled source folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README says of names and orders is so, and its example runs."""
+"""README: the names and the order that it gives are right, and its example runs."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 
 
 class TestTorchdiffeq:
-    """Who replaces ``from torchdiffeq import odeint`` gets the same solution, to tolerance, from the same call."""
+    """Replacing ``from torchdiffeq import odeint`` gives the same solution, to tolerance, from the same call."""
 
     @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2"])
     @pytest.mark.parametrize("times", [[0.0, 0.5, 2.0], [2.0, 0.7, 0.0]])

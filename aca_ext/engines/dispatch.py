@@ -113,7 +113,7 @@ def run_compiled_again(
     options: Mapping[str, Any] | None,
     args: Sequence[Any],
 ) -> Solution | None:
-    """What ``run`` returns for engine="compiled" without the rest of its checks, where they were made before."""
+    """``run`` for engine="compiled" without most of its checks; None unless they were made before."""
     if recorder() is not None:
         return None
     refuse_transforms("y0", y0)
@@ -212,7 +212,7 @@ def _explain_times_of_samples(error: Exception) -> None:
 
 
 def _method(problem: Problem, learnt: Tensor | None, gradient: str) -> Callable[[Task], Result]:
-    """What solves a task, with the graph that is asked for."""
+    """The function that solves a task with the requested gradient."""
     is_batch = isinstance(problem, BatchProblem)
     if not torch.is_grad_enabled():
         return independent_gradients.solve_without_graph if is_batch else _without_graph

@@ -120,7 +120,7 @@ def _refuse_input(by: str, what: str, x: object) -> None:
 
 
 def _depends_on_input(x: Tensor) -> bool:
-    """Whether an input of the model that torch.jit.trace records is among what ``x`` was computed from."""
+    """Tells whether an input of the model that torch.jit.trace records is among what ``x`` was computed from."""
     waiting, seen = [] if _value_of is None else [_value_of(x)], set()
     while waiting:
         value = waiting.pop()

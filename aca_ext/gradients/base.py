@@ -1,4 +1,4 @@
-"""What every gradient method is given and returns."""
+"""Interface of the gradient methods: the task that each is given, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class AdjointOptions:
 
 
 class Record(Protocol):
-    """What is left of the steps of a solve."""
+    """Record of the accepted steps of a solve."""
 
     def bounds(self) -> Tensor | tuple[Tensor, ...]: ...
 

@@ -1,4 +1,4 @@
-"""Which tensors func depends on by itself: those that its first evaluation uses, and those that it holds.
+"""Tensors that func depends on besides its arguments: those that its first evaluation uses, and those that it holds.
 
 The first evaluation is made with a graph, from a state that requires grad, and watched. Leaves are found in its graph.
 Tensors with a history of their own, a context vector in a closure or on a module, are seen as operands of torch

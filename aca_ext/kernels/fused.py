@@ -255,7 +255,7 @@ class DifferentiableRowKernels(DifferentiableKernels, RowKernels):
 
 
 def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
-    """Where operations on states laid out like ``like`` run: on a GPU, on the stream that is current now."""
+    """The target of operations on states laid out like ``like``: on a GPU, the stream that is current now."""
     device = like.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     threads = torch.get_num_threads() if like.numel() >= _THREADS_FROM else 1
@@ -264,7 +264,7 @@ def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
 
 
 def has_kernels(like: Tensor) -> bool:
-    """Whether this build has kernels for the dtype and device of ``like``."""
+    """Tells whether this build has kernels for the dtype and device of ``like``."""
     if not is_plain(like) or like.dtype not in _DTYPES:
         return False
     return like.device.type == "cpu" or (like.device.type == "cuda" and _C.HAS_CUDA)
@@ -314,7 +314,7 @@ def slope_function(
 
 
 def own_result(function: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
-    """What ``function`` returns, copied where it or its memory is held by anybody else, who could change it later."""
+    """The result of ``function``, copied if anybody else holds it or its memory and could change it later."""
     return _C.own_result(function, args)
 
 
@@ -334,7 +334,7 @@ def checksums_of(sizes: Sequence[int]) -> _C.Checksums:
 
 
 def config() -> dict[str, str]:
-    """What was built, and what runs."""
+    """Versions and build options, as a dict."""
     cuda = f"built for {_C.CUDA_ARCHITECTURES}; {_C.cuda_device_count()} device(s) here" if _C.HAS_CUDA else "not built"
     threads = f"{torch.get_num_threads()}" if _C.HAS_OPENMP else "1 (built without OpenMP)"
     return {

@@ -1,4 +1,4 @@
-"""Who refers to a tensor in Python, told by its reference count.
+"""References to a tensor from Python, told by its reference count.
 
 Graphs refer to tensors in C++. Torch counts that in Python too, from some version on: what it adds is measured here.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def is_held(count: int, x: Tensor, n_known: int) -> bool:
-    """Whether something holds ``x`` besides graphs, one variable or attribute, and ``n_known`` references more.
+    """Tells whether something holds ``x`` besides graphs, one variable or attribute, and ``n_known`` references more.
 
     ``count`` is ``sys.getrefcount(x)``, taken by the caller: what a call adds depends on how the interpreter makes it.
     """

@@ -38,7 +38,7 @@ class Controller:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """What ``grow`` and ``shrink`` depend on."""
+        """The numbers that ``grow`` and ``shrink`` depend on."""
         return {name: value for name, value in vars(self).items() if name != "first_step"}
 
     @property

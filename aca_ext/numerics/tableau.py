@@ -1,4 +1,4 @@
-"""What an explicit Runge-Kutta method is, as data: a tableau parsed from rationals, checked, evaluated."""
+"""Butcher tableau of an explicit Runge-Kutta method: parsed from rationals, checked, evaluated."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Tableau:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the method estimates its error, so that a controller can choose the steps."""
+        """Tells whether the method estimates its error, so that a controller can choose the steps."""
         return self.error is not None
 
     @cached_property

@@ -25,12 +25,12 @@ _is_zeros: Callable[[Tensor], bool] = getattr(torch, "_is_zerotensor", lambda x:
 
 
 def is_plain(x: object) -> bool:
-    """Whether ``x`` is a tensor or parameter of no subclass: a subclass may hold its elements elsewhere."""
+    """Tells whether ``x`` is a tensor or parameter of no subclass: a subclass may hold its elements elsewhere."""
     return type(x) in _PLAIN
 
 
 def has_memory(x: Tensor) -> bool:
-    """Whether a plain strided tensor has an address, or no elements: a first look that costs little.
+    """Tells whether a plain strided tensor has an address, or no elements: a first look that costs little.
 
     Without memory, its address is as far from 0 as the tensor from the start of its storage.
     """

@@ -1,4 +1,4 @@
-"""What the checks of several arguments have in common: names to look up, numbers, tensors with a gradient."""
+"""Checks shared by several arguments: names to look up, numbers, tensors with a gradient."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def number_in(value: object) -> float | None:
 
 
 def holds_grad(x: Any) -> bool:
-    """Whether a tensor in ``x``, however deep, requires grad."""
+    """Tells whether a tensor in ``x``, however deep, requires grad."""
     return any(tensor.requires_grad for tensor in tensors_in(x))

@@ -1,4 +1,4 @@
-"""What a batch of independent problems is: its arguments checked, its state packed sample by sample."""
+"""A batch of independent problems: its arguments checked, its state packed sample by sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
 
 
 def is_independent(options: object) -> bool:
-    """Whether option ``batch`` asks for independent samples.
+    """Tells whether option ``batch`` asks for independent samples.
 
     Raises:
         OptionError: it is something else than "independent", "common" or None.

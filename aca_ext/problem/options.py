@@ -45,7 +45,7 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
 
 
 def controller_of(given: Options, tableau: Tableau) -> Controller:
-    """What chooses the steps. Raises OptionError where an option of its is out of range."""
+    """The controller of adaptive steps. Raises OptionError if one of its options is out of range."""
     values: dict[str, float] = {}
     for name in _CONTROLLER_OPTIONS:
         value = given.get(name)
@@ -116,7 +116,7 @@ def max_num_steps_of(value: object) -> int:
 
 
 def stops_at_limit(value: object) -> bool:
-    """Whether a solve at its limit returns, instead of raising StepLimitError."""
+    """Tells whether a solve at its limit returns, instead of raising StepLimitError."""
     if value not in (None, "raise", "stop"):
         raise OptionError(
             f'option on_step_limit is {value!r}; it is "raise" (StepLimitError after max_num_steps trial steps, the '

@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Problem:
-    """What to solve and how.
+    """Description of a solve, with its arguments checked.
 
     Attributes:
         y0: the packed initial state, one dense real tensor, with its graph.
@@ -156,7 +156,7 @@ def known_problem(
     options: Options | None,
     args: Sequence[Any],
 ) -> Problem | None:
-    """What ``problem_of`` returns, where arguments like these were checked before and none needs a closer look."""
+    """``problem_of`` for arguments like ones that were checked before; None if they were not."""
     known = _known.get(_key(y0, t, rtol, atol, method, options))
     if known is None or args != () or not callable(func):
         return None
@@ -165,7 +165,7 @@ def known_problem(
 
 
 def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tuple[Any, ...] | None:
-    """What a problem depends on besides func, args and the values of y0; None where that is more than plain values."""
+    """Key of the checked arguments besides func, args and the values of y0; None unless they are plain values."""
     numbers = _numbers_in(options)
     is_known_kind = type(rtol) is type(atol) is float and (method is None or type(method) is str)
     if not (is_known_kind and numbers is not None and _is_plain(y0) and _is_plain(t) and t.dim() == 1):

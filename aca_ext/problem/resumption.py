@@ -1,4 +1,4 @@
-"""What a solve needs to know to go on exactly where another one stopped."""
+"""State of the solver from which a solve goes on exactly where another one stopped."""
 
 from __future__ import annotations
 

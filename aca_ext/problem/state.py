@@ -25,7 +25,7 @@ _DTYPES = (
 
 @dataclass(frozen=True)
 class Packing:
-    """How a user's state becomes the one dense real tensor that the solver works on.
+    """Conversion between a user's state and the one dense real tensor that the solver works on.
 
     A real tensor is taken as it is and keeps its memory format; a complex one is viewed as real with a last dimension
     of 2; a tuple is flattened and concatenated.
@@ -84,7 +84,7 @@ class Packing:
 
     @property
     def segments(self) -> list[int]:
-        """Where each component of the packed tensor starts, and the end."""
+        """Start of each component of the packed tensor, and the end."""
         bounds = [0]
         for size in self.sizes:
             bounds.append(bounds[-1] + size)
@@ -156,7 +156,7 @@ def like_tuple(kind: type[tuple[Tensor, ...]], parts: Iterable[Tensor]) -> tuple
 
 
 def _advice(y0: object) -> str:
-    """How to make a state of what is none."""
+    """Advice on how to make a state of an object that is none."""
     if type(y0).__module__ == "torch.fx.proxy":
         return " torch.fx.symbolic_trace cannot look into a solve: make the layer that holds it a leaf of its tracer."
     if isinstance(y0, list):

@@ -58,7 +58,7 @@ def meant_by(name: object, allowed: Iterable[str]) -> str | None:
 
 
 def is_implicit(name: object) -> bool:
-    """Whether the name is that of an implicit or multistep method, of which there are none here."""
+    """Tells whether the name is that of an implicit or multistep method, of which there are none here."""
     return any(part in _plain(str(name)) for part in _IMPLICIT)
 
 

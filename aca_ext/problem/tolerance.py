@@ -1,4 +1,4 @@
-"""What the error of a step is measured with: rtol and atol, checked, and the norm."""
+"""Tolerances of a solve: rtol and atol, checked, and the norm that errors are measured in."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tolerance:
         self.sizes = [hi - lo for lo, hi in pairwise(segments)]
 
     def forbids_error(self) -> bool:
-        """Whether some element may have no error at all: its rtol and atol are both zero."""
+        """Tells whether some element may have no error at all: its rtol and atol are both zero."""
         total = self.rtol + self.atol
         return bool((total == 0).any()) if isinstance(total, Tensor) else total == 0
 

@@ -80,7 +80,7 @@ class Checkpoints:
         self.accept()
 
     def slot(self) -> Tensor:
-        """Where the solution of the current trial belongs."""
+        """The row that receives the solution of the current trial."""
         if not self._free:
             first = self._n_rows % self._rows_per_block
             if first == 0:
@@ -99,7 +99,7 @@ class Checkpoints:
         return empty_rows(self._rows_per_block, self._like)
 
     def numbers(self) -> Sequence[int]:
-        """Which state each row of the blocks holds, -1 for none; rows that are not listed hold none."""
+        """Number of the state in each row of the blocks, -1 for none; rows that are not listed hold none."""
         return range(self.count)
 
 
@@ -291,7 +291,7 @@ def distances(numbers: Sequence[int]) -> dict[int, int]:
 
 
 def revolve(n_steps: int, capacity: int) -> int:
-    """How far to go from the first of ``n_steps`` steps to be reversed before the next state is kept.
+    """Number of steps to take, from the first of ``n_steps`` to be reversed, before the next state is kept.
 
     With room for ``capacity`` states, the first one's included, this makes the fewest steps possible: r·n - C(capacity
     + r, r - 1) for the smallest r with n ≤ C(capacity + r, r) (Griewank & Walther, ACM Trans. Math. Softw. 26, 2000).

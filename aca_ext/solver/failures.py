@@ -1,4 +1,4 @@
-"""What is said where a solve stopped before its end, whichever engine ran it."""
+"""Error messages for solves that stop early, shared by all engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Mak
 
 
 def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **numbers: Any) -> SolveError:
-    """What is raised where a solve stopped: why, or what ``kind`` says in general, and how far it came."""
+    """The error for a solve that stopped: the reason, by default that of ``kind``, and the progress made."""
     if kind is NonFiniteError:
         message = fault_of_start(problem.y0) or message
     reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])

@@ -249,7 +249,7 @@ class Solver:
 
     @property
     def _keep(self) -> tuple[Callable[[], Tensor] | None, Callable[[], None] | None]:
-        """Where the solution of a step belongs, and how it is kept."""
+        """Functions that return the memory for the solution of a step, and that keep it."""
         checkpoints = self._checkpoints
         return (None, None) if checkpoints is None else (checkpoints.slot, checkpoints.accept)
 

@@ -148,7 +148,7 @@ def step(
 
 
 def compiled_stepper(ops: TorchOperations, scheme: Scheme) -> Any | None:
-    """What calls f and forms the sums of a step in compiled code; None where they run otherwise."""
+    """The object that calls f and forms the sums of a step in compiled code; None if they run in Python."""
     if type(ops) is not KernelOperations:
         return None
     known = ops.steppers.get(scheme)

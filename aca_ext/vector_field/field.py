@@ -90,7 +90,7 @@ class VectorField:
 
     @property
     def fastest(self) -> SlopeFunction:
-        """What evaluates func with the least in between."""
+        """The callable that evaluates func with the least overhead."""
         return self if self.draws_random_numbers or self.calls_autograd else self._call
 
     def admit(self, y: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class VectorField:
             self._note(module)
 
     def has_put(self, leaf: Tensor) -> bool:
-        """Whether func itself made a leaf and keeps it: nobody who holds it now held it before the first evaluation."""
+        """Tells whether func itself made a leaf and keeps it: it was not held before the first evaluation."""
         if self.holdings is None or self.holdings.has_seen(leaf):
             return False
         return any(place.tensor is leaf for place in Holdings(self._roots).places)
@@ -211,7 +211,7 @@ class VectorField:
             torch.cuda.set_rng_state(state[-1], self._device)
 
     def has_drawn_since(self, state: RandomState) -> bool:
-        """Whether a random generator has moved since ``state``."""
+        """Tells whether a random generator has moved since ``state``."""
         return any(_bytes(a) != _bytes(b) for a, b in zip(state, self.random_state(), strict=True))
 
     def buffer_values(self) -> list[Tensor] | None:

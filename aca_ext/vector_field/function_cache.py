@@ -1,4 +1,4 @@
-"""What is kept for a func as long as it lives: programs that were made for it."""
+"""Per-function cache; an entry dies with its function."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 class Place(NamedTuple):
-    """Where a tensor is held: ``holder[key]`` of a dict or list, the contents of a cell, or an attribute.
+    """Place where a tensor is held: ``holder[key]`` of a dict or list, the contents of a cell, or an attribute.
 
     ``is_attribute`` tells that a dict is the namespace of an object, or of a module.
     """
@@ -50,7 +50,7 @@ class Place(NamedTuple):
         return f"in a {type(self.holder).__name__}"
 
     def get(self) -> Any:
-        """What is there now; None for nothing."""
+        """The object that is there now; None for nothing."""
         holder, key = self.holder, self.key
         try:
             if isinstance(holder, types.CellType):
@@ -73,7 +73,7 @@ class Place(NamedTuple):
 
 
 class Holdings:
-    """What a walk from ``roots`` found.
+    """Findings of a walk from ``roots``.
 
     Args:
         is_thorough: look at what was set on layers of libraries too.

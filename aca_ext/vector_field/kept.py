@@ -40,7 +40,7 @@ class Keepsake:
         self._before = {id(x) for x in self._contents()} - {id(tensor)}
 
     def is_cache(self) -> bool:
-        """Whether it is kept on, and depends on parameters alone, so that its graph is as good as new."""
+        """Tells whether it is kept on, and depends on parameters alone, so that its graph is as good as new."""
         if self.depends_on_state:
             return False
         if self.place is not None:
@@ -64,7 +64,7 @@ class Keepsake:
                 there.put(_lost(now, origins, message))
 
     def snapshot(self) -> Callable[[], None]:
-        """What puts back what its place holds now."""
+        """A function that puts back the present contents of its place."""
         place = self.place
         if place is None:
             return _nothing
@@ -164,7 +164,7 @@ USED_AGAIN = (
 
 
 def is_lost(x: Tensor) -> bool:
-    """Whether it is one whose gradient is an error."""
+    """Tells whether it is one whose gradient is an error."""
     return type(x.grad_fn).__name__ == "_LostBackward"
 
 

@@ -1,4 +1,4 @@
-"""What the modules of the user's f hold: parameters, and buffers that its evaluations use and may move."""
+"""Parameters of the modules of the user's f, and buffers that its evaluations use and may change."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def held_by(module: nn.Module) -> list[Held]:
 
 
 def holds_script(func: Any) -> bool:
-    """Whether code of TorchScript, which sees no substitutes for its tensors, is in a module."""
+    """Tells whether code of TorchScript, which sees no substitutes for its tensors, is in a module."""
     return isinstance(func, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in modules_of(func))
 
 
@@ -128,6 +128,6 @@ def restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 @lru_cache(maxsize=1024)
 def is_distributed(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class average or gather gradients (told by name: importing them takes long)."""
+    """Tells whether modules of this class average or gather gradients (by name: importing them takes long)."""
     names = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
     return any(base.__name__ in names and base.__module__.startswith("torch.") for base in kind.__mro__)

@@ -123,7 +123,7 @@ class Replay:
 
     @property
     def fastest(self) -> SlopeFunction:
-        """What evaluates the next stage with the least in between."""
+        """The callable that evaluates the next stage with the least overhead."""
         return self if self.field.draws_random_numbers else self.field.fastest
 
     def begin_step(self, random_states: Sequence[RandomState] | None) -> None:

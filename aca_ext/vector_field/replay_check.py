@@ -184,7 +184,7 @@ def rounding(like: Tensor, autocast_dtype: torch.dtype | None, held: Sequence[Te
 
 
 def is_deferred(device: torch.device) -> bool:
-    """Whether looking at a number on ``device`` would make the host wait."""
+    """Tells whether looking at a number on ``device`` would make the host wait."""
     return device.type != "cpu"
 
 

@@ -1,4 +1,4 @@
-"""What the experiments share: settings, tables, resumable progress, figures, and the report as text and as JSON."""
+"""Shared parts of the experiments: settings, tables, resumable progress, figures, and reports as text and JSON."""
 
 import json
 import math
@@ -29,7 +29,7 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for on the command line.
+    """The request on the command line.
 
     Attributes:
         scale: "quick" (for tests; its numbers mean nothing), "default" (two cores) or "full" (the paper's setting).
@@ -68,7 +68,7 @@ class Table:
 
 @dataclass
 class Report:
-    """What an experiment returns: tables to print and store, the figures it wrote, and further values to store."""
+    """Result of an experiment: tables to print and store, the figures it wrote, and further values to store."""
 
     name: str
     tables: list[Table] = field(default_factory=list)

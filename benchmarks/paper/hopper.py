@@ -383,7 +383,7 @@ def _mse_table(found: dict, again: list[list[float]]) -> Table:
 
 
 def _order(found: dict, again: list[list[float]]) -> str:
-    """Whether ACA ≤ naive ≤ adjoint, and how much of what the three differ by is chance."""
+    """Tells whether ACA ≤ naive ≤ adjoint, and how much of what the three differ by is chance."""
     lines = []
     for n, percent in enumerate(PERCENT):
         aca, naive, adjoint = mses = [found[f"latent ODE, {name}"][n]["mse"] for name in ("aca", "naive", "adjoint")]

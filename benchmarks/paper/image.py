@@ -190,7 +190,7 @@ def trained(
     progress: Progress,
     tick: Callable[[int], object],
 ) -> dict[str, Any]:
-    """What one training gave: continued where an interrupted one stopped, after any of its epochs.
+    """Result of one training: continued where an interrupted one stopped, after any of its epochs.
 
     Returns:
         ``curve``, a dict per epoch: ``seconds`` and ``cpu_seconds`` of training so far, the test ``error`` in percent,

@@ -145,7 +145,7 @@ def _evaluate(coefficients: list[float], z: float) -> float:
 
 
 def _beside_paper(found: dict, at: list[int]) -> str:
-    """How ACA's row compares with the paper's, for each control."""
+    """Comparison of ACA's row with the paper's, for each control."""
     parts = []
     for control in CONTROLS:
         ratios = [found["aca", control][n][0] / paper for n, paper in zip(at, PAPER["aca"], strict=True)]

@@ -68,7 +68,7 @@ class CompiledBackward {
         return memory.end();
     }
 
-    // What the outputs inside a step contribute: their sum, and for each slope the sum weighted by b_i(theta).
+    // Contribution of the outputs inside a step: their sum, and for each slope the sum weighted by b_i(theta).
     void gather(uintptr_t grad_outputs, const AcceptedStep& step) const {
         const std::vector<uintptr_t>& to = inside_.inputs;
         const size_t stages = spec_.method.stages();

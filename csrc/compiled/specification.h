@@ -1,4 +1,4 @@
-// What one solve by compiled programs and the next have in common: method, tolerances, step control and times.
+// Parts that repeated solves by compiled programs share: method, tolerances, step control and times.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -42,7 +42,7 @@ struct Control {
     int is_unfinished;    // whether the loop goes on
 };
 
-// What the one thread is asked to do.
+// Decisions that the one thread makes.
 enum class Decision { start, euler, first, next, resume, transpose };
 
 namespace control {
@@ -106,7 +106,7 @@ ACA_HD void first(Control& s) {
     prepare(s);
 }
 
-// What follows from the trial just made. `sums` hold its squared error ratios.
+// Judges the trial just made. `sums` hold its squared error ratios.
 ACA_HD void next(Control& s) {
     s.solve.is_accepted = 0;
     if (s.solve.status != Status::running) return;

@@ -118,7 +118,7 @@ ACA_HD void propose(StepControl& s) {
     }
 }
 
-// Whether a trial can be smaller than the last: it is not below the limit, and time moves.
+// Tells whether a trial can be smaller than the last: it is not below the limit, and time moves.
 ACA_HD bool can_shrink(const StepControl& s) { return s.h >= s.controller.min_step && s.t + s.sign * s.h * 0.5 != s.t; }
 
 // Makes the trial part of the solution: the outputs that it reached, and where the next step starts.
@@ -135,7 +135,7 @@ ACA_HD void accept(StepControl& s) {
     if (s.is_cut && ++s.next_stop == s.n_stops) s.status = Status::done;
 }
 
-// What follows from the trial with this error ratio: whether it is accepted, and the size of the next one. The status
+// Judges the trial by its error ratio: whether it is accepted, and the size of the next one. The status
 // not_finite, for a ratio that is not, leaves it to the caller to look whether a smaller step can help.
 ACA_HD void judge(StepControl& s, double ratio) {
     ++s.n_steps;
@@ -166,7 +166,7 @@ ACA_HD double position(const StepControl& s, int64_t output) {
     return time == s.t_done ? 1.0 : (time - s.t_start) / (s.t_done - s.t_start);
 }
 
-// Whether the proposed trial ends at the next requested time.
+// Tells whether the proposed trial ends at the next requested time.
 ACA_HD bool lands_on_output(const StepControl& s) {
     return s.next_output < s.n_times && at<const double>(s.times)[s.next_output] == s.t_next;
 }

@@ -1,4 +1,4 @@
-// What all CUDA code needs: errors as exceptions, and the device of a target made current.
+// Basics of all CUDA code: errors as exceptions, and the device of a target made current.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -73,7 +73,7 @@ struct Terms {
 };
 
 // A functor's `width` is how many elements one call may take at most.
-// Where every row (sample) has a step size of its own, a functor is asked for the one `of_row`, which differs in that
+// If every row (sample) has a step size of its own, a functor is asked for the one `of_row`, which differs in that
 // alone: each row sees the arithmetic that it would see by itself.
 
 // out = base + h·Σ_j w_j·x_j, or without base: stage states, solutions, dense output, and every sum of the transpose.
@@ -204,7 +204,7 @@ struct SquaredErrorRatio {
     }
 };
 
-// What an accepted step leaves: its outputs, its solution where states are kept, and what the next step starts from.
+// End of an accepted step: its outputs, its solution where states are kept, and what the next step starts from.
 template <typename T>
 struct FinishStep {
     static constexpr int width = 1;

@@ -1,4 +1,4 @@
-// What the extension computes, independent of where: every operation, its operands and its contract.
+// Operations of the extension, independent of the backend: every operation, its operands and its contract.
 // Addresses point to memory laid out alike, of the target's dtype; sizes are int64 and may be zero.
 #pragma once
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int64_t kWorkspaceBytes = kMaxPartials * sizeof(double) + 64;
 
 enum class DType { f32, f64 };
 
-// Where and how an operation runs. The CPU uses `threads`; a GPU uses the rest.
+// Place and mode of an operation. The CPU uses `threads`; a GPU uses the rest.
 struct Target {
     DType dtype;
     int threads;

@@ -17,7 +17,7 @@
 
 namespace aca {
 
-// What Code holds, in its order; none for a program that is not there.
+// Fields of Code, in its order; none for a program that is not there.
 using CodeFields = std::array<uintptr_t, 4>;
 
 inline Code make_code(const CodeFields& fields) { return {fields[0], fields[1], size_t(fields[2]), size_t(fields[3])}; }

@@ -134,8 +134,8 @@ class Rows {
         return as_long(Attribute::owned(PyObject_CallOneArg(count, storage_address_.ptr())));
     }
 
-    // Whether nobody but this object holds the tensors handed out last, in Python or in C++, or their memory, and they
-    // are as they were.
+    // Tells whether nobody but this object holds the tensors handed out last, in Python or in C++, or their memory, and
+    // they are as they were.
     bool is_alone_again() const {
 #ifdef Py_GIL_DISABLED
         return false;

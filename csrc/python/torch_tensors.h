@@ -1,4 +1,4 @@
-// What torch tells in C about a tensor: its memory and layout, by the exchange functions of DLPack 1.x (the
+// Torch's view in C of a tensor: its memory and layout, by the exchange functions of DLPack 1.x (the
 // specification at dmlc.github.io/dlpack), without a call into Python and without libtorch.
 #pragma once
 #include <pybind11/pybind11.h>

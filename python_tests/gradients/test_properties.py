@@ -1,4 +1,4 @@
-"""What holds of every solve, whatever the state and the times."""
+"""Properties of every solve, for any state and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CUDA alone can get wrong: streams, graphs, devices, repeatability."""
+"""CUDA kernels: streams, graphs, devices, repeatability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels refuse."""
+"""Arguments that the kernels refuse."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SIZES = {"small": 3, "large": 700}  # slopes are kept in different ways
 
 
 class Buffers:
-    """What func writes into; each method stores the values of ``x`` and hands them out in its own way."""
+    """Buffers that func writes into; each method stores the values of ``x`` and hands them out in its own way."""
 
     def __init__(self, n: int) -> None:
         self.x, *self.others = (torch.empty(n, dtype=torch.float64) for _ in range(3))

@@ -134,7 +134,7 @@ class Residuals:
         )
 
     def hold(self) -> bool:
-        """Whether all conditions up to the claimed orders hold."""
+        """Tells whether all conditions up to the claimed orders hold."""
         claims = zip(("b", "b_hat", "dense"), CLAIMED[self.method.name], strict=True)
         return all(
             abs(residual) <= PRECISION.get((self.method.name, what), 0)

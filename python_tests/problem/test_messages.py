@@ -1,4 +1,4 @@
-"""What newcomers get wrong: names of other libraries, swapped arguments, states and times of other kinds."""
+"""Mistakes of newcomers: names of other libraries, swapped arguments, states and times of other kinds."""
 
 from __future__ import annotations
 

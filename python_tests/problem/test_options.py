@@ -1,4 +1,4 @@
-"""What each option of a solve does."""
+"""Effects of each option of a solve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PyTorch does to a model that holds a solve: works with the right numbers, or says clearly that it does not."""
+"""PyTorch's tools on a model that holds a solve: each works with the right numbers, or says that it does not."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class TestTolerances:
         assert self.count(y0, func, rtol=(1e-9, 1e-6), atol=(torch.full((2, 2), 1e-9), 1e-6)) > number
 
     def test_zero_tolerance_at_a_zero(self) -> None:
-        """Where y0 = 0 and atol = 0 the first step has no scale; behind it there is one."""
+        """With y0 = 0 and atol = 0 the first step has no scale; behind it there is one."""
         y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
         y = aca_ext.odeint(lambda t, y: torch.stack([-y[0], y[0]]), y0, T, rtol=1e-6, atol=0.0)
         assert y[-1].tolist() == pytest.approx([math.exp(-1), 1 - math.exp(-1)], rel=1e-5)

@@ -158,7 +158,7 @@ class TestStepRecord:
 
 
 def recomputed(n_steps: int, capacity: int, *, from_start: bool = False) -> Counter[int]:
-    """How often each step is computed again when the states of a solve with so many steps are handed out in reverse.
+    """Counts of the recomputations of each step when the states of a solve are handed out in reverse.
 
     ``from_start``: with the first state kept alone.
     """

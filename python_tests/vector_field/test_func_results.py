@@ -1,4 +1,4 @@
-"""What func may return, and tensors that are changed in place."""
+"""Results that func may return, and tensors that are changed in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What func holds, wherever it holds it: parameters used late, generators, modes, caches, and what it keeps."""
+"""Objects that func holds: parameters used late, generators, modes, caches, and what it keeps."""
 
 from __future__ import annotations
 

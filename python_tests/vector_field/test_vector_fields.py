@@ -1,4 +1,4 @@
-"""What func may be, and where the tensors that it depends on may hide."""
+"""Callables that func may be, and places of the tensors that it depends on."""
 
 from __future__ import annotations
 

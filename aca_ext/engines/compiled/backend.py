@@ -1,4 +1,4 @@
-"""What TorchDynamo hands a traced func to: its graph becomes a ``Captured``, which is not run but looked at."""
+"""Backend of TorchDynamo for a traced func: its graph becomes a ``Captured``, which is not run but looked at."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Captured:
 
 
 class Request(threading.local):
-    """What is being asked for, and what the graph was called with."""
+    """The request being answered, and the operands that the graph was called with."""
 
     t: Tensor
     y: Sequence[Tensor]
@@ -153,7 +153,7 @@ def _numbers_read(scope: Mapping[str, Any]) -> dict[str, float]:
 
 
 def keep_guard(guard: Any) -> bool:
-    """Whether a guard is to hold for a graph to be used; those on counters are not."""
+    """Tells whether a guard is to hold for a graph to be used; those on counters are not."""
     name = name_of(guard.orig_guard) if hasattr(guard, "orig_guard") else str(guard.name)
     return all(counter.place.name != name for counter in request.counters)
 
@@ -195,7 +195,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether the memory of a tensor on the CPU holds its elements as they are."""
+    """Tells whether the memory of a tensor on the CPU holds its elements as they are."""
     is_own = type(x) is Tensor or isinstance(x, torch.nn.Parameter)
     return is_own and x.layout is torch.strided and not (x.is_neg() or x.is_conj() or x._is_zerotensor())
 

@@ -30,7 +30,7 @@ class ChangingNumbers:
         self.is_given_up = False
 
     def lift_changed(self, scope: dict[str, Any]) -> bool:
-        """Whether some of the known numbers have changed, which then become tensors from now on."""
+        """Tells whether some of the known numbers have changed, which then become tensors from now on."""
         if self.is_given_up:
             return False
         count = len(self.places)

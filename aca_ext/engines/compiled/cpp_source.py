@@ -79,7 +79,7 @@ class Source:
 
 
 def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, str], int, list[torch.UntypedStorage]]:
-    """Where each storage lies: an input, or a part of the workspace that is its own from its first use to its last.
+    """The place of each storage: an input, or a part of the workspace that is its own from its first use to its last.
 
     Also the bytes of the workspace, and the storages without a place: constants, read without having been written.
     """
@@ -148,7 +148,7 @@ class _Products:
         return f"for (long i = 0; i < {a.shape[0]}; ++i) {product}::run({call});"
 
     def _place(self, product: str, lasting: Sequence[str]) -> str:
-        """Where the copy of an operand of a product lies, if it lasts and is copied at all."""
+        """The place of the copy of a lasting operand of a product, if it is copied at all."""
         key = (product, *lasting)
         if key not in self._prepared:
             n = len(self._prepared)
@@ -161,7 +161,7 @@ class _Products:
         return self._prepared[key]
 
     def text(self) -> str:
-        """How much is prepared, and the function that does it."""
+        """Source of the size of the prepared memory, and of the function that fills it."""
         n, i = len(self._prepared), self._program
         size = f'extern "C" const long prepared_bytes_{i} = {f"end_{i}_{n - 1}" if n else 0};'
         lines = [*self._declarations, size]

@@ -236,7 +236,7 @@ class _Run:
         return found
 
     def _refuse_inputs(self, inputs: Sequence[Tensor], contents: bytes) -> NoReturn:
-        """Where an input of func has other contents than in the forward pass.
+        """Finds an input of func with other contents than in the forward pass.
 
         Programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
 
@@ -256,7 +256,7 @@ class _Run:
 
 
 def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
-    """Where the inputs of func lie.
+    """Addresses of the inputs of func.
 
     Raises:
         CompileError: the memory of one was freed.

@@ -1,4 +1,4 @@
-"""How the compiler is to write some operations, beside Inductor's own rules: products apart from the sums that follow
+"""Lowerings of some operations beside Inductor's own: products apart from the sums that follow
 them, and softplus and tanh as series that become vector code, several times as fast as calls of a library."""
 
 from __future__ import annotations

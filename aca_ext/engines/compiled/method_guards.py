@@ -13,7 +13,7 @@ from torch._guards import TracingContext
 
 
 def code_in_trace() -> set[types.CodeType]:
-    """What has been traced by the trace at hand."""
+    """The code that the current trace has passed through."""
     find = getattr(TracingContext, "get_traced_code", lambda: None)  # private to torch
     return set(find() or ())
 

@@ -53,7 +53,7 @@ class Place:
             setattr(owner, self.key, value)
 
     def is_own(self, owner: Any) -> bool:
-        """Whether ``set`` replaces the value itself, and does not hide one of a class."""
+        """Tells whether ``set`` replaces the value itself, and does not hide one of a class."""
         if self._is_item:
             return self._is_default or isinstance(owner, (dict, list))
         return self.key == "cell_contents" or self.key in getattr(owner, "__dict__", {})

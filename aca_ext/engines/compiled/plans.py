@@ -102,7 +102,7 @@ class Plan:
 
 
 class Specification:
-    """What one solve and the next share beyond the programs: times, tolerances, step control, and sizes."""
+    """Parts that repeated solves share besides the programs: times, tolerances, step control, and sizes."""
 
     def __init__(self, run: Run, plan: Plan) -> None:
         problem = run.problem

@@ -182,7 +182,7 @@ def _chains(graph: fx.GraphModule) -> Iterator[_Chain]:
 
 
 def _step(node: fx.Node, x: fx.Node) -> tuple[float, bool] | None:
-    """What a node adds to ``x``, and whether in place; None where it does something else."""
+    """The increment that a node adds to ``x``, and whether in place; None if it does something else."""
     if len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args

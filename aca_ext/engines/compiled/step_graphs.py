@@ -42,7 +42,7 @@ class _Operations(TorchOperations):
 
 
 class Layout:
-    """What graphs are traced for: how a state is packed and laid out, the scheme, and the kind of the tolerances."""
+    """Layout that graphs are traced for: that of a packed state, the scheme, and the kind of the tolerances."""
 
     def __init__(self, like: Tensor, packing: Packing, scheme: Scheme, tolerance: Tolerance) -> None:
         self.like, self.packing, self.scheme = like, packing, scheme

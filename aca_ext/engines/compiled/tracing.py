@@ -52,7 +52,7 @@ def specialise(func: Callable[..., Any]) -> None:
 
 
 def scope_of(func: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
-    """What the names of places in func start from; args are a list, so that one can be replaced."""
+    """The scope that names of places in func start from; args are a list, so that one can be replaced."""
     return {"L": {"func": func, "args": list(args)}, "G": globals()}
 
 
@@ -216,7 +216,7 @@ class _Entry:
         self.numbers = ChangingNumbers()
 
     def look_up(self, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
-        """What ``trace`` does where there is a graph whose guards hold, at a fifth of its overhead, else nothing."""
+        """Does as ``trace`` if there is a graph whose guards hold, at a fifth of its overhead, else nothing."""
         if self.kept:
             values = {"func": func, "t": t, "y": y, "args": args}
             for graph in self.kept:

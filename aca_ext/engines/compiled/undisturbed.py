@@ -165,7 +165,7 @@ def _note(x: Any, states: list[Callable[[], None]]) -> list[Any]:
 
 
 def _is_of_library(x: Any) -> bool:
-    """Whether a class or function belongs to Python, torch, NumPy or this package, whose state is not func's."""
+    """Tells whether a class or function belongs to Python, torch, NumPy or this package, whose state is not func's."""
     package = str(x.__module__).partition(".")[0]
     return package in ("aca_ext", "numpy", "torch") or package in sys.stdlib_module_names
 

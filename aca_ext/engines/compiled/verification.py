@@ -35,7 +35,7 @@ class MismatchError(CompileError):
 
 @dataclass(frozen=True)
 class _Point:
-    """Where programs are tried."""
+    """A point at which programs are tried."""
 
     times: list[float]  # of the stages
     y: Tensor

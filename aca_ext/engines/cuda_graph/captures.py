@@ -51,7 +51,7 @@ class Capturer(Protocol):
 
 
 class _Turns:
-    """What the programs of one device have in common: the stream that they are captured on, and the end of the last.
+    """Shared state of the programs of one device: the stream that they are captured on, and the end of the last.
 
     cuBLAS keeps a workspace for each stream (32 MB on an H100), and what was captured there goes on using it. So that
     there is one alone, there is one stream, and whoever launches programs waits for whoever did so before.
@@ -226,7 +226,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _keeps_graphs() -> bool:
-    """Whether this torch hands out captured graphs before they are instantiated (2.8 and newer)."""
+    """Tells whether this torch hands out captured graphs before they are instantiated (2.8 and newer)."""
     return hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")
 
 

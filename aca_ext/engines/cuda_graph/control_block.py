@@ -102,7 +102,7 @@ class DeviceTimes:
 
 
 class SolveMemory:
-    """What one solve writes: its outputs, its accepted steps, and the states that they started from.
+    """Memory that one solve writes: its outputs, its accepted steps, and the states that they started from.
 
     Attributes:
         ys: the outputs, one row for each time.
@@ -235,7 +235,7 @@ class ControlledKernels(RowKernels):
 
 
 def supports_device_loops() -> bool:
-    """Whether this build and this driver repeat captured graphs on the device (CUDA 12.4 and newer)."""
+    """Tells whether this build and this driver repeat captured graphs on the device (CUDA 12.4 and newer)."""
     return _C.HAS_CUDA and _C.LoopGraph.is_supported()
 
 

@@ -263,7 +263,7 @@ _by_owner = PerOwner(_Plans)
 
 
 def _layout_of(problem: Problem) -> Hashable:
-    """What a capture takes for constant besides what func does: the layout of its arguments, method and tolerances."""
+    """Constants of a capture besides the operations of func: the layout of its arguments, method and tolerances."""
     y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
     return (
         (y0.shape, y0.stride(), y0.dtype, y0.device),
@@ -286,7 +286,7 @@ def _stream_of(y0: Tensor) -> int:
 
 
 def _precision() -> Hashable:
-    """What decides on the kernels that torch launches for an operation."""
+    """Settings that decide which kernels torch launches for an operation."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     chosen = (torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic)

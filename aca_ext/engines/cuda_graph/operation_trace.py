@@ -1,4 +1,4 @@
-"""What an evaluation of func does, operation by operation: whether its captured form still stands, and whether it can
+"""Trace of an evaluation of func, operation by operation: whether its captured form still stands, and whether it can
 be captured at all."""
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Trace(TorchDispatchMode):
         return result
 
     def _crosses(self, operator: _Operator, operands: Sequence[Tensor]) -> bool:
-        """Whether an operation copies from the host to the device or back, as all but taking a number there does.
+        """Tells whether an operation copies from the host to the device or back, as all but taking a number there does.
 
         The copy waits, which a capture may not, or leaves host memory in the capture that is gone when it is repeated.
         """
@@ -149,12 +149,12 @@ class TracedFunction:
 
 
 def is_tracing() -> bool:
-    """Whether the caller is part of an evaluation that is traced."""
+    """Tells whether the caller is part of an evaluation that is traced."""
     return any(isinstance(mode, Trace) for mode in _get_current_dispatch_mode_stack())
 
 
 class _Operator(NamedTuple):
-    """What is known of an operation before it is called."""
+    """Properties of an operation that are known before it is called."""
 
     reason: str | None  # why it cannot be captured
     written: tuple[tuple[int, str], ...]  # positions and names of the arguments that it changes
@@ -170,7 +170,7 @@ def _operator(func: Any) -> _Operator:
 
 
 def _is_gather(func: Any, args: Sequence[Any]) -> bool:
-    """Whether it is x[i] with numbers: only masks make the shape depend on what they hold."""
+    """Tells whether it is x[i] with numbers: only masks make the shape depend on their values."""
     return func is torch.ops.aten.index.Tensor and all(i is None or i.dtype not in _MASKS for i in args[1])
 
 

@@ -141,7 +141,7 @@ class Plan:
         self._probe = [*trial.k[1:], trial.y1]
 
     def can_start_early(self) -> bool:
-        """Whether ``start`` needs no slope, and what func held is where it was."""
+        """Tells whether ``start`` needs no slope, and the tensors that func held are where they were."""
         return self._slope is not None and self._held_addresses == [x.data_ptr() for x in self.held]
 
     def start(
@@ -163,7 +163,7 @@ class Plan:
         return memory
 
     def has_in_hand(self, memory: SolveMemory) -> bool:
-        """Whether no other solve has used the plan since this one started."""
+        """Tells whether no other solve has used the plan since this one started."""
         return self._turn == memory.turn
 
     def finish(self, problem: Problem, memory: SolveMemory, look: Look) -> None:
@@ -310,7 +310,7 @@ class Plan:
         return self._transpose is not None
 
     def reads(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are where they were when the backward pass was captured."""
+        """Tells whether these tensors are where they were when the backward pass was captured."""
         return self._param_addresses == [p.data_ptr() for p in params]
 
     @contextmanager
@@ -320,7 +320,7 @@ class Plan:
             yield
 
     def not_finite(self) -> str | None:
-        """What is NaN or infinite where a solve stands, if anything is."""
+        """Names the tensor that is NaN or infinite at the current step; None if both are finite."""
         if not bool(torch.isfinite(self._y).all()):
             return "the state is NaN or infinite at"
         return None if bool(torch.isfinite(self._k_first).all()) else "func returned NaN or infinity at"

@@ -1,4 +1,4 @@
-"""Which graph of func a compiled solve uses: one that holds for func as it is now, whatever of it has changed."""
+"""Choice of the graph of func in a compiled solve: one that holds for func as it is now."""
 
 from __future__ import annotations
 

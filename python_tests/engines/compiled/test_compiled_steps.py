@@ -345,7 +345,7 @@ def test_the_step_is_compiled_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestMemoryOfTheLastSolve:
-    """What one solve leaves for the next like it shows in no result."""
+    """Buffers that one solve leaves for the next change no result."""
 
     @staticmethod
     def solve(func: Callable[..., Tensor], start: Tensor) -> Tensor:

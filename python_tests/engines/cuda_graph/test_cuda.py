@@ -1,4 +1,4 @@
-"""What a solve on a GPU can get wrong: waits, streams, captures, devices, and memory that grows."""
+"""Solves on a GPU: waits, streams, captures, devices, and memory that grows."""
 
 from __future__ import annotations
 

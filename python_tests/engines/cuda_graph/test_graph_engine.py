@@ -694,7 +694,7 @@ class TestEarlyStart:
 
     @pytest.fixture
     def looks(self, monkeypatch: pytest.MonkeyPatch, made: list[CalledAgain]) -> list[int]:
-        """How much was launched by the time of each look at func."""
+        """Number of launches by the time of each look at func."""
         found: list[int] = []
         look = TracedFunction.__call__
 
@@ -1001,5 +1001,5 @@ def test_three_bodies(device: str) -> None:
 
 
 def test_plan_holds_no_func() -> None:
-    """What keeps a plan must not keep the module that it is kept for."""
+    """The cache of a plan must not keep alive the module that it belongs to."""
     assert not any("func" in name or "problem" in name for name in Plan.__init__.__code__.co_names)

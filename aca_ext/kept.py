@@ -63,6 +63,12 @@ class Keepsake:
             else:
                 there.put(_lost(now, origins, message))
 
+    def release(self) -> None:
+        """Lets go of the tensor, and so of the graph of the first evaluation; the place stays known."""
+        self.tensor = ANCHOR
+        if self.place is not None:
+            self.place = self.place._replace(tensor=ANCHOR)
+
     def snapshot(self) -> Callable[[], None]:
         """What puts back what its place holds now."""
         place = self.place

@@ -67,8 +67,9 @@ class Replay:
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
         n_found = 0 if is_one_graph or is_captured else len(found)
         self._wanted = list(range(len(self.inputs) - n_found))  # of the inputs; others follow when they are met
+        self._targets = self.inputs[: len(self._wanted)]
         self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
-        self._known = known_tensors([self.inputs[i] for i in self._wanted]) if is_checked else None
+        self._known = known_tensors(self._targets) if is_checked else None
         self._put_back: list[Callable[[], None]] = []
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
@@ -131,9 +132,8 @@ class Replay:
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:
         slopes, cotangents = ((k,), (grad_k,)) if isinstance(k, Tensor) else (tuple(k), tuple(grad_k))
         self.check(slopes, y)
-        wanted = (y, *[self.inputs[i] for i in self._wanted])
         try:
-            v, *grads = _run_backward(slopes, cotangents, False, False, wanted, True, False)
+            v, *grads = _run_backward(slopes, cotangents, False, False, (y, *self._targets), True, False)
         except RuntimeError as error:
             if "through the graph a second time" not in str(error):
                 raise
@@ -159,10 +159,15 @@ class Replay:
         """
         if self._known is None:
             return
-        with torch._C.DisableTorchFunction() if self._substitutes else nullcontext():  # or it would look at substitutes
+        if not self._substitutes:
             others = self._known.others(slopes, y)
-        if others is None:
-            return
+        else:
+            with torch._C.DisableTorchFunction():  # or it would look at substitutes
+                others = self._known.others(slopes, y)
+        if others is not None:
+            self._admit(self._known, others)
+
+    def _admit(self, known: Any, others: Sequence[Tensor]) -> None:
         if any(leaf is ANCHOR for leaf in others):
             raise ReplayError(USED_AGAIN)
         if self._index is None:
@@ -172,13 +177,14 @@ class Replay:
             if i is not None:
                 if i not in self._wanted:
                     self._wanted.append(i)
+                    self._targets.append(self.inputs[i])
             elif not self.field.has_put(leaf):
                 raise ReplayError(
                     f"func depends on a tensor of shape {tuple(leaf.shape)} and {leaf.dtype} that requires grad and "
                     "was not found before the solve, so that its gradient would be lost. Name it, with what else "
                     "receives a gradient, by params=[...], or pass it by args=(...)."
                 )
-            self._known.add(leaf)
+            known.add(leaf)
 
     def check_reached(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
         """Checks that inputs that the slope at (t, y) depended on in the forward pass received gradients.

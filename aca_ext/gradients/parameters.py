@@ -96,6 +96,7 @@ class FirstEvaluation:
                 self.params.append(keepsake.tensor)
             else:
                 keepsake.settle(self.origins())
+            keepsake.release()
 
 
 def first_slope_with_graph(task: Task) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The tensors, modules and random generators that func holds, found by a walk over what its code can reach.
 
-The walk looks into closures, defaults, ``functools.partial``, bound objects, attributes, containers, and globals that
-code names. It does not look into objects of libraries, nor beyond the first entries of a long container: what it misses
-is found when it is used (``aca_ext.gradients.parameters``, ``aca_ext.replay``).
+The walk looks into closures, defaults, ``functools.partial``, bound objects, attributes, containers, hooks, and globals
+that code names. It does not look into objects of libraries, nor beyond the first entries of a long container, and knows
+when it left something out: what it missed is found when it is used (``aca_ext.replay``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dis
 import functools
 import sys
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -27,9 +28,9 @@ _LIBRARIES = sys.stdlib_module_names | {"aca_ext", "numpy", "pytest", "scipy", "
 # Holds nothing of interest, and is sorted out before it is queued.
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, torch.dtype, torch.device,
-     torch.Size, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.GetSetDescriptorType,
-     types.MemberDescriptorType}
+     torch.Size, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
 )  # fmt: skip
+_BY_NAME = frozenset({"__import__", "eval", "exec", "globals", "locals", "vars"})  # reach what code does not name
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
@@ -75,19 +76,16 @@ class Place(NamedTuple):
 class Holdings:
     """What a walk from ``roots`` found.
 
-    Args:
-        is_thorough: look at what was set on layers of libraries too.
-
     Attributes:
         modules: every nn.Module, those inside others included.
-        places: tensors that require grad, parameters and others, each once, with where they are held.
         generators: random generators.
+        is_complete: nothing that code can reach was left out.
     """
 
-    def __init__(self, roots: Iterable[Any], *, is_thorough: bool = False) -> None:
-        self._is_thorough = is_thorough
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self.is_complete = not _hooks_of_all_modules()
         self.modules: list[nn.Module] = []
-        self.places: list[Place] = []
+        self._places: list[tuple[Tensor, Any, Any, bool]] = []  # a Place takes long to make, and is rarely needed
         self.generators: list[torch.Generator] = []
         self._seen: set[int] = set()
         self._todo: list[Any] = []
@@ -95,6 +93,16 @@ class Holdings:
         for i, root in enumerate(roots):
             self.look(root, (), i)
         self._walk()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that require grad, parameters and others, each once."""
+        return [place[0] for place in self._places]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where they are held."""
+        return [Place._make(place) for place in self._places]
 
     def has_seen(self, x: object) -> bool:
         return id(x) in self._seen
@@ -115,11 +123,16 @@ class Holdings:
         if isinstance(x, Tensor):
             if x.requires_grad and id(x) not in self._seen:
                 self._seen.add(id(x))
-                self.places.append(Place(x, holder, key, is_attribute))
+                self._places.append((x, holder, key, is_attribute))
         elif kind is torch.Generator:
             if id(x) not in self._seen:
                 self._seen.add(id(x))
                 self.generators.append(x)
+        elif kind is types.BuiltinFunctionType:
+            if not isinstance(x.__self__, (type(None), type, types.ModuleType)):
+                self._todo.append(x.__self__)
+        elif kind is types.ModuleType:
+            self.is_complete = self.is_complete and _is_library(x.__name__)
         else:
             self._todo.append(x)
 
@@ -132,40 +145,43 @@ class Holdings:
             if isinstance(x, nn.Module):
                 seen.add(id(x))
                 self._module(x)
-            elif self._left > 0:
-                self._left -= 1
-                if isinstance(x, type):
-                    self._class(x)
-                    continue
+                continue
+            self._left -= 1
+            visit = _VISITORS.get(type(x))
+            if self._left < 0:
+                self.is_complete = False
+            elif isinstance(x, type):
+                self._class(x)
+            elif visit is not None:
                 seen.add(id(x))
-                visit = _VISITORS.get(type(x))
-                if visit is not None:
-                    visit(self, x)
-                elif not _is_library(type(x).__module__):
-                    self._object(x)
+                visit(self, x)
+            elif not _is_library(type(x).__module__):
+                seen.add(id(x))
+                self._object(x)
+            else:
+                self.is_complete = False
 
     def _module(self, module: nn.Module) -> None:
         self.modules.append(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in self._seen:
-                self._seen.add(id(parameter))
-                self.places.append(Place(parameter, module._parameters, name, True))
+        seen, attributes = self._seen, vars(module)
+        members = module._parameters
+        for name, parameter in members.items():
+            if parameter is not None and id(parameter) not in seen and parameter.requires_grad:
+                seen.add(id(parameter))
+                self._places.append((parameter, members, name, True))
         if module._modules:
             self._todo += [child for child in module._modules.values() if child is not None]
-        kind = type(module)
-        is_library = _is_library(kind.__module__)
-        if not is_library:
-            self._class(kind)
-        elif not self._is_thorough:  # what users keep on a layer of a library is rare, and layers are many
-            return
-        attributes = vars(module)
+        self._class(type(module))
         for name, x in attributes.items():
             if type(x) not in _ATOMS and name not in _MODULE_ATTRIBUTES:
                 self.look(x, attributes, name, True)
+        if attributes.get("_forward_hooks") or attributes.get("_forward_pre_hooks"):
+            self._todo += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
     def _object(self, x: Any) -> None:
         kind = type(x)
         self._class(kind)
+        self.is_complete = self.is_complete and not hasattr(kind, "__getattr__")
         for container in (list, tuple, dict, deque):
             if isinstance(x, container):
                 _VISITORS[container](self, x)
@@ -182,6 +198,11 @@ class Holdings:
         if id(kind) in self._seen:
             return
         self._seen.add(id(kind))
+        if _is_library(kind.__module__) or kind in _plain_classes:
+            return
+        if _is_plain(kind):
+            _plain_classes.add(kind)
+            return
         for base in kind.__mro__:
             if _is_library(base.__module__):
                 continue
@@ -192,12 +213,49 @@ class Holdings:
                     value = value.fget
                 elif isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
-                self.look(value, base, name)
+                if name not in _OF_CLASSES:
+                    self.look(value, base, name)
+
+
+_OF_CLASSES = frozenset({"__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__"})
+
+
+def _hooks_of_all_modules() -> bool:
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_library(module: object) -> bool:
     return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
+
+
+# Classes whose methods and attributes lead nowhere: most, and to find that out takes as long as the rest of a walk.
+_plain_classes: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _is_plain(kind: type) -> bool:
+    values = [(name, x) for base in kind.__mro__ if not _is_library(base.__module__) for name, x in vars(base).items()]
+    return all(
+        isinstance(x, (str, type(None), types.GetSetDescriptorType))
+        or name in _OF_CLASSES
+        or (isinstance(x, types.FunctionType) and _leads_nowhere(x))
+        for name, x in values
+    )
+
+
+def _leads_nowhere(f: types.FunctionType) -> bool:
+    """Whether a method holds no object but its class, and names no globals but builtins and what libraries have."""
+    names = _globals_named_by(f.__code__)
+    if f.__defaults__ or f.__kwdefaults__ or set(f.__code__.co_freevars) - {"__class__"} or _BY_NAME & set(names):
+        return False
+    named = [f.__globals__[name] for name in names if name in f.__globals__]
+    return all(
+        _is_library(x.__name__ if isinstance(x, types.ModuleType) else x.__module__)
+        if isinstance(x, (type, types.FunctionType, types.ModuleType))
+        else False
+        for x in named
+    )
 
 
 def _slots_of(kind: type) -> list[str]:
@@ -211,6 +269,7 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
         try:
             value = cell.cell_contents
         except ValueError:  # not filled yet
+            walk.is_complete = False
             continue
         walk.look(value, cell, name)
     if f.__defaults__:
@@ -218,11 +277,25 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
     if f.__kwdefaults__:
         _mapping(walk, f.__kwdefaults__)
     known = f.__globals__
-    if not _is_library(known.get("__name__", "")):
-        for name in _globals_named_by(f.__code__):
-            value = known.get(name)
-            if type(value) not in _ATOMS:
-                walk.look(value, known, name, True)
+    if _is_library(known.get("__name__", "")):
+        return
+    for name in _globals_named_by(f.__code__):
+        value = known.get(name)
+        if type(value) is types.ModuleType and not _is_library(value.__name__):
+            _module_of_code(walk, value, f.__code__)
+        elif type(value) not in _ATOMS:
+            walk.look(value, known, name, True)
+        elif name in _BY_NAME:
+            walk.is_complete = False
+
+
+def _module_of_code(walk: Holdings, module: types.ModuleType, code: types.CodeType) -> None:
+    """What code names of a module with other code."""
+    walk.is_complete = False  # what that names there is more than is looked at
+    for name in code.co_names:
+        value = vars(module).get(name)
+        if value is not None:
+            walk.look(value, vars(module), name, True)
 
 
 _names: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}  # by id, since hashing code looks at all of it
@@ -232,7 +305,9 @@ def _globals_named_by(code: types.CodeType) -> tuple[str, ...]:
     """Names of globals in code and in the functions defined inside it."""
     known = _names.get(id(code))
     if known is None:
-        found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        instructions = list(dis.get_instructions(code))
+        found = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        found |= {"__import__" for i in instructions if i.opname == "IMPORT_NAME"}
         inner = (
             name for part in code.co_consts if isinstance(part, types.CodeType) for name in _globals_named_by(part)
         )
@@ -243,16 +318,19 @@ def _globals_named_by(code: types.CodeType) -> tuple[str, ...]:
 
 
 def _sequence(walk: Holdings, x: Any) -> None:
+    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for i, value in enumerate(islice(x, _MAX_ENTRIES)):
         walk.look(value, x, i)
 
 
 def _unordered(walk: Holdings, x: Any) -> None:
+    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for value in islice(x, _MAX_ENTRIES):
         walk.look(value, (), "")
 
 
 def _mapping(walk: Holdings, x: Any) -> None:
+    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for key, value in islice(x.items(), _MAX_ENTRIES):
         walk.look(value, x, key)
 

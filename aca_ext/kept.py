@@ -120,7 +120,7 @@ def keepsakes_of(func: Any, kept: Sequence[tuple[Tensor, bool]]) -> list[Keepsak
     """Tensors that outlive an evaluation of func, each with whether it depends on the state, and their places."""
     if not kept:
         return []
-    places = {id(place.tensor): place for place in Holdings((func,), is_thorough=True).places}
+    places = {id(place.tensor): place for place in Holdings((func,)).places}
     found = [Keepsake(x, places.get(id(x)), depends_on_state) for x, depends_on_state in kept]
     _warn_once(func, [keepsake for keepsake in found if keepsake.depends_on_state])
     return found

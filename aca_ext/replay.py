@@ -22,6 +22,8 @@ from aca_ext.vector_field import AutocastState, RandomState, VectorField
 # allow_unreachable, accumulate_grad.
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
+_FEW = 16
+
 
 class Replay:
     """f in the backward pass: stages evaluated with their graphs under the forward's conditions, and pulled back.
@@ -65,11 +67,15 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
-        n_found = 0 if is_one_graph or is_captured else len(found)
+        # Where all that func can reach was found, a few leaves that it may come to use are no reason to look at graphs.
+        holdings = self.field.holdings
+        is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
+        n_found = 0 if is_one_graph or is_captured or is_complete else len(found)
         self._wanted = list(range(len(self.inputs) - n_found))  # of the inputs; others follow when they are met
         self._targets = self.inputs[: len(self._wanted)]
         self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
-        self._known = known_tensors(self._targets) if is_checked else None
+        self._is_checked = is_checked
+        self._known = known_tensors(self._targets) if is_checked and not is_complete else None
         self._put_back: list[Callable[[], None]] = []
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
@@ -193,7 +199,7 @@ class Replay:
             ReplayError: func depends on them no longer, which makes their gradients wrong.
         """
         missing = [i for i in indices if self.grads[i] is None]
-        if self._known is None or not missing:
+        if not self._is_checked or not missing:
             return
         with torch.enable_grad():
             k = self(t, y.detach().requires_grad_())

@@ -131,7 +131,7 @@ class VectorField:
         """Whether func itself made a leaf and keeps it: nobody who holds it now held it before the first evaluation."""
         if self.holdings is None or self.holdings.has_seen(leaf):
             return False
-        return any(place.tensor is leaf for place in Holdings(self._roots).places)
+        return any(x is leaf for x in Holdings(self._roots).tensors)
 
     def take_notes_of(self, other: VectorField) -> None:
         """Takes over what another field for the same func found before its first evaluation."""

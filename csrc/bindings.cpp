@@ -220,9 +220,9 @@ PYBIND11_MODULE(_C, m) {
     py::class_<KnownTensors>(m, "KnownTensors", py::custom_type_setup(&make_collectable<KnownTensors>))
         .def(py::init<const py::iterable&, Py_ssize_t>())
         .def("add", [](KnownTensors& known, py::handle x) { known.add(x.ptr()); })
-        .def("others", [](const KnownTensors& known, py::handle roots,
+        .def("others", [](KnownTensors& known, py::handle roots,
                           py::handle state) { return known.others(roots.ptr(), state.ptr()); })
-        .def("are_met_by", [](const KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
+        .def("are_met_by", [](KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
     py::class_<Stepper>(m, "Stepper")
         .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
                       py::object, py::object, const py::object&>())

@@ -47,8 +47,9 @@ def solve(task: Task) -> Result:
         return solve_without_graph(task, first.k)
     checkpoints = checkpoints_for(task.checkpoints, task.problem.y0.detach())
     random_state = task.field.random_state()
-    with first.watching():
+    with first.watch():
         solved = solve_without_graph(task, first.k, checkpoints)
+    first.settle()
     # A replay may go astray where func moves state that its first evaluation did not show: compare then.
     drew_later = not task.field.draws_random_numbers and task.field.has_drawn_since(random_state)
     must_check = drew_later or bool(task.field.moving_buffers)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aca_ext.ops import module_walk
+
 _MAX_OBJECTS = 5000  # besides modules, all of which count
 _MAX_ENTRIES = 1024  # of one container
 _MAX_CODES = 4096
@@ -31,7 +33,7 @@ _ATOMS = frozenset(
      torch.Size, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
 )  # fmt: skip
 _BY_NAME = frozenset({"__import__", "eval", "exec", "globals", "locals", "vars"})  # reach what code does not name
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_MODULE_WALK = module_walk(_ATOMS, frozenset(vars(nn.Module())))
 
 
 class Place(NamedTuple):
@@ -78,6 +80,7 @@ class Holdings:
 
     Attributes:
         modules: every nn.Module, those inside others included.
+        kinds: their classes.
         generators: random generators.
         is_complete: nothing that code can reach was left out.
     """
@@ -85,6 +88,7 @@ class Holdings:
     def __init__(self, roots: Iterable[Any]) -> None:
         self.is_complete = not _hooks_of_all_modules()
         self.modules: list[nn.Module] = []
+        self.kinds: set[type] = set()
         self._places: list[tuple[Tensor, Any, Any, bool]] = []  # a Place takes long to make, and is rarely needed
         self.generators: list[torch.Generator] = []
         self._seen: set[int] = set()
@@ -137,46 +141,44 @@ class Holdings:
             self._todo.append(x)
 
     def _walk(self) -> None:
-        todo, seen = self._todo, self._seen
-        while todo:
-            x = todo.pop()
-            if id(x) in seen:
-                continue
-            if isinstance(x, nn.Module):
-                seen.add(id(x))
-                self._module(x)
-                continue
-            self._left -= 1
-            visit = _VISITORS.get(type(x))
-            if self._left < 0:
-                self.is_complete = False
-            elif isinstance(x, type):
-                self._class(x)
-            elif visit is not None:
-                seen.add(id(x))
-                visit(self, x)
-            elif not _is_library(type(x).__module__):
-                seen.add(id(x))
-                self._object(x)
-            else:
-                self.is_complete = False
+        while self._todo:
+            self._visit(self._todo.pop())
+            if not self._todo:
+                for kind in self.kinds:
+                    self._class(kind)
+
+    def _visit(self, x: Any) -> None:
+        if id(x) in self._seen:
+            return
+        if isinstance(x, nn.Module):
+            self._module(x)
+            return
+        self._left -= 1
+        visit = _VISITORS.get(type(x))
+        if self._left < 0:
+            self.is_complete = False
+        elif isinstance(x, type):
+            self._class(x)
+        elif visit is not None:
+            self._seen.add(id(x))
+            visit(self, x)
+        elif not _is_library(type(x).__module__):
+            self._seen.add(id(x))
+            self._object(x)
+        else:
+            self.is_complete = False
 
     def _module(self, module: nn.Module) -> None:
-        self.modules.append(module)
-        seen, attributes = self._seen, vars(module)
-        members = module._parameters
-        for name, parameter in members.items():
-            if parameter is not None and id(parameter) not in seen and parameter.requires_grad:
-                seen.add(id(parameter))
-                self._places.append((parameter, members, name, True))
-        if module._modules:
-            self._todo += [child for child in module._modules.values() if child is not None]
-        self._class(type(module))
-        for name, x in attributes.items():
-            if type(x) not in _ATOMS and name not in _MODULE_ATTRIBUTES:
-                self.look(x, attributes, name, True)
-        if attributes.get("_forward_hooks") or attributes.get("_forward_pre_hooks"):
-            self._todo += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        others: list[tuple[Any, Any, str]] = []
+        _MODULE_WALK.visit(module, self._seen, self.modules, self._places, self.kinds, others)
+        for x, holder, name in others:
+            if type(x).__module__ == "torch.jit._script" and hasattr(
+                x, "values"
+            ):  # what scripted modules have of dicts
+                for value in x.values():
+                    self.look(value, holder, name, True)
+            else:
+                self.look(x, holder, name, True)
 
     def _object(self, x: Any) -> None:
         kind = type(x)
@@ -198,10 +200,10 @@ class Holdings:
         if id(kind) in self._seen:
             return
         self._seen.add(id(kind))
-        if _is_library(kind.__module__) or kind in _plain_classes:
-            return
-        if _is_plain(kind):
-            _plain_classes.add(kind)
+        is_plain = _plain_classes.get(kind)
+        if is_plain is None:
+            is_plain = _plain_classes[kind] = _is_plain(kind)
+        if is_plain:
             return
         for base in kind.__mro__:
             if _is_library(base.__module__):
@@ -230,8 +232,8 @@ def _is_library(module: object) -> bool:
     return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
 
 
-# Classes whose methods and attributes lead nowhere: most, and to find that out takes as long as the rest of a walk.
-_plain_classes: weakref.WeakSet[type] = weakref.WeakSet()
+# Whether the methods and attributes of a class lead nowhere. Mostly they do, and to find that out takes long.
+_plain_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def _is_plain(kind: type) -> bool:

@@ -137,7 +137,8 @@ class Replay:
 
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:
         slopes, cotangents = ((k,), (grad_k,)) if isinstance(k, Tensor) else (tuple(k), tuple(grad_k))
-        self.check(slopes, y)
+        if self._known is not None:
+            self.check(slopes, y)
         try:
             v, *grads = _run_backward(slopes, cotangents, False, False, (y, *self._targets), True, False)
         except RuntimeError as error:
@@ -223,7 +224,7 @@ class Replay:
     def _add(self, grads: Sequence[Tensor | None]) -> None:
         totals: list[Tensor] = []
         terms: list[Tensor] = []
-        for i, grad in zip(self._wanted, grads, strict=True):
+        for i, grad in enumerate(grads) if self._known is None else zip(self._wanted, grads, strict=True):
             if grad is None:
                 continue
             total = self.grads[i]

@@ -121,7 +121,7 @@ class VectorField:
         """
         self.holdings = Holdings(self._roots)
         self._generators = self.holdings.generators
-        if isinstance(self.func, nn.Module):
+        if isinstance(self.func, nn.Module) and any(map(is_distributed, self.holdings.kinds)):
             for module in modules_of(self.func):
                 _check_is_not_distributed(module)
         for module in self.holdings.modules:

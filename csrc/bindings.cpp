@@ -8,6 +8,7 @@
 #include "compiled_bindings.h"
 #include "control_bindings.h"
 #include "leaves.h"
+#include "modules.h"
 #include "ops.h"
 #include "runs.h"
 #include "stepper.h"
@@ -223,6 +224,9 @@ PYBIND11_MODULE(_C, m) {
         .def("others", [](KnownTensors& known, py::handle roots,
                           py::handle state) { return known.others(roots.ptr(), state.ptr()); })
         .def("are_met_by", [](KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
+    py::class_<ModuleWalk>(m, "ModuleWalk")
+        .def(py::init<const py::iterable&, py::frozenset>())
+        .def("visit", &ModuleWalk::visit);
     py::class_<Stepper>(m, "Stepper")
         .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
                       py::object, py::object, const py::object&>())

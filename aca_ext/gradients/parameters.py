@@ -198,7 +198,7 @@ class _Watch(TorchFunctionMode):
 
     def outer_references(self, x: Tensor) -> int:
         """Of watches around this one, where a solve is part of the func of another."""
-        return sum(id(x) in watch._ids for watch in _active.watches)
+        return sum(id(x) in watch._ids for watch in _active.watches) if _active.watches else 0
 
     def __enter__(self) -> _Watch:
         _active.watches.append(self)

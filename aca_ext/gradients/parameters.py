@@ -21,7 +21,7 @@ from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.gradients.base import Task
 from aca_ext.kept import Keepsake, is_lost, keepsakes_of
 from aca_ext.ops import known_tensors
-from aca_ext.references import is_held
+from aca_ext.references import OF_A_VARIABLE, is_held
 from aca_ext.state import tensors_in
 
 
@@ -215,7 +215,8 @@ class _Watch(TorchFunctionMode):
         made = self._made
         while made:  # last to first, since the history of a result may hold those before it
             x = made.pop()
-            if is_held(sys.getrefcount(x), x, n_known=self.outer_references(x)):
+            count = sys.getrefcount(x)
+            if count > OF_A_VARIABLE and is_held(count, x, n_known=self.outer_references(x)):
                 found.append(x)
         return found
 

@@ -3,7 +3,7 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 VERSION: str
 CUDA_ARCHITECTURES: str
@@ -49,6 +49,19 @@ class KnownTensors:
     def add(self, tensor: Tensor, /) -> None: ...
     def others(self, roots: Tensor | tuple[Tensor, ...], state: Tensor | None, /) -> list[Tensor] | None: ...
     def are_met_by(self, roots: Tensor | tuple[Tensor, ...], /) -> bool: ...
+
+class ModuleWalk:
+    def __init__(self, atoms: Iterable[type], names: frozenset[str], /) -> None: ...
+    def visit(
+        self,
+        module: nn.Module,
+        seen: set[int],
+        modules: list[nn.Module],
+        places: list[Any],
+        kinds: set[type],
+        others: list[Any],
+        /,
+    ) -> None: ...
 
 class Controller:
     def __init__(

@@ -57,8 +57,9 @@ def solve(task: Task) -> Result:
     if not any(x.requires_grad for x in (task.problem.y0, *first.params, *first.found, *args)):
         return solve_without_graph(task, first.k)
     checkpoints = checkpoints_for(task.checkpoints, task.problem.y0.detach())
-    with first.watching():
+    with first.watch():
         solved = solve_without_graph(task, first.k, checkpoints)
+    first.settle()
     inputs = *first.params, *args, *first.found
     ys = _Aca.apply(task, first, checkpoints, [solved], task.problem.y0, *inputs)
     return Result(ys, solved.record, solved.stats)

@@ -27,8 +27,9 @@ from aca_ext.vector_field.replay import Replay
 
 def solve(task: Task) -> Result:
     first = FirstEvaluation(task)
-    with first.watching():
+    with first.watch():
         solved = solve_without_graph(task, first.k)
+    first.settle()
     params = [*first.params, *first.found]
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
     ys = _Adjoint.apply(task, len(params), [solved], task.problem.y0, *params, *args)

@@ -87,8 +87,9 @@ def _aca(task: Task) -> Result:
         with torch.no_grad():
             return _forward(task, first.k, keep_states=False)[0]
     random_state = field.random_state()
-    with torch.no_grad(), first.watching():
+    with torch.no_grad(), first.watch():
         solved, states = _forward(task, first.k, keep_states=True)
+    first.settle()
     if field.draws_random_numbers or field.has_drawn_since(random_state):
         raise ArgumentValueError(
             'func draws random numbers, which gradient="aca" cannot draw again for samples that step by '

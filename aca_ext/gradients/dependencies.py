@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.gradients.base import Task
 from aca_ext.kernels.fused import known_tensors
-from aca_ext.kernels.references import is_held
+from aca_ext.kernels.references import OF_A_VARIABLE, is_held
 from aca_ext.problem.state import tensors_in
 from aca_ext.vector_field.kept import Keepsake, is_lost, keepsakes_of
 
@@ -43,7 +43,7 @@ class FirstEvaluation:
         self.found: list[Tensor] = []
         self.leaves = range(0)
         self._keepsakes: list[Keepsake] = []
-        self._unused: list[Tensor] = []
+        self._use: _Use | None = None
         y = task.problem.y0.detach()  # a tensor of its own, so that a func that also captures y0 is seen to do so
         args = [a for a in task.field.args if isinstance(a, Tensor)]
         y = y.clone() if y.is_inference() else y
@@ -71,31 +71,35 @@ class FirstEvaluation:
 
     def _look_at_holdings(self, task: Task, known: set[int]) -> None:
         holdings = task.field.holdings
-        for place in holdings.places if holdings is not None else ():
-            x = place.tensor
+        unused: list[Tensor] = []
+        for x in holdings.tensors if holdings is not None else ():
             if id(x) not in known:
                 if x.is_leaf:
                     self.found.append(x)
                 elif not is_lost(x):
-                    self._unused.append(x)
+                    unused.append(x)
+        if unused:
+            self._use = _Use(unused)
 
-    def origins(self) -> list[Tensor]:
-        """All that the solution has its graph from, as far as it is known."""
-        args = [arg for arg in self._task.field.args if isinstance(arg, Tensor)]
-        return [x for x in (self._task.problem.y0, *self.params, *self.found, *args) if x.requires_grad]
+    def watch(self) -> AbstractContextManager[Any]:
+        """Around the rest of the solve, before ``settle``."""
+        return _NOTHING if self._use is None else self._use
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the solve: tensors with a history that func held and uses later become params, and so do caches."""
-        use = _Use(self._unused)
-        with use if self._unused else _NoWatch():
-            yield
-        self.params += use.found
+    def settle(self) -> None:
+        """Makes params of what the solve came to use: tensors with a history that func held, and caches it made."""
+        if self._use is not None:
+            self.params += self._use.found
         for keepsake in self._keepsakes:
             if keepsake.is_cache():
                 self.params.append(keepsake.tensor)
             else:
-                keepsake.settle(self.origins())
+                keepsake.settle(self._origins())
+            keepsake.release()
+
+    def _origins(self) -> list[Tensor]:
+        """All that the solution has its graph from, as far as it is known."""
+        args = [arg for arg in self._task.field.args if isinstance(arg, Tensor)]
+        return [x for x in (self._task.problem.y0, *self.params, *self.found, *args) if x.requires_grad]
 
 
 def first_slope_with_graph(task: Task) -> Tensor | None:
@@ -149,6 +153,7 @@ def checked_params(params: Any) -> tuple[Tensor, ...] | None:
     return params
 
 
+_NOTHING = nullcontext()
 _AUTOGRAD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
@@ -193,7 +198,7 @@ class _Watch(TorchFunctionMode):
 
     def outer_references(self, x: Tensor) -> int:
         """Of watches around this one, where a solve is part of the func of another."""
-        return sum(id(x) in watch._ids for watch in _active.watches)
+        return sum(id(x) in watch._ids for watch in _active.watches) if _active.watches else 0
 
     def __enter__(self) -> _Watch:
         _active.watches.append(self)
@@ -210,7 +215,8 @@ class _Watch(TorchFunctionMode):
         made = self._made
         while made:  # last to first, since the history of a result may hold those before it
             x = made.pop()
-            if is_held(sys.getrefcount(x), x, n_known=self.outer_references(x)):
+            count = sys.getrefcount(x)
+            if count > OF_A_VARIABLE and is_held(count, x, n_known=self.outer_references(x)):
                 found.append(x)
         return found
 

@@ -318,6 +318,11 @@ def own_result(function: Callable[..., Tensor | None], *args: Any) -> Tensor | N
     return _C.own_result(function, args)
 
 
+def module_walk(atoms: Iterable[type], names: frozenset[str]) -> _C.ModuleWalk:
+    """The walk over trees of modules: ``atoms`` are types of what holds nothing, ``names`` what every module has."""
+    return _C.ModuleWalk(atoms, names)
+
+
 def known_tensors(tensors: Iterable[Tensor]) -> _C.KnownTensors:
     """Tensors at which a walk through a graph ends, to find the leaves that are not among them."""
     return _C.KnownTensors(tensors, OF_A_LEAF_OF_A_GRAPH)

@@ -17,7 +17,7 @@ def is_held(count: int, x: Tensor, n_known: int) -> bool:
     ``count`` is ``sys.getrefcount(x)``, taken by the caller: what a call adds depends on how the interpreter makes it.
     """
     from_graphs = _OF_GRAPHS if _OF_GRAPHS and x._use_count() > 1 else 0  # type: ignore[attr-defined]
-    return count - _OF_A_VARIABLE - from_graphs > n_known
+    return count - OF_A_VARIABLE - from_graphs > n_known
 
 
 def _measured() -> tuple[int, int, int]:
@@ -32,4 +32,4 @@ def _measured() -> tuple[int, int, int]:
     return of_a_variable, of_graphs, sys.getrefcount(node.variable)  # type: ignore[union-attr]
 
 
-_OF_A_VARIABLE, _OF_GRAPHS, OF_A_LEAF_OF_A_GRAPH = _measured()
+OF_A_VARIABLE, _OF_GRAPHS, OF_A_LEAF_OF_A_GRAPH = _measured()

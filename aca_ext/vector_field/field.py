@@ -130,7 +130,7 @@ class VectorField:
         """
         self.holdings = Holdings(self._roots)
         self._generators = self.holdings.generators
-        if isinstance(self.func, nn.Module):
+        if isinstance(self.func, nn.Module) and any(map(is_distributed, self.holdings.kinds)):
             for module in modules_of(self.func):
                 _check_is_not_distributed(module)
         for module in self.holdings.modules:
@@ -140,7 +140,7 @@ class VectorField:
         """Tells whether func itself made a leaf and keeps it: it was not held before the first evaluation."""
         if self.holdings is None or self.holdings.has_seen(leaf):
             return False
-        return any(place.tensor is leaf for place in Holdings(self._roots).places)
+        return any(x is leaf for x in Holdings(self._roots).tensors)
 
     def take_notes_of(self, other: VectorField) -> None:
         """Takes over what another field for the same func found before its first evaluation."""

@@ -1,8 +1,8 @@
 """The tensors, modules and random generators that func holds, found by a walk over what its code can reach.
 
-The walk looks into closures, defaults, ``functools.partial``, bound objects, attributes, containers, and globals that
-code names. It does not look into objects of libraries, nor beyond the first entries of a long container: what it misses
-is found when it is used (``aca_ext.gradients.dependencies``, ``aca_ext.vector_field.replay``).
+The walk looks into closures, defaults, ``functools.partial``, bound objects, attributes, containers, hooks, and globals
+that code names. It does not look into objects of libraries, nor beyond the first entries of a long container, and knows
+when it left something out: what it missed is found when it is used (``aca_ext.vector_field.replay``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dis
 import functools
 import sys
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from aca_ext.kernels.fused import module_walk
 
 _MAX_OBJECTS = 5000  # besides modules, all of which count
 _MAX_ENTRIES = 1024  # of one container
@@ -27,10 +30,10 @@ _LIBRARIES = sys.stdlib_module_names | {"aca_ext", "numpy", "pytest", "scipy", "
 # Holds nothing of interest, and is sorted out before it is queued.
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, torch.dtype, torch.device,
-     torch.Size, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.GetSetDescriptorType,
-     types.MemberDescriptorType}
+     torch.Size, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
 )  # fmt: skip
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_BY_NAME = frozenset({"__import__", "eval", "exec", "globals", "locals", "vars"})  # reach what code does not name
+_MODULE_WALK = module_walk(_ATOMS, frozenset(vars(nn.Module())))
 
 
 class Place(NamedTuple):
@@ -75,19 +78,18 @@ class Place(NamedTuple):
 class Holdings:
     """Findings of a walk from ``roots``.
 
-    Args:
-        is_thorough: look at what was set on layers of libraries too.
-
     Attributes:
         modules: every nn.Module, those inside others included.
-        places: tensors that require grad, parameters and others, each once, with where they are held.
+        kinds: their classes.
         generators: random generators.
+        is_complete: nothing that code can reach was left out.
     """
 
-    def __init__(self, roots: Iterable[Any], *, is_thorough: bool = False) -> None:
-        self._is_thorough = is_thorough
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self.is_complete = not _hooks_of_all_modules()
         self.modules: list[nn.Module] = []
-        self.places: list[Place] = []
+        self.kinds: set[type] = set()
+        self._places: list[tuple[Tensor, Any, Any, bool]] = []  # a Place takes long to make, and is rarely needed
         self.generators: list[torch.Generator] = []
         self._seen: set[int] = set()
         self._todo: list[Any] = []
@@ -95,6 +97,16 @@ class Holdings:
         for i, root in enumerate(roots):
             self.look(root, (), i)
         self._walk()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that require grad, parameters and others, each once."""
+        return [place[0] for place in self._places]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where they are held."""
+        return [Place._make(place) for place in self._places]
 
     def has_seen(self, x: object) -> bool:
         return id(x) in self._seen
@@ -115,57 +127,63 @@ class Holdings:
         if isinstance(x, Tensor):
             if x.requires_grad and id(x) not in self._seen:
                 self._seen.add(id(x))
-                self.places.append(Place(x, holder, key, is_attribute))
+                self._places.append((x, holder, key, is_attribute))
         elif kind is torch.Generator:
             if id(x) not in self._seen:
                 self._seen.add(id(x))
                 self.generators.append(x)
+        elif kind is types.BuiltinFunctionType:
+            if not isinstance(x.__self__, (type(None), type, types.ModuleType)):
+                self._todo.append(x.__self__)
+        elif kind is types.ModuleType:
+            self.is_complete = self.is_complete and _is_library(x.__name__)
         else:
             self._todo.append(x)
 
     def _walk(self) -> None:
-        todo, seen = self._todo, self._seen
-        while todo:
-            x = todo.pop()
-            if id(x) in seen:
-                continue
-            if isinstance(x, nn.Module):
-                seen.add(id(x))
-                self._module(x)
-            elif self._left > 0:
-                self._left -= 1
-                if isinstance(x, type):
-                    self._class(x)
-                    continue
-                seen.add(id(x))
-                visit = _VISITORS.get(type(x))
-                if visit is not None:
-                    visit(self, x)
-                elif not _is_library(type(x).__module__):
-                    self._object(x)
+        while self._todo:
+            self._visit(self._todo.pop())
+            if not self._todo:
+                for kind in self.kinds:
+                    self._class(kind)
+
+    def _visit(self, x: Any) -> None:
+        if id(x) in self._seen:
+            return
+        if isinstance(x, nn.Module):
+            self._module(x)
+            return
+        self._left -= 1
+        visit = _VISITORS.get(type(x))
+        if self._left < 0:
+            self.is_complete = False
+        elif isinstance(x, type):
+            self._class(x)
+        elif visit is not None:
+            self._seen.add(id(x))
+            visit(self, x)
+        elif not _is_library(type(x).__module__):
+            self._seen.add(id(x))
+            self._object(x)
+        else:
+            self.is_complete = False
 
     def _module(self, module: nn.Module) -> None:
-        self.modules.append(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in self._seen:
-                self._seen.add(id(parameter))
-                self.places.append(Place(parameter, module._parameters, name, True))
-        if module._modules:
-            self._todo += [child for child in module._modules.values() if child is not None]
-        kind = type(module)
-        is_library = _is_library(kind.__module__)
-        if not is_library:
-            self._class(kind)
-        elif not self._is_thorough:  # what users keep on a layer of a library is rare, and layers are many
-            return
-        attributes = vars(module)
-        for name, x in attributes.items():
-            if type(x) not in _ATOMS and name not in _MODULE_ATTRIBUTES:
-                self.look(x, attributes, name, True)
+        others: list[tuple[Any, Any, str]] = []
+        _MODULE_WALK.visit(module, self._seen, self.modules, self._places, self.kinds, others)
+        for x, holder, name in others:
+            if type(x).__module__ == "torch.jit._script" and hasattr(
+                x, "values"
+            ):  # what scripted modules have of dicts
+                for value in x.values():
+                    self.look(value, holder, name, True)
+            else:
+                self.look(x, holder, name, True)
 
     def _object(self, x: Any) -> None:
         kind = type(x)
         self._class(kind)
+        self.is_complete = self.is_complete and not hasattr(kind, "__getattr__")
         for container in (list, tuple, dict, deque):
             if isinstance(x, container):
                 _VISITORS[container](self, x)
@@ -182,6 +200,11 @@ class Holdings:
         if id(kind) in self._seen:
             return
         self._seen.add(id(kind))
+        is_plain = _plain_classes.get(kind)
+        if is_plain is None:
+            is_plain = _plain_classes[kind] = _is_plain(kind)
+        if is_plain:
+            return
         for base in kind.__mro__:
             if _is_library(base.__module__):
                 continue
@@ -192,12 +215,49 @@ class Holdings:
                     value = value.fget
                 elif isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
-                self.look(value, base, name)
+                if name not in _OF_CLASSES:
+                    self.look(value, base, name)
+
+
+_OF_CLASSES = frozenset({"__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__"})
+
+
+def _hooks_of_all_modules() -> bool:
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_library(module: object) -> bool:
     return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
+
+
+# Whether the methods and attributes of a class lead nowhere. Mostly they do, and to find that out takes long.
+_plain_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _is_plain(kind: type) -> bool:
+    values = [(name, x) for base in kind.__mro__ if not _is_library(base.__module__) for name, x in vars(base).items()]
+    return all(
+        isinstance(x, (str, type(None), types.GetSetDescriptorType))
+        or name in _OF_CLASSES
+        or (isinstance(x, types.FunctionType) and _leads_nowhere(x))
+        for name, x in values
+    )
+
+
+def _leads_nowhere(f: types.FunctionType) -> bool:
+    """Tells whether a method holds no object but its class, and names no globals but builtins and what libraries have."""
+    names = _globals_named_by(f.__code__)
+    if f.__defaults__ or f.__kwdefaults__ or set(f.__code__.co_freevars) - {"__class__"} or _BY_NAME & set(names):
+        return False
+    named = [f.__globals__[name] for name in names if name in f.__globals__]
+    return all(
+        _is_library(x.__name__ if isinstance(x, types.ModuleType) else x.__module__)
+        if isinstance(x, (type, types.FunctionType, types.ModuleType))
+        else False
+        for x in named
+    )
 
 
 def _slots_of(kind: type) -> list[str]:
@@ -211,6 +271,7 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
         try:
             value = cell.cell_contents
         except ValueError:  # not filled yet
+            walk.is_complete = False
             continue
         walk.look(value, cell, name)
     if f.__defaults__:
@@ -218,11 +279,25 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
     if f.__kwdefaults__:
         _mapping(walk, f.__kwdefaults__)
     known = f.__globals__
-    if not _is_library(known.get("__name__", "")):
-        for name in _globals_named_by(f.__code__):
-            value = known.get(name)
-            if type(value) not in _ATOMS:
-                walk.look(value, known, name, True)
+    if _is_library(known.get("__name__", "")):
+        return
+    for name in _globals_named_by(f.__code__):
+        value = known.get(name)
+        if type(value) is types.ModuleType and not _is_library(value.__name__):
+            _module_of_code(walk, value, f.__code__)
+        elif type(value) not in _ATOMS:
+            walk.look(value, known, name, True)
+        elif name in _BY_NAME:
+            walk.is_complete = False
+
+
+def _module_of_code(walk: Holdings, module: types.ModuleType, code: types.CodeType) -> None:
+    """What code names of a module with other code."""
+    walk.is_complete = False  # what that names there is more than is looked at
+    for name in code.co_names:
+        value = vars(module).get(name)
+        if value is not None:
+            walk.look(value, vars(module), name, True)
 
 
 _names: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}  # by id, since hashing code looks at all of it
@@ -232,7 +307,9 @@ def _globals_named_by(code: types.CodeType) -> tuple[str, ...]:
     """Names of globals in code and in the functions defined inside it."""
     known = _names.get(id(code))
     if known is None:
-        found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        instructions = list(dis.get_instructions(code))
+        found = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        found |= {"__import__" for i in instructions if i.opname == "IMPORT_NAME"}
         inner = (
             name for part in code.co_consts if isinstance(part, types.CodeType) for name in _globals_named_by(part)
         )
@@ -243,16 +320,19 @@ def _globals_named_by(code: types.CodeType) -> tuple[str, ...]:
 
 
 def _sequence(walk: Holdings, x: Any) -> None:
+    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for i, value in enumerate(islice(x, _MAX_ENTRIES)):
         walk.look(value, x, i)
 
 
 def _unordered(walk: Holdings, x: Any) -> None:
+    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for value in islice(x, _MAX_ENTRIES):
         walk.look(value, (), "")
 
 
 def _mapping(walk: Holdings, x: Any) -> None:
+    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for key, value in islice(x.items(), _MAX_ENTRIES):
         walk.look(value, x, key)
 

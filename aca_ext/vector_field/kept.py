@@ -63,6 +63,12 @@ class Keepsake:
             else:
                 there.put(_lost(now, origins, message))
 
+    def release(self) -> None:
+        """Lets go of the tensor, and so of the graph of the first evaluation; the place stays known."""
+        self.tensor = ANCHOR
+        if self.place is not None:
+            self.place = self.place._replace(tensor=ANCHOR)
+
     def snapshot(self) -> Callable[[], None]:
         """A function that puts back the present contents of its place."""
         place = self.place
@@ -114,7 +120,7 @@ def keepsakes_of(func: Any, kept: Sequence[tuple[Tensor, bool]]) -> list[Keepsak
     """Tensors that outlive an evaluation of func, each with whether it depends on the state, and their places."""
     if not kept:
         return []
-    places = {id(place.tensor): place for place in Holdings((func,), is_thorough=True).places}
+    places = {id(place.tensor): place for place in Holdings((func,)).places}
     found = [Keepsake(x, places.get(id(x)), depends_on_state) for x, depends_on_state in kept]
     _warn_once(func, [keepsake for keepsake in found if keepsake.depends_on_state])
     return found

@@ -23,6 +23,8 @@ from aca_ext.vector_field.slope_function import SlopeFunction
 # allow_unreachable, accumulate_grad.
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
+_FEW = 16
+
 
 class Replay:
     """f in the backward pass: stages evaluated with their graphs under the forward's conditions, and pulled back.
@@ -71,10 +73,15 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
-        n_found = 0 if is_one_graph or is_captured else len(found)
+        # Where all that func can reach was found, a few leaves that it may come to use are no reason to look at graphs.
+        holdings = self.field.holdings
+        is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
+        n_found = 0 if is_one_graph or is_captured or is_complete else len(found)
         self._wanted = list(range(len(self.inputs) - n_found))  # of the inputs; others follow when they are met
+        self._targets = self.inputs[: len(self._wanted)]
         self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
-        self._known = known_tensors([self.inputs[i] for i in self._wanted]) if is_checked else None
+        self._is_checked = is_checked
+        self._known = known_tensors(self._targets) if is_checked and not is_complete else None
         self._put_back: list[Callable[[], None]] = []
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
@@ -141,10 +148,10 @@ class Replay:
 
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:
         slopes, cotangents = ((k,), (grad_k,)) if isinstance(k, Tensor) else (tuple(k), tuple(grad_k))
-        self.check(slopes, y)
-        wanted = (y, *[self.inputs[i] for i in self._wanted])
+        if self._known is not None:
+            self.check(slopes, y)
         try:
-            v, *grads = _run_backward(slopes, cotangents, False, False, wanted, True, False)
+            v, *grads = _run_backward(slopes, cotangents, False, False, (y, *self._targets), True, False)
         except RuntimeError as error:
             if "through the graph a second time" not in str(error):
                 raise
@@ -170,10 +177,15 @@ class Replay:
         """
         if self._known is None:
             return
-        with torch._C.DisableTorchFunction() if self._substitutes else nullcontext():  # or it would look at substitutes
+        if not self._substitutes:
             others = self._known.others(slopes, y)
-        if others is None:
-            return
+        else:
+            with torch._C.DisableTorchFunction():  # or it would look at substitutes
+                others = self._known.others(slopes, y)
+        if others is not None:
+            self._admit(self._known, others)
+
+    def _admit(self, known: Any, others: Sequence[Tensor]) -> None:
         if any(leaf is ANCHOR for leaf in others):
             raise ReplayError(USED_AGAIN)
         if self._index is None:
@@ -183,13 +195,14 @@ class Replay:
             if i is not None:
                 if i not in self._wanted:
                     self._wanted.append(i)
+                    self._targets.append(self.inputs[i])
             elif not self.field.has_put(leaf):
                 raise ReplayError(
                     f"func depends on a tensor of shape {tuple(leaf.shape)} and {leaf.dtype} that requires grad and "
                     "was not found before the solve, so that its gradient would be lost. Name it, with what else "
                     "receives a gradient, by params=[...], or pass it by args=(...)."
                 )
-            self._known.add(leaf)
+            known.add(leaf)
 
     def check_reached(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
         """Checks that inputs that the slope at (t, y) depended on in the forward pass received gradients.
@@ -198,7 +211,7 @@ class Replay:
             ReplayError: func depends on them no longer, which makes their gradients wrong.
         """
         missing = [i for i in indices if self.grads[i] is None]
-        if self._known is None or not missing:
+        if not self._is_checked or not missing:
             return
         with torch.enable_grad():
             k = self(t, y.detach().requires_grad_())
@@ -222,7 +235,7 @@ class Replay:
     def _add(self, grads: Sequence[Tensor | None]) -> None:
         totals: list[Tensor] = []
         terms: list[Tensor] = []
-        for i, grad in zip(self._wanted, grads, strict=True):
+        for i, grad in enumerate(grads) if self._known is None else zip(self._wanted, grads, strict=True):
             if grad is None:
                 continue
             total = self.grads[i]

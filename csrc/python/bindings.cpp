@@ -10,6 +10,7 @@
 #include "python/compiled_bindings.h"
 #include "python/control_bindings.h"
 #include "python/leaves.h"
+#include "python/modules.h"
 #include "python/step_runs.h"
 #include "python/stepper.h"
 
@@ -255,9 +256,12 @@ PYBIND11_MODULE(_C, m) {
     py::class_<KnownTensors>(m, "KnownTensors", py::custom_type_setup(&make_collectable<KnownTensors>))
         .def(py::init<const py::iterable&, Py_ssize_t>())
         .def("add", [](KnownTensors& known, py::handle x) { known.add(x.ptr()); })
-        .def("others", [](const KnownTensors& known, py::handle roots,
+        .def("others", [](KnownTensors& known, py::handle roots,
                           py::handle state) { return known.others(roots.ptr(), state.ptr()); })
-        .def("are_met_by", [](const KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
+        .def("are_met_by", [](KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
+    py::class_<ModuleWalk>(m, "ModuleWalk")
+        .def(py::init<const py::iterable&, py::frozenset>())
+        .def("visit", &ModuleWalk::visit);
     py::class_<Stepper>(m, "Stepper")
         .def(py::init<const BoundTarget&, int64_t, std::vector<double>, const py::tuple&, const py::tuple&, bool,
                       py::object, py::object, const py::object&>())

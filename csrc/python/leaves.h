@@ -22,13 +22,12 @@ class KnownTensors {
 
     void add(PyObject* x) {
         py::object node = names().grad_fn.of(x);
-        held_.push_back(node.is_none() ? py::reinterpret_borrow<py::object>(x) : std::move(node));
-        known_.insert(held_.back().ptr());
+        remember(node.is_none() ? py::reinterpret_borrow<py::object>(x) : std::move(node));
     }
 
     // Leaves in the graphs of `roots`, a tensor or several, that are neither known nor `state`; None where there is
     // none. A leaf that only the graph holds was made by the evaluation itself and does not count.
-    py::object others(PyObject* roots, PyObject* state) const {
+    py::object others(PyObject* roots, PyObject* state) {
         py::object found = py::none();
         walk(roots, [&](py::object& leaf) {
             if (leaf.ptr() == state || Py_REFCNT(leaf.ptr()) <= alone_) return;
@@ -39,7 +38,7 @@ class KnownTensors {
     }
 
     // Whether the graphs of `roots` meet any of them.
-    bool are_met_by(PyObject* roots) const {
+    bool are_met_by(PyObject* roots) {
         return walk(roots, [](py::object&) {});
     }
 
@@ -62,23 +61,33 @@ class KnownTensors {
         return all;
     }
 
-    // Most graphs of one evaluation are short, where looking through a list is fastest.
-    class Visited {
+    // A set of addresses: most graphs of one evaluation are short, where looking through a list is fastest.
+    class Addresses {
       public:
         bool insert(PyObject* x) {
-            if (list_.size() < 48) {
-                if (std::find(list_.begin(), list_.end(), x) != list_.end()) return false;
-                list_.push_back(x);
-                return true;
-            }
-            if (set_.empty()) set_.insert(list_.begin(), list_.end());
-            return set_.insert(x).second;
+            if (contains(x)) return false;
+            list_.push_back(x);
+            if (list_.size() == kFew) set_.insert(list_.begin(), list_.end());
+            if (list_.size() > kFew) set_.insert(x);
+            return true;
+        }
+        bool contains(PyObject* x) const {
+            return list_.size() < kFew ? std::find(list_.begin(), list_.end(), x) != list_.end() : set_.count(x) > 0;
+        }
+        void clear() {
+            list_.clear();
+            set_.clear();
         }
 
       private:
+        static constexpr size_t kFew = 40;
         std::vector<PyObject*> list_;
         std::unordered_set<PyObject*> set_;
     };
+
+    void remember(py::object x) {
+        if (known_.insert(x.ptr())) held_.push_back(std::move(x));
+    }
 
     static bool is_leaf(PyObject* node) {
         static PyTypeObject* type = nullptr;  // of the nodes of leaves
@@ -91,48 +100,50 @@ class KnownTensors {
 
     // Calls `on_leaf` for each leaf that is not known, and returns whether any that is known was met.
     template <typename F>
-    bool walk(PyObject* roots, F&& on_leaf) const {
+    bool walk(PyObject* roots, F&& on_leaf) {
         bool met = false;
-        Visited visited;
-        std::vector<py::object> todo, done;  // `done` keeps the objects that stand for nodes alive, and so their ids
-        const auto enter = [&](py::object node) {
-            if (node.is_none() || !visited.insert(node.ptr())) return;
-            if (known_.count(node.ptr()))
+        Addresses visited;
+        std::vector<py::object>
+            nodes;  // their objects live as long as the walk, so that each has an address of its own
+        nodes.reserve(32);
+        const auto enter = [&](PyObject* node) {
+            if (node == Py_None) return;
+            if (known_.contains(node))
                 met = true;
-            else
-                todo.push_back(node);
-            done.push_back(std::move(node));
+            else if (visited.insert(node))
+                nodes.push_back(py::reinterpret_borrow<py::object>(node));
         };
         const auto enter_root = [&](PyObject* x) {
-            if (known_.count(x))
+            if (known_.contains(x))
                 met = true;
             else
-                enter(names().grad_fn.of(x));
+                enter(names().grad_fn.of(x).ptr());
         };
         if (PyTuple_CheckExact(roots))
             for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(roots); ++i) enter_root(PyTuple_GET_ITEM(roots, i));
         else
             enter_root(roots);
-        while (!todo.empty()) {
-            const py::object node = std::move(todo.back());
-            todo.pop_back();
+        for (size_t n = 0; n < nodes.size(); ++n) {
+            const py::object node = nodes[n];
             if (is_leaf(node.ptr())) {
                 py::object leaf = names().variable.of(node.ptr());
-                if (known_.count(leaf.ptr()))
+                if (known_.contains(leaf.ptr())) {
                     met = true;
-                else
+                    remember(node);  // spares the look at the leaf from now on
+                } else {
                     on_leaf(leaf);
+                }
                 continue;
             }
             const py::object next = names().next_functions.of(node.ptr());
             for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(next.ptr()); ++i)
-                enter(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(PyTuple_GET_ITEM(next.ptr(), i), 0)));
+                enter(PyTuple_GET_ITEM(PyTuple_GET_ITEM(next.ptr(), i), 0));
         }
         return met;
     }
 
     std::vector<py::object> held_;
-    std::unordered_set<PyObject*> known_;
+    Addresses known_;
     Py_ssize_t alone_;
 };
 

@@ -302,7 +302,7 @@ class TestParametersUsedLate:
         loop: list[Any] = [rate]
         loop.append(loop)
         found = Holdings((lambda t, y: y * rate + numbers[0] + len(loop),))
-        assert [place.tensor is rate for place in found.places] == [True]
+        assert [x is rate for x in found.tensors] == [True]
 
 
 class TestRandomNumbers:

@@ -1,0 +1,92 @@
+// The part of a walk over what func holds that takes longest in Python: trees of modules, with all their attributes.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "python/tensors.h"
+
+namespace aca {
+
+class ModuleWalk {
+  public:
+    // `atoms` are types whose objects hold nothing, `names` the attributes that every module has.
+    ModuleWalk(const py::iterable& atoms, py::frozenset names) : names_(std::move(names)) {
+        for (py::handle type : atoms) atoms_.push_back(py::reinterpret_borrow<py::object>(type));
+    }
+
+    // Visits `module` and those inside it whose ids are not in `seen`. Adds them to `modules`, their classes to
+    // `kinds`, parameters that require grad to `places` as (tensor, dict, name, True), and to `others` (object, dict,
+    // name) for attributes that may hold more, and for hooks.
+    void visit(py::object module, py::set seen, py::list modules, py::list places, py::set kinds,
+               py::list others) const {
+        std::vector<py::object> todo{std::move(module)};
+        while (!todo.empty()) {
+            const py::object m = std::move(todo.back());
+            todo.pop_back();
+            if (!is_new(seen, m.ptr())) continue;
+            modules.append(m);
+            kinds.add(py::type::of(m));
+            const auto attributes = Attribute::owned(PyObject_GenericGetDict(m.ptr(), nullptr));
+            each(attributes.ptr(), [&](PyObject* name, PyObject* x) {
+                if (is_name(name, "_parameters") && PyDict_Check(x)) {
+                    each(x, [&](PyObject* key, PyObject* p) {
+                        if (p != Py_None && requires_grad(p) && is_new(seen, p))
+                            places.append(py::make_tuple(py::handle(p), py::handle(x), py::handle(key), true));
+                    });
+                } else if (is_name(name, "_modules") && PyDict_Check(x)) {
+                    const size_t before = todo.size();
+                    each(x, [&](PyObject*, PyObject* child) {
+                        if (child != Py_None) todo.push_back(py::reinterpret_borrow<py::object>(child));
+                    });
+                    std::reverse(todo.begin() + std::ptrdiff_t(before), todo.end());
+                } else if ((is_name(name, "_forward_hooks") || is_name(name, "_forward_pre_hooks")) &&
+                           PyDict_Check(x)) {
+                    each(x, [&](PyObject* key, PyObject* hook) { add(others, hook, x, key); });
+                } else if (!is_atom(x) && PySet_Contains(names_.ptr(), name) == 0) {
+                    add(others, x, attributes.ptr(), name);
+                }
+            });
+        }
+    }
+
+  private:
+    template <typename F>
+    static void each(PyObject* dict, F&& f) {
+        PyObject *key, *value;
+        Py_ssize_t position = 0;
+        while (PyDict_Next(dict, &position, &key, &value)) f(key, value);
+    }
+
+    static void add(py::list& others, PyObject* x, PyObject* holder, PyObject* key) {
+        others.append(py::make_tuple(py::handle(x), py::handle(holder), py::handle(key)));
+    }
+
+    static bool is_name(PyObject* name, const char* expected) {
+        return PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, expected) == 0;
+    }
+
+    static bool requires_grad(PyObject* x) {
+        static const Attribute name("requires_grad");
+        return name.of(x).ptr() == Py_True;
+    }
+
+    static bool is_new(const py::set& seen, PyObject* x) {
+        const py::object id = Attribute::owned(PyLong_FromVoidPtr(x));
+        const int is_there = PySet_Contains(seen.ptr(), id.ptr());
+        if (is_there < 0 || (!is_there && PySet_Add(seen.ptr(), id.ptr()) < 0)) throw py::error_already_set();
+        return !is_there;
+    }
+
+    bool is_atom(PyObject* x) const {
+        const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+        return std::any_of(atoms_.begin(), atoms_.end(), [&](const py::object& atom) { return atom.ptr() == type; });
+    }
+
+    std::vector<py::object> atoms_;
+    py::frozenset names_;
+};
+
+}  // namespace aca

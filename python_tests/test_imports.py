@@ -57,7 +57,7 @@ UNREACHABLE = {
 # Includes, and the names of the files that alone may have them.
 INCLUDES = {
     r"(torch|ATen|c10)\b.*|Python\.h": r"(?!)",
-    r"pybind11/.*": r"bindings\.cpp|((compiled|control)_bindings|leaves|modules|runs|stepper|slope|(torch_)?tensors)\.h",
+    r"pybind11/.*": r"bindings\.cpp|((compiled|control)_bindings|leaves|modules|runs|stepper|slope|.*tensors)\.h",
     r"(cuda|cu_|cub/|cooperative_groups|device_|thrust/|nv|mma).*|sm_\d+.*": r".*\.cuh?",
 }
 

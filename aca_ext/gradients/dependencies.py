@@ -62,8 +62,8 @@ class FirstEvaluation:
             self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
         if is_traced:
             return
+        outlived = watch.outlived()  # before the state, which a graph may hold in Python too
         kept = [(y, True)] if is_held(sys.getrefcount(y), y, n_known=watch.outer_references(y)) else []
-        outlived = watch.outlived()
         if outlived:
             state = known_tensors([y])
             kept += [(x, state.are_met_by(x)) for x in outlived]
@@ -213,6 +213,7 @@ class _Watch(TorchFunctionMode):
         """Results that something else holds, now that the evaluation is over and its slope has no graph."""
         found: list[Tensor] = []
         made = self._made
+        self._captured.clear()
         while made:  # last to first, since the history of a result may hold those before it
             x = made.pop()
             count = sys.getrefcount(x)

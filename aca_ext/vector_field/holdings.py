@@ -105,7 +105,7 @@ class Holdings:
 
     @property
     def places(self) -> list[Place]:
-        """Where they are held."""
+        """Places where they are held."""
         return [Place._make(place) for place in self._places]
 
     def has_seen(self, x: object) -> bool:
@@ -247,7 +247,7 @@ def _is_plain(kind: type) -> bool:
 
 
 def _leads_nowhere(f: types.FunctionType) -> bool:
-    """Tells whether a method holds no object but its class, and names no globals but builtins and what libraries have."""
+    """Tells whether a method holds no object but its class, and names no globals but builtins and libraries."""
     names = _globals_named_by(f.__code__)
     if f.__defaults__ or f.__kwdefaults__ or set(f.__code__.co_freevars) - {"__class__"} or _BY_NAME & set(names):
         return False
@@ -292,7 +292,7 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
 
 
 def _module_of_code(walk: Holdings, module: types.ModuleType, code: types.CodeType) -> None:
-    """What code names of a module with other code."""
+    """Names that code uses, of a module with other code."""
     walk.is_complete = False  # what that names there is more than is looked at
     for name in code.co_names:
         value = vars(module).get(name)

@@ -70,7 +70,6 @@ CHANGES: dict[str, Callable[[Driven], Any]] = {
     "a control overwritten": lambda f: f.control.mul_(-1),
     "a buffer overwritten": lambda f: f.gain.copy_(torch.tensor([2.0, 0.5, 1.0])),
     "a flag": lambda f: setattr(f, "sign", -1.0),
-    "eval()": lambda f: f.eval(),
     "a parameter through .data": lambda f: f.w.data.mul_(0.5),
 }
 

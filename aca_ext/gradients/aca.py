@@ -54,7 +54,7 @@ from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 def solve(task: Task) -> Result:
     first = FirstEvaluation(task)
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
-    if not any(x.requires_grad for x in (task.problem.y0, *first.params, *first.found, *args)):
+    if not first.needs_graph(args):
         return solve_without_graph(task, first.k)
     checkpoints = checkpoints_for(task.checkpoints, task.problem.y0.detach())
     with first.watch():

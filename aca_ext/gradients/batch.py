@@ -83,7 +83,7 @@ def _direct(task: Task) -> Result:
 def _aca(task: Task) -> Result:
     first, field = FirstEvaluation(task), task.field
     args = [arg for arg in field.args if isinstance(arg, Tensor) and arg.requires_grad]
-    if not any(x.requires_grad for x in (task.problem.y0, *first.params, *first.found, *args)):
+    if not first.needs_graph(args):
         with torch.no_grad():
             return _forward(task, first.k, keep_states=False)[0]
     random_state = field.random_state()

@@ -58,8 +58,7 @@ class FirstEvaluation:
             self.params += [x for x in leaves if not task.field.has_put(x)]
             self.leaves = range(n_captured, len(self.params))
         self.k = k = None if k is None else k.detach()
-        if task.params is None:
-            self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
+        self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
         if is_traced:
             return
         outlived = watch.outlived()  # before the state, which a graph may hold in Python too
@@ -72,7 +71,7 @@ class FirstEvaluation:
     def _look_at_holdings(self, task: Task, known: set[int]) -> None:
         holdings = task.field.holdings
         unused: list[Tensor] = []
-        for x in holdings.tensors if holdings is not None else ():
+        for x in holdings.tensors if holdings is not None and task.params is None else ():
             if id(x) not in known:
                 if x.is_leaf:
                     self.found.append(x)
@@ -80,6 +79,13 @@ class FirstEvaluation:
                     unused.append(x)
         if unused:
             self._use = _Use(unused)
+        if holdings is not None:
+            holdings.let_go_of_histories()
+
+    def needs_graph(self, args: Sequence[Tensor]) -> bool:
+        """Tells whether anything requires grad that the solution depends on, or may come to depend on."""
+        origins = (self._task.problem.y0, *self.params, *self.found, *args)
+        return self._use is not None or any(x.requires_grad for x in origins)
 
     def watch(self) -> AbstractContextManager[Any]:
         """Around the rest of the solve, before ``settle``."""

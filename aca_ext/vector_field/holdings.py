@@ -108,6 +108,10 @@ class Holdings:
         """Places where they are held."""
         return [Place._make(place) for place in self._places]
 
+    def let_go_of_histories(self) -> None:
+        """Forgets tensors that were computed: whoever keeps the walk would keep their graphs, and what those hold."""
+        self._places = [place for place in self._places if place[0].is_leaf]
+
     def has_seen(self, x: object) -> bool:
         return id(x) in self._seen
 

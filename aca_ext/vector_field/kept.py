@@ -121,9 +121,19 @@ def keepsakes_of(func: Any, kept: Sequence[tuple[Tensor, bool]]) -> list[Keepsak
     if not kept:
         return []
     places = {id(place.tensor): place for place in Holdings((func,)).places}
-    found = [Keepsake(x, places.get(id(x)), depends_on_state) for x, depends_on_state in kept]
+    found = [
+        Keepsake(x, places.get(id(x)), depends_on_state)
+        for x, depends_on_state in kept
+        if id(x) in places or not (depends_on_state and _are_saved_tensors_packed())
+    ]
     _warn_once(func, [keepsake for keepsake in found if keepsake.depends_on_state])
     return found
+
+
+def _are_saved_tensors_packed() -> bool:
+    """Tells whether hooks of ``torch.autograd.graph`` are on: graphs then hold in Python what they saved."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private
+    return top is not None and top(False) is not None
 
 
 class _Warned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -281,6 +282,23 @@ class TestParametersUsedLate:
             trainer.losses.append(y.square().sum())
             trainer.losses[-1].backward()
         assert a.grad is not None
+
+    def test_a_loss_that_is_kept_does_not_keep_those_before_it(self) -> None:
+        net, trainer = Mlp(), SimpleNamespace(loss=None)
+        graphs = []
+        for _ in range(3):
+            y = aca_ext.odeint(lambda t, y: net(t, y) * (1.0 if trainer else 0.0), sample(2, 3), T)
+            trainer.loss = y.square().sum()
+            graphs.append(weakref.ref(trainer.loss))
+            trainer.loss.backward()
+        del y
+        assert [graph() is None for graph in graphs] == [True, True, False]
+
+    def test_a_context_computed_before_that_alone_requires_grad(self) -> None:
+        w = leaf(3)
+        contexts = [torch.ones(3, dtype=torch.float64), torch.exp(w)]
+        y = aca_ext.odeint(lambda t, y: torch.tanh(y * contexts[is_late(t)]), sample(2, 3), T)
+        assert torch.autograd.grad(y.sum(), w)[0].any()
 
     def test_unused_parameters_have_no_gradient(self) -> None:
         nets = nn.ModuleList(nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))

@@ -33,7 +33,7 @@ from aca_ext.errors import (
     ToleranceError,
     UnknownNameError,
 )
-from aca_ext.vector_field.field import function_cache as owners
+from aca_ext.vector_field import function_cache as owners
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import aca_ext
 from aca_ext.numerics.methods import METHODS
-from aca_ext.solver.loop import Solver, runge_kutta
+from aca_ext.solver import runge_kutta
+from aca_ext.solver.loop import Solver
 
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
 FORWARD, BACKWARD = (0.0, 1.3, 4.0), (4.0, 3.9, 1.3, 0.0)

@@ -45,8 +45,8 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        own, scaled = _own_and_scaled(g, ctx.h, ctx.w, ctx.needs_input_grad[4:])
-        return None, None, None, own if ctx.has_base else None, *scaled
+        own = _own(g) if ctx.has_base else None
+        return None, None, None, own, *_scaled(g, ctx.h, ctx.w, ctx.needs_input_grad[4:])
 
 
 class _SolutionAndError(torch.autograd.Function):
@@ -66,22 +66,15 @@ class _SolutionAndError(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        own, scaled = _own_and_scaled(g, ctx.h, ctx.b, ctx.needs_input_grad[5:])
-        return None, None, None, None, own, *scaled
+        return None, None, None, None, _own(g), *_scaled(g, ctx.h, ctx.b, ctx.needs_input_grad[5:])
 
 
-def _own_and_scaled(
-    g: Tensor, h: Number, w: Floats, needed: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """A copy of ``g``, and g·h·w[j] for each j that is needed.
+def _own(g: Tensor) -> Tensor:
+    """A copy: a backward pass of func may write the gradients of all stages into one buffer, and ``g`` be that."""
+    return g.clone()
 
-    A copy, since a backward pass of func may write the gradients of all stages into one buffer, and ``g`` be that.
-    """
-    is_wanted = [n and w_j != 0 for w_j, n in zip(w, needed, strict=True)]
+
+def _scaled(g: Tensor, h: Number, w: Floats, needed: Sequence[bool]) -> list[Tensor | None]:
     if isinstance(h, Tensor):
         h = h.to(g.dtype)
-        return g.clone(), [g * (h * w_j) if wanted else None for w_j, wanted in zip(w, is_wanted, strict=True)]
-    factors = [1.0, *(h * w_j for w_j, wanted in zip(w, is_wanted, strict=True) if wanted)]
-    own, *scaled = torch._foreach_mul([g] * len(factors), factors)
-    following = iter(scaled)
-    return own, [next(following) if wanted else None for wanted in is_wanted]
+    return [g * (h * w_j) if n and w_j != 0 else None for w_j, n in zip(w, needed, strict=True)]

@@ -82,6 +82,13 @@ inline void check_whole(PyObject* x) {
     if (held < start + as_size(nbytes.of(x))) refuse_without_memory();
 }
 
+// Whether a count of references tells who holds an object; without the GIL it tells of one thread alone.
+#ifdef Py_GIL_DISABLED
+constexpr bool kCounts = false;
+#else
+constexpr bool kCounts = true;
+#endif
+
 // Whether nothing but the one reference that the caller holds leads to a tensor or to its memory: no variable of func,
 // no view, no array of NumPy. Counts are compared with those of a tensor that is known to be alone, since versions of
 // torch count differently; where they differ for another reason, a tensor is taken to be shared.
@@ -105,14 +112,9 @@ class Ownership {
 
     // The graph of `x` may hold the memory, without ever writing to it: then only tensors in Python count.
     bool is_sole(PyObject* x, bool has_graph) const {
-#ifdef Py_GIL_DISABLED
-        (void)x, (void)has_graph;
-        return false;
-#else
-        if (!is_known_ || Py_REFCNT(x) != 1) return false;
+        if (!kCounts || !is_known_ || Py_REFCNT(x) != 1) return false;
         const Counts now = counts_of(x, has_graph);
         return now.is_like(now.base ? view_ : tensor_, has_graph);
-#endif
     }
 
   private:
@@ -159,10 +161,11 @@ class Copies {
     Row take() {
         for (size_t tried = 0; tried < rows_.size(); ++tried) {
             next_ = next_ + 1 < rows_.size() ? next_ + 1 : 0;
-            if (is_free(rows_[next_].tensor.ptr())) return rows_[next_];
+            if (Py_REFCNT(rows_[next_].tensor.ptr()) == 1) return rows_[next_];
         }
         const py::tuple block = allocate_();
-        if (block.size() == 1) return {block[0], address_of(block[0])};  // too large to be kept for later
+        const bool is_kept = kCounts && block.size() > 1;  // for later, where that does not hold much memory
+        if (!is_kept) return {block[0], address_of(block[0])};
         for (py::handle row : block) {
             const auto tensor = py::reinterpret_borrow<py::object>(row);
             rows_.push_back({tensor, address_of(tensor)});
@@ -172,15 +175,6 @@ class Copies {
     }
 
   private:
-    static bool is_free(PyObject* x) {
-#ifdef Py_GIL_DISABLED
-        (void)x;
-        return false;
-#else
-        return Py_REFCNT(x) == 1;
-#endif
-    }
-
     py::object allocate_;
     std::vector<Row> rows_;
     size_t next_ = 0;

@@ -105,6 +105,7 @@ def test_func_that_hands_out_buffers(way: str, settings: dict[str, Any], n: int)
     assert torch.allclose(y, again, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::aca_ext.errors.KeptTensorWarning")
 @each_solve
 @each_size
 def test_func_whose_buffer_has_a_new_graph_each_time(settings: dict[str, Any], n: int) -> None:

@@ -87,19 +87,25 @@ def _aca(task: Task) -> Result:
         with torch.no_grad():
             return _forward(task, first.k, keep_states=False)[0]
     random_state = field.random_state()
+    if field.draws_random_numbers:
+        raise _random_numbers_error()
     with torch.no_grad(), first.watch():
         solved, states = _forward(task, first.k, keep_states=True)
     first.settle()
-    if field.draws_random_numbers or field.has_drawn_since(random_state):
-        raise ArgumentValueError(
-            'func draws random numbers, which gradient="aca" cannot draw again for samples that step by '
-            'themselves; with option batch="independent" use gradient="direct".'
-        )
+    if field.has_drawn_since(random_state):
+        raise _random_numbers_error()
     ys = _Aca.apply(task, first, [(solved, states)], task.problem.y0, *first.params, *args, *first.found)
     return Result(ys, solved.record, solved.stats)
 
 
 _GRADIENTS: dict[str, Callable[[Task], Result]] = {"aca": _aca, "direct": _direct}
+
+
+def _random_numbers_error() -> ArgumentValueError:
+    return ArgumentValueError(
+        'func draws random numbers, which gradient="aca" cannot draw again for samples that step by themselves; with '
+        'option batch="independent" use gradient="direct".'
+    )
 
 
 def _check_buffers(field: VectorField) -> None:

@@ -168,7 +168,8 @@ MARKS: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
     "attribute": (lambda x: setattr(x, "mark", 1), lambda x: hasattr(x, "mark")),
     "reference": (lambda x: _references.append(weakref.ref(x)), lambda x: weakref.getweakrefcount(x) > 0),
     "grad": (lambda x: x.requires_grad_(), lambda x: x.requires_grad),
-    "class": (lambda x: setattr(x, "__class__", Subclass), lambda x: type(x) is Subclass),
+    # Of a time alone: a state of another class is refused.
+    "class": (lambda x: x.dim() or setattr(x, "__class__", Subclass), lambda x: type(x) is Subclass),
 }
 
 # Ways to make another tensor of a time.

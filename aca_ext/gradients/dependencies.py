@@ -55,7 +55,7 @@ class FirstEvaluation:
         n_captured = len(captured)
         if k is not None and k.requires_grad and task.params is None:
             leaves = known_tensors([*captured, *args, y]).others(k, None) or []
-            self.params += [x for x in leaves if not task.field.has_put(x)]
+            self.params += [x for x in leaves if not (watch.has_made(x) or task.field.has_put(x))]
             self.leaves = range(n_captured, len(self.params))
         self.k = k = None if k is None else k.detach()
         self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
@@ -215,6 +215,10 @@ class _Watch(TorchFunctionMode):
         super().__exit__(*error)
         _active.watches.pop()
 
+    def has_made(self, x: Tensor) -> bool:
+        """Tells whether the evaluation itself made ``x``, so that nobody outside can want its gradient."""
+        return any(made is x for made in self._made)
+
     def outlived(self) -> list[Tensor]:
         """Results that something else holds, now that the evaluation is over and its slope has no graph."""
         found: list[Tensor] = []
@@ -257,6 +261,9 @@ class _NoWatch:
 
     def outer_references(self, x: Tensor) -> int:
         return 0
+
+    def has_made(self, x: Tensor) -> bool:
+        return False
 
     def __enter__(self) -> _NoWatch:
         return self

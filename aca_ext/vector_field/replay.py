@@ -58,9 +58,12 @@ class Replay:
     ) -> None:
         is_one_graph = cut is not None
         cut = cut or (lambda x: x.detach().requires_grad_())
-        # Hooks on a leaf are for its whole gradient, which they see outside.
+        # Hooks on a leaf are for its whole gradient, which they see outside. One frozen since required grad before.
         cut_params, cut_found = (
-            [p if p.is_leaf and not p._backward_hooks and not is_captured else cut(p) for p in tensors]
+            [
+                p if p.is_leaf and p.requires_grad and not p._backward_hooks and not is_captured else cut(p)
+                for p in tensors
+            ]
             for tensors in (params, found)
         )
         if any(p is not c for p, c in zip(params, cut_params, strict=True)) and holds_script(field.func):
@@ -153,6 +156,11 @@ class Replay:
         try:
             v, *grads = _run_backward(slopes, cotangents, False, False, (y, *self._targets), True, False)
         except RuntimeError as error:
+            if "use_reentrant=True" in str(error):
+                raise ReplayError(
+                    "func uses torch.utils.checkpoint with use_reentrant=True, which cannot be part of a replay. Use "
+                    "use_reentrant=False."
+                ) from error
             if "through the graph a second time" not in str(error):
                 raise
             raise ReplayError(

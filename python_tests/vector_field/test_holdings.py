@@ -698,3 +698,41 @@ class TestAutogradInside:
         buffer = torch.empty(2, 3, dtype=torch.float64)
         y = aca_ext.odeint(lambda t, y: torch.neg(y, out=buffer).clone(), sample(2, 3), T)
         assert torch.allclose(y[-1], sample(2, 3) * torch.exp(-T[-1]), rtol=1e-6)
+
+
+def test_leaves_made_inside_an_evaluation_are_nobodys_parameters() -> None:
+    """A derivative in time inside func, from a time of its own that requires grad."""
+
+    def build() -> Any:
+        w = leaf(3)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            s = t.detach().requires_grad_()
+            with torch.enable_grad():
+                (rate,) = torch.autograd.grad(torch.sin(w * s).sum(), s, create_graph=True)
+            return -y * w + rate
+
+        return func, [w]
+
+    for settings in MODES.values():
+        check_against_direct(build, **settings)
+
+
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES)
+def test_parameters_frozen_before_the_backward_pass(settings: dict[str, Any]) -> None:
+    net, y0 = Mlp(), leaf(2, 3)
+    y = aca_ext.odeint(lambda t, y: net(t, y), y0, T, **settings)
+    net.requires_grad_(False)
+    (grad,) = torch.autograd.grad(y.square().sum(), y0)
+    net.requires_grad_(True)
+    expected = aca_ext.odeint(lambda t, y: net(t, y), y0, T, **settings)
+    assert relative_error(grad, torch.autograd.grad(expected.square().sum(), y0)[0]) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs:UserWarning")
+def test_a_reentrant_checkpoint_inside_func() -> None:
+    net, y0 = Mlp(), leaf(2, 3)
+    func = lambda t, y: torch.utils.checkpoint.checkpoint(lambda y: net(t, y), y, use_reentrant=True)  # noqa: E731
+    y = aca_ext.odeint(func, y0, T, method="rk4", options=STEPS)
+    with pytest.raises(errors.ReplayError, match="use_reentrant=False"):
+        y.sum().backward()

@@ -1,0 +1,1 @@
+"""Methods and step control: plain numbers, without torch."""

@@ -16,7 +16,7 @@ from aca_ext.kernels.fused import STATUSES, batch_control_for, step_control_for
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
 
-KINDS = [StepControl, step_control_for]
+KINDS: list[Any] = [StepControl, step_control_for]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=["Python", "C++"])
 NO_LIMIT = 10**6
 

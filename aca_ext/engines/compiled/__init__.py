@@ -1,0 +1,1 @@
+"""engine="compiled": whole steps, and their transpose, compiled by torch's compiler."""

@@ -1,0 +1,1 @@
+"""engine="graph": steps captured as CUDA graphs and repeated by the device."""

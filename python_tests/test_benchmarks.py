@@ -35,7 +35,7 @@ class LoopingCaller(Caller):
 @pytest.mark.parametrize(
     ("module", "found"),
     [
-        (breakdown, ["eager   forward", "graph   forward", "graph/engine.py", "solver.py"]),
+        (breakdown, ["eager   forward", "graph   forward", "cuda_graph/engine.py", "solver/loop.py"]),
         (convolution, ["aca_ext eager", "aca_ext graph"]),
         (ensemble, ["aca_ext eager", "aca_ext graph"]),
         (solve_rate, ["aca_ext eager", "aca_ext graph", "launched for nothing", "ahead / loop"]),

@@ -4,6 +4,7 @@ graph is used again only while everything that it took for constant is as it was
 from __future__ import annotations
 
 import itertools
+import random
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,12 +108,16 @@ def _traced(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tu
     scope = request.scope = scope_of(func, args)
     with entry.numbers.as_tensors(scope):
         given = tuple(scope["L"]["args"])
+        random_state = random.getstate()
         entry = _trace(entry, func, t, y, given)
         captured = request.captured
         if captured is None:
             raise CompileError(f"func computes nothing from tensors that TorchDynamo can see. {HINT}")
         _check_again(entry, captured, func, t, y, given)
     captured.lifted = bool(entry.numbers.places)
+    if random.getstate() != random_state:  # some versions of TorchDynamo draw once for each call of a graph
+        captured.refusal = f"func draws numbers from Python's random, which a replay could not repeat. {HINT}"
+        return captured
     if any(counter.is_number for counter in captured.counters):
         inputs = request.inputs
         with unchanged(func, args):

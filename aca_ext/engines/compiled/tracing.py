@@ -116,8 +116,8 @@ def _traced(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tu
         _check_again(entry, captured, func, t, y, given)
     captured.lifted = bool(entry.numbers.places)
     if random.getstate() != random_state:  # some versions of TorchDynamo draw once for each call of a graph
-        captured.refusal = f"func draws numbers from Python's random, which a replay could not repeat. {HINT}"
-        return captured
+        _by_owner.anew(func)  # or the next solve would find this graph, and draw
+        raise CompileError(f"func draws numbers from Python's random, which a replay could not repeat. {HINT}")
     if any(counter.is_number for counter in captured.counters):
         inputs = request.inputs
         with unchanged(func, args):

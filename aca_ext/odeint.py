@@ -125,7 +125,7 @@ def odeint(
             it holds, or decide on the host by what a tensor holds.
         args: further arguments of func; tensors among them receive gradients.
         params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
-            its first evaluation uses. Name them where func uses some only later.
+            it uses or holds where its code can reach it; a tensor found nowhere is a ReplayError when it is used.
         progress: show a bar of the time that the solve has reached (needs tqdm).
         callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts. What it
             raises ends the solve. The steps of a solve that is watched run in Python.

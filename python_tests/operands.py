@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -106,5 +107,6 @@ def check_error_norm(operands: Operands, tolerance: Tolerance, with_slope: bool 
     expected = specification.error_norm(partial, slope, w, y0, y1)
     magnitude = specification.error_norm(partial.abs(), k.abs() if with_slope else None, w, y0, y1)
     assert isinstance(norm, float)
-    # Rounding of the ratio enters its square twice, and compilers differ in which products they round.
-    assert abs(norm**2 - expected**2) <= 16 * torch.finfo(operands.dtype).eps * magnitude**2
+    # Rounding of the ratio enters its square twice. The build with sanitizers, -O1, rounds more of the products.
+    roundings = 16 if "libasan" in os.environ.get("LD_PRELOAD", "") else 8
+    assert abs(norm**2 - expected**2) <= roundings * torch.finfo(operands.dtype).eps * magnitude**2

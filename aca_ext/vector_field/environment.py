@@ -92,8 +92,13 @@ class Environment:
         changed = self._contents.changed_tensors()
         return [x for x, requires_grad in changed if not requires_grad and id(x) not in own]
 
-    def begin_step(self) -> None:
-        """Removes tensors that came up late, so that a replayed step computes them anew, with their graph."""
+    @property
+    def has_late_tensors(self) -> bool:
+        """Tells whether ``begin_evaluation`` has anything to do."""
+        return bool(self._late)
+
+    def begin_evaluation(self) -> None:
+        """Removes tensors that came up late, so that a replayed evaluation computes them anew, with their graph."""
         for change in self._late:
             change.put(change.before)
 

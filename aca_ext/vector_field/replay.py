@@ -95,7 +95,9 @@ class Replay:
         self._originals = originals
         self._substitutes = {id(x): c for x, c in zip(originals, self.inputs, strict=True) if x is not c}
         self._overwritten: list[Tensor] = []
+        self._makes_late_tensors = False
         if self.field.environment is not None:
+            self._makes_late_tensors = self.field.environment.has_late_tensors
             self._substitutes.update((id(x), x.detach()) for x in self.field.environment.unfrozen())
             self._overwritten = self.field.environment.overwritten()
 
@@ -131,21 +133,22 @@ class Replay:
     @property
     def fastest(self) -> SlopeFunction:
         """The callable that evaluates the next stage with the least overhead."""
-        return self if self.field.draws_random_numbers else self.field.fastest
+        return self if self.field.draws_random_numbers or self._makes_late_tensors else self.field.fastest
 
     def begin_step(self, random_states: Sequence[RandomState] | None) -> None:
         """Tells the random states that the stages of the step to come were computed from."""
         self._random_states, self._stage = random_states, 0
         for put_back in self._put_back:  # else graphs of all steps would live in what is kept
             put_back()
-        if self.field.environment is not None:
-            self.field.environment.begin_step()
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """The next stage of the step, with its graph; inside ``repeating``."""
         if self._random_states is not None:
             self.field.set_random_state(self._random_states[self._stage])
         self._stage += 1
+        if self._makes_late_tensors:
+            assert self.field.environment is not None
+            self.field.environment.begin_evaluation()
         return self.field(t, y)
 
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:

@@ -107,7 +107,7 @@ class FirstEvaluation:
             late = environment.end_solve()
             if late:
                 settle_late(self._task.field.func, late, self._origins())
-            environment.settle()
+                environment.settle()
 
     def _origins(self) -> list[Tensor]:
         """All that the solution has its graph from, as far as it is known."""

@@ -47,19 +47,20 @@ class Environment:
         self._note_own()
 
     def end_solve(self) -> list[Change]:
-        """Takes what has changed for changes by func, and returns where it put tensors that came up late.
+        """Takes what has changed for what func changes, and for what the replay is to find.
 
-        These are tensors where the first evaluation had put none: those that it puts somewhere are known by its graph.
+        Returns:
+            Where func put tensors that came up late: where the first evaluation had put none. Those that it puts
+            somewhere are known by its graph.
         """
         changes = self._note_own()
+        self._own_tensors = [x for x, _ in self._contents.changed_tensors(True)]
         self._late = [c for c in changes if tensors_in(c.now) and not tensors_in(c.before)]
         return self._late
 
     def settle(self) -> None:
-        """Takes what has changed for what the replay is to find."""
+        """Takes what was put in place of late tensors for what the replay is to find."""
         self._note_own()
-        self._own_tensors = [x for x, _ in self._contents.changed_tensors()]
-        self._contents.watch_tensors()
 
     def _note_own(self) -> list[Change]:
         changes = [Change._make(change) for change in self._contents.update()]
@@ -84,12 +85,12 @@ class Environment:
 
     def unfrozen(self) -> list[Tensor]:
         """Tensors that require grad and did not in the forward pass."""
-        return [x for x, requires_grad in self._contents.changed_tensors() if requires_grad]
+        return [x for x, requires_grad in self._contents.changed_tensors(False) if requires_grad]
 
     def overwritten(self) -> list[Tensor]:
         """Tensors that were written to since the forward pass, without those that func writes to."""
         own = {id(x) for x in self._own_tensors}
-        changed = self._contents.changed_tensors()
+        changed = self._contents.changed_tensors(False)
         return [x for x, requires_grad in changed if not requires_grad and id(x) not in own]
 
     @property

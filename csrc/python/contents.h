@@ -68,11 +68,12 @@ class Contents {
     }
 
     // Tensors changed since by themselves, as pairs: each with whether it was frozen and requires grad now (True), or
-    // was written to in place (False).
-    py::list changed_tensors() const {
+    // was written to in place (False). With `accepts`, they are then compared with their state of now.
+    py::list changed_tensors(bool accepts) {
         py::list changed;
-        for (const auto& [x, before] : tensors_) {
-            const TensorState now = state_of(x.ptr());
+        for (auto& [x, state] : tensors_) {
+            const TensorState now = state_of(x.ptr()), before = state;
+            if (accepts) state = now;
             if (now.requires_grad && !before.requires_grad)
                 changed.append(py::make_tuple(x, true));
             else if (now.version != before.version && !before.requires_grad)

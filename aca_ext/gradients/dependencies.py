@@ -22,7 +22,7 @@ from aca_ext.gradients.base import Task
 from aca_ext.kernels.fused import known_tensors
 from aca_ext.kernels.references import OF_A_VARIABLE, is_held
 from aca_ext.problem.state import tensors_in
-from aca_ext.vector_field.kept import Keepsake, is_lost, keepsakes_of
+from aca_ext.vector_field.kept import Keepsake, is_lost, keepsakes_of, settle_late
 
 
 class FirstEvaluation:
@@ -59,14 +59,15 @@ class FirstEvaluation:
             self.leaves = range(n_captured, len(self.params))
         self.k = k = None if k is None else k.detach()
         self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
-        if is_traced:
-            return
-        outlived = watch.outlived()  # before the state, which a graph may hold in Python too
-        kept = [(y, True)] if is_held(sys.getrefcount(y), y, n_known=watch.outer_references(y)) else []
-        if outlived:
-            state = known_tensors([y])
-            kept += [(x, state.are_met_by(x)) for x in outlived]
-        task.field.kept = self._keepsakes = keepsakes_of(task.field.func, kept)
+        if not is_traced:
+            outlived = watch.outlived()  # before the state, which a graph may hold in Python too
+            kept = [(y, True)] if is_held(sys.getrefcount(y), y, n_known=watch.outer_references(y)) else []
+            if outlived:
+                state = known_tensors([y])
+                kept += [(x, state.are_met_by(x)) for x in outlived]
+            task.field.kept = self._keepsakes = keepsakes_of(task.field.func, kept)
+        if task.field.environment is not None:
+            task.field.environment.end_first_evaluation()
 
     def _look_at_holdings(self, task: Task, known: set[int]) -> None:
         holdings = task.field.holdings
@@ -101,6 +102,12 @@ class FirstEvaluation:
             else:
                 keepsake.settle(self._origins())
             keepsake.release()
+        environment = self._task.field.environment
+        if environment is not None:
+            late = environment.end_solve()
+            if late:
+                settle_late(self._task.field.func, late, self._origins())
+            environment.settle()
 
     def _origins(self) -> list[Tensor]:
         """All that the solution has its graph from, as far as it is known."""

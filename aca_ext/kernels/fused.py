@@ -323,6 +323,11 @@ def module_walk(atoms: Iterable[type], names: frozenset[str]) -> _C.ModuleWalk:
     return _C.ModuleWalk(atoms, names)
 
 
+def contents(missing: object) -> _C.Contents:
+    """An empty snapshot of the contents of places; ``missing`` stands for what is not there."""
+    return _C.Contents(missing)
+
+
 def known_tensors(tensors: Iterable[Tensor]) -> _C.KnownTensors:
     """Tensors at which a walk through a graph ends, to find the leaves that are not among them."""
     return _C.KnownTensors(tensors, OF_A_LEAF_OF_A_GRAPH)

@@ -19,12 +19,11 @@ from aca_ext.errors import ArgumentTypeError
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.problem.state import Packing
 from aca_ext.problem.transforms import refuse_transforms
+from aca_ext.vector_field.environment import Environment
 from aca_ext.vector_field.holdings import Holdings
 from aca_ext.vector_field.module_buffers import (
     Buffer,
-    Held,
     buffers_used_by,
-    held_by,
     is_distributed,
     modules_of,
     restore,
@@ -53,8 +52,7 @@ class VectorField:
         moving_buffers: buffers of func's modules that its first evaluation changed.
         calls_autograd: it is evaluated with gradients enabled and a state that requires grad, since it differentiates.
         holdings: the tensors, modules and generators that func holds; None where no backward pass is to come.
-        held: the parameters and buffers that func's modules hold in the forward pass.
-        modes: func's modules, each with its training mode in the forward pass.
+        environment: the state that func reads in the forward pass; None where no backward pass is to come.
         kept: what func keeps of its evaluations, which replays are not to change.
     """
 
@@ -67,8 +65,7 @@ class VectorField:
         self._random_state_before: RandomState | None = None
         self.calls_autograd = False
         self.holdings: Holdings | None = None
-        self.held: list[Held] = []
-        self.modes: list[tuple[nn.Module, bool]] = []
+        self.environment: Environment | None = None
         self.kept: Sequence[Kept] = ()
         self._generators: list[torch.Generator] = []
         self._ops = ops
@@ -124,7 +121,7 @@ class VectorField:
             ) from None
 
     def prepare_replay(self) -> None:
-        """Notes what func and its modules hold now, for evaluations when they may hold something else.
+        """Records what func holds and reads now, for evaluations when that may be different.
 
         A module that is hidden from the walk is noted in the first evaluation.
         """
@@ -133,8 +130,7 @@ class VectorField:
         if isinstance(self.func, nn.Module) and any(map(is_distributed, self.holdings.kinds)):
             for module in modules_of(self.func):
                 _check_is_not_distributed(module)
-        for module in self.holdings.modules:
-            self._note(module)
+        self.environment = Environment(self.holdings)
 
     def has_put(self, leaf: Tensor) -> bool:
         """Tells whether func itself made a leaf and keeps it: it was not held before the first evaluation."""
@@ -144,19 +140,13 @@ class VectorField:
 
     def take_notes_of(self, other: VectorField) -> None:
         """Takes over what another field for the same func found before its first evaluation."""
-        self.holdings, self.held, self.modes = other.holdings, other.held, other.modes
+        self.holdings, self.environment = other.holdings, other.environment
         self._generators = other._generators
-
-    def _note(self, module: nn.Module) -> None:
-        self.held += held_by(module)
-        mode = getattr(module, "training", None)  # a frozen scripted module has none
-        if mode is not None:
-            self.modes.append((module, mode))
 
     def _note_in_use(self, module: nn.Module) -> None:
         _check_is_not_distributed(module)
-        if self.holdings is not None and not self.holdings.has_seen(module):
-            self._note(module)
+        if self.holdings is not None and self.environment is not None and not self.holdings.has_seen(module):
+            self.environment.add_module(module)
 
     def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
         """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""

@@ -7,11 +7,8 @@ when it left something out: what it missed is found when it is used (``aca_ext.v
 
 from __future__ import annotations
 
-import dis
 import functools
-import sys
 import types
-import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -20,24 +17,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aca_ext.kernels.fused import module_walk
+from aca_ext.kernels.fused import contents, module_walk
+from aca_ext.vector_field.code_names import BY_NAME, OF_CLASSES, globals_named_by, is_library, leads_nowhere, slots_of
+from aca_ext.vector_field.contents import MISSING, get, put
 
 _MAX_OBJECTS = 5000  # besides modules, all of which count
 _MAX_ENTRIES = 1024  # of one container
-_MAX_CODES = 4096
 
-_LIBRARIES = sys.stdlib_module_names | {"aca_ext", "numpy", "pytest", "scipy", "torch", "torchdiffeq", "torchvision"}
 # Holds nothing of interest, and is sorted out before it is queued.
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, torch.dtype, torch.device,
      torch.Size, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
 )  # fmt: skip
-_BY_NAME = frozenset({"__import__", "eval", "exec", "globals", "locals", "vars"})  # reach what code does not name
 _MODULE_WALK = module_walk(_ATOMS, frozenset(vars(nn.Module())))
 
 
 class Place(NamedTuple):
-    """Place where a tensor is held: ``holder[key]`` of a dict or list, the contents of a cell, or an attribute.
+    """Place where a tensor is held: ``holder[key]`` of a dict or sequence, a closure cell, or an attribute.
 
     ``is_attribute`` tells that a dict is the namespace of an object, or of a module.
     """
@@ -54,25 +50,11 @@ class Place(NamedTuple):
 
     def get(self) -> Any:
         """The object that is there now; None for nothing."""
-        holder, key = self.holder, self.key
-        try:
-            if isinstance(holder, types.CellType):
-                return holder.cell_contents
-            return holder[key] if isinstance(holder, (dict, list, tuple, deque)) else getattr(holder, key)
-        except (AttributeError, LookupError, ValueError):
-            return None
+        return get(self.holder, self.key, None)
 
     def put(self, value: Any) -> None:
         """Replaces it, where it can be replaced."""
-        holder, key = self.holder, self.key
-        if isinstance(holder, (dict, list, deque)):
-            holder[key] = value
-        elif isinstance(holder, types.CellType):
-            holder.cell_contents = value
-        elif isinstance(holder, type):
-            setattr(holder, key, value)
-        elif not isinstance(holder, tuple):
-            object.__setattr__(holder, key, value)
+        put(self.holder, self.key, value)
 
 
 class Holdings:
@@ -83,6 +65,7 @@ class Holdings:
         kinds: their classes.
         generators: random generators.
         is_complete: nothing that code can reach was left out.
+        contents: a snapshot of all places that the walk came by, for comparison with what is there later.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
@@ -91,6 +74,7 @@ class Holdings:
         self.kinds: set[type] = set()
         self._places: list[tuple[Tensor, Any, Any, bool]] = []  # a Place takes long to make, and is rarely needed
         self.generators: list[torch.Generator] = []
+        self.contents = contents(MISSING)
         self._seen: set[int] = set()
         self._todo: list[Any] = []
         self._left = _MAX_OBJECTS
@@ -140,7 +124,7 @@ class Holdings:
             if not isinstance(x.__self__, (type(None), type, types.ModuleType)):
                 self._todo.append(x.__self__)
         elif kind is types.ModuleType:
-            self.is_complete = self.is_complete and _is_library(x.__name__)
+            self.is_complete = self.is_complete and is_library(x.__name__)
         else:
             self._todo.append(x)
 
@@ -166,7 +150,7 @@ class Holdings:
         elif visit is not None:
             self._seen.add(id(x))
             visit(self, x)
-        elif not _is_library(type(x).__module__):
+        elif not is_library(type(x).__module__):
             self._seen.add(id(x))
             self._object(x)
         else:
@@ -174,7 +158,7 @@ class Holdings:
 
     def _module(self, module: nn.Module) -> None:
         others: list[tuple[Any, Any, str]] = []
-        _MODULE_WALK.visit(module, self._seen, self.modules, self._places, self.kinds, others)
+        _MODULE_WALK.visit(module, self._seen, self.modules, self._places, self.kinds, others, self.contents)
         for x, holder, name in others:
             if type(x).__module__ == "torch.jit._script" and hasattr(
                 x, "values"
@@ -193,25 +177,26 @@ class Holdings:
                 _VISITORS[container](self, x)
         attributes = getattr(x, "__dict__", None)
         if type(attributes) is dict:
+            self.contents.add(attributes)
             for name, value in attributes.items():
                 self.look(value, attributes, name, True)
-        for base in kind.__mro__:
-            for name in _slots_of(base):
-                self.look(getattr(x, name, None), x, name)
+        slots = [name for base in kind.__mro__ for name in slots_of(base)]
+        if slots:
+            self.contents.add_named(x, slots)
+        for name in slots:
+            self.look(getattr(x, name, None), x, name)
 
     def _class(self, kind: type) -> None:
         """The methods and attributes of a class and of its bases."""
         if id(kind) in self._seen:
             return
         self._seen.add(id(kind))
-        is_plain = _plain_classes.get(kind)
-        if is_plain is None:
-            is_plain = _plain_classes[kind] = _is_plain(kind)
-        if is_plain:
+        if leads_nowhere(kind):
             return
         for base in kind.__mro__:
-            if _is_library(base.__module__):
+            if is_library(base.__module__):
                 continue
+            self.contents.add_named(base, [name for name in base.__dict__ if name not in OF_CLASSES])
             for name, value in base.__dict__.items():
                 if type(value) in _ATOMS:
                     continue
@@ -219,55 +204,13 @@ class Holdings:
                     value = value.fget
                 elif isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
-                if name not in _OF_CLASSES:
+                if name not in OF_CLASSES:
                     self.look(value, base, name)
-
-
-_OF_CLASSES = frozenset({"__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__"})
 
 
 def _hooks_of_all_modules() -> bool:
     hooks = nn.modules.module
     return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_library(module: object) -> bool:
-    return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
-
-
-# Whether the methods and attributes of a class lead nowhere. Mostly they do, and to find that out takes long.
-_plain_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-
-
-def _is_plain(kind: type) -> bool:
-    values = [(name, x) for base in kind.__mro__ if not _is_library(base.__module__) for name, x in vars(base).items()]
-    return all(
-        isinstance(x, (str, type(None), types.GetSetDescriptorType))
-        or name in _OF_CLASSES
-        or (isinstance(x, types.FunctionType) and _leads_nowhere(x))
-        for name, x in values
-    )
-
-
-def _leads_nowhere(f: types.FunctionType) -> bool:
-    """Tells whether a method holds no object but its class, and names no globals but builtins and libraries."""
-    names = _globals_named_by(f.__code__)
-    if f.__defaults__ or f.__kwdefaults__ or set(f.__code__.co_freevars) - {"__class__"} or _BY_NAME & set(names):
-        return False
-    named = [f.__globals__[name] for name in names if name in f.__globals__]
-    return all(
-        _is_library(x.__name__ if isinstance(x, types.ModuleType) else x.__module__)
-        if isinstance(x, (type, types.FunctionType, types.ModuleType))
-        else False
-        for x in named
-    )
-
-
-def _slots_of(kind: type) -> list[str]:
-    slots = kind.__dict__.get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return [name for name in names if type(kind.__dict__.get(name)) is types.MemberDescriptorType]
 
 
 def _function(walk: Holdings, f: types.FunctionType) -> None:
@@ -277,53 +220,42 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
         except ValueError:  # not filled yet
             walk.is_complete = False
             continue
+        walk.contents.add(cell)
         walk.look(value, cell, name)
     if f.__defaults__:
         _sequence(walk, f.__defaults__)
     if f.__kwdefaults__:
         _mapping(walk, f.__kwdefaults__)
+    if f.__dict__:
+        _namespace(walk, f)
     known = f.__globals__
-    if _is_library(known.get("__name__", "")):
+    if is_library(known.get("__name__", "")):
         return
-    for name in _globals_named_by(f.__code__):
+    names = globals_named_by(f.__code__)
+    if names:
+        walk.contents.add_named(known, names)
+    for name in names:
         value = known.get(name)
-        if type(value) is types.ModuleType and not _is_library(value.__name__):
+        if type(value) is types.ModuleType and not is_library(value.__name__):
             _module_of_code(walk, value, f.__code__)
         elif type(value) not in _ATOMS:
             walk.look(value, known, name, True)
-        elif name in _BY_NAME:
+        elif name in BY_NAME:
             walk.is_complete = False
 
 
 def _module_of_code(walk: Holdings, module: types.ModuleType, code: types.CodeType) -> None:
     """Names that code uses, of a module with other code."""
     walk.is_complete = False  # what that names there is more than is looked at
+    walk.contents.add_named(vars(module), code.co_names)
     for name in code.co_names:
         value = vars(module).get(name)
         if value is not None:
             walk.look(value, vars(module), name, True)
 
 
-_names: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}  # by id, since hashing code looks at all of it
-
-
-def _globals_named_by(code: types.CodeType) -> tuple[str, ...]:
-    """Names of globals in code and in the functions defined inside it."""
-    known = _names.get(id(code))
-    if known is None:
-        instructions = list(dis.get_instructions(code))
-        found = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-        found |= {"__import__" for i in instructions if i.opname == "IMPORT_NAME"}
-        inner = (
-            name for part in code.co_consts if isinstance(part, types.CodeType) for name in _globals_named_by(part)
-        )
-        if len(_names) >= _MAX_CODES:
-            _names.clear()
-        known = _names[id(code)] = code, tuple(sorted({*found, *inner}))
-    return known[1]
-
-
 def _sequence(walk: Holdings, x: Any) -> None:
+    walk.contents.add(x)
     walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for i, value in enumerate(islice(x, _MAX_ENTRIES)):
         walk.look(value, x, i)
@@ -336,6 +268,8 @@ def _unordered(walk: Holdings, x: Any) -> None:
 
 
 def _mapping(walk: Holdings, x: Any) -> None:
+    if isinstance(x, dict):
+        walk.contents.add(x)
     walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for key, value in islice(x.items(), _MAX_ENTRIES):
         walk.look(value, x, key)
@@ -354,6 +288,7 @@ def _method(walk: Holdings, x: types.MethodType) -> None:
 
 
 def _namespace(walk: Holdings, x: Any) -> None:
+    walk.contents.add(vars(x))
     for name, value in vars(x).items():
         walk.look(value, vars(x), name, True)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aca_ext.errors import KeptTensorWarning, ReplayError
 from aca_ext.kernels.references import is_held
+from aca_ext.vector_field.contents import Change
 from aca_ext.vector_field.function_cache import PerOwner
 from aca_ext.vector_field.holdings import Holdings, Place
 
@@ -52,10 +53,7 @@ class Keepsake:
         place = self.place
         if place is None:
             return
-        message = (
-            f"The gradient of a tensor that func keeps ({place.describe()}) was asked for. The evaluations of func "
-            f"have no graph, so it cannot be had. {HINT}"
-        )
+        message = _message(place.describe())
         for there in self._successors():
             now = there.get()
             if not self.depends_on_state and _are_equal(now, self.tensor):
@@ -107,6 +105,35 @@ class Keepsake:
                 yield there
 
 
+def settle_late(func: Any, changes: Sequence[Change], origins: Sequence[Tensor]) -> None:
+    """Gives graphs from ``origins`` to tensors that evaluations after the first put where there was none."""
+    names = sorted({_describe(change) for change in changes})
+    for change in changes:
+        message = _message(_describe(change))
+        if isinstance(change.now, Tensor):
+            change.put(_lost_where_it_has_no_graph(change.now, origins, message))
+        elif isinstance(change.now, list) and change.key is None:
+            change.put([_lost_where_it_has_no_graph(x, origins, message) for x in change.now])
+    _warn_once(func, names)
+
+
+def _describe(change: Change) -> str:
+    is_name = isinstance(change.key, str)
+    return f"as {change.key}" if is_name else f"in a {type(change.holder).__name__}"
+
+
+def _message(where: str) -> str:
+    return (
+        f"The gradient of a tensor that func keeps ({where}) was asked for. The evaluations of func have no graph, so "
+        f"it cannot be had. {HINT}"
+    )
+
+
+def _lost_where_it_has_no_graph(x: Any, origins: Sequence[Tensor], message: str) -> Any:
+    is_number = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    return _lost(x, origins, message) if is_number and not x.requires_grad else x
+
+
 def _refill(holder: Any, contents: Any) -> None:
     holder.clear()
     holder.extend(contents) if isinstance(holder, list) else holder.update(contents)
@@ -126,7 +153,8 @@ def keepsakes_of(func: Any, kept: Sequence[tuple[Tensor, bool]]) -> list[Keepsak
         for x, depends_on_state in kept
         if id(x) in places or not (depends_on_state and _are_saved_tensors_packed())
     ]
-    _warn_once(func, [keepsake for keepsake in found if keepsake.depends_on_state])
+    names = {k.place.describe() if k.place is not None else "in a place not found" for k in found if k.depends_on_state}
+    _warn_once(func, sorted(names))
     return found
 
 
@@ -143,13 +171,12 @@ class _Warned:
 _warned = PerOwner(_Warned)
 
 
-def _warn_once(func: Any, recordings: Sequence[Keepsake]) -> None:
-    if not recordings or _warned.of(func).done:
+def _warn_once(func: Any, places: Sequence[str]) -> None:
+    if not places or _warned.of(func).done:
         return
     _warned.of(func).done = True
-    names = sorted({k.place.describe() if k.place is not None else "in a place not found" for k in recordings})
     warnings.warn(
-        f"func keeps tensors that depend on the state ({', '.join(names)}). They have the right values, but no graph "
+        f"func keeps tensors that depend on the state ({', '.join(places)}). They have the right values, but no graph "
         f'back to the parameters and the state, which they would have with gradient="direct". {HINT}',
         KeptTensorWarning,
         stacklevel=_depth_of_caller(),

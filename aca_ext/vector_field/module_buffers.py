@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +16,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from aca_ext.errors import BatchStatisticsWarning
 from aca_ext.user_warnings import warn_user
-
-# Where a module keeps a parameter or buffer, its name, and the tensor.
-Held = tuple[Mapping[str, Tensor | None], str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,6 @@ def buffers_used_by(func: Any, on_module: Callable[[nn.Module], None] | None = N
         yield used
     finally:
         handle.remove()
-
-
-def held_by(module: nn.Module) -> list[Held]:
-    """The parameters and buffers that a module itself holds now.
-
-    Those of a scripted module stay what they are: torch.func.functional_call does not take one.
-    """
-    if isinstance(module, torch.jit.ScriptModule):
-        return []
-    members = [held for held in (module._parameters, module._buffers) if held]
-    return [(held, name, x) for held in members for name, x in held.items() if x is not None]
 
 
 def holds_script(func: Any) -> bool:

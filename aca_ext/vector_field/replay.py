@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
 from aca_ext.kernels.fused import known_tensors
+from aca_ext.problem.state import tensors_in
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
@@ -93,29 +94,27 @@ class Replay:
         originals = [*params, *(a for a in field.args if _has_grad(a)), *found]
         self._originals = originals
         self._substitutes = {id(x): c for x, c in zip(originals, self.inputs, strict=True) if x is not c}
-        # What a module held in the forward pass alone (torch.func.functional_call) takes the place of what it holds.
-        for members, name, tensor in field.held:
-            now = members.get(name)
-            if now is not None and now is not tensor:
-                self._substitutes[id(now)] = self._substitutes.get(id(tensor), tensor)
+        self._overwritten: list[Tensor] = []
+        self._makes_late_tensors = False
+        if self.field.environment is not None:
+            self._makes_late_tensors = self.field.environment.has_late_tensors
+            self._substitutes.update((id(x), x.detach()) for x in self.field.environment.unfrozen())
+            self._overwritten = self.field.environment.overwritten()
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
-        """The forward pass's conditions; generators, buffers and what func keeps are afterwards as before."""
-        field = self.field
-        changed = [(module, mode) for module, mode in field.modes if module.training != mode]
+        """The forward pass's conditions; afterwards everything but counters of func is as before."""
+        field, environment = self.field, self.field.environment
         self._put_back = [kept.snapshot() for kept in field.kept]
-        substitution = _Substitution(self._substitutes) if self._substitutes else nullcontext()
+        is_plain = not self._substitutes and not self._overwritten
+        operands = nullcontext() if is_plain else _Substitution(self._substitutes, self._overwritten)
+        surroundings = nullcontext() if environment is None else environment.restored()
         buffers = field.buffer_values()
         random_state = field.random_state() if field.draws_random_numbers else None
         try:
-            for module, mode in changed:
-                module.training = mode
-            with torch.enable_grad(), self._autocast.restored(), substitution:
+            with surroundings, torch.enable_grad(), self._autocast.restored(), operands:
                 yield
         finally:
-            for module, mode in changed:
-                module.training = not mode
             for put_back in self._put_back:
                 put_back()
             field.restore_buffers(buffers)
@@ -129,12 +128,12 @@ class Replay:
     @property
     def held(self) -> list[Tensor]:
         """The tensors that f is known to compute with."""
-        return [*self.inputs, *(x for _, _, x in self.field.held)]
+        return [*self.inputs, *(() if self.field.environment is None else self.field.environment.tensors)]
 
     @property
     def fastest(self) -> SlopeFunction:
         """The callable that evaluates the next stage with the least overhead."""
-        return self if self.field.draws_random_numbers else self.field.fastest
+        return self if self.field.draws_random_numbers or self._makes_late_tensors else self.field.fastest
 
     def begin_step(self, random_states: Sequence[RandomState] | None) -> None:
         """Tells the random states that the stages of the step to come were computed from."""
@@ -147,6 +146,9 @@ class Replay:
         if self._random_states is not None:
             self.field.set_random_state(self._random_states[self._stage])
         self._stage += 1
+        if self._makes_late_tensors:
+            assert self.field.environment is not None
+            self.field.environment.begin_evaluation()
         return self.field(t, y)
 
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:
@@ -256,14 +258,31 @@ class Replay:
             torch._foreach_add_(totals, terms)
 
 
-class _Substitution(TorchFunctionMode):
-    """Gives torch functions other tensors in place of some of their operands."""
+_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")}
 
-    def __init__(self, substitutes: dict[int, Tensor]) -> None:
+
+class _Substitution(TorchFunctionMode):
+    """Gives torch functions other tensors in place of some of their operands, and refuses those that were overwritten.
+
+    An overwritten tensor that func reads can change its derivatives and leave its values as they are, so that the
+    comparison of states alone would not notice.
+    """
+
+    def __init__(self, substitutes: dict[int, Tensor], overwritten: Sequence[Tensor]) -> None:
         super().__init__()
         self._substitutes = substitutes
+        self._overwritten = {id(x) for x in overwritten}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._overwritten and func not in _METADATA:
+            for x in tensors_in((args, kwargs or {})):
+                if id(x) in self._overwritten:
+                    raise ReplayError(
+                        f"A tensor of shape {tuple(x.shape)} and {x.dtype}, which func reads, was written to between "
+                        "the forward and the backward pass, so that a replay would not repeat the forward pass. Write "
+                        "to it after the backward pass, put a new tensor in its place, or use "
+                        'gradient="direct", which does not replay.'
+                    )
         return func(*self._of(args), **self._of(kwargs or {}))
 
     def _of(self, x: Any) -> Any:

@@ -8,6 +8,7 @@
 
 #include "kernels/ops.h"
 #include "python/compiled_bindings.h"
+#include "python/contents.h"
 #include "python/control_bindings.h"
 #include "python/leaves.h"
 #include "python/modules.h"
@@ -264,6 +265,15 @@ PYBIND11_MODULE(_C, m) {
         .def("others", [](KnownTensors& known, py::handle roots,
                           py::handle state) { return known.others(roots.ptr(), state.ptr()); })
         .def("are_met_by", [](KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
+    py::class_<Contents>(m, "Contents", py::custom_type_setup(&make_collectable<Contents>))
+        .def(py::init<py::object>())
+        .def("add", [](Contents& contents, py::handle holder) { contents.add(holder.ptr()); })
+        .def("add_named", &Contents::add_named)
+        .def("update", &Contents::update)
+        .def("changes", &Contents::changes)
+        .def("watch_tensors", &Contents::watch_tensors)
+        .def("changed_tensors", &Contents::changed_tensors)
+        .def("tensors", &Contents::tensors);
     py::class_<ModuleWalk>(m, "ModuleWalk")
         .def(py::init<const py::iterable&, py::frozenset>())
         .def("visit", &ModuleWalk::visit);

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "python/contents.h"
 #include "python/tensors.h"
 
 namespace aca {
@@ -18,10 +19,10 @@ class ModuleWalk {
     }
 
     // Visits `module` and those inside it whose ids are not in `seen`. Adds them to `modules`, their classes to
-    // `kinds`, parameters that require grad to `places` as (tensor, dict, name, True), and to `others` (object, dict,
-    // name) for attributes that may hold more, and for hooks.
-    void visit(py::object module, py::set seen, py::list modules, py::list places, py::set kinds,
-               py::list others) const {
+    // `kinds`, parameters that require grad to `places` as (tensor, dict, name, True), to `others` (object, dict, name)
+    // for attributes that may hold more, and for hooks, and to `contents` the dicts of their attributes.
+    void visit(py::object module, py::set seen, py::list modules, py::list places, py::set kinds, py::list others,
+               Contents& contents) const {
         std::vector<py::object> todo{std::move(module)};
         while (!todo.empty()) {
             const py::object m = std::move(todo.back());
@@ -30,13 +31,16 @@ class ModuleWalk {
             modules.append(m);
             kinds.add(py::type::of(m));
             const auto attributes = Attribute::owned(PyObject_GenericGetDict(m.ptr(), nullptr));
+            contents.add(attributes.ptr());
             each(attributes.ptr(), [&](PyObject* name, PyObject* x) {
                 if (is_name(name, "_parameters") && PyDict_Check(x)) {
+                    contents.add(x);
                     each(x, [&](PyObject* key, PyObject* p) {
                         if (p != Py_None && requires_grad(p) && is_new(seen, p))
                             places.append(py::make_tuple(py::handle(p), py::handle(x), py::handle(key), true));
                     });
                 } else if (is_name(name, "_modules") && PyDict_Check(x)) {
+                    contents.add(x);
                     const size_t before = todo.size();
                     each(x, [&](PyObject*, PyObject* child) {
                         if (child != Py_None) todo.push_back(py::reinterpret_borrow<py::object>(child));
@@ -44,7 +48,10 @@ class ModuleWalk {
                     std::reverse(todo.begin() + std::ptrdiff_t(before), todo.end());
                 } else if ((is_name(name, "_forward_hooks") || is_name(name, "_forward_pre_hooks")) &&
                            PyDict_Check(x)) {
+                    contents.add(x);
                     each(x, [&](PyObject* key, PyObject* hook) { add(others, hook, x, key); });
+                } else if (is_name(name, "_buffers") && PyDict_Check(x)) {
+                    contents.add(x);
                 } else if (!is_atom(x) && PySet_Contains(names_.ptr(), name) == 0) {
                     add(others, x, attributes.ptr(), name);
                 }

@@ -29,6 +29,7 @@ class Attribute {
     explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
     py::object of(PyObject* x) const { return owned(PyObject_GetAttr(x, name_)); }
     py::object call(PyObject* x) const { return owned(PyObject_VectorcallMethod(name_, &x, 1, nullptr)); }
+    PyObject* name() const { return name_; }
 
     static py::object owned(PyObject* result) {
         if (!result) throw py::error_already_set();

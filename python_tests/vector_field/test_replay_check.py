@@ -47,13 +47,13 @@ class Driven(nn.Module):
         self.w = nn.Parameter(torch.tensor([0.7, -0.4, 0.2], dtype=dtype))
         self.register_buffer("gain", torch.ones(3, dtype=dtype))
         self.control = torch.tensor([1.0, 2.0, -0.5], dtype=dtype)
-        self.sign = 1.0
+        self.sign = np.ones(())  # of which nobody can tell that it was written to
         self.calls = 0
         self.counts = self.draws = False
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         self.calls += 1
-        k = self.sign * torch.tanh(self.w * y + self.control) * self.gain
+        k = float(self.sign) * torch.tanh(self.w * y + self.control) * self.gain
         if self.counts:
             k = k * (1 + 0.01 * self.calls)
         if self.draws:
@@ -61,15 +61,14 @@ class Driven(nn.Module):
         return k * (2 if self.training else 1)
 
 
-def _swap(f: Driven) -> None:
-    f.control = torch.tensor([-3.0, 0.5, 0.1], dtype=f.control.dtype)
+def _turn(f: Driven) -> None:
+    f.sign[...] = -1.0
 
 
 CHANGES: dict[str, Callable[[Driven], Any]] = {
-    "a control swapped": _swap,
-    "a control overwritten": lambda f: f.control.mul_(-1),
-    "a buffer overwritten": lambda f: f.gain.copy_(torch.tensor([2.0, 0.5, 1.0])),
-    "a flag": lambda f: setattr(f, "sign", -1.0),
+    "a NumPy array": _turn,
+    "a control through .data": lambda f: f.control.data.mul_(-1),
+    "a buffer through .data": lambda f: f.gain.data.copy_(torch.tensor([2.0, 0.5, 1.0])),
     "a parameter through .data": lambda f: f.w.data.mul_(0.5),
 }
 
@@ -109,29 +108,12 @@ def test_what_stays_is_no_error(create_graph: bool, policy: dict[str, Any]) -> N
         assert relative_error(one, other) <= 1e-12
 
 
-def test_controls_swapped_in_a_loop_of_solves() -> None:
-    controls = [torch.tensor([1.0, 2.0]), torch.tensor([-3.0, 0.5])]
-    w, z = torch.tensor([0.7, -0.4], requires_grad=True), torch.tensor([0.5, 1.0])
-    for k in range(2):
-        u = controls[k]
-        z = odeint(lambda t, y: torch.tanh(w * y) * u, z, [k, k + 1.0])[-1]  # noqa: B023
-    with pytest.raises(ReplayError):
-        z.sum().backward()
-    found = []
-    for gradient in ("aca", "direct"):
-        z = torch.tensor([0.5, 1.0])
-        for k, u in enumerate(controls):
-            z = odeint(lambda t, y, u: torch.tanh(w * y) * u, z, [k, k + 1.0], args=(u,), gradient=gradient)[-1]
-        found.append(torch.autograd.grad(z.sum(), w)[0])
-    assert relative_error(*found) <= 1e-5
-
-
 @pytest.mark.usefixtures("deferred")
 def test_the_error_names_the_step() -> None:
     func = Driven()
     y0 = torch.ones(2, 3, dtype=torch.float64)
     y = odeint(func, y0, [0.0, 1.0], method="rk4", options={"step_size": 0.25})
-    func.sign = -1.0
+    _turn(func)
     with pytest.raises(ReplayError, match=r"step 4 of 4 \(t=0\.75, h=0\.25\)"):
         y.sum().backward()
 
@@ -141,7 +123,7 @@ def test_the_error_names_the_sample() -> None:
     scale = torch.ones(3, 1, dtype=torch.float64)
     y0 = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
     y = odeint(lambda t, y: -y * scale, y0, TIMES, options={"batch": "independent"})
-    scale[1] = 2.0
+    scale.data[1] = 2.0
     with pytest.raises(ReplayError, match=r"step of sample 1 \(t="):
         y.sum().backward()
 
@@ -153,7 +135,7 @@ def test_a_second_backward_pass_is_compared_too(policy: dict[str, Any]) -> None:
     (first,) = torch.autograd.grad(y.sum(), y0, retain_graph=True)
     (second,) = torch.autograd.grad(y.sum(), y0, retain_graph=True)
     assert torch.equal(first, second)
-    _swap(func)
+    _turn(func)
     with pytest.raises(ReplayError):
         torch.autograd.grad(y.sum(), y0, retain_graph=True)
     with pytest.raises(ReplayError):
@@ -169,7 +151,7 @@ class TestTolerance:
     ) -> None:
         func, y0 = Driven(dtype), torch.ones(4, 3, dtype=dtype, requires_grad=True)
         y = odeint(func, y0, TIMES, rtol=1e-3, atol=1e-3, **policy)
-        func.sign += change
+        func.sign[...] += change
         with pytest.raises(ReplayError):
             torch.autograd.grad(y.sum(), y0, create_graph=create_graph)
 
@@ -321,12 +303,12 @@ def test_a_gradient_of_the_first_output_alone_needs_no_step() -> None:
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_autocast(enabled: bool) -> None:
-    layer, gain = nn.Linear(3, 3), [1.0]
+    layer, gain = nn.Linear(3, 3), np.ones(())
     y0 = torch.ones(4, 3, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-        y = odeint(lambda t, y: gain[0] * layer(y).float(), y0, TIMES, options={"step_size": 0.2})
+        y = odeint(lambda t, y: float(gain) * layer(y).float(), y0, TIMES, options={"step_size": 0.2})
     torch.autograd.grad(y.sum(), y0, retain_graph=True)
-    gain[0] = 1.5
+    gain[...] = 1.5
     with pytest.raises(ReplayError):
         torch.autograd.grad(y.sum(), y0)
 

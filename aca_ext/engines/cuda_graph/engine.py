@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -158,7 +159,9 @@ class _Run:
             blocks = memory.take_states(blocks)  # referred to until all is launched
             end = blocks[-1][-1]
             if not plan.has_backward:
-                plan.capture_backward(self.problem, memory, end, params, self.task.field.held, self.autocast)
+                environment = self.task.field.environment
+                with nullcontext() if environment is None else environment.restored():
+                    plan.capture_backward(self.problem, memory, end, params, self.autocast)
             elif not plan.reads(params):
                 raise ReplayError(
                     "The memory of a parameter was replaced between the forward and the backward pass, so that a "

@@ -19,7 +19,6 @@ from aca_ext.kernels.operations import TorchOperations
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.runge_kutta import scheme_of, step, step_vjp
 from aca_ext.vector_field.field import AutocastState, VectorField
-from aca_ext.vector_field.module_buffers import Held
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import CapturedCheck
 
@@ -230,18 +229,16 @@ class Plan:
         memory: SolveMemory,
         end: Tensor,
         params: Sequence[Tensor],
-        held: Sequence[Held],
         autocast: AutocastState,
     ) -> None:
         """Captures a step's transpose, with the gradients of ``params`` and of args that require grad.
 
-        ``end`` is the last state, ``held`` what func's modules held in the forward pass.
+        ``end`` is the last state.
 
         Raises:
             GraphError: func's backward pass cannot be captured.
         """
         field = self._field(problem)
-        field.held = list(held)
         args = [x for x, given in zip(field.args, problem.args, strict=True) if _requires_grad(given)]
         for arg in args:
             arg.requires_grad_()

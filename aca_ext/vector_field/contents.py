@@ -1,0 +1,86 @@
+"""Contents of places where code finds its objects: read, replaced, put back as they were at another time."""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+MISSING = object()  # the contents of a place that is not there
+
+
+class Change(NamedTuple):
+    """Contents of a place at two times. A key of None stands for all of a sequence, or a closure cell."""
+
+    holder: Any
+    key: Any
+    before: Any
+    now: Any
+
+    @property
+    def place(self) -> tuple[int, Any]:
+        return id(self.holder), self.key
+
+    def put(self, value: Any) -> None:
+        put(self.holder, self.key, value)
+
+
+def get(holder: Any, key: Any, default: Any = MISSING) -> Any:
+    """The contents of a place: ``holder[key]`` or all of a dict or sequence, of a closure cell, or an attribute."""
+    try:
+        if isinstance(holder, types.CellType):
+            return holder.cell_contents
+        if key is None and isinstance(holder, (list, deque)):
+            return list(holder)
+        return holder[key] if isinstance(holder, (dict, list, tuple, deque)) else getattr(holder, key)
+    except (AttributeError, LookupError, ValueError):
+        return default
+
+
+def put(holder: Any, key: Any, value: Any) -> None:
+    """Replaces the contents of a place, or removes it for MISSING; does nothing where neither is possible."""
+    is_missing = value is MISSING
+    if isinstance(holder, dict):
+        holder.pop(key, None) if is_missing else holder.update({key: value})
+    elif isinstance(holder, (list, deque)):
+        if key is not None:
+            holder[key] = value
+        else:
+            holder.clear()
+            holder.extend(value)
+    elif isinstance(holder, types.CellType):
+        if is_missing:
+            del holder.cell_contents
+        else:
+            holder.cell_contents = value
+    elif isinstance(holder, type):
+        delattr(holder, key) if is_missing else setattr(holder, key, value)
+    elif not isinstance(holder, tuple):
+        object.__delattr__(holder, key) if is_missing else object.__setattr__(holder, key, value)
+
+
+@contextmanager
+def put_back(changes: Sequence[Change]) -> Iterator[None]:
+    """Gives the places the contents of before, and in the end those of now again."""
+    orders = {id(c.holder): (c.holder, list(c.holder)) for c in changes if isinstance(c.holder, dict)}
+    try:
+        for change in changes:
+            change.put(change.before)
+        yield
+    finally:
+        for change in changes:
+            change.put(change.now)
+        for holder, order in orders.values():
+            _order(holder, order)
+
+
+def _order(holder: dict[Any, Any], order: Sequence[Any]) -> None:
+    """Restores the order of a dict, which decides on that of a module's parameters."""
+    if list(holder)[: len(order)] == order:
+        return
+    contents = dict(holder)
+    holder.clear()
+    holder.update({key: contents.pop(key) for key in order if key in contents})
+    holder.update(contents)

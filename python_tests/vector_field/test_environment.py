@@ -1,0 +1,296 @@
+"""State that func reads is changed between the passes: the gradient is that of the forward pass, or an error.
+
+The fields are chosen such that most changes leave the values of func as they are and change its derivatives alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from autograd_reference import relative_error
+from torch import Tensor, nn
+
+import aca_ext
+from aca_ext.errors import KeptTensorWarning, ReplayError
+
+DTYPE = torch.float64
+TIMES = [0.0, 0.3, 1.0]
+POLICIES: dict[str, dict[str, Any]] = {
+    "every state": {},
+    "one state": {"checkpoints": 1},
+    "offloaded": {"checkpoints": "cpu"},
+    "fixed": {"method": "rk4", "options": {"step_size": 0.2}},
+    "independent": {"options": {"batch": "independent"}},
+}
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return POLICIES[request.param]
+
+
+class Silent(nn.Module):
+    """A field whose last layer is zero, so that what is in front of it has no part in its values."""
+
+    def __init__(self, holder: str = "attribute") -> None:
+        super().__init__()
+        self.out = nn.Linear(3, 3, dtype=DTYPE)
+        nn.init.zeros_(self.out.weight)
+        self.kind = holder
+        self.control = torch.tensor([1.0, 2.0, -0.5], dtype=DTYPE)
+        self.register_buffer("gain", torch.tensor([1.0, 2.0, -0.5], dtype=DTYPE))
+        self.entry = {"u": self.control}
+        self.listed = [self.control]
+        self.queue = deque([self.control])
+        self.slotted = Slotted(self.control)
+        self.scale, self.is_detached, self.calls = 1.0, False, 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        u = {
+            "attribute": self.control,
+            "buffer": self.gain,
+            "dict": self.entry["u"],
+            "list": self.listed[0],
+            "deque": self.queue[0],
+            "slot": self.slotted.control,
+            "number": self.scale * torch.ones(3, dtype=DTYPE),
+            "flag": torch.ones(3, dtype=DTYPE) + (y.detach() if self.is_detached else y),
+            "presence": torch.ones(3, dtype=DTYPE) * (2.0 if "extra" in self.entry else 1.0),
+            "mode": torch.ones(3, dtype=DTYPE) * (2.0 if self.out.training else 1.0),
+            "global": CONTROL,
+            "class": self.shared * torch.ones(3, dtype=DTYPE),
+        }[self.kind]
+        return -0.5 * y + self.out(torch.tanh(y + u))
+
+    shared = 1.0
+
+
+@dataclass
+class Slotted:
+    control: Tensor
+    __slots__ = ("control",)
+
+
+CONTROL = torch.tensor([1.0, 2.0, -0.5], dtype=DTYPE)
+OTHER = torch.tensor([-3.0, 0.5, 0.1], dtype=DTYPE)
+
+
+def _set_global(f: Silent) -> None:
+    globals()["CONTROL"] = OTHER
+
+
+CHANGES: dict[str, Callable[[Silent], Any]] = {
+    "attribute": lambda f: setattr(f, "control", OTHER),
+    "buffer": lambda f: setattr(f, "gain", OTHER),
+    "dict": lambda f: f.entry.update(u=OTHER),
+    "list": lambda f: f.listed.__setitem__(0, OTHER),
+    "deque": lambda f: (f.queue.clear(), f.queue.append(OTHER)),
+    "slot": lambda f: setattr(f.slotted, "control", OTHER),
+    "number": lambda f: setattr(f, "scale", 3.0),
+    "flag": lambda f: setattr(f, "is_detached", True),
+    "presence": lambda f: f.entry.update(extra=True),
+    "mode": lambda f: f.out.eval(),
+    "global": _set_global,
+    "class": lambda f: setattr(Silent, "shared", 3.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "CONTROL", CONTROL)
+    monkeypatch.setattr(Silent, "shared", 1.0)
+
+
+def _gradients(
+    func: Silent, change: Callable[[Silent], Any] | None, create_graph: bool = False, **settings: Any
+) -> tuple[Tensor, ...]:
+    y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+    y = aca_ext.odeint(func, y0, TIMES, rtol=1e-5, atol=1e-7, **settings)
+    if change is not None:
+        change(func)
+    inputs = [y0, *func.parameters()]
+    first = torch.autograd.grad(y.square().sum(), inputs, create_graph=create_graph)
+    if not create_graph:
+        return first
+    second = torch.autograd.grad(first[1].square().sum(), inputs, allow_unused=True)
+    return *first, *[torch.zeros(()) if g is None else g for g in second]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("holder", CHANGES)
+def test_a_change_of_derivatives_alone(holder: str, create_graph: bool, policy: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    func = Silent(holder)
+    expected = _gradients(copy.deepcopy(func), None, create_graph, **policy)
+    found = _gradients(func, CHANGES[holder], create_graph, **policy)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) <= 1e-14
+
+
+@pytest.mark.parametrize("holder", CHANGES)
+def test_afterwards_the_change_is_there(holder: str) -> None:
+    func = Silent(holder)
+    _gradients(func, None)
+    names = [name for name, _ in func.named_buffers()], list(func.__dict__), list(func._parameters)
+    changed = copy.deepcopy(func)
+    _gradients(func, CHANGES[holder])
+    CHANGES[holder](changed)
+    y = torch.ones(3, dtype=DTYPE)
+    nn.init.ones_(func.out.weight), nn.init.ones_(changed.out.weight)
+    assert torch.equal(func(torch.zeros(()), y), changed(torch.zeros(()), y))
+    assert names == ([name for name, _ in func.named_buffers()], list(func.__dict__), list(func._parameters))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_tensor_that_was_written_to_is_an_error_where_func_reads_it(
+    create_graph: bool, policy: dict[str, Any]
+) -> None:
+    for holder, name in (("attribute", "control"), ("buffer", "gain")):
+        with pytest.raises(ReplayError, match=r"shape \(3,\).*was written to between"):
+            _gradients(Silent(holder), lambda f, name=name: getattr(f, name).mul_(2.0), create_graph, **policy)
+    _gradients(Silent("number"), lambda f: f.gain.mul_(2.0), create_graph, **policy)
+
+
+def test_parameters_unfrozen_between_the_passes_are_constants(policy: dict[str, Any]) -> None:
+    func = Silent()
+    nn.init.ones_(func.out.weight)
+    func.out.requires_grad_(False)
+    y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+    found = []
+    for settings in (policy, {**policy, "gradient": "direct", "checkpoints": None}):
+        y = aca_ext.odeint(func, y0, TIMES, rtol=1e-5, atol=1e-7, **settings)
+        func.out.requires_grad_(True)
+        (g,) = torch.autograd.grad(y.square().sum(), y0, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), [y0, func.out.weight], allow_unused=True))
+        func.out.requires_grad_(False)
+    assert [g for _, g in found] == [None, None]
+    assert relative_error(found[0][0], found[1][0]) <= 1e-12
+
+
+def test_controls_swapped_in_a_loop_of_solves(policy: dict[str, Any]) -> None:
+    controls = [torch.tensor([1.0, 2.0]), torch.tensor([-3.0, 0.5])]
+    found = []
+    for settings in (policy, {**policy, "gradient": "direct", "checkpoints": None}):
+        w, z = torch.tensor([0.7, -0.4], requires_grad=True), torch.tensor([[0.5, 1.0]])
+        for k in range(2):
+            u = controls[k]
+            z = aca_ext.odeint(lambda t, y: torch.tanh(w * y) * u, z, [k, k + 1.0], **settings)[-1]  # noqa: B023
+        found.append(torch.autograd.grad(z.sum(), w)[0])
+    assert relative_error(*found) <= 1e-5
+
+
+class Counted(Silent):
+    """A field that notes its evaluations in several places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+        self.counts = {"calls": 0}
+        self.noise: Tensor | None = None
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.times.append(float(t))
+        self.counts["calls"] += 1
+        if self.noise is None:
+            self.noise = torch.randn(y.shape, dtype=y.dtype)
+        return super().forward(t, y) + 0.1 * self.noise
+
+
+def test_records_of_func_go_on() -> None:
+    """As people count evaluations of the backward pass: by setting the counter to zero between the passes."""
+    func = Counted()
+    y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+    y = aca_ext.odeint(func, y0, TIMES, method="rk4", options={"step_size": 0.2})
+    n, func.calls, func.times, func.counts = func.calls, 0, [], {"calls": 0}
+    y.sum().backward()
+    assert func.calls == len(func.times) == func.counts["calls"] > 0
+    assert n > 0
+
+
+def test_noise_that_func_draws_once_for_each_solve() -> None:
+    found = []
+    for gradient in ("aca", "direct"):
+        torch.manual_seed(0)
+        func = Counted()
+        y = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+        y0 = y
+        for _ in range(2):
+            func.noise = None
+            y = aca_ext.odeint(func, y, TIMES, method="rk4", options={"step_size": 0.2}, gradient=gradient)[-1]
+        kept = func.noise = torch.randn(4, 3, dtype=DTYPE)
+        found.append(torch.autograd.grad(y.square().sum(), [y0, *func.parameters()]))
+        assert func.noise is kept
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+class Late(nn.Module):
+    """A field that keeps something from the middle of a solve on."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(0.3, dtype=DTYPE))
+        self.kind = kind
+        self.cache: Any = None
+        self.penalty: Any = 0.0
+        self.history: list[Tensor] = []
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        if float(t) > 0.5:
+            if self.kind == "cache":
+                if self.cache is None:
+                    self.cache = torch.exp(self.p)
+                return -self.cache * y
+            if self.kind == "penalty":
+                self.penalty = self.penalty + self.p**2
+            if self.kind == "history":
+                self.history.append(self.p * y)
+        return -self.p * y
+
+
+def _late(kind: str, gradient: str, **settings: Any) -> tuple[Late, Tensor, Tensor]:
+    func, y0 = Late(kind), torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+    options = {"options": {"step_size": 0.2}, **settings}
+    return func, y0, aca_ext.odeint(func, y0, TIMES, method="rk4", gradient=gradient, **options)
+
+
+@pytest.mark.filterwarnings("ignore::aca_ext.errors.KeptTensorWarning")
+def test_a_cache_that_is_filled_in_the_middle_of_a_solve() -> None:
+    found = []
+    for gradient in ("aca", "direct"):
+        func, y0, y = _late("cache", gradient)
+        found.append(torch.autograd.grad(y.square().sum(), [y0, func.p]))
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["penalty", "history"])
+def test_what_is_kept_from_the_middle_of_a_solve_has_no_gradient(kind: str) -> None:
+    with pytest.warns(KeptTensorWarning, match=kind if kind == "penalty" else "list"):
+        func, _, y = _late(kind, "aca")
+    kept = func.penalty if kind == "penalty" else torch.stack(func.history).sum()
+    with pytest.raises(ReplayError, match='gradient="direct"'):
+        (y.sum() + kept).backward()
+
+
+def test_solutions_that_func_holds_do_not_keep_one_another() -> None:
+    class Holding(Silent):
+        last: Any = None
+
+    func, alive = Holding(), []
+    for _ in range(3):
+        y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+        func.last = aca_ext.odeint(func, y0, TIMES)
+        alive.append(weakref.ref(y0))
+        del y0
+    gc.collect()
+    assert [ref() is not None for ref in alive] == [False, False, True]

@@ -47,7 +47,7 @@ class Driven(nn.Module):
         self.w = nn.Parameter(torch.tensor([0.7, -0.4, 0.2], dtype=dtype))
         self.register_buffer("gain", torch.ones(3, dtype=dtype))
         self.control = torch.tensor([1.0, 2.0, -0.5], dtype=dtype)
-        self.sign = np.ones(())  # of which nobody can tell that it was written to
+        self.sign = np.ones(())  # writes to a NumPy array go unnoticed
         self.calls = 0
         self.counts = self.draws = False
 

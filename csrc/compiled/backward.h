@@ -9,8 +9,8 @@
 
 namespace aca {
 
-// Runs one program for steps without outputs inside and another for steps with. A program that no step needs may have
-// function 0.
+// Runs one program for steps without outputs inside, and another for steps with them. A program that no step needs may
+// have function 0.
 class CompiledBackward {
   public:
     CompiledBackward(const Specification& specification, const Code& end_only, const Code& inside)

@@ -26,7 +26,7 @@ struct Control {
     // Constant during a solve. An address of 0 means that there is no such buffer.
     DType dtype;
     int stages, fsal, degree, segments;
-    double c[kMaxTerms], dense[kMaxTerms][kMaxDegree];  // dense: highest power first, rows of zeros where unused
+    double c[kMaxTerms], dense[kMaxTerms][kMaxDegree];  // dense: a row per stage, highest power first; zero if unused
     double error_last;                                  // weight in the error of the slope at the solution
     int64_t row_bytes;
     int64_t n_states;                      // capacity of the blocks

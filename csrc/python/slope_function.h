@@ -13,7 +13,7 @@ class Slope {
   public:
     // Calls `func(t, y, *args)`. A result that is not laid out like `like` is replaced by `checked(result)`. With
     // `versioned`, `changed()`, which raises, is called if func changed its state in place. If `is_grad_enabled()` is
-    // false, a result with a graph is detached.
+    // false, a result with an autograd graph is detached.
     Slope(py::object func, py::tuple args, const py::object& like, py::object checked, py::object changed,
           py::object is_grad_enabled, bool versioned)
         : func_(std::move(func)),

@@ -116,7 +116,7 @@ class Rows {
         return all;
     }
 
-    // Records the reference counts of the block's storage, to detect aliases later. On the CPU alone: a GPU may use the
+    // Records the reference counts of the block's storage, to detect aliases later. On the CPU only: a GPU may use the
     // memory after func has returned.
     void watch() {
         constexpr int32_t kCpu = 1;

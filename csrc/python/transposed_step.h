@@ -13,7 +13,7 @@
 
 namespace aca {
 
-// One step: replayed with graphs, compared with the forward pass, and pulled back, in this order.
+// One step: replayed with autograd graphs, compared with the forward pass, and pulled back, in this order.
 class TransposedStep {
   public:
     // `outputs` is a list of (weights, cotangent).
@@ -93,11 +93,11 @@ class TransposedStep {
         py::object g;
         uintptr_t address;
     };
-    // A slope in the replay: with its graph, and the values that it had when func returned it.
+    // A slope in the replay: with its autograd graph, and the values that it had when func returned it.
     struct Stage {
         py::object slope;
         Row values;
-        py::object version;  // of the slope; null if it has no graph
+        py::object version;  // of the slope; null if it has no autograd graph
 
         void check_unchanged() const {
             static const Attribute current{"_version"};
@@ -122,7 +122,7 @@ class TransposedStep {
         static const Attribute clone{"clone"}, current{"_version"};
         if (!k.has_graph) return {k.tensor, kept({k.tensor, k.address}, k.is_held, false, i), py::object()};
         py::object version = k.is_held ? py::object() : version_of(k.tensor);
-        if (!version) {  // clone: func may still attach another graph to this tensor
+        if (!version) {  // func may still attach another autograd graph to this tensor
             k.tensor = clone.call(k.tensor.ptr());
             k.address = sums_.memory_of(k.tensor);
             version = current.of(k.tensor.ptr());
@@ -179,10 +179,10 @@ class TransposedStep {
     std::vector<uintptr_t> k_;
 };
 
-// Replays the step with graphs and returns the cotangent of y, given `outputs`, a list of (weights, cotangent).
-// `f(t, y)` evaluates with a graph, `pull_back(y, k, grad_k)` returns the cotangent of y or None, and `admit(v)`
-// lays a tensor out like the state. `compare(y1, slopes)`, or None, receives the end of the step and its slopes; on the
-// CPU it is called only if that end differs from `y_next`.
+// Replays the step with autograd graphs and returns the cotangent of y, given `outputs`, a list of (weights,
+// cotangent). `f(t, y)` evaluates with a graph, `pull_back(y, k, grad_k)` returns the cotangent of y or None, and
+// `admit(v)` lays a tensor out like the state. `compare(y1, slopes)`, or None, receives the end of the step and its
+// slopes; on the CPU it is called only if that end differs from `y_next`.
 inline py::object transpose_step(Stepper& stepper, const py::object& f, const py::object& pull_back,
                                  const py::object& admit, const py::object& compare, const py::object& y_next,
                                  const std::vector<double>& t, const py::object& y, double h, const py::list& outputs) {

@@ -10,7 +10,8 @@
 namespace aca {
 
 // Admits plain tensors that have the layout of a state and memory behind their elements. Refuses subclasses, tensors
-// with the negative bit, and tensors without memory (zeros made by autograd, functional, fake and freed tensors).
+// with the negative bit, and tensors without memory (zeros made by autograd, functional, fake and freed tensors). For a
+// state of a subclass, it admits that subclass instead.
 class Admission {
   public:
     explicit Admission(const py::object& like)

@@ -47,6 +47,7 @@ from aca_ext.solver.runge_kutta import (
     transposed_stepper,
 )
 from aca_ext.vector_field.field import AutocastState
+from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -162,11 +163,22 @@ def _replay_backward(
     return grad_y0, *replay.grads
 
 
-def replay_of(task: Task, ctx: Any, inputs: Sequence[Tensor], cut: Callable[[Tensor], Tensor] | None = None) -> Replay:
-    """The replay of a solve whose inputs are params, args, and leaves that were found without being used."""
+def replay_of(
+    task: Task,
+    ctx: Any,
+    inputs: Sequence[Tensor],
+    cut: Callable[[Tensor], Tensor] | None = None,
+    has_history: bool = False,
+) -> Replay:
+    """The replay of a solve whose inputs are params, args, and leaves that were found without being used.
+
+    ``has_history`` tells that an input, or y0, was computed. Its history may hold leaves that are inputs too. Were they
+    not cut, autograd would walk into the history to look for them, and call the hooks there with None.
+    """
     n_params, found = ctx.n_params, getattr(ctx, "found", ())
     args, is_checked = inputs[n_params : len(inputs) - len(found)], task.params is None
-    return Replay(task.field, inputs[:n_params], args, ctx.autocast, cut, found=found, is_checked=is_checked)
+    cuts_all = has_history and not holds_script(task.field.func)
+    return Replay(task.field, inputs[:n_params], args, ctx.autocast, cut, cuts_all, found=found, is_checked=is_checked)
 
 
 def _advance(
@@ -202,7 +214,7 @@ def differentiable_backward(
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     scheme = scheme_of(problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = replay_of(task, ctx, inputs, gate.of)
+    replay = replay_of(task, ctx, inputs, gate.of, has_history=any(x.grad_fn is not None for x in (y0, *inputs)))
     start = gate.of(y0)
     y, outputs = start, [start]
     steps: Sequence[AcceptedStep] = ctx.record.steps

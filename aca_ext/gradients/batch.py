@@ -237,7 +237,7 @@ def _differentiable_backward(
     ops = row_operations_for(y0.detach(), task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = replay_of(task, ctx, inputs, gate.of)
+    replay = replay_of(task, ctx, inputs, gate.of, has_history=any(x.grad_fn is not None for x in (y0, *inputs)))
     steps = _Steps(task, ops, replay)
     start = y = gate.of(y0)
     everything = np.arange(len(y0))

@@ -32,8 +32,8 @@ def get(holder: Any, key: Any, default: Any = MISSING) -> Any:
     try:
         if isinstance(holder, types.CellType):
             return holder.cell_contents
-        if key is None and isinstance(holder, (list, deque)):
-            return list(holder)
+        if key is None and isinstance(holder, (list, deque, set)):
+            return type(holder)(holder)
         return holder[key] if isinstance(holder, (dict, list, tuple, deque)) else getattr(holder, key)
     except (AttributeError, LookupError, ValueError):
         return default
@@ -44,12 +44,12 @@ def put(holder: Any, key: Any, value: Any) -> None:
     is_missing = value is MISSING
     if isinstance(holder, dict):
         holder.pop(key, None) if is_missing else holder.update({key: value})
-    elif isinstance(holder, (list, deque)):
+    elif isinstance(holder, (list, deque, set)):
         if key is not None:
-            holder[key] = value
+            holder[key] = value  # type: ignore[index]
         else:
             holder.clear()
-            holder.extend(value)
+            holder.update(value) if isinstance(holder, set) else holder.extend(value)
     elif isinstance(holder, types.CellType):
         if is_missing:
             del holder.cell_contents
@@ -74,6 +74,15 @@ def put_back(changes: Sequence[Change]) -> Iterator[None]:
             change.put(change.now)
         for holder, order in orders.values():
             _order(holder, order)
+
+
+def restore(contents: Any) -> None:
+    """Gives all places the contents that a snapshot of them tells."""
+    changes = [Change._make(change) for change in contents.changes()]
+    for change in changes:
+        change.put(change.before)
+    for holder in {id(c.holder): c.holder for c in changes if isinstance(c.holder, dict)}.values():
+        _order(holder, contents.order_of(holder))
 
 
 def _order(holder: dict[Any, Any], order: Sequence[Any]) -> None:

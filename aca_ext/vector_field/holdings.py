@@ -262,6 +262,8 @@ def _sequence(walk: Holdings, x: Any) -> None:
 
 
 def _unordered(walk: Holdings, x: Any) -> None:
+    if isinstance(x, set):
+        walk.contents.add(x)
     walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
     for value in islice(x, _MAX_ENTRIES):
         walk.look(value, (), "")

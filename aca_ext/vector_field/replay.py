@@ -35,7 +35,8 @@ class Replay:
         cut: makes of a tensor with a history one without, through which gradients go no further. Used for tensor args
             and for params that were computed by other operations: their history may hold other params, and belongs to
             the graph outside. So do hooks.
-        is_captured: cut every param, so that no node of a graph is older than the capture that evaluations are part of.
+        cuts_all: cut every param, leaf or not, so that no node of the graph is older than the replay. A capture needs
+            that, and so does a gradient that must not run into the history of another input.
         found: leaves besides, that func held and had not used yet. They cost nothing before it does.
         is_checked: func must depend on nothing else that requires grad.
 
@@ -53,7 +54,7 @@ class Replay:
         args: Sequence[Tensor],
         autocast: AutocastState,
         cut: Callable[[Tensor], Tensor] | None = None,
-        is_captured: bool = False,
+        cuts_all: bool = False,
         found: Sequence[Tensor] = (),
         is_checked: bool = False,
     ) -> None:
@@ -61,10 +62,7 @@ class Replay:
         cut = cut or (lambda x: x.detach().requires_grad_())
         # Hooks on a leaf are for its whole gradient, which they see outside. One frozen since required grad before.
         cut_params, cut_found = (
-            [
-                p if p.is_leaf and p.requires_grad and not p._backward_hooks and not is_captured else cut(p)
-                for p in tensors
-            ]
+            [p if p.is_leaf and p.requires_grad and not p._backward_hooks and not cuts_all else cut(p) for p in tensors]
             for tensors in (params, found)
         )
         if any(p is not c for p, c in zip(params, cut_params, strict=True)) and holds_script(field.func):
@@ -80,7 +78,7 @@ class Replay:
         # Where all that func can reach was found, a few leaves that it may come to use are no reason to look at graphs.
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
-        n_found = 0 if is_one_graph or is_captured or is_complete else len(found)
+        n_found = 0 if is_one_graph or cuts_all or is_complete else len(found)
         self._wanted = list(range(len(self.inputs) - n_found))  # of the inputs; others follow when they are met
         self._targets = self.inputs[: len(self._wanted)]
         self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables

@@ -271,6 +271,7 @@ PYBIND11_MODULE(_C, m) {
         .def("add_named", &Contents::add_named)
         .def("update", &Contents::update)
         .def("changes", &Contents::changes)
+        .def("order_of", [](Contents& contents, py::handle holder) { return contents.order_of(holder.ptr()); })
         .def("watch_tensors", &Contents::watch_tensors)
         .def("changed_tensors", &Contents::changed_tensors)
         .def("tensors", &Contents::tensors);

@@ -16,7 +16,7 @@ class Contents {
     // `missing` stands for what is not there.
     explicit Contents(py::object missing) : missing_(std::move(missing)) {}
 
-    // Notes a dict, sequence or cell with all that it contains; of a large one nothing.
+    // Notes a dict, sequence, set or cell with all that it contains; of a large one nothing.
     void add(PyObject* holder) {
         Held held{py::reinterpret_borrow<py::object>(holder), {}, {}};
         read(held);
@@ -31,8 +31,8 @@ class Contents {
     }
 
     // Changes since the snapshot, as tuples (holder, key, before, now); the snapshot is then that of now. The key is
-    // None for a sequence whose length changed, and for a cell. A change from a tensor with a graph that is gone, since
-    // nobody else held it, is left out.
+    // None for a sequence whose length changed, a set, and a cell. A change from a tensor with a graph that is gone,
+    // since nobody else held it, is left out.
     py::list update() {
         py::list changes;
         for (Held& held : helds_) {
@@ -48,6 +48,14 @@ class Contents {
         py::list changes;
         for (const Held& held : helds_) compare(held, changes);
         return changes;
+    }
+
+    // The keys that a dict had, in order; none for another holder.
+    py::list order_of(PyObject* holder) const {
+        for (const Held& held : helds_)
+            if (held.holder.ptr() == holder && !held.names && PyDict_Check(holder))
+                return py::reinterpret_steal<py::list>(PyDict_Keys(held.before.ptr()));
+        return py::list();
     }
 
     // Notes of every tensor without a history its version, and whether it requires grad.
@@ -134,6 +142,8 @@ class Contents {
             keep_values(held.before.ptr());
         } else if (PyCell_Check(x)) {
             held.before = kept(PyCell_GET(x));
+        } else if (PySet_Check(x)) {
+            if (PySet_GET_SIZE(x) <= kMaxEntries) held.before = Attribute::owned(PySet_New(x));
         } else {
             const Py_ssize_t size = PySequence_Size(x);
             if (size > kMaxEntries) return;
@@ -167,6 +177,9 @@ class Contents {
             compare_dicts(held, changes);
         } else if (PyCell_Check(x)) {
             note(held, Py_None, held.before.ptr(), PyCell_GET(x) ? PyCell_GET(x) : missing_.ptr(), changes);
+        } else if (PySet_Check(x)) {
+            if (PyObject_RichCompareBool(x, held.before.ptr(), Py_EQ) != 1)
+                note(held, Py_None, held.before.ptr(), Attribute::owned(PySet_New(x)).ptr(), changes);
         } else if (!PyTuple_Check(x)) {
             compare_sequences(held, changes);
         }
@@ -260,7 +273,7 @@ class Contents {
             while (PyDict_Next(before, &position, &key, &x)) f(x);
         else if (PyCell_Check(held.holder.ptr()))
             f(before);
-        else
+        else if (!PySet_Check(before))
             for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(before); ++i) f(PySequence_Fast_GET_ITEM(before, i));
     }
 

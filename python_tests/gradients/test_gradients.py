@@ -530,3 +530,20 @@ def test_a_solve_inside_the_slope_of_another() -> None:
         found.append(torch.autograd.grad(y[-1].square().sum(), [y0, *inner.parameters()]))
     for one, other in zip(*found, strict=True):
         assert relative_error(one, other) <= 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": "independent"}], ids=["together", "independent"])
+def test_hooks_between_solves_are_given_tensors(options: dict[str, Any]) -> None:
+    """Also with create_graph=True, where the gradient of the second solve does not continue into the first."""
+    found = []
+    for gradient in ("aca", "direct"):
+        w = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)
+        y = torch.ones(3, 2, dtype=torch.float64)
+        for _ in range(2):
+            func = lambda t, y, w=w: torch.tanh(w * y)  # noqa: E731
+            y = aca_ext.odeint(func, y, [0.0, 1.0], gradient=gradient, options=options)[-1]
+            y.register_hook(lambda g: g * 1.0)
+        (g,) = torch.autograd.grad(y.square().sum(), w, create_graph=True)
+        found.append((g, *torch.autograd.grad(g.square().sum(), w)))
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-10

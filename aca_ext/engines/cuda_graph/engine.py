@@ -155,13 +155,12 @@ class _Run:
 
     def backward(self, grad_ys: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         memory, plan, params = self.record.memory, self.plan, self.params
-        with plan.in_order():
+        environment = self.task.field.environment
+        with plan.in_order(), nullcontext() if environment is None else environment.restored():
             blocks = memory.take_states(blocks)  # referred to until all is launched
             end = blocks[-1][-1]
             if not plan.has_backward:
-                environment = self.task.field.environment
-                with nullcontext() if environment is None else environment.restored():
-                    plan.capture_backward(self.problem, memory, end, params, self.autocast)
+                plan.capture_backward(self.problem, memory, end, params, self.autocast)
             elif not plan.reads(params):
                 raise ReplayError(
                     "The memory of a parameter was replaced between the forward and the backward pass, so that a "

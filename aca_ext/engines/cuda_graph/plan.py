@@ -254,12 +254,12 @@ class Plan:
 
         def transpose() -> Callable[[], None]:
             ops = ControlledKernels(self._block, self._tolerance)
-            replay = Replay(field, params, args, autocast, is_captured=True)
+            replay = Replay(field, params, args, autocast, cuts_all=True)
             replay.grads = list(self._grads)
             return lambda: self._transpose_step(replay, ops)
 
         reset()
-        once = Replay(field, params, args, autocast, is_captured=True)
+        once = Replay(field, params, args, autocast, cuts_all=True)
         self._transpose_step(once, ControlledKernels(self._block, self._tolerance))
         self._grads = [None if grad is None else torch.zeros_like(grad) for grad in once.grads]
         transposing = self._capturer.capture(transpose, reset)

@@ -663,10 +663,13 @@ class TestReplays:
             memory = {"buffer": func.gain, "control": func.control, "data": func.p.data}[change]
             before = memory.clone()
             memory.mul_(1 + 1e-11)
-            with pytest.raises(ReplayError, match="did not repeat the forward pass"):
+            is_seen_by_torch = create_graph and change != "data"  # the replay in Python compares versions
+            message = "was written to between" if is_seen_by_torch else "did not repeat the forward pass"
+            with pytest.raises(ReplayError, match=message):
                 torch.autograd.grad(y.sum(), y0, retain_graph=True, create_graph=create_graph)
             memory.copy_(before)
-            torch.autograd.grad(y.sum(), y0, create_graph=create_graph)
+            if not is_seen_by_torch:
+                torch.autograd.grad(y.sum(), y0, create_graph=create_graph)
 
     def test_float32_and_a_small_component(self, device: str) -> None:
         func = Controlled(torch.float32).to(device)

@@ -24,7 +24,7 @@ from benchmarks import (
 )
 from benchmarks.harness import Result, Settings, Table, first_line, print_table, write_json
 
-# What runs on each device unless one is named; any can be.
+# Benchmarks that run on a device by default; ``--only`` runs any of them on either device.
 BY_DEVICE = {
     "cpu": (
         step_throughput,
@@ -62,7 +62,7 @@ def main() -> None:
     for module in [BENCHMARKS[args.only]] if args.only else BY_DEVICE[args.device]:
         try:
             _run(module, settings, args.output)
-        except Exception:  # the others may have an answer
+        except Exception:  # the other benchmarks still run
             traceback.print_exc()
             failed.append(name_of(module))
     if failed:
@@ -76,7 +76,7 @@ def _run(module, settings: Settings, output: Path) -> None:
     try:
         for part in module.run(settings):
             _take(part, result)
-            write_json(output, name, question_of(module), settings, result)  # it may be stopped before its end
+            write_json(output, name, question_of(module), settings, result)  # kept even if the run is stopped here
         result.is_complete = True
     except BaseException as error:
         result.notes.append(f"Not complete: {type(error).__name__}: {first_line(error)}")

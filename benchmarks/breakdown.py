@@ -1,10 +1,11 @@
 """Breakdown of a solve on a GPU: launches, waits, kernels, and time in Python.
 
-float32, dopri5. ``busy`` is the part of a solve's time in which the GPU has work: the sum over its kernels and copies,
-seen by PyTorch's profiler, over the time of the solve without it. ``launches`` are those of the host, a whole graph
-being one; ``kernels`` also those of trial steps launched for nothing; ``waits`` the host's calls that wait for the GPU;
-each per solve. ``own`` is without, ``all`` with what a function calls; both are longer than without Python's profiler.
-Of the backward pass, which has a thread of its own, there is no such table.
+float32, dopri5. ``busy`` is the fraction of a solve's time in which the GPU works: the summed duration of its kernels
+and copies, as PyTorch's profiler reports them, over the time of the solve without the profiler. Counts are per solve.
+``launches`` are launches by the host; a whole CUDA graph is one. ``kernels`` includes those of trial steps launched in
+vain. ``waits`` are host calls that wait for the GPU. ``own`` is the time of a function without the functions that it
+calls, ``all`` the time with them; Python's profiler lengthens both. There is no such table for the backward pass, which
+runs in another thread.
 """
 
 import cProfile
@@ -55,7 +56,7 @@ BY_FUNCTION = {
 
 
 def run(settings: Settings) -> Parts:
-    # Captured graphs do not survive that the profiler's library is unloaded between two profiles.
+    # If the profiler's library is unloaded between two profiles, captured CUDA graphs break.
     os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
     for workload in WORKLOADS:
         problem = workload.problem(torch.float32, settings.device)
@@ -118,7 +119,7 @@ def _trace(call: Callable[[], object], settings: Settings) -> tuple[dict[str, An
         "launches": calls("LaunchKernel", "GraphLaunch") if total else None,
         "kernels": (count.total() - n_copies) / SOLVES if total else None,
         "copies": n_copies / SOLVES if total else None,
-        "waits": calls("Synchronize") - 1 / SOLVES if total else None,  # the one at the end is the profile's
+        "waits": calls("Synchronize") - 1 / SOLVES if total else None,  # without the one above, after the last solve
         "host_calls": {name: n / SOLVES for name, n in host.most_common()},
     }
     kernels = [

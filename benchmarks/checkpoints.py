@@ -1,10 +1,10 @@
-"""Cost of few checkpoints: memory and steps computed again for a long solve, against the fewest possible.
+"""Cost of few checkpoints: memory and recomputed steps of a long solve, against the fewest possible.
 
-20 000 steps of dopri5 on a state of 256 doubles, forward and backward, each choice in a process of its own (Linux).
-``states`` is the memory of those kept, ``process`` how much the process grew at most, the record of (t, h) included.
-``again`` is how many steps were computed again per step of the solve; ``least`` the fewest of any schedule that keeps
-as many states and knows the number of steps beforehand: (r·N - C(K + r, r - 1) - (N - 1)) / N for the smallest r with
-N ≤ C(K + r, r) (Griewank & Walther, 2000).
+20 000 steps of dopri5 on a state of 256 doubles, forward and backward, each policy in a process of its own (Linux).
+``states`` is the memory of the checkpoints, ``process`` the largest growth of the process, which includes the record of
+(t, h). ``again`` is the number of recomputed steps per step of the solve. ``least`` is the smallest such number for as
+many checkpoints, if the number of steps is known beforehand: (r·N - C(K + r, r - 1) - (N - 1)) / N for the smallest r
+with N ≤ C(K + r, r) (Griewank & Walther, 2000).
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ from benchmarks.harness import Parts, Settings, Table
 STEPS, QUICK_STEPS = 20_000, 500
 WIDTH = 256
 POLICIES = (None, 30, 300, "cpu")
-EVALUATIONS = 6  # of f per replayed dopri5 step that is computed again, and per step replayed for its transpose
+EVALUATIONS = 6  # of f per recomputed dopri5 step, and per step replayed for its transpose
 COLUMNS = {
     "checkpoints": ("checkpoints", ""),
     "states MB": ("states_mb", ".2f"),
@@ -65,9 +65,9 @@ def run(settings: Settings) -> Parts:
 
 def _measure(policy: int | str | None, n_steps: int, device: str) -> Measured:
     torch.set_num_threads(1)
-    _solve(policy, 20, device)  # what is loaded at the first use is no part of the growth
+    _solve(policy, 20, device)  # loads everything that the first solve loads, which must not count as growth
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     solution, y0, seconds = _solve(policy, n_steps, device)
     after = _resident("VmHWM")
     stats = solution.stats
@@ -102,13 +102,13 @@ def _solve(policy: int | str | None, n_steps: int, device: str) -> tuple[aca_ext
 
 
 def _resident(which: str) -> int:
-    """Kilobytes of this process, now or at most."""
+    """Memory of this process in kilobytes: now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(which))
 
 
 def fewest(n_steps: int, capacity: int) -> int:
-    """Steps computed again at least, where ``capacity`` states are kept, in reversing ``n_steps`` known beforehand."""
+    """Smallest number of recomputed steps in reversing ``n_steps``, known beforehand, with ``capacity`` checkpoints."""
     r = 1
     while comb(capacity + r, r) < n_steps:
         r += 1

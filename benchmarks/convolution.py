@@ -1,11 +1,12 @@
 """Cost of a training step of a convolutional neural ODE on a GPU, in time and memory.
 
 A block as in NODE18: two 3×3 convolutions of 64 channels with normalisation and ReLU, 32×32 images in batches of 128,
-channels_last; f under autocast to bfloat16, in the backward pass as well; tolerance 1e-2. By adaptive_heun, of which
-torchdiffeq evaluates f once in each step, not twice: it starts a step from f at the end of the last one's Euler step,
-not of the step itself. By bosh3 the work is the same. ``allocated`` is the most that tensors took at once, ``reserved``
-what PyTorch held for them, captured graphs included; both beyond what there was before. ``/ graph`` is time over that
-of the graph engine, ``gradient apart`` how far the gradient is from the eager engine's.
+channels_last; f under autocast to bfloat16, in the backward pass as well; tolerance 1e-2. With bosh3 all solvers
+evaluate f equally often. With adaptive_heun, torchdiffeq evaluates f once per step instead of twice: it takes the first
+slope of a step from the end of the previous Euler step, not from the end of the previous step. ``allocated`` is the
+peak memory of tensors, ``reserved`` the memory that PyTorch held for them, captured CUDA graphs included; both are
+counted beyond the memory in use before. ``/ graph`` is time over the graph engine's, ``gradient apart`` the relative
+distance from the eager engine's gradient.
 """
 
 import gc
@@ -35,7 +36,7 @@ Pass = Callable[[], tuple[Tensor, ...]]
 
 
 class Block(nn.Module):
-    """relu ∘ norm ∘ conv twice; the result in the state's dtype, which not every solver converts to."""
+    """relu ∘ norm ∘ conv twice, without the last relu. Returns the state's dtype: not every solver converts to it."""
 
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
@@ -64,7 +65,8 @@ def _measure(method: str, norm: str, settings: Settings) -> Parts:
     func = Block(channels, norm).to(settings.device, memory_format=torch.channels_last).eval()
     y0 = torch.randn(batch, channels, size, size, device=settings.device)
     y0 = y0.contiguous(memory_format=torch.channels_last).requires_grad_()
-    torch.autograd.grad(func(y0.new_zeros(()), y0).sum(), [y0, *func.parameters()])  # what f loads is no solver's
+    # Loads the libraries that f needs, so that their memory is not charged to the first solver.
+    torch.autograd.grad(func(y0.new_zeros(()), y0).sum(), [y0, *func.parameters()])
     passes: dict[str, Pass] = {}
     memory: dict[str, dict[str, float]] = {}
     for name, odeint in SOLVERS.items():
@@ -124,7 +126,7 @@ def _gradient(call: Pass) -> Tensor:
 
 
 def _memory(call: Pass, device: str) -> dict[str, float]:
-    """Of one pass that is not the first; nothing where PyTorch does not count."""
+    """Peak memory of one pass after a first one; empty on devices on which PyTorch does not count it."""
     if device != "cuda":
         call()
         return {}

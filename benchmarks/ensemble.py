@@ -1,9 +1,9 @@
-"""Speed of an ensemble of eight million Lorenz systems on a GPU, relative to the memory's.
+"""Speed of an ensemble of eight million Lorenz systems on a GPU, relative to the speed of its memory.
 
-float32, forward, state (3, 2^23), by fixed steps and by adaptive ones at the same tolerance. The floor is that of
-``large_state``: the evaluations of f that a solver makes, each as long as f takes by itself, and the bytes that the
-steps of the method cannot avoid at the speed of a copy. torchdiffeq has no fixed steps of these methods: it is bound to
-equal steps by its limits on them, and estimates its error all the same. jax makes f one kernel.
+float32, forward, state (3, 2^23), with fixed steps and with adaptive ones at the same tolerance. The floor is that of
+``large_state``: the solver's evaluations of f, each at the time of f alone, plus the bytes that a step must read and
+write, at the speed of a copy. torchdiffeq has no fixed steps of these methods: its options force equal steps, and it
+still estimates their error. jax compiles f to one kernel.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def run(settings: Settings) -> Parts:
 
 @torch.no_grad()
 def _speeds(y0: Tensor, settings: Settings) -> tuple[float, float]:
-    """Seconds that f takes, and that reading or writing one array does."""
+    """Seconds of an evaluation of f, and of reading or writing one array."""
     arrays = [y0.clone() for _ in range(WORKING_SET)]
     pairs, f, t = list(pairwise(arrays)), Lorenz(), y0.new_zeros(())
     calls: dict[str, Callable[[], object]] = {
@@ -137,7 +137,7 @@ def _torchdiffeq(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Calla
     def solve() -> Counts:
         func.calls = 0
         torchdiffeq.odeint(func, y0, t, **settings)
-        return func.calls // STAGES, func.calls  # one or two at the start
+        return func.calls // STAGES, func.calls  # the quotient drops the one or two evaluations at the start
 
     return solve
 
@@ -170,12 +170,12 @@ def _diffrax(method: str, adaptive: bool, func: Lorenz, y0: Tensor) -> Callable[
 
     def solve() -> Counts:
         n_steps = int(jax.block_until_ready(end_and_steps(start))[1])
-        return n_steps, STAGES * n_steps + 1 + adaptive  # its calls of f cannot be seen
+        return n_steps, STAGES * n_steps + 1 + adaptive  # calls of a compiled f cannot be counted
 
     return solve
 
 
-# Of (method, adaptive, func, y0) what solves and returns its counts.
+# Makers of solvers: from (method, adaptive, func, y0), a function that solves and returns its counts.
 SOLVERS: dict[str, Callable[[str, bool, Lorenz, Tensor], Callable[[], Counts]]] = {
     EAGER: partial(_ours, "eager"),
     "aca_ext graph": partial(_ours, "graph"),

@@ -1,7 +1,7 @@
 """Time of each solver to reach the same error, of the solution forward and of the gradient backward.
 
-One CPU thread, float64, dopri5. Each solver runs over a range of tolerances; its time at an error is read off the
-log-log line between the runs on either side of it. Errors are relative, against dopri8 at tolerance 1e-12.
+One CPU thread, float64, dopri5. Each solver runs at several tolerances. Its time at a given error is interpolated
+between the two nearest runs, on logarithmic axes. Errors are relative, against dopri8 at tolerance 1e-12.
 """
 
 import math
@@ -52,7 +52,7 @@ def _sweep(workload: Network, solvers: list[peers.Solver], settings: Settings) -
     exact = reference(workload)
     table = Table(f"{workload.name}, T = {workload.t_end:g}: by tolerance", SWEEP)
     cases = {}
-    base = workload.problem(torch.float64, settings.device)  # of one func, which compiled solvers compile once
+    base = workload.problem(torch.float64, settings.device)  # one func for all tolerances, so it is compiled once
     for solver in solvers:
         for tol in TOLERANCES_QUICK if settings.quick else TOLERANCES:
             problem = replace(base, tol=tol)
@@ -72,7 +72,7 @@ def _sweep(workload: Network, solvers: list[peers.Solver], settings: Settings) -
 
 
 def _at_equal_error(title: str, sweep: Table, error: str, ms: str) -> Table:
-    """The times at errors spread evenly, in the logarithm, over the range that every solver reached."""
+    """Times at errors that are spread evenly, on a logarithmic axis, over the range that every solver reached."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in sweep.rows:
         if row[ms] is not None:
@@ -81,7 +81,7 @@ def _at_equal_error(title: str, sweep: Table, error: str, ms: str) -> Table:
     largest = math.log(min(curve[0][0] for curve in curves.values()))
     smallest = math.log(max(curve[-1][0] for curve in curves.values()))
     if smallest >= largest:
-        return Table(f"{title}: there is none that every solver reached", AT_EQUAL_ERROR)
+        return Table(f"{title}: no error was reached by every solver", AT_EQUAL_ERROR)
     table = Table(title, AT_EQUAL_ERROR)
     for i in range(N_ERRORS):
         common = math.exp(largest + (smallest - largest) * i / (N_ERRORS - 1))
@@ -92,7 +92,7 @@ def _at_equal_error(title: str, sweep: Table, error: str, ms: str) -> Table:
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (error, time) from the loosest tolerance on, without those whose error a looser one already reached."""
+    """The (error, time) points from the loosest tolerance on, without those that do not lower the error."""
     kept: list[tuple[float, float]] = []
     for error, time in points:
         if not kept or error < kept[-1][0]:
@@ -109,7 +109,7 @@ def _time_at(error: float, curve: list[tuple[float, float]]) -> float:
 
 
 def _doubt(workload: Network) -> float:
-    """Distance of torchdiffeq's dopri8, made to land on the end, from the reference: the larger of the two errors."""
+    """Distance of torchdiffeq's dopri8, stepping exactly to the end, from the reference: the larger of two errors."""
     from torchdiffeq import odeint
 
     problem = workload.problem(torch.float64, "cpu", tol=1e-12)
@@ -121,7 +121,7 @@ def _doubt(workload: Network) -> float:
 
 
 def draw(result: Result):
-    """Work-precision: the error of the gradient against the time it took, a line per solver over its tolerances."""
+    """Draws a work-precision diagram: error of the gradient against time, a line per solver over its tolerances."""
     sweeps = [table for table in result.tables if table.columns is SWEEP]
     figure = new_figure(4 * len(sweeps), 4.6)
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):

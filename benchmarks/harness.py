@@ -33,14 +33,14 @@ class Settings:
 
 @dataclass
 class Table:
-    """Rows of raw numbers, and how to print them: ``columns`` maps a heading to (key of the row, format)."""
+    """Rows of raw numbers and their format: ``columns`` maps a heading to (key in the row, format)."""
 
     title: str
     columns: Mapping[str, tuple[str, str]]
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-# What a benchmark yields: each table when it is measured, and sentences on what it leaves out.
+# Yielded by a benchmark: each table once it is measured, and a sentence on everything that it leaves out.
 Parts = Iterator[Table | str]
 
 
@@ -66,19 +66,19 @@ class Timings:
         return min(self.samples[name])
 
     def ratio(self, name: str, base: str) -> float:
-        """The median over the rounds of how much longer ``name`` took than ``base`` in the same round."""
+        """Median over the rounds of the time of ``name`` over the time of ``base`` in the same round."""
         return median(a / b for a, b in zip(self.samples[name], self.samples[base], strict=True))
 
 
 def interleave(
     cases: Mapping[str, Callable[[], object]], settings: Settings, *, threads: int = 1, seconds: float = 10.0
 ) -> Timings:
-    """Times the cases in turn, round after round for about ``seconds``: a slow phase of the machine hits all alike."""
+    """Times the cases in turn, in rounds, for about ``seconds``, so that a slow phase of the machine hits all alike."""
     samples: dict[str, list[float]] = {name: [] for name in cases}
     with torch_threads(threads):
         repeats, round_seconds = {}, 0.0
         for name, call in cases.items():
-            call()  # which may compile
+            call()  # the first call may compile
             repeats[name] = 1
             while (sample := repeats[name] * _time(call, repeats[name], settings.device)) < SHORTEST_SAMPLE:
                 repeats[name] *= 2
@@ -91,7 +91,7 @@ def interleave(
 
 
 def _time(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds per call, the work that it queued on the device included."""
+    """Seconds per call, including the work that it queued on the device."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -112,12 +112,12 @@ def torch_threads(n: int) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Its message, cut short."""
+    """First line of the error's message, at most 300 characters."""
     return next(iter(str(error).splitlines()), "")[:300]
 
 
 def new_figure(width: float = 8.0, height: float = 4.0) -> Any:
-    """An empty matplotlib figure in inches that needs no display; its axes: ``figure.subplots(rows, columns)``."""
+    """An empty matplotlib figure, size in inches, for which no display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
-"""Savings and cost of separate steps for every sample. Van der Pol oscillators of rising stiffness.
+"""Savings and cost of separate steps for every sample, on van der Pol oscillators of rising stiffness.
 
-32 oscillators with stiffness from 1 on, dopri5, float64, one thread, forward and backward for start and stiffness.
-``steps`` are the trial steps of a sample, ``f rows`` the samples that f is evaluated on, forward; ``one by one`` solves
-each sample by itself.
+32 oscillators with stiffness from 1 on, dopri5, float64, one thread; gradients of the initial states and stiffnesses.
+``steps`` are the trial steps of a sample, ``f rows`` the evaluations of f counted in samples, both in the forward pass.
+``one by one`` solves each sample by itself.
 """
 
 from collections.abc import Callable

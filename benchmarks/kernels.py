@@ -1,9 +1,9 @@
 """Speed of each kernel, by size and number of operands, next to the same operation in plain torch.
 
 float32, torch's default number of threads. GB/s counts each operand once. The kernels write sums and solutions into
-memory that is there already; plain torch allocates. On a GPU float64 too, with states of 256 MB; ``/ copy`` is GB/s
-over those of a copy, sums without a base are those of the transpose, and the error norm is also measured without the
-wait for its result.
+existing memory; plain torch allocates. A GPU also runs float64, with states of 256 MB. There, ``/ copy`` is GB/s over
+the GB/s of a copy, ``without base`` are the sums of the transpose, and ``no wait`` is the error norm without the wait
+for its result.
 """
 
 from collections.abc import Callable, Iterator
@@ -100,7 +100,7 @@ def _calls(ops: TorchOperations, x: list[Tensor], out: Tensor | None, with_trans
 
 
 def _norm_alone(x: list[Tensor], tolerance: Tolerance) -> Callable[[], object]:
-    """The sums of the error norm left on the device, as captured steps do."""
+    """The error norm with its sums left on the device, as in captured steps."""
     rows = row_operations_for(x[0].unsqueeze(0), tolerance)
     w = torch.full((1, 1), 0.1, dtype=torch.float64, device=x[0].device)
     return partial(rows._squared_error_ratios, x[0], x[1], w, x[2], x[3])

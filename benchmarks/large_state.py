@@ -1,9 +1,9 @@
-"""Speed of a solve with a large state, relative to the memory's.
+"""Speed of a solve with a large state, relative to the speed of memory.
 
-W4, float32, forward, two threads. The floor of one evaluation of f is f itself and a sixth of the bytes of a dopri5
-step at the speed of a copy, both at the best of several runs over as many arrays as a step has. The bytes: stage sums,
-solution with partial error, and error norm, each operand read or written once. ``/ floor`` is time over n_f_evals of
-these.
+W4, float32, forward, two threads. The floor of one evaluation is the time of f plus the time to move a sixth of the
+bytes of a dopri5 step at the speed of a copy. Both are the best of several runs over as many arrays as a step uses. The
+bytes are those of the stage sums, of the solution with its partial error, and of the error norm, each operand read or
+written once. ``/ floor`` is time over n_f_evals times the floor.
 """
 
 from dataclasses import replace
@@ -86,7 +86,7 @@ def _f_evaluations(problem: Problem, pairs: list[tuple[Tensor, Tensor]]) -> None
 
 
 def arrays_per_step(method: str = "dopri5", adaptive: bool = True) -> int:
-    """Arrays that a step reads or writes outside f."""
+    """Number of arrays that a step reads or writes outside f."""
     tableau = METHODS[method]
     stage_sums = sum(2 + sum(w != 0 for w in row) for row in tableau.a[1:STAGES])  # base, slopes, result
     solution = 2 + sum(w != 0 for w in tableau.b)  # base, slopes, result

@@ -1,7 +1,7 @@
 """Peak memory of a gradient by the number of accepted steps.
 
-W2's network, float32, dopri5 with equal steps: tolerances that every step meets, and a bound on the step. Bytes of
-tensors alive at once, over those of the state, from the forward through the backward pass.
+W2's network, float32, dopri5 with equal steps, which loose tolerances and a bound on the step size enforce. Memory is
+the peak of tensors alive at once, over both passes; ``/ state`` is relative to the bytes of the state.
 """
 
 from functools import partial

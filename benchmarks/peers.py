@@ -1,4 +1,4 @@
-"""One adapter per solver, all of one signature: dopri5 from 0 to t_end, everything else as the package has it.
+"""Adapters of all solvers to one signature: dopri5 from 0 to t_end, with the package's defaults for everything else.
 
 A package that is not installed is skipped. To add one, write a function that imports it and returns its solvers, and
 name it in ``PACKAGES``.
@@ -24,10 +24,10 @@ class Run:
     """A solver set up for one problem.
 
     Attributes:
-        solve: returns y(t_end), with a graph where gradients are enabled.
+        solve: returns y(t_end), with an autograd graph if gradients are enabled.
         accepted: solves once more and returns the number of accepted steps.
-        gradient: returns what ``Problem.gradient`` does, where the solver is not one of PyTorch's.
-        tensors: makes tensors of what ``solve`` and ``gradient`` return.
+        gradient: returns the gradient of ``Problem.gradient``; None if PyTorch's autograd computes it.
+        tensors: converts the results of ``solve`` and ``gradient`` to tensors.
     """
 
     solve: Callable[[], Any]
@@ -38,10 +38,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Solver:
-    """``own_forward`` is False where, without gradient, it runs the forward pass of the solver before it.
+    """A solver by name.
 
-    ``count`` counts evaluations where calls of f cannot be seen: compiled solvers call it when they trace it alone.
-    Those are measured on the CPU alone unless ``on_gpu`` is True.
+    ``own_forward`` is False if its forward pass without gradient is that of the previous solver in the list. ``count``
+    is given for compiled solvers, which call f only while they trace it, so that its calls cannot be counted. Compiled
+    solvers run on the CPU only, unless ``on_gpu`` is True.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Solver:
 
 @dataclass(frozen=True)
 class Counts:
-    """Accepted steps, evaluations of f without gradient, and with gradient in the two passes; None: not known."""
+    """Accepted steps and evaluations of f: without gradient, and with it in either pass; None if unknown."""
 
     accepted: int
     forward: int
@@ -141,7 +142,7 @@ def _aca_ext() -> list[Solver]:
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = 64  # for all workloads, which share one code
+    torch._dynamo.config.recompile_limit = 64  # all workloads share one code object, and so one count
     return torch.compile(function)
 
 
@@ -180,7 +181,7 @@ def _torchode() -> list[Solver]:
 
     def prepare(p: Problem, compiled: bool = False) -> Run:
         term = torchode.ODETerm(p.func, with_stats=False)
-        # Without a gradient through the step size control: faster, and the gradient that the others compute.
+        # Differentiates through the steps only, not their sizes: faster, and the same gradient as the other solvers'.
         solver = torchode.AutoDiffAdjoint(
             torchode.Dopri5(term=term),
             torchode.IntegralController(p.tol, p.tol, term=term),
@@ -196,7 +197,7 @@ def _torchode() -> list[Solver]:
         return Run(lambda: solve(problem, term).ys[:, -1], accepted)
 
     eager = Solver("torchode AutoDiffAdjoint", prepare)
-    # The whole solve under torch.compile, which torchode supports; it takes long to compile.
+    # torchode supports torch.compile of the whole solve, which takes long to compile.
     return [eager, Solver("torchode, solve compiled", partial(prepare, compiled=True), count=_counted_as(eager))]
 
 
@@ -204,7 +205,7 @@ def _torch_diff_eq_pack() -> list[Solver]:
     from TorchDiffEqPack import odesolve_adjoint, odesolve_endtime
 
     def prepare(odesolve: Callable[..., Tensor], p: Problem) -> Run:
-        def options() -> dict[str, object]:  # anew for each call, which changes it
+        def options() -> dict[str, object]:  # a new dict per call, since a solve changes it
             return {"method": "dopri5", "h": None, "t0": 0.0, "t1": p.t_end, "rtol": p.tol, "atol": p.tol}
 
         def accepted() -> int:
@@ -234,7 +235,7 @@ def _diffrax() -> list[Solver]:
 
     @cache
     def compiled(func: nn.Module, t_end: float) -> tuple[Callable[..., Any], ...]:
-        """The end, its gradient, and the counts, once for all tolerances and dtypes."""
+        """The jitted end state, its gradient and the step counts, shared by all tolerances and dtypes."""
 
         def solve(y0: Any, params: Any, tol: Any) -> Any:
             return diffrax.diffeqsolve(
@@ -280,14 +281,14 @@ def _diffrax() -> list[Solver]:
 
 
 def jax_and_diffrax() -> tuple[Any, Any]:
-    """The modules, set up as the other solvers are measured."""
-    # Before jax starts: one thread, and memory of a GPU that is shared with torch.
+    """The modules jax and diffrax, with the threads and the precision of the other solvers."""
+    # To be set before jax starts: one thread, and no preallocation of the GPU's memory, which torch needs too.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import diffrax
     import jax
 
-    jax.config.update("jax_default_matmul_precision", "highest")  # as torch by default
+    jax.config.update("jax_default_matmul_precision", "highest")  # torch's default
     return jax, diffrax
 
 
@@ -299,7 +300,7 @@ def jax_sees_a_gpu() -> bool:
 
 
 def _in_jax(jax: Any, func: nn.Module, y: Any, params: Any) -> Any:
-    """f of the workloads, their layers one by one."""
+    """f of a workload in jax, layer by layer."""
     following = iter(params)
     for layer in func.net if isinstance(func.net, nn.Sequential) else [func.net]:
         if isinstance(layer, nn.Linear):
@@ -323,9 +324,9 @@ PACKAGES = {
 
 
 def installed(*names: str, device: str = "cpu") -> tuple[list[Solver], list[str]]:
-    """The solvers of the named packages, by default of all, and a sentence for each that is left out.
+    """The solvers of the named packages (default: all), and a sentence for each that is left out.
 
-    On a GPU without the compiled ones that do not run there. A package that fails as it is set up is left out, too.
+    A package that fails during its setup is left out, and on a GPU so are the compiled solvers that do not run there.
     """
     solvers: list[Solver] = []
     skipped: list[str] = []
@@ -338,6 +339,6 @@ def installed(*names: str, device: str = "cpu") -> tuple[list[Solver], list[str]
             skipped.append(f"{name} is skipped: {type(error).__name__}: {first_line(error)}")
     if device != "cpu":
         on_cpu = [solver for solver in solvers if solver.is_compiled and not solver.on_gpu]
-        skipped += [f"{solver.name} is skipped: it is measured, or can run, on the CPU alone." for solver in on_cpu]
+        skipped += [f"{solver.name} is skipped: here it runs on the CPU only." for solver in on_cpu]
         solvers = [solver for solver in solvers if solver not in on_cpu]
     return solvers, skipped

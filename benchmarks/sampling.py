@@ -1,6 +1,6 @@
-"""Cost beyond f of a fixed-step solve without gradient, as when a trained flow is sampled.
+"""Overhead beyond f of a fixed-step solve without gradient, as in sampling from a trained flow.
 
-One CPU thread, float32, 100 equal steps, once with every step's state returned and once with the last one alone.
+One CPU thread, float32, 100 equal steps. One run returns the state after every step, another only the last state.
 ``/ f`` is time over n_f_evals calls of f.
 """
 

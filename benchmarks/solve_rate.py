@@ -1,11 +1,12 @@
 """Steps per second of whole solves on a GPU, by engine, next to torchdiffeq and diffrax.
 
-float32, dopri5 at the workload's tolerance, all solvers in turn; products in full precision, jax's too. Times are those
-of the host from the call until the device is done. aca_ext is given t on the CPU, where it wants it, torchdiffeq on the
-device. ``/ odeint`` is how many times faster than torchdiffeq's odeint, ``apart`` how far the end state is from the
-eager engine's. ``capture s`` is what a graph solve takes the first time. ``launched for nothing`` are trial steps
-beyond those that the solve took, per solve, where every solve starts elsewhere; ``rounds`` how often it looked how far
-it had come. Loops on the device, in place of steps launched ahead, come last: where they hang, the rest is there.
+float32, dopri5 at the workload's tolerance, all solvers in turn, matrix products in full precision in jax too. Times
+are measured on the host, from the call until the device is done. aca_ext gets t on the CPU, its preferred place,
+torchdiffeq on the device. ``/ odeint`` is the speedup over torchdiffeq's odeint, ``apart`` the largest difference of
+the end state from the eager engine's. ``capture s`` is the time of the captures in the first graph solve. ``launched
+for nothing`` is the number of launched trial steps, per solve, that the solve did not need; here every solve has
+another initial state. ``rounds`` is the number of times that the host read the solve's status. Loops on the device, the
+alternative to steps launched ahead, are measured last, so that a hang spoils nothing else.
 """
 
 import json
@@ -57,7 +58,7 @@ LOOPS = {
 PASSES = {"forward": "forward", "both": "forward and backward"}
 EAGER, GRAPH, LOOP = "aca_ext eager", "aca_ext graph", "aca_ext graph, device loop"
 DIFFRAX = "diffrax, jit"
-# A JAX release knows one of them: what of a program becomes a CUDA graph.
+# Flags that choose the parts of a program that become CUDA graphs; a JAX release knows one of the three.
 COMMAND_BUFFERS = (
     "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
     "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUDNN,CUSTOM_CALL,CONDITIONALS",
@@ -82,7 +83,7 @@ class Cases:
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, make: Callable[[], Case]) -> None:
-        """Adds it if it runs, else says why not."""
+        """Adds the case if it runs, else a note with the reason."""
         try:
             case = make()
             case.forward()
@@ -186,7 +187,8 @@ def _check_loops(problem: Problem) -> None:
 
     *_, plan = engine._by_owner.of(problem.func)._plans.values()
     if not isinstance(plan._solve, programs._Loop):
-        raise RuntimeError(f"steps were launched ahead: {getattr(plan._solve, 'obstacle', 'no loop was asked for')}")
+        reason = getattr(plan._solve, "obstacle", "no loop was requested")
+        raise RuntimeError(f"steps were launched ahead instead of looped on the device: {reason}")
 
 
 def _theirs(problem: Problem, solver: peers.Solver) -> Case:
@@ -209,7 +211,7 @@ def _device_loops(value: bool) -> Iterator[None]:
 
 
 def _seconds(call: Callable[[], Any]) -> tuple[Any, float]:
-    """Its result and its duration, the device included."""
+    """Result and duration of the call, including its work on the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -258,14 +260,14 @@ def _launches(problems: dict[Network, Problem]) -> Parts:
 
 
 def _count_launches(problem: Problem) -> dict[str, Any]:
-    """Trial steps launched and taken by solves that each start elsewhere, as in training."""
+    """Trial steps launched and needed by solves from different initial states, as in training."""
     t = torch.tensor([0.0, problem.t_end])
     launched = rounds = taken = 0
     program = programs.CudaProgram.launch
 
     def counted(self: Any, times: int | None = None) -> None:
         nonlocal launched, rounds
-        if times is not None:  # what begins a solve is launched without a number
+        if times is not None:  # the program that begins a solve is launched without a number
             launched += times
             rounds += 1
         program(self, times or 1)
@@ -276,8 +278,8 @@ def _count_launches(problem: Problem) -> dict[str, Any]:
             for i in range(SOLVES):
                 y0 = problem.y0 * (0.5 + i / SOLVES)
                 solution = aca_ext.solve(problem.func, y0, t, rtol=problem.tol, atol=problem.tol, engine="graph")
-                if solution.stats.compile_seconds:  # its check launches, too
-                    raise RuntimeError("a solve that was to find its plan captured anew")
+                if solution.stats.compile_seconds:  # the check of a new capture launches steps, too
+                    raise RuntimeError("a solve captured again although a plan for it exists")
                 taken += solution.stats.n_steps
     finally:
         programs.CudaProgram.launch = program  # type: ignore[method-assign]
@@ -290,7 +292,10 @@ def _count_launches(problem: Problem) -> dict[str, Any]:
 
 
 def _with_command_buffers() -> Table | str:
-    """diffrax on the first workload in processes of their own, without command buffers and with them; or why not."""
+    """Times of diffrax on the first workload without and with command buffers, each in its own process.
+
+    Returns a sentence with the reason if neither runs.
+    """
     rows: list[dict[str, Any]] = []
     wrong = ""
     for flags in ("--xla_gpu_enable_command_buffer=", *COMMAND_BUFFERS):

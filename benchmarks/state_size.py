@@ -1,7 +1,7 @@
-"""Cost beyond f by the size of the state.
+"""Overhead of a solver per evaluation of f, by the size of the state.
 
-float32, forward, dopri5, f = -y, torch's default number of threads. Overhead is (time - n_f_evals × f) over n_f_evals:
-what the solver adds to each evaluation.
+float32, forward, dopri5, f = -y, torch's default number of threads. The overhead is (time - n_f_evals × f) over
+n_f_evals.
 """
 
 from dataclasses import replace

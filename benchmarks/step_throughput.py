@@ -1,9 +1,9 @@
-"""Accepted steps per second of each solver on small networks, and the cost of a solve beyond f.
+"""Accepted steps per second of each solver on small networks, and its overhead beyond f.
 
 One CPU thread, float32, dopri5 at the workload's tolerance, all solvers in turn. ``/ f`` is time over n_f_evals calls
-of f without gradient. ``/ floor`` is time over what an exact gradient from checkpoints cannot avoid: the forward
-evaluations without gradient, and for each accepted step 6 × (f with graph and its VJP). Errors are relative, against
-float64. ``compile s`` is what the first call took beyond the second.
+of f without gradient. ``/ floor`` is time over the least that an exact gradient from checkpoints takes: the forward
+evaluations without gradient, and for each accepted step 6 × (f with its autograd graph, and its VJP). Errors are
+relative, against float64. ``compile s`` is the time of the first call minus that of the second.
 """
 
 import time
@@ -103,7 +103,7 @@ def _row(name: str, timings: Timings, accepted: int, n_f_evals: int) -> dict[str
 
 
 def _first_call(run: peers.Run, problem: Problem) -> tuple[float, float]:
-    """Seconds that the first forward pass and the first gradient take beyond the second: tracing and compiling."""
+    """Seconds of tracing and compiling: those of the first forward pass and gradient minus those of the second."""
     seconds = []
     for call in (partial(peers.forward, run), partial(peers.forward_backward, run, problem)):
         times = [time.perf_counter()]

@@ -1,4 +1,4 @@
-"""The problems that are timed: W1 to W3, small networks; W4, a large state."""
+"""The timed problems: W1 to W3, small networks; W4, a large state."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,11 +21,11 @@ class Problem:
 
     @property
     def time(self) -> Tensor:
-        """0 as f receives it."""
+        """Time 0 in the form in which f receives it."""
         return self.y0.new_zeros(())
 
     def gradient(self, y_end: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of sum(y_end) for y0 and the parameters."""
+        """The gradient of sum(y_end) with respect to y0 and the parameters."""
         return torch.autograd.grad(y_end.sum(), [self.y0, *self.func.parameters()])
 
 
@@ -100,7 +100,7 @@ W4 = Decay("W4 f = -y", t_end=1.0, tol=1e-6, elements=1 << 22)
 
 
 def networks(settings: Settings) -> list[Network]:
-    """W1 to W3; for a quick run W1 alone, with a tenth of the time span."""
+    """W1 to W3; for a quick run only W1, over a tenth of its time span."""
     return [replace(W1, t_end=W1.t_end / 10)] if settings.quick else [W1, W2, W3]
 
 

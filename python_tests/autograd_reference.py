@@ -1,4 +1,4 @@
-"""The truth that gradients are compared with: the accepted steps again in plain PyTorch operations, under autograd."""
+"""Reference for gradients: the accepted steps repeated in plain PyTorch operations under autograd."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def solve_over(
     method: str,
     args: Sequence[Any] = (),
 ) -> State:
-    """The states at ``times`` computed by one explicit Runge-Kutta step over each of ``steps``, with its graph."""
+    """States at ``times`` with their autograd graph, by one explicit Runge-Kutta step over each of ``steps``."""
     tableau = METHODS[method]
     a = [[float(x) for x in row] for row in tableau.a]
     b, c = [float(x) for x in tableau.b], [float(x) for x in tableau.c]
@@ -59,7 +59,7 @@ def _advance(
 
 
 def relative_error(given: Tensor | None, expected: Tensor) -> float:
-    """Largest error over largest entry; that of a missing gradient counts as one of zeros."""
+    """Largest error over the largest entry of ``expected``; None counts as a gradient of zeros."""
     given = torch.zeros_like(expected) if given is None else given
     assert given.shape == expected.shape
     if expected.numel() == 0:

@@ -1,4 +1,4 @@
-"""Common start of every test: one thread, the same random numbers, and the benchmarks importable."""
+"""Setup of every test: one thread, the same random numbers, and the benchmarks on the import path."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-# Behind the installed packages, among them aca_ext, whose source folder lies there too.
+# At the end of the path, so that aca_ext is imported as installed and not from its source folder here.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-# The tensors are small; on a busy machine, waking a second thread for them takes most of the time.
+# The tensors are small; on a busy machine, waking a second thread would take most of the time.
 torch.set_num_threads(1)
 
-MOST_PROCESSES = 8  # each imports torch and may run a C++ compiler: over a gigabyte
+MOST_PROCESSES = 8  # each takes over a gigabyte: it imports torch and may run a C++ compiler
 
 pytest.register_assert_rewrite("operands", "problems")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Gives a run of whole folders one process for each core; files and tests that are named run in this process.
+    """Runs whole folders in one process per core, and single files or tests in this process.
 
-    The command line takes precedence: ``-n 0`` runs all in one process. This is a hook and no ``addopts``, because
-    pytest refuses ``-n`` where pytest-xdist is not installed. ``worksteal`` keeps neighbouring tests together, which
-    share fixtures and compiled programs.
+    The command line takes precedence: ``-n 0`` runs everything in one process. This is a hook and not ``addopts``,
+    because pytest refuses ``-n`` if pytest-xdist is not installed. ``worksteal`` keeps neighbouring tests together,
+    which share fixtures and compiled programs.
     """
     is_worker = hasattr(config, "workerinput")
     if is_worker or not config.pluginmanager.hasplugin("xdist") or config.option.numprocesses is not None:
@@ -43,7 +43,7 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device that has kernels here."""
+    """Each device for which this build has kernels."""
     from operands import NO_CUDA
 
     if request.param == "cuda" and NO_CUDA is not None:

@@ -1,4 +1,4 @@
-"""One of several processes of a training run: see test_distributed.py."""
+"""Worker process of the training runs in test_distributed.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Slope(nn.Module):
 
 
 def model_of(kind: str) -> nn.Module:
-    """The same for every process: a layer, a solve, a layer."""
+    """A layer, a solve and a layer, with the same weights in every process."""
     from aca_ext import NeuralODE
 
     torch.manual_seed(5)

@@ -30,7 +30,7 @@ on_cuda = pytest.mark.skipif(NO_CUDA is not None, reason=NO_CUDA or "")
 
 
 class Operands:
-    """Random tensors of one layout: dimensions in memory in this ``order``, ``offset`` elements into their storage."""
+    """Random tensors of one layout: ``order`` of the dimensions in memory, ``offset`` elements into the storage."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ def kernels(like: Tensor, tolerance: Tolerance | None = None) -> KernelOperation
 
 
 def assert_near(actual: Tensor, expected: Tensor, magnitude: Tensor, ulps: int = 4) -> None:
-    """Equal but for rounding, which is proportional to the sum of the terms' magnitudes."""
+    """Asserts equality up to rounding, which is proportional to the sum of the terms' magnitudes."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     excess = (actual - expected).abs() - ulps * torch.finfo(actual.dtype).eps * magnitude
@@ -107,6 +107,6 @@ def check_error_norm(operands: Operands, tolerance: Tolerance, with_slope: bool 
     expected = specification.error_norm(partial, slope, w, y0, y1)
     magnitude = specification.error_norm(partial.abs(), k.abs() if with_slope else None, w, y0, y1)
     assert isinstance(norm, float)
-    # Rounding of the ratio enters its square twice. The build with sanitizers, -O1, rounds more of the products.
+    # The rounding of a ratio counts twice in its square. The build with sanitizers (-O1) rounds more of the products.
     roundings = 16 if "libasan" in os.environ.get("LD_PRELOAD", "") else 8
     assert abs(norm**2 - expected**2) <= roundings * torch.finfo(operands.dtype).eps * magnitude**2

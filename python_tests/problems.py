@@ -1,6 +1,6 @@
-"""Standard test problems with the values they are known to end in: DETEST, orbits, oscillators and small networks.
+"""Standard test problems with known end values: DETEST, orbits, oscillators and small networks.
 
-Besides them the small slopes, tensors and checks that several files of tests use.
+Also small slopes, tensors and checks that several test files share.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class KnownGradient:
     make: Callable[[], nn.Module]
     start: tuple[float, ...]
     t_end: float
-    count: int  # of components whose squares make the loss
+    count: int  # the loss is the sum of squares of this many components
 
     @property
     def y0(self) -> Tensor:
@@ -227,7 +227,7 @@ KNOWN_GRADIENTS = {
 
 
 class Mlp(nn.Module):
-    """A small network as slope; smooth, of moderate size, the same weights for the same arguments."""
+    """A small smooth network as slope, with values of moderate size; equal arguments give equal weights."""
 
     def __init__(self, width: int = 3, hidden: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class CoupledMlp(Mlp):
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers, float64, the same for the same arguments."""
+    """Standard normal numbers, float64; equal arguments give equal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -266,7 +266,7 @@ def decay(t: Tensor, y: Tensor) -> Tensor:
 
 
 def oscillate(t: Tensor, y: Tensor) -> Tensor:
-    """Energy-conserving, with a known solution: a rotation by angle t."""
+    """Harmonic oscillator, whose solution is a rotation by the angle t."""
     return torch.stack([y[1], -y[0]])
 
 
@@ -275,7 +275,7 @@ def rotated(t: float) -> Tensor:
 
 
 def check_chain(steps: Tensor, t: Tensor) -> None:
-    """Steps follow each other from the first time to the last, all in one direction."""
+    """Asserts that steps lead from the first time to the last without gaps, all in one direction."""
     assert steps.dtype == torch.float64
     assert steps.device.type == "cpu"
     assert steps[0, 0] == t[0]

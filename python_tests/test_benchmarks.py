@@ -1,4 +1,4 @@
-"""The benchmarks that are for a GPU run through on the CPU, where captured bodies are called again."""
+"""Benchmarks for a GPU, run on the CPU with a stand-in for captured CUDA graphs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_runs_with_every_engine(
     monkeypatch.setattr(engine, "capturer_for", lambda device: LoopingCaller([]))
     monkeypatch.setattr(solve_rate, "workloads", lambda settings: [SHORT])
     monkeypatch.setattr(breakdown, "WORKLOADS", [SHORT])
-    monkeypatch.setitem(sys.modules, "diffrax", None)  # takes long to compile
+    monkeypatch.setitem(sys.modules, "diffrax", None)  # left out: it takes long to compile
     for part in module.run(Settings(quick=True)):
         if isinstance(part, Table):
             assert part.rows

@@ -74,7 +74,7 @@ class TestSourceFolder:
         assert Path(aca_ext.__file__).parent != SOURCE
 
     def test_without_an_installed_package_says_what_to_do(self) -> None:
-        # -S leaves site-packages out, -I all else that could hold the package.
+        # -S removes site-packages from the path, -I everything else that could hold the package.
         run = run_python("-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import aca_ext")
         assert run.returncode == 1
         last = run.stderr.strip().splitlines()[-1]

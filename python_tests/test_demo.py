@@ -1,4 +1,4 @@
-"""The demo as a user runs it, with a small budget: its table, its picture, and what it says to bad options."""
+"""The demo as a user runs it, with a small budget: its table, its picture, and its messages for bad options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on two processes gives the parameters of one; and what else runs a model: threads, forks, other devices."""
+"""Training on two processes, which gives the parameters of one; solves in threads, forks and on other devices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATIENCE = 180  # seconds
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Results of two processes, for each case."""
+    """Results of both processes for every case."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
@@ -157,7 +157,7 @@ def test_a_model_on_another_cuda_device_than_the_current(options: dict[str, Any]
 
 
 def test_errors_cross_processes() -> None:
-    """A failed solve in a worker process (a DataLoader's, a pool's) reaches the parent as what it is."""
+    """The error of a solve in a worker process (of a DataLoader or a pool) keeps its class in the parent."""
     with pytest.raises(errors.StepLimitError) as caught:
         aca_ext.odeint(lambda t, y: -y, torch.ones(2), [0.0, 9.0], options={"max_num_steps": 2})
     copy = pickle.loads(pickle.dumps(caught.value))

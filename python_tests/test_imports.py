@@ -1,4 +1,4 @@
-"""The import rules of the package and the include rules of its C++ sources, read off the sources themselves."""
+"""Import rules of the package and include rules of its C++ sources, checked by parsing the sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ORDER = (
     "__main__",
 )
 MOST_MODULES_IN_ROOT = 12
-# Further modules that a module must not reach, by whatever way.
+# Further modules that a module must not import, even indirectly.
 UNREACHABLE = {
     "aca_ext.errors": ("torch", "numpy"),
     "aca_ext.progress": ("torch", "numpy"),
@@ -49,7 +49,7 @@ UNREACHABLE = {
 }
 # Modules that import the compiled extension.
 IMPORT_THE_EXTENSION = ["aca_ext.engines.cuda_graph.control_block", "aca_ext.kernels.fused"]
-# Includes, and the files of csrc that alone may have them.
+# Patterns of includes, and of the only files in csrc that may have them.
 INCLUDES = {
     r"(torch|ATen|c10)\b.*|Python\.h": r"(?!)",
     r"pybind11/.*": r"python/.*",
@@ -65,7 +65,7 @@ def module_name(path: Path, package: Path) -> str:
 
 
 def imported_by(source: str, module: str, is_package: bool, modules: set[str]) -> Iterator[str]:
-    """Full names of what a module imports, wherever in it; names imported from a package count as its modules."""
+    """Full names of all imports anywhere in a module; a name imported from a package counts if it is a module."""
     parents = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -91,7 +91,7 @@ def is_within(module: str, part: str) -> bool:
 
 
 def reached_from(module: str, imports: Imports) -> set[str]:
-    """All that importing ``module`` imports, the package's own __init__ aside."""
+    """All modules that ``module`` imports, directly or indirectly, without its package's __init__."""
     reached: set[str] = set()
     waiting = [module]
     while waiting:
@@ -128,7 +128,7 @@ def wing_of(module: str) -> str:
 
 
 def upward_imports(imports: Imports, order: Sequence[str]) -> list[tuple[str, str]]:
-    """(module, imported module) where the imported one belongs to a later wing."""
+    """Pairs (module, imported module) whose imported module belongs to a later wing."""
     inner = {m: {n for n in names if n in imports and "." in n} for m, names in imports.items() if "." in m}
     return [(m, n) for m, names in inner.items() for n in names if order.index(wing_of(n)) > order.index(wing_of(m))]
 

@@ -73,7 +73,7 @@ class TestNeuralODE:
             aca_ext.NeuralODE(decay, output="last")
 
 
-@pytest.mark.filterwarnings("default")  # of the compiler itself
+@pytest.mark.filterwarnings("default")  # torch's compiler warns
 def test_a_model_is_compiled_around_its_solve() -> None:
     model = torch.nn.Sequential(
         torch.nn.Linear(3, 3), aca_ext.NeuralODE(lambda t, y: torch.sin(y) * t), torch.nn.Linear(3, 1)

@@ -1,4 +1,4 @@
-"""README: the names and the order that it gives are right, and its example runs."""
+"""README: its examples run, and its tables list exactly the solvers, gradients, errors and options that exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def section(title: str) -> str:
 
 
 def rows(title: str) -> list[list[str]]:
-    """The cells of the section's tables, without their heads."""
+    """Cells of the rows in the section's tables, without the headings."""
     lines = re.findall(r"^\| `.*", section(title).partition("|---")[2], re.MULTILINE)
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
@@ -30,7 +30,7 @@ def rows(title: str) -> list[list[str]]:
 def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(example, names)  # the file is ours
+        exec(example, names)  # safe: README is part of this repository
     ys = names["ys"]
     assert isinstance(ys, torch.Tensor)
     assert ys.shape == (5, 128, 2)

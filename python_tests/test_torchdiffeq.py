@@ -1,4 +1,4 @@
-"""torchdiffeq's users: the same call, the same results."""
+"""Compatibility with torchdiffeq: equal calls give equal results."""
 
 from __future__ import annotations
 

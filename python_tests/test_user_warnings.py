@@ -1,4 +1,4 @@
-"""Warnings: each given where it helps, once, and pointing at the user's call."""
+"""Warnings: given once, only if they help, and attributed to the line of the user's call."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder with your data sets")
-    parser.add_argument("--fresh", action="store_true", help="begin anew where an interrupted run could be continued")
+    parser.add_argument("--fresh", action="store_true", help="ignore the progress of an interrupted run")
     args = parser.parse_args(argv)
 
     try:

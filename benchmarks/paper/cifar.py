@@ -1,4 +1,4 @@
-"""The images of ``image`` and ``retest``: CIFAR from the official binary files, checked byte for byte, or digits.
+"""Images of the experiments ``image`` and ``retest``: CIFAR from the official binary files, by checksum, or digits.
 
 CIFAR's layout: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version". A record is one label byte (CIFAR-10)
 or two (CIFAR-100: coarse, then fine), and 3072 pixels: 32 x 32 of red, of green, of blue.
@@ -21,10 +21,10 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Format:
-    """One data set's files: name to SHA-256, or None where it is not to be checked.
+    """One data set's files by name, with their SHA-256, or None for a file without a check.
 
-    The checksums are those that the Ruby library torchvision checks; its checksum of the archive is the one that
-    TensorFlow Datasets and others check too.
+    The checksums are taken from the Ruby library torchvision. Its checksum of the archive agrees with that of
+    TensorFlow Datasets and others.
     """
 
     name: str
@@ -67,7 +67,7 @@ FORMATS = (CIFAR10, CIFAR100)
 
 
 class DamagedError(MissingError):
-    """A file of the data set is not what it should be; the message says which, and how."""
+    """A damaged file of a data set; the message names the file and the damage."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Images:
         images, labels, test_images, test_labels = (x.to(settings.device) for x in parts)
         variance, mean = torch.var_mean(images.float(), (0, 2, 3) if images.shape[1] == 3 else None, keepdim=True)
         images, test_images = ((x.float() - mean) / variance.sqrt() for x in (images[:n], test_images[:n_test]))
-        # Channels not last in memory, as an axis of length 1 leaves open: on some CPUs torch's convolutions crash then.
+        # PyTorch may take the layout of a single channel for channels_last, whose convolutions crash on some CPUs.
         images, test_images = (x.clone(memory_format=torch.contiguous_format) for x in (images, test_images))
         return Images(
             name, n_classes, settings.data is not None, (images, labels[:n]), (test_images, test_labels[:n_test])
@@ -113,10 +113,10 @@ class Images:
 
 
 def find(data: Path, formats: tuple[Format, ...]) -> tuple[Format, Path]:
-    """The data set in the folder ``data`` or in its official subfolder.
+    """Finds the data set in the folder ``data`` or in its official subfolder.
 
     Raises:
-        MissingError: there is none, it is incomplete, or there are two.
+        MissingError: there is no data set, it is incomplete, or there are two.
     """
     found, incomplete = [], []
     for layout in formats:
@@ -139,11 +139,11 @@ def find(data: Path, formats: tuple[Format, ...]) -> tuple[Format, Path]:
 
 
 def read(layout: Format, folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images (n, 3, 32, 32) uint8 and labels (n,) int64, then the same for the test.
+    """Reads training images (n, 3, 32, 32) uint8 and labels (n,) int64, then those of the test set.
 
     Raises:
-        DamagedError: a file has another size or checksum, a label that is no class, or classes are not
-            equally frequent, as they are in the official sets.
+        DamagedError: a file has another size or checksum, a label is no class, or classes are not equally frequent,
+            as they are in the official sets.
     """
     return *_part(layout, folder, layout.train), *_part(layout, folder, layout.test)
 
@@ -186,7 +186,7 @@ def _records(layout: Format, path: Path, checksum: str | None) -> np.ndarray:
 
 
 def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to ``padding`` pixels in both directions, and mirrored half the time."""
+    """Shifts each image by up to ``padding`` pixels in both directions, and mirrors half of them."""
     n, _, height, width = images.shape
     rows, columns = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
     rows, columns = rows + torch.arange(height), columns + torch.arange(width)

@@ -1,4 +1,4 @@
-"""Shared parts of the experiments: settings, tables, resumable progress, figures, and reports as text and JSON."""
+"""Parts shared by the experiments: settings, tables, resumable progress, figures, and reports as text and JSON."""
 
 import json
 import math
@@ -24,7 +24,7 @@ PACKAGES = ("numpy", "scipy", "scikit-learn", "matplotlib", "dm_control", "mujoc
 
 
 class MissingError(Exception):
-    """The experiment needs something that is not here, an extra or a data set; the message says how to get it."""
+    """A missing requirement of an experiment, an extra or a data set; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
         output: folder of the results.
         seed: of every random number; an experiment with several runs derives theirs from it.
         data: folder with the user's data sets.
-        fresh: begin anew where an interrupted run could be continued.
+        fresh: ignores the progress of an interrupted run.
     """
 
     scale: str = "default"
@@ -51,14 +51,14 @@ class Settings:
         return dict(zip(SCALES, (quick, default, full), strict=True))[self.scale]
 
     def file(self, name: str, ending: str) -> Path:
-        """A result's path; the scale is part of it, so that a quick run overwrites no other's."""
+        """Path of a result. It contains the scale, so that a quick run does not overwrite a longer one's results."""
         scale = "" if self.scale == "default" else f"_{self.scale}"
         return self.output / f"paper_{name}{scale}.{ending}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of strings and numbers (None: nothing to say there); ``note`` is printed below."""
+    """Rows of strings and numbers (None: an empty cell); ``note`` is printed below."""
 
     title: str
     columns: tuple[str, ...]
@@ -68,7 +68,7 @@ class Table:
 
 @dataclass
 class Report:
-    """Result of an experiment: tables to print and store, the figures it wrote, and further values to store."""
+    """Result of an experiment: tables to print and store, paths of its figures, and further values to store."""
 
     name: str
     tables: list[Table] = field(default_factory=list)
@@ -77,10 +77,10 @@ class Report:
 
 
 class Progress:
-    """Finished units of work by name, kept in a file until the experiment is complete, so that it can be interrupted.
+    """Results of finished units of work by name, stored in a file so that an interrupted experiment can continue.
 
-    Values are numbers, strings, tensors and dicts, lists or tuples of them (state_dicts too). A file left by a run with
-    another fingerprint, seed or device is ignored.
+    Values are numbers, strings, tensors, and dicts, lists or tuples of them (state_dicts too). The file is deleted when
+    the experiment is complete; one from a run with another fingerprint, seed or device is ignored.
     """
 
     def __init__(self, settings: Settings, name: str, fingerprint: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ def print_table(table: Table) -> None:
 
 
 def cell(x: Any) -> str:
-    """A table's entry as text: floats with four digits."""
+    """Text of a table's cell; floats with four significant digits."""
     if x is None:
         return "-"
     return f"{x:.4g}" if isinstance(x, float) else str(x)
@@ -162,7 +162,7 @@ def write_json(settings: Settings, report: Report) -> Path:
 
 
 def plain(x: Any) -> Any:
-    """``x`` in the types of JSON, which knows no infinity and no NaN: they become text."""
+    """Converts ``x`` to the types of JSON; infinities and NaN, which JSON lacks, become text."""
     if isinstance(x, Tensor):
         return plain(x.tolist())
     if isinstance(x, Mapping):

@@ -1,13 +1,13 @@
-"""Table 1: how computation, memory and graph depth grow with the layers in f, the steps, and the trials per step.
+"""Table 1: growth of computation, memory and depth of the autograd graph with layers, steps, and trials per step.
 
-N_f layers in f, N_t accepted steps, N_r steps of the reverse solve, m trials per step, s evaluations per trial (6 of
-Dopri5). Each number is varied alone and an exponent fitted on logarithmic axes, beside the exponent that the paper's
-formula has over the same points. N_t and m are set by ``Trials``, a norm that settles which trials are accepted.
+N_f layers in f, N_t accepted steps, N_r steps of the reverse solve, m trials per step, s evaluations per trial (6 with
+Dopri5). Each number is varied alone. An exponent is fitted on logarithmic axes, and another to the paper's formula at
+the same points. ``Trials``, a norm that decides which trials are accepted, sets N_t and m.
 
-Counted are passes through a layer, forward and, for its gradient, backward; ACA and the adjoint also evaluate f in the
-backward pass. Memory is the peak of tensors allocated in both passes. Depth is the longest chain of autograd nodes: of
-the whole graph for naive and direct; of the graphs of all evaluations in the backward pass, one after the other, for
-ACA and the adjoint, which keep only one step's or one evaluation's alive.
+Computation is the number of passes through a layer: forward and, for the gradient, backward. ACA and the adjoint also
+evaluate f in the backward pass. Memory is the peak of tensors allocated in both passes. Depth is the longest chain of
+autograd nodes. For naive and direct it is that of the whole graph. ACA and the adjoint keep the graph of one step or
+one evaluation at a time; there, it is the sum over all evaluations in the backward pass.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ class Point:
 
 
 class Layers(nn.Module):
-    """f: n_f layers tanh(w·y) on a wide state, so that activations are what takes memory; counts passes and depths."""
+    """f: n_f layers tanh(w·y), which counts passes and depths. A wide state makes activations dominate the memory."""
 
     def __init__(self, n_f: int, device: torch.device) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Layers(nn.Module):
             if y.requires_grad:
                 y.register_hook(self._count)
         if given.is_leaf and y.requires_grad:
-            self.depth += depth_of(y)  # a graph of its own: the replay of ACA, or an evaluation of the adjoint
+            self.depth += depth_of(y)  # a separate autograd graph: a replay by ACA or an evaluation by the adjoint
         return y
 
     def _count(self, grad: Tensor) -> None:
@@ -82,13 +82,13 @@ class Layers(nn.Module):
 
 
 class Trials:
-    """A norm of the error that accepts every m-th trial, steps of length H, and the last of n_t steps at once."""
+    """Error norm that accepts every m-th trial, with steps of length H, and the last of n_t steps at once."""
 
     def __init__(self, n_t: int, m: int, differentiable: bool = False) -> None:
         self.regular, self.m, self.n, self.differentiable = m * (n_t - 1), m, 0, differentiable
         rejected = 2.0
         shrinkage = 0.9 * rejected ** (-1 / 5)
-        accepted = (0.9 * shrinkage ** (m - 1)) ** 5  # lets the next step grow by what rejections took away
+        accepted = (0.9 * shrinkage ** (m - 1)) ** 5  # the next step grows by the factor that rejections shrank it
         self.sizes = (accepted, rejected)
         self.first_step = H / shrinkage ** (m - 1)
         self.end = H * (n_t - 1) + 0.99 * self.first_step
@@ -104,7 +104,7 @@ class Trials:
 
 
 def run(settings: Settings) -> Report:
-    # Checkpoints come in blocks of 32 states of this width: N_t + 1 of them fill whole blocks.
+    # Checkpoints are allocated in blocks of 32 states of this width; N_t + 1 states fill whole blocks.
     n_f, n_t, m = settings.pick(
         ((2, 4, 8), (31, 63), (1, 2)),
         ((4, 8, 16, 32), (31, 63, 127), (1, 2, 3, 4)),
@@ -164,7 +164,7 @@ def _measure(gradient: str, point: Point, width: int, device: torch.device) -> d
 
 
 def depth_of(y: Tensor) -> int:
-    """Autograd nodes on the longest path from ``y`` to a leaf."""
+    """Number of autograd nodes on the longest path from ``y`` to a leaf."""
     depths: dict[Any, int] = {}
     stack = [y.grad_fn]
     while stack:
@@ -202,8 +202,8 @@ def _exponents(found: dict[tuple[str, Point], dict[str, float]], name: str, swee
         rows.append(tuple(row))
     columns = [""] + [x for measure in MEASURES for x in (measure, "paper")]
     note = (
-        "The solver's own states and autograd nodes are constants beside N_f: exponents below the formula's in memory "
-        "and depth.\nThe adjoint's depth counts the graphs of rejected trials too, the formula does not."
+        "The solver's own states and autograd nodes do not grow with N_f, so that the exponents of memory and depth "
+        "are below the formula's.\nThe adjoint's depth includes the graphs of rejected trials, the formula's does not."
     )
     return Table(f"exponents of {name} = {', '.join(map(str, sizes))}", tuple(columns), rows, note)
 

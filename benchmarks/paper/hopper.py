@@ -1,17 +1,19 @@
 """Hopper: a latent ODE fills in irregularly observed states from few points, and ACA trains it in the least time.
 
-Data and task are those of the latent ODE's code (Rubanova et al., NeurIPS 2019): 100 of a rollout's 200 points are
-asked for, and 10, 20 or 50 % of them shown, anew at each iteration; MSE over all 100 on rollouts never trained on, in
-that code's units, (x - min) / max of each dimension. Different from there: the encoder is a GRU over the shown points
-alone, with the gaps between them, not an ODE-RNN; networks see standardized states; Adam instead of Adamax. The RNNs
-predict a point from those shown before it, as there, but read their own prediction only where none is shown. The
-default trains on a tenth of the rollouts, narrower, on a hundredth of the iterations, and an iteration's loss takes
-10 random ones of the 100 points, for the adjoint solves anew from each; --full takes all.
+Data and task are those of the latent ODE's code (Rubanova et al., NeurIPS 2019). The model is to predict 100 of a
+rollout's 200 points and sees 10, 20 or 50 % of them, drawn again at each iteration. The measure is the MSE over all 100
+points, on rollouts never trained on, in that code's units, (x - min) / max of each dimension.
 
-At the default size the paper's order ACA ≤ naive ≤ adjoint is not to be seen. The three start from equal weights and
-get equal batches, so they differ by their gradients alone, and that is a few percent, about what another seed changes:
-noisy batches hide the small error of the others' gradients. Nor is the latent ODE trained to the end there; the RNNs,
-which learn sooner, are ahead of it where more points are shown.
+Differences from that code: the encoder is a GRU over the shown points and the gaps between them, not an ODE-RNN;
+networks see standardized states; Adam replaces Adamax. The RNNs predict a point from the shown points before it, as
+there, but read their own prediction only at points that are not shown. The default size trains narrower networks on a
+tenth of the rollouts for a hundredth of the iterations. Its loss takes 10 random ones of the 100 points at each
+iteration, since the adjoint starts a new solve at every point; --full takes all.
+
+The default size does not show the paper's order ACA ≤ naive ≤ adjoint. The three methods start from equal weights and
+get equal batches, so they differ by their gradients alone. That makes a few percent, as much as another seed: noisy
+batches hide the small gradient errors of naive and adjoint. Also, the latent ODE is not trained to the end; the RNNs,
+which learn sooner, are better when more points are shown.
 """
 
 import hashlib
@@ -47,12 +49,12 @@ DATA_SEED = 123
 N_POINTS, WINDOW, N_DIMS = 200, 100, 14
 TOLERANCES = {"rtol": 1e-3, "atol": 1e-4}
 NOISE = 1e-3  # standard deviation of an observation, in the ELBO
-LEARNING_RATE, LR_DECAY = 0.01, 0.999  # to a tenth at the least
+LEARNING_RATE, LR_DECAY = 0.01, 0.999  # decays to a tenth
 OTHER_SEEDS = 2
 SAVE_SECONDS = 10.0  # trainings shorter than this are not saved midway
 
 PERCENT = (10, 20, 50)
-PAPER = {  # MSE × 100, recalled
+PAPER = {  # MSE × 100, from memory of the paper
     "RNN": (2.45, 1.71, 0.79),
     "GRU": (1.97, 1.42, 0.75),
     "latent ODE, adjoint": (0.47, 0.44, 0.40),
@@ -66,10 +68,10 @@ WORST_FIRST = ("adjoint", "naive", "aca")  # in the paper
 
 @dataclass(frozen=True)
 class Size:
-    n_rollouts: int  # four fifths of them to train on
+    n_rollouts: int  # four fifths of them for training
     iterations: int
     batch: int
-    loss_points: int  # of the 100, in each iteration
+    loss_points: int  # number of the 100 points in the loss of an iteration
     latent: int
     units: int  # of each layer of f
     layers: int
@@ -83,14 +85,14 @@ FULL = Size(10_000, 48_000, 50, WINDOW, 15, 300, 3, 100)
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows (n, 100, 14), and which of their points are shown: sorted indices (n, n_shown)."""
+    """Windows (n, 100, 14), and the sorted indices (n, n_shown) of their points that are shown."""
 
     x: Tensor
     shown: Tensor
 
 
 class Model(nn.Module):
-    """Sees and predicts states in units of their mean and standard deviation in training."""
+    """Base of the models; its networks work on states standardized by the training set's mean and deviation."""
 
     mean: Tensor
     std: Tensor
@@ -128,7 +130,7 @@ class LatentODE(Model):
         return mean, std.abs()
 
     def decoded(self, z0: Tensor, points: Tensor) -> Tensor:
-        """The states (n, len(points), 14) at the increasing indices ``points``, from z0 at the point before index 0."""
+        """States (n, len(points), 14) at the increasing indices ``points``; z0 is at the point before index 0."""
         t = times(torch.cat([points.new_tensor([-1]), points]))
         z = aca_ext.odeint(lambda t, z: self.f(z), z0, t, gradient=self.gradient, **TOLERANCES)
         return self.restored(self.decode(z[1:])).transpose(0, 1)
@@ -145,7 +147,7 @@ class LatentODE(Model):
 
 
 class Recurrent(Model):
-    """Predicts each point from those before it, reading its own prediction where none is shown."""
+    """Predicts each point from those before it, and reads its own prediction at points that are not shown."""
 
     def __init__(self, train: Tensor, size: Size, cell: Callable[[int, int], nn.RNNCellBase]) -> None:
         super().__init__(train)
@@ -166,11 +168,11 @@ class Recurrent(Model):
 
 
 def times(points: Tensor) -> Tensor:
-    """Time of a rollout's point: a whole rollout takes 1."""
+    """Times of a rollout's points; a whole rollout takes 1."""
     return points / N_POINTS
 
 
-@torch_threads(1)  # its operations are too small to share
+@torch_threads(1)  # more threads do not speed up operations this small
 def run(settings: Settings) -> Report:
     size = settings.pick(QUICK, DEFAULT, FULL)
     rollouts, checksum = load(settings, size.n_rollouts)
@@ -269,7 +271,7 @@ class Training:
 
 
 def _trained(progress: Progress, key: str, training: Training, ticks: Any) -> dict[str, Any]:
-    """The finished training's losses, seconds and weights; continued from where an interrupted run saved it."""
+    """Losses, seconds and weights of the finished training, which continues from what an interrupted run saved."""
     iterations = training.size.iterations
     if (result := progress.get(key)) is not None:
         ticks.update(iterations)
@@ -290,7 +292,7 @@ def _trained(progress: Progress, key: str, training: Training, ticks: Any) -> di
 
 
 def gradient_errors(size: Size, weights: dict[str, Tensor], batch: Batch) -> dict[str, float]:
-    """|gradient - direct| / |direct| of the latent ODE trained with ACA, where all 100 points are in the loss."""
+    """|gradient - direct| / |direct| of the latent ODE trained with ACA, with all 100 points in the loss."""
 
     def gradient(name: str) -> Tensor:
         model = LatentODE(batch.x, size, name).to(batch.x.device)
@@ -304,7 +306,7 @@ def gradient_errors(size: Size, weights: dict[str, Tensor], batch: Batch) -> dic
 
 
 def shown_points(n: int, percent: int, random: torch.Generator) -> Tensor:
-    """Sorted indices (n, percent) of the points shown of n windows."""
+    """Sorted indices (n, percent) of the shown points of n windows."""
     return torch.rand(n, WINDOW, generator=random).argsort(1)[:, : WINDOW * percent // 100].sort(1).values
 
 
@@ -313,7 +315,7 @@ def batch_of(x: Tensor, percent: int, seed: int) -> Batch:
 
 
 def windows(rollouts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """100 successive points of each rollout, from a random one on, normalized: four fifths to train on, the rest."""
+    """100 successive points of each rollout, from a random one on, normalized; split into training (4/5) and test."""
     flat = rollouts.flatten(0, 1)
     x = (rollouts - flat.amin(0)) / flat.amax(0)
     random = torch.Generator().manual_seed(seed)
@@ -325,7 +327,7 @@ def windows(rollouts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def load(settings: Settings, n: int) -> tuple[Tensor, str]:
-    """The first ``n`` rollouts (n, 200, 14) and their SHA-256, simulated unless a file of them is there.
+    """The first ``n`` rollouts (n, 200, 14) and their SHA-256, read from a file, or simulated if there is none.
 
     Raises:
         MissingError: the physics engine is not installed, or the file is damaged.
@@ -341,9 +343,9 @@ def load(settings: Settings, n: int) -> tuple[Tensor, str]:
         with path.open("rb") as raw, np.load(raw) as file:
             rollouts, checksum = file["rollouts"], str(file["sha256"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise MissingError(f"{path} cannot be read ({error}). Delete it; it is then made anew.") from error
+        raise MissingError(f"{path} cannot be read ({error}). Delete it; the next run makes a new one.") from error
     if rollouts.shape != (n, N_POINTS, N_DIMS) or hashlib.sha256(rollouts.tobytes()).hexdigest() != checksum:
-        raise MissingError(f"{path} is damaged: its content has another checksum. Delete it; it is then made anew.")
+        raise MissingError(f"{path} is damaged: its checksum differs. Delete it; the next run makes a new one.")
     return torch.from_numpy(rollouts), checksum
 
 
@@ -379,11 +381,11 @@ def _mse_table(found: dict, again: list[list[float]]) -> Table:
         rows.append((name, *(x for result, paper in pairs for x in (f"{100 * result['mse']:.3f}", paper))))
     columns = ("MSE × 100", *(x for percent in PERCENT for x in (f"{percent} %", "paper")))
     title = "test MSE × 100 over all 100 points, by the points shown"
-    return Table(title, columns, rows, f"{_order(found, again)}\nThe paper's numbers are recalled, not read.")
+    return Table(title, columns, rows, f"{_order(found, again)}\nThe paper's numbers are quoted from memory.")
 
 
 def _order(found: dict, again: list[list[float]]) -> str:
-    """Tells whether ACA ≤ naive ≤ adjoint, and how much of what the three differ by is chance."""
+    """Verdict on ACA ≤ naive ≤ adjoint, with the differences of the methods beside those of ACA's seeds."""
     lines = []
     for n, percent in enumerate(PERCENT):
         aca, naive, adjoint = mses = [found[f"latent ODE, {name}"][n]["mse"] for name in ("aca", "naive", "adjoint")]

@@ -1,16 +1,17 @@
 """Fig. 7: NODE18 trained with ACA beats the adjoint and naive methods in accuracy and time, and ResNet18 in accuracy.
 
-NODE18 is ResNet18 with every second block, relu(y + f(y)), replaced by the end of dy/dt = relu(f(y)) at t = 1 with the
-same convolutions and norms: as many parameters. ACA solves with Heun-Euler at 1e-2, the adjoint and naive methods with
-Dormand-Prince at 1e-5, as in the paper. A trained net is then tested with other solvers, without retraining.
+NODE18 is ResNet18 with every second block, relu(y + f(y)), replaced by the solution of dy/dt = relu(f(y)) at t = 1. It
+has the same convolutions and norms, so as many parameters. ACA solves with Heun-Euler at 1e-2, the adjoint and naive
+methods with Dormand-Prince at 1e-5, as in the paper. A trained net is then tested with other solvers, without
+retraining.
 
-With ``--data DIR`` the images are CIFAR-10 or CIFAR-100, otherwise scikit-learn's 8 x 8 digits: two stages of 8 and 16
-channels, batches of 64, no crops, because nets this small do not need them. One row is ours: the adjoint with ACA's
-solver and tolerance. It separates what the gradient does from what the tolerance does.
+With ``--data DIR`` the images are CIFAR-10 or CIFAR-100, otherwise scikit-learn's 8 x 8 digits. The digits need only
+small nets: two stages of 8 and 16 channels, batches of 64, no crops. One row is not in the paper: the adjoint with
+ACA's solver and tolerance. It separates the effect of the gradient from that of the tolerance.
 
-On the digits the accuracies do not differ as in the paper. The adjoint's gradient is off by percents, and on so easy a
-task every method still descends to a few wrong images among 360, where the seed decides more than the gradient. What
-remains of the claim is the cost: ACA can afford its loose tolerance, and so needs fewer f evaluations.
+On the digits the accuracies do not differ as in the paper. The adjoint's gradient is off by percents, but the task is
+easy: every method gets all but a few of 360 images right, and the seed decides more than the gradient. The claim holds
+for the cost alone: ACA can afford its loose tolerance, and so needs fewer evaluations of f.
 """
 
 import copy
@@ -51,7 +52,7 @@ TEST_BATCH = 500
 
 
 class Convolutions(nn.Module):
-    """f(y): what a residual block adds to y."""
+    """f(y), the term that a residual block adds to y."""
 
     def __init__(self, inputs: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Convolutions(nn.Module):
 
 
 class Residual(nn.Module):
-    """y → relu(y + f(y)), with a projection of y where the shape changes."""
+    """y → relu(y + f(y)), with a projection of y if the shape changes."""
 
     def __init__(self, inputs: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -133,7 +134,7 @@ class Training:
     epochs: int
     rate: float
     batch: int
-    naive_batch: int  # the naive method keeps every trial step's graph
+    naive_batch: int  # smaller, since the naive method keeps the autograd graph of every trial step
 
     @staticmethod
     def at(settings: Settings) -> "Training":
@@ -172,9 +173,9 @@ def seed_of(settings: Settings, i: int) -> int:
 
 
 def repeatable(settings: Settings) -> AbstractContextManager[None]:
-    """Deterministic CUDA convolutions in full float32, whose rounding 1e-5 can stand; on a CPU one thread.
+    """Deterministic CUDA convolutions in full float32, precise enough for a tolerance of 1e-5; one thread on a CPU.
 
-    Nets this small gain little from a second thread, and their times are steadier without.
+    Nets this small gain little from a second thread, and their times are steadier without it.
     """
     if settings.device.type == "cuda":
         return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
@@ -190,14 +191,14 @@ def trained(
     progress: Progress,
     tick: Callable[[int], object],
 ) -> dict[str, Any]:
-    """Result of one training: continued where an interrupted one stopped, after any of its epochs.
+    """Result of one training, which continues after the last epoch of an interrupted run.
 
-    Returns:
+    Returns a dict:
         ``curve``, a dict per epoch: ``seconds`` and ``cpu_seconds`` of training so far, the test ``error`` in percent,
         and ``forward`` and ``backward``, the f evaluations per batch of all ODE blocks;
-        ``probability``, a float per test image, that of its true class, and ``correct``, likewise a bool;
-        of a NODE ``gradient_error``, see below, and ``swapped``, the test error in percent by solver;
-        ``failure``, the solver's message where it could not go on after the first epoch, else "".
+        ``probability`` of the true class, a float per test image, and ``correct``, a bool per test image;
+        for a NODE, ``gradient_error`` (see ``_gradient_error``) and ``swapped``, the test error in percent by solver;
+        ``failure``, the solver's message if it failed after the first epoch, else "".
     """
     key = f"{model.name}, seed {seed}"
     result = progress.get(key)
@@ -249,7 +250,7 @@ def trained(
 def _train_epoch(
     net: nn.Sequential, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
-    """Trains on each batch; what it took, under the names of a point of the curve."""
+    """Trains on each batch; returns seconds and evaluations under the keys of ``trained``'s curve."""
     net.train()
     forward = backward = 0
     start, cpu_start = _now(batches[0][0]), time.process_time()
@@ -270,7 +271,7 @@ def _train_epoch(
 
 @torch.no_grad()
 def _predictions(net: nn.Sequential, images: Images) -> tuple[Tensor, Tensor]:
-    """For each test image: the probability given to its class, and whether the largest is."""
+    """For each test image: the probability of its true class, and True if that class is the most probable."""
     net.eval()
     logits = torch.cat([net(part) for part in images.test[0].split(TEST_BATCH)])
     labels = images.test[1]
@@ -278,7 +279,7 @@ def _predictions(net: nn.Sequential, images: Images) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_error(net: nn.Sequential, batch: tuple[Tensor, Tensor]) -> float:
-    """Relative distance of the parameters' gradient from the exact one of the same forward solve, in float64."""
+    """Relative error of the parameters' gradient against the exact one of the same forward solve, in float64."""
     net = copy.deepcopy(net).double().train()
 
     def gradient() -> Tensor:
@@ -293,7 +294,7 @@ def _gradient_error(net: nn.Sequential, batch: tuple[Tensor, Tensor]) -> float:
 
 
 def _test_errors_with_other_solvers(net: nn.Sequential, images: Images) -> dict[str, float]:
-    """Test error in percent by "solver step" or "solver tolerance"."""
+    """Test errors in percent; keys are "solver step" or "solver tolerance"."""
     net = copy.deepcopy(net)
     errors = {}
     solvers = [(method, {"options": {"step_size": h}}, h) for method, steps in FIXED_STEPS.items() for h in steps]
@@ -364,7 +365,7 @@ def _comparison(images: Images, results: dict[Model, list[dict[str, Any]]]) -> T
 
 
 def final_error(run: dict[str, Any]) -> float:
-    """Test error in percent after the last epoch, of a run that failed 100."""
+    """Test error in percent after the last epoch; 100 for a run that failed."""
     return 100.0 if run["failure"] else run["curve"][-1]["error"]
 
 
@@ -394,7 +395,7 @@ def _target(settings: Settings, results: dict[Model, list[dict[str, Any]]]) -> T
         ("against", "error ratio", "time ratio", "f evaluations ratio", "its error % in twice ACA's time"),
         rows,
         f"Ratios of medians after equally many epochs; yes: at most 0.5. Time: {clock_name}. Last column: the other's "
-        "error after\nthe last epoch that ended by then, and whether ACA's is at most half of it.",
+        "error after\nthe last epoch that ended by then; yes: ACA's is at most half of it.",
     )
 
 

@@ -1,9 +1,9 @@
-"""Test-retest reliability: do repeated trainings agree on which test images they get right? NODE-ACA against ResNet.
+"""Test-retest reliability: agreement of repeated trainings on the test images, NODE-ACA against ResNet.
 
-Every training starts from other weights and sees other batches; the intraclass correlation of Shrout & Fleiss (Psychol.
-Bull. 86, 1979) measures how alike its answers are, with test images as targets and trainings as judges. The net, data
-and training are those of ``image``. Where nearly every image is classified right, few images decide about the agreement
-in right and wrong, and the interval is wide; the probability of the true class uses all of them.
+Every training starts from other weights and sees other batches. The intraclass correlation of Shrout & Fleiss (Psychol.
+Bull. 86, 1979) measures the agreement of their answers, with test images as targets and trainings as judges. Net, data
+and training are those of ``image``. If nearly every image is classified right, few images determine the agreement in
+right and wrong, and its interval is wide; the probability of the true class uses all images.
 """
 
 from statistics import median
@@ -44,10 +44,10 @@ def run(settings: Settings) -> Report:
 
 
 def intraclass_correlations(scores: np.ndarray) -> dict[str, float]:
-    """The six of Shrout & Fleiss for ``scores`` (n targets, k judges), by their names; NaN where nothing varies.
+    """The six correlations of Shrout & Fleiss for ``scores`` (n targets, k judges), by name; NaN if nothing varies.
 
-    ICC(1,.): each target has its own judges; ICC(2,.): the judges are a sample; ICC(3,.): they are the only ones.
-    (.,1): of one judge's score; (.,k): of the mean of k.
+    ICC(1,.): each target has its own judges; ICC(2,.): the judges are a sample; ICC(3,.): they are all there are.
+    (.,1): reliability of one judge's score; (.,k): of the mean of k.
     """
     x = np.asarray(scores, dtype=np.float64)
     n, k = x.shape
@@ -71,7 +71,7 @@ def intraclass_correlations(scores: np.ndarray) -> dict[str, float]:
 
 
 def _reliability(scores: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
-    """ICCs by model, and samples of ICC(2,1) by model over resampled test images, the same for both models."""
+    """ICCs by model, and samples of ICC(2,1) by model over resampled test images, the same images for both models."""
     random = np.random.default_rng(seed)
     n = len(next(iter(scores.values())))
     chosen = [random.integers(0, n, n) for _ in range(RESAMPLES)]

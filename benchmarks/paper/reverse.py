@@ -1,10 +1,10 @@
 """Fig. 4 and 5: the adjoint's reverse solve leaves the forward trajectory, ACA's replay repeats it bit for bit.
 
-What is compared are the states that f really is given in the backward pass: ``Seen`` keeps them. The van der Pol
-equation and its tolerances are the paper's; backward in time it runs to infinity from outside its limit cycle, and an
+The comparison is of the states that f receives in the backward pass, which ``Seen`` records. The van der Pol equation
+and its tolerances are the paper's. Backward in time, its solutions outside the limit cycle go to infinity, and an
 adjoint that strays there stops with an error. The picture's kernel is not published; here dy/dt = conv(y) is diffusion,
-which no solve can go back along. The third part is what follows from the paper's theorem: solving forward and back with
-fixed steps of order p ends in an error of order p for odd p and p + 1 for even p, where the leading terms cancel.
+which no solver can reverse. The third part tests a consequence of the paper's theorem: a solve forward and back with
+fixed steps of order p has an error of order p for odd p, and of order p + 1 for even p, where the leading terms cancel.
 """
 
 import math
@@ -51,7 +51,7 @@ class Diffusion(nn.Module):
 
 
 class Seen(nn.Module):
-    """f that keeps every time and state it is given."""
+    """f that records every time and state that it receives."""
 
     def __init__(self, f: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def _picture(size: int) -> Tensor:
 
 
 def _compare(f: nn.Module, y0: Tensor, end: float) -> dict:
-    """The states that each gradient method gives f in its backward pass, against those of the forward pass."""
+    """Compares the states that f receives in each gradient method's backward pass with those of the forward pass."""
     seen = Seen(f)
     found = {}
     for gradient in GRADIENTS:
@@ -126,7 +126,7 @@ def _compare(f: nn.Module, y0: Tensor, end: float) -> dict:
         else:
             failed_at = None
         backward = seen.take()
-        met = [y for t, y in backward if t == 0]  # the adjoint evaluates f at its end too, as its steps' last stage
+        met = [y for t, y in backward if t == 0]  # the adjoint evaluates f there in the last stage of its last step
         known = {_bits(x) for x in forward}
         found[gradient] = {
             "evaluations": len(backward),
@@ -160,7 +160,7 @@ def _odeints() -> dict[str, Callable[..., Tensor]]:
 
 @torch.no_grad()
 def _there_and_back(odeint: Callable[..., Tensor], f: nn.Module, y0: Tensor, end: float) -> Tensor | None:
-    """y(0) from the solution's end, solved backward in time; None where that solve stops on the way."""
+    """y(0) by a solve backward in time from the solution's end; None if that solve fails."""
     times = torch.tensor([0.0, end], dtype=y0.dtype, device=y0.device)
     y_end = odeint(f, y0, times, **TOLERANCES)[-1]
     try:
@@ -170,7 +170,7 @@ def _there_and_back(odeint: Callable[..., Tensor], f: nn.Module, y0: Tensor, end
 
 
 def _round_trip(method: str, y0: Tensor, counts: tuple[int, ...]) -> list[float]:
-    """|y(0) recovered - y(0)| after as many fixed steps forward and as many back, for each count."""
+    """|y(0) recovered - y(0)| after n fixed steps forward and n back, for each n in ``counts``."""
     f, errors = VanDerPol().to(y0.device), []
     for n in counts:
         options = {"step_size": ROUND_TRIP_END / n}
@@ -191,15 +191,16 @@ def _table(title: str, y0: Tensor, found: dict) -> Table:
         rows.append((name, r.get("evaluations"), r.get("repeated"), _met(r), off, error))
     columns = ("", "backward evaluations", "on forward states", "y(0) met", "off y(0)", "gradient error")
     note = (
-        "On forward states: with time and state bitwise as in the forward pass. y(0) met: the state at t = 0 in the "
-        "backward pass\n(its first two numbers), off: its largest difference from y(0). Gradient error: relative to "
-        "the discrete gradient.\nnaive and direct evaluate nothing backward. Reverse solve: odeint forward, then back."
+        "On forward states: evaluations at a time and state of the forward pass, bitwise. y(0) met: the first two\n"
+        "numbers of the state at t = 0 in the backward pass; off: its largest difference from y(0). Gradient error:\n"
+        "relative to the discrete gradient. naive and direct do not evaluate f in the backward pass. Reverse solve:\n"
+        "odeint forward, then back."
     )
     return Table(title, columns, rows, note)
 
 
 def _met(r: dict) -> str:
-    """The first two numbers of the state at t = 0."""
+    """Text of the first two numbers of the state at t = 0, or of the place where the solve stopped."""
     if r["start"] is not None:
         return ", ".join(f"{x:.4f}" for x in r["start"].flatten()[:2].tolist())
     if r.get("evaluations") == 0:
@@ -232,7 +233,8 @@ def _draw_trajectories(settings: Settings, found: dict, y0: Tensor, errors: dict
         back = aca_ext.odeint(f, there[-1], t.flip(0), **TOLERANCES)
     over_time.plot(t.numpy(), there[:, 0].cpu().numpy(), color="black", label="forward solve")
     over_time.plot(t.flip(0).numpy(), back[:, 0].cpu().numpy(), "--", color="C2", label="reverse solve")
-    # Six evaluations a step: ACA's first is at the checkpoint, the adjoint's last (its first two start it) at the end.
+    # A step takes six evaluations. ACA's first is at the checkpoint. The adjoint's last is at the end of a step; its
+    # first two choose the first step.
     for name, first, style in (("adjoint", 1, "C1x"), ("aca", 0, "C0.")):
         times, states = found[name]["times"][first::6], found[name]["states"][first::6]
         over_time.plot(times.numpy(), states[:, 0].numpy(), style, label=f"{name}: steps of the backward pass")

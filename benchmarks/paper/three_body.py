@@ -1,14 +1,13 @@
 """Three-body problem: with the physics known, ACA finds the masses and the future; NODE and LSTM only fit the past.
 
-The orbits are seen for t in [0, 1] and predicted for t in [1, 2]. Masses, initial state, loss and Dopri5 at 1e-7 are
-those of the paper's code, and so is its schedule of Adam, of which one epoch is one gradient; L-BFGS with a line search
-needs far fewer. We work in float64, with orbits solved at 1e-12. The default fits 100 of the 1000 points, --full all;
-the sum over 1000 points is the paper's measure in both. The paper's MSE of LSTM and NODE is not at hand, so they have
-no number beside them.
+The orbits are seen for t in [0, 1] and predicted for t in [1, 2]. Masses, initial state, loss, Dopri5 at 1e-7 and the
+schedule of Adam are those of the paper's code. An epoch is one gradient; L-BFGS with a line search needs far fewer. We
+work in float64, with true orbits solved at 1e-12. The default fits 100 of the 1000 points, --full all. The measure is
+the paper's in both: the sum over 1000 points. We do not have the paper's MSE of LSTM and NODE, so the table shows none.
 
-With three unknown masses and a tolerance of 1e-7 all gradients find the same masses: the adjoint's and naive's errors
-are then too small to matter, and the last table has them. Beyond t = 1 the orbits are sensitive to any error, and which
-NODE comes off best there is chance.
+With three unknown masses and a tolerance of 1e-7 all gradients find the same masses: the errors of adjoint and naive,
+which the last table shows, are too small to matter. Beyond t = 1 the orbits are sensitive to any error, so that chance
+decides which NODE is best there.
 """
 
 import math
@@ -30,7 +29,7 @@ MASSES = (1.1, 1.1, 0.9)
 POSITIONS = ((0.0, 0.2, 0.0), (0.5, 0.0, 0.5), (0.0, 0.0, 0.5))
 VELOCITIES = ((0.0, 0.1, 0.0), (0.0, 0.0, 0.1), (0.1, 0.0, 0.0))
 PAIRS = ((0, 0, 1), (1, 2, 2))
-DECAY = 0.01  # of the loss's weight from t = 0 to t = 1
+DECAY = 0.01  # factor by which the weight in the loss falls from t = 0 to t = 1
 
 PAPER_SUM, PAPER_MASSES = 8.489e-5, "1.1000, 1.1000, 0.9000"
 NODE_TOLERANCE, NODE_STEPS = 1e-5, 20_000
@@ -39,10 +38,10 @@ PER_UNIT = 1000  # points of the measured grid from t = 0 to t = 1
 
 @dataclass(frozen=True)
 class Size:
-    n_points: int  # seen, of t in (0, end]
+    n_points: int  # that a fit sees, in (0, end]
     end: float
     tolerance: float
-    epochs: int  # gradients of a fit of the masses, at most
+    epochs: int  # largest number of gradients in a fit of the masses
     node_epochs: int
     lstm_epochs: int
     hidden: int
@@ -83,7 +82,7 @@ class NODE(nn.Module):
 
 
 class LSTM(nn.Module):
-    """LSTM: the next displacement from the positions so far; ``augment`` shows it what NODE sees."""
+    """LSTM: the next displacement from the positions so far; with ``augment`` its inputs are those of NODE."""
 
     def __init__(self, hidden: int, augment: bool) -> None:
         super().__init__()
@@ -106,7 +105,7 @@ def augmented(r: Tensor) -> Tensor:
 
 @dataclass
 class Problem:
-    """The orbits: the points that a fit sees, and the grid on which it is measured, 1000 points per unit of time."""
+    """The orbits: the points that a fit sees, and the grid of 1000 points per unit of time that measures the fit."""
 
     size: Size
     device: torch.device
@@ -126,7 +125,7 @@ class Problem:
             self.seen, self.truth = solve(self.t), solve(self.grid)
 
     def loss(self, r: Tensor) -> Tensor:
-        """The paper's: the mean over points of 0.01^t · Σ Δposition²."""
+        """The paper's loss: the mean over points of 0.01^t · Σ Δposition²."""
         return ((r - self.seen).square().sum(-1) * DECAY**self.t).mean()
 
     def masses_at_start(self, seed: int) -> Tensor:
@@ -143,7 +142,7 @@ def positions(f: nn.Module, y0: Tensor, t: Tensor, tolerance: float, gradient: s
     return aca_ext.odeint(f, y0, t, gradient=gradient, options=options, **how)[:, :9]
 
 
-@torch_threads(1)  # its operations are too small to share
+@torch_threads(1)  # more threads do not speed up operations this small
 def run(settings: Settings) -> Report:
     size = settings.pick(QUICK, DEFAULT, FULL)
     problem = Problem(size, settings.device)
@@ -180,7 +179,7 @@ def run(settings: Settings) -> Report:
 
 
 def fit_masses(gradient: str, minimize: Callable, problem: Problem, seed: int) -> dict[str, Any]:
-    """The masses of the epoch whose sum of squares is the least, as in the paper's code, and what they predict."""
+    """Fits the masses. The result is the epoch with the least sum of squares, as in the paper's code."""
     f, size = Gravity(problem.masses_at_start(seed)), problem.size
     tried: list[Tensor] = []
 
@@ -225,7 +224,7 @@ def lbfgs(f: nn.Module, loss: Callable[[], Tensor], epochs: int) -> list[float]:
 
 
 def adam(f: nn.Module, loss: Callable[[], Tensor], epochs: int) -> list[float]:
-    """The schedule of the paper's code."""
+    """Adam with the schedule of the paper's code."""
     optimizer = torch.optim.Adam(f.parameters(), lr=0.1 * 0.95, betas=(0.5, 0.5))
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
     return [_step(f, loss, optimizer, schedule) for _ in range(epochs)]
@@ -254,13 +253,13 @@ def fit_node(gradient: str, problem: Problem, seed: int) -> dict[str, Any]:
     with torch.no_grad():
         try:
             predicted = solve(problem.grid, max_num_steps=NODE_STEPS)
-        except aca_ext.errors.SolveError:  # the network may drive two bodies into each other where it was not trained
+        except aca_ext.errors.SolveError:  # beyond its training, the network may drive two bodies into each other
             predicted = torch.full_like(problem.truth, torch.nan)
     return {"losses": losses, "predicted": predicted.cpu()}
 
 
 def fit_lstm(augment: bool, problem: Problem, seed: int) -> dict[str, Any]:
-    """Trained on the next point of those seen; then shown all of these, and left to itself."""
+    """Trains to predict the next of the seen points; then predicts the rest from its own predictions."""
     f = LSTM(problem.size.hidden, augment).to(problem.y0)
     seen = problem.seen
     losses = adam_for_networks(
@@ -278,7 +277,7 @@ def fit_lstm(augment: bool, problem: Problem, seed: int) -> dict[str, Any]:
 
 
 def _between(path: Tensor, n: int) -> Tensor:
-    """``n`` points by linear interpolation of ``path``, both equally spaced over the same time."""
+    """Linear interpolation of ``path`` at ``n`` points; both are equally spaced over the same time."""
     return nn.functional.interpolate(path.T[None], n, mode="linear", align_corners=True)[0].T
 
 
@@ -338,7 +337,7 @@ def _prediction_table(found: dict, problem: Problem) -> Table:
         "MSE of the predicted positions",
         ("", "optimizer", "gradient", "seen, t in [0, 1]", "future, t in [1, 2]", "[0, 2]", "s"),
         rows,
-        "LSTM predicts one point ahead where it is shown the orbits, and goes on from its own predictions.",
+        "While LSTM is shown the orbits, it predicts one point ahead; then it continues from its own predictions.",
     )
 
 

@@ -2,11 +2,11 @@
 
 The exact values are dL/dy0 = 2·y0·e^(2kT) and dL/dk = 2·T·y0²·e^(2kT). The paper gives neither y0, k, the tolerance nor
 its step-size control; y0 = 1, k = 0.2, Dopri5 and 1e-4 come nearest to its ACA row. ACA's error against the exact value
-is the discretization error of the forward solve, which moves by tens of percent with the constants of the control, so
-two controls are shown. Here the adjoint's dL/dy0 comes out nearer to the exact value than ACA's, unlike in the paper:
-on this problem the adjoint solves the same equation once more, on steps of its own, and its error is the mean of the
-two solves' errors. Its dL/dk is the worst of the three. What tells the methods apart is the error against the gradient
-of the discrete solution: with P the stability polynomial of the method, y(T) = y0·Π P(k·h_n).
+is the discretization error of the forward solve. It changes by tens of percent with the constants of the step-size
+control, so two controls are shown. Unlike in the paper, the adjoint's dL/dy0 is nearer to the exact value than ACA's:
+on this problem the adjoint solves the same equation a second time, with other steps, and its error is the mean of the
+two solves' errors. Its dL/dk is the worst of the three. The methods differ clearly in the error against the gradient of
+the discrete solution, y(T) = y0·Π P(k·h_n) with P the stability polynomial of the method.
 """
 
 import math
@@ -22,7 +22,7 @@ from benchmarks.harness import new_figure
 from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure, three_gradients
 
 K, TOLERANCE = 0.2, 1e-4
-Gradients = tuple[float, float, Tensor | None]  # dL/dy0, dL/dk, bounds of the accepted steps where known
+Gradients = tuple[float, float, Tensor | None]  # dL/dy0, dL/dk, bounds of the accepted steps or None if unknown
 Solve = Callable[[Tensor, Tensor, float], Gradients]  # of y0, k and T
 
 PAPER_T = (12.0, 14.0, 16.0, 18.0, 19.5)
@@ -105,7 +105,7 @@ def _torchdiffeq() -> dict[tuple[str, str], Solve]:
 
 
 def _errors(solve: Solve, end: float, device: torch.device) -> tuple[float, float, float | None, float | None]:
-    """|error| of dL/dy0 and dL/dk against the exact values, then relative ones against the discrete gradient."""
+    """|error| of dL/dy0 and dL/dk against the exact values, then their relative error against the discrete gradient."""
     y0 = torch.tensor(1.0, dtype=torch.float64, device=device, requires_grad=True)
     k = torch.tensor(K, dtype=torch.float64, device=device, requires_grad=True)
     grad_y0, grad_k, steps = solve(y0, k, end)
@@ -118,7 +118,7 @@ def _errors(solve: Solve, end: float, device: torch.device) -> tuple[float, floa
 
 
 def discrete_gradient(steps: Tensor) -> tuple[float, float]:
-    """dL/dy0 and dL/dk of y(T) = Π P(k·h_n), for the accepted ``steps`` (n, 2) as constants."""
+    """dL/dy0 and dL/dk of y(T) = Π P(k·h_n), with the accepted ``steps`` (n, 2) taken as constants."""
     p = stability_polynomial("dopri5")
     dp = [i * c for i, c in enumerate(p)][1:]
     y, dlog_y = 1.0, 0.0
@@ -131,7 +131,7 @@ def discrete_gradient(steps: Tensor) -> tuple[float, float]:
 
 
 def stability_polynomial(method: str) -> list[float]:
-    """Coefficients of P(z) = 1 + z·bᵀ(I + zA + z²A² + …)·1, constant first: on y' = k·y a step is y → P(k·h)·y."""
+    """Coefficients, constant first, of P(z) = 1 + z·bᵀ(I + zA + z²A² + …)·1. On y' = k·y a step is y → P(k·h)·y."""
     tableau = aca_ext.METHODS[method]
     v, p = [Fraction(1)] * len(tableau.b), [Fraction(1)]
     while any(v):

@@ -1,5 +1,4 @@
-// The backward pass over compiled programs: what aca_ext.gradients.aca does, every accepted step transposed, last
-// first.
+// Backward pass of the compiled engine: transposes every accepted step, last first, as aca_ext.gradients.aca does.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -10,17 +9,18 @@
 
 namespace aca {
 
-// A backward pass with the programs for steps without and with outputs inside; a program with function 0 is not needed.
+// Runs one program for steps without outputs inside, and another for steps with them. A program that no step needs may
+// have function 0.
 class CompiledBackward {
   public:
     CompiledBackward(const Specification& specification, const Code& end_only, const Code& inside)
         : spec_(specification), end_only_{end_only, 0, 0, {}}, inside_{inside, 0, 0, {}} {}
 
-    // Bytes of memory that it needs.
+    // Size in bytes of the memory that `run` needs.
     size_t memory_bytes() { return lay_out(0); }
 
-    // `inputs` are the gradients to add to and those of func, `grad_outputs` the cotangents of the outputs, a row for
-    // each time. Returns which of g and g_next holds the cotangent of the start.
+    // `inputs` are the gradients to add to, then func's inputs. `grad_outputs` holds one cotangent per requested time.
+    // Returns g or g_next, whichever holds the cotangent of y0.
     uintptr_t run(const std::vector<AcceptedStep>& steps, uintptr_t memory, const std::vector<uintptr_t>& inputs,
                   uintptr_t grad_outputs, uintptr_t g, uintptr_t g_next) {
         lay_out(memory);
@@ -53,7 +53,7 @@ class CompiledBackward {
     }
 
   private:
-    // Divides the memory up and returns where it ends.
+    // Assigns the memory from `start` on, and returns its end.
     uintptr_t lay_out(uintptr_t start) {
         Memory memory(start);
         const uintptr_t scalars = memory.take(spec_.scalars_bytes());
@@ -68,7 +68,7 @@ class CompiledBackward {
         return memory.end();
     }
 
-    // Contribution of the outputs inside a step: their sum, and for each slope the sum weighted by b_i(theta).
+    // Sums the cotangents of the outputs inside a step: unweighted, and for each slope weighted by b_i(theta).
     void gather(uintptr_t grad_outputs, const AcceptedStep& step) const {
         const std::vector<uintptr_t>& to = inside_.inputs;
         const size_t stages = spec_.method.stages();

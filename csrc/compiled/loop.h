@@ -1,4 +1,4 @@
-// The loop of a solve over compiled programs, for steps so short that Python between them would take most of the time.
+// Loop of the compiled engine: all steps of a solve without Python, which would take most of the time of short steps.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,20 +15,20 @@ namespace aca {
 
 enum class Outcome { done, step_limit, step_size, not_finite, not_finite_at_start };
 
-// One solve: its forward pass, and what is left of it.
+// One solve: its forward pass, and the record of its steps for the backward pass.
 class CompiledLoop {
   public:
-    // Memory for the next states, and how many fit.
+    // Returns memory for the next states, and how many fit.
     using Slots = std::function<std::pair<uintptr_t, int64_t>()>;
 
     explicit CompiledLoop(std::shared_ptr<const Specification> specification)
         : spec_(std::move(specification)), bytes_(spec_->bytes()), stages_(spec_->method.stages()) {}
 
-    // Bytes of memory that a solve needs.
+    // Size in bytes of the memory that `solve` needs.
     static size_t memory_bytes(const Specification& spec) { return Buffers(spec, 0).end; }
 
-    // `inputs` are those of func, with the tolerances of each element before them. `outputs` has a row for each time.
-    // Without `slots`, states alternate between two.
+    // `inputs` are func's inputs. `outputs` holds one state per requested time. Without `slots`, states alternate
+    // between two buffers.
     Outcome solve(uintptr_t memory, const std::vector<uintptr_t>& inputs, uintptr_t y0, uintptr_t outputs, Slots slots,
                   std::function<void()> check_signals) {
         const std::vector<double>& times = spec_->times;
@@ -126,7 +126,7 @@ class CompiledLoop {
                                              : Outcome::not_finite;
     }
 
-    // False where f is not finite at the start.
+    // Returns false if y0 or f(t0, y0) is not finite.
     bool choose_first_step() {
         StepControl& s = control_;
         if (s.first_step != 0) {
@@ -154,7 +154,8 @@ class CompiledLoop {
         ++n_f_evals;
     }
 
-    // The first slope of the step from `time`; where f jumps there, of the time next to it inside the step.
+    // Evaluates the first slope of the step from `time`. If f jumps there, it is taken at the next number inside the
+    // step.
     void evaluate_slope(double time) {
         slope_at(spec_->jumps_at(time) ? spec_->next_after(time, control_.sign) : time, y_, k_first_);
     }

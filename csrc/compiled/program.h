@@ -1,4 +1,4 @@
-// A function that torch's compiler made, and the memory that it works on.
+// A program made by torch's compiler, and the memory that it works on.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace aca {
 
-// Parts of one block of memory, each aligned; of a block at 0 they tell its size.
+// Hands out aligned parts of one block of memory. With start 0, `end()` is the size that the block needs.
 class Memory {
   public:
     explicit Memory(uintptr_t start) : next_(start) {}
@@ -19,19 +19,19 @@ class Memory {
     uintptr_t next_;
 };
 
-// A compiled graph, which keeps no state: function(inputs, workspace, prepared) reads and writes its inputs and has
-// intermediate results in the workspace; prepare(inputs, prepared) writes what depends on func's inputs alone. Its
-// first inputs are
+// A compiled traced function, which keeps no state. function(inputs, workspace, prepared) reads and writes its inputs,
+// with intermediate results in the workspace. prepare(inputs, prepared) computes the values that depend on func's
+// inputs alone, once per solve. The first inputs are
 //   slope      scalars, y, k
 //   step       scalars, y, k_1, y1, sums, k_2 ... k_s
 //   transpose  scalars, y, g, g_y, and for outputs inside the step g_inside, G_1 ... G_s
-// where scalars are the times of the stages, h, rtol and atol; the rest stays the same through a solve.
+// where scalars are the stage times, h, rtol and atol. Further inputs are constant during a solve.
 struct Code {
     uintptr_t function, prepare;
     size_t workspace_bytes, prepared_bytes;
 };
 
-// A compiled graph with its inputs.
+// A compiled traced function with its inputs.
 struct Program {
     Code code{};
     uintptr_t workspace = 0, prepared = 0;

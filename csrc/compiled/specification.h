@@ -1,4 +1,4 @@
-// Parts that repeated solves by compiled programs share: method, tolerances, step control and times.
+// Specification of a compiled solve, shared by repeated solves: method, tolerances, step control and times.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,7 @@ namespace aca {
 struct Method {
     std::vector<double> c;
     bool fsal;
-    std::vector<std::vector<double>> dense;  // of each b_i(theta), highest power first
+    std::vector<std::vector<double>> dense;  // coefficients of each b_i(theta), highest power first
 
     size_t stages() const { return c.size(); }
 
@@ -29,7 +29,7 @@ struct Method {
 
 struct Tolerances {
     double rtol, atol;
-    uintptr_t rtol_each, atol_each;  // 0: the numbers count
+    uintptr_t rtol_each, atol_each;  // one tolerance per element; 0: rtol and atol are used
     std::vector<int64_t> bounds;     // of the segments
     std::vector<int64_t> sizes;      // of the segments, in elements
 
@@ -56,8 +56,8 @@ struct Specification {
     Tolerances tolerances;
     Controller control;
     double first_step;                        // 0: by Hairer's rule
-    bool is_adaptive;                         // else every stop ends a step
-    std::vector<double> times, stops, jumps;  // the last of the stops is the end
+    bool is_adaptive;                         // false: every step ends at the next stop
+    std::vector<double> times, stops, jumps;  // the last stop is the end of the solve
     int64_t max_num_steps;
     Code slope, step;
 
@@ -67,7 +67,7 @@ struct Specification {
 
     bool jumps_at(double time) const { return std::find(jumps.begin(), jumps.end(), time) != jumps.end(); }
 
-    // The next number of the state's dtype.
+    // The number of the state's dtype next to `time`, in the direction of the sign of `towards`.
     double next_after(double time, double towards) const {
         const double far = towards * std::numeric_limits<double>::infinity();
         return target.dtype == DType::f32 ? double(std::nextafter(float(time), float(far))) : std::nextafter(time, far);
@@ -80,7 +80,8 @@ struct Specification {
             reinterpret_cast<double*>(scalars)[i] = value;
     }
 
-    // Stages at the end of a step see its end exactly; where f jumps at either end, the next number inside the step.
+    // A stage at the end of a step gets its end time exactly. If f jumps at either end of the step, the stages there
+    // get the next number inside the step.
     void write_scalars(uintptr_t scalars, double from, double step, double to) const {
         const double first = jumps_at(from) ? next_after(from, to - from) : from;
         const double last = jumps_at(to) ? next_after(to, from - to) : to;

@@ -1,10 +1,10 @@
-// Control block: the step control of a solve, and the addresses of what its steps read and write, in the memory of the
-// device. One thread of the device makes the decisions between two steps, so that the host need not look at them.
+// Control block: the step control of a solve and the addresses of its buffers, in device memory. One device thread
+// makes the decisions between two steps, so that the host need not wait for them.
 #pragma once
 #include <cstdint>
 
 #include "control/step_control.h"
-#include "kernels/ops.h"
+#include "kernels/types.h"
 
 namespace aca {
 
@@ -14,40 +14,41 @@ struct StepEntry {
     int64_t outputs_end;
 };
 
-// Memory for states number `first` and following, one every `row_bytes`.
+// Buffer for the states from number `first` on, `row_bytes` apart.
 struct StateBlock {
     uintptr_t address;
     int64_t first;
 };
 
 struct Control {
-    StepControl solve;  // in the backward pass its judged step is the one to transpose
+    StepControl solve;  // in the backward pass, its judged step is the step to transpose
 
-    // Constant through a solve. Addresses 0: there is none.
+    // Constant during a solve. An address of 0 means that there is no such buffer.
     DType dtype;
     int stages, fsal, degree, segments;
-    double c[kMaxTerms], dense[kMaxTerms][kMaxDegree];  // dense: highest power first, rows of zeros where unused
+    double c[kMaxTerms], dense[kMaxTerms][kMaxDegree];  // dense: a row per stage, highest power first; zero if unused
     double error_last;                                  // weight in the error of the slope at the solution
     int64_t row_bytes;
-    int64_t n_states;                        // that there is room for
-    uintptr_t sizes;                         // double: elements of each segment
-    uintptr_t sums, stage_times, weights;    // sums and weights (a row of kMaxTerms for each time) double
-    uintptr_t outputs, grad_outputs, steps;  // a row for each time; n_states - 1 entries
+    int64_t n_states;                      // capacity of the blocks
+    uintptr_t sizes;                       // double: elements of each segment
+    uintptr_t sums, stage_times, weights;  // sums and weights are double; weights: kMaxTerms per requested time
+    uintptr_t outputs, grad_outputs;       // one state per requested time
+    uintptr_t steps;                       // n_states - 1 of StepEntry
     StateBlock blocks[kMaxBlocks];
     int n_blocks;  // 0: states are not kept
 
-    double slope_weight;  // of the trial to come: error_last times its step
-    uintptr_t slot;       // where the state at the end of the accepted step is kept; backward: that at its start
+    double slope_weight;  // of the next trial: error_last times its step
+    uintptr_t slot;       // checkpoint of the state at the end of the accepted step; backward: at its start
     int64_t step;         // backward: number of the step to transpose
-    int is_unfinished;    // whether the loop goes on
+    int is_unfinished;    // 1 while the loop continues
 };
 
-// Decisions that the one thread makes.
+// Decisions of the device thread: the functions below, with `resume` for prepare.
 enum class Decision { start, euler, first, next, resume, transpose };
 
 namespace control {
 
-// Largest RMS over the segments of the sums from number `first` on.
+// Largest RMS over the segments, whose sums of squares start at sums[first].
 ACA_HD double norm(const Control& s, int first) {
     return norm_of_sums(at<const double>(s.sums) + first, at<const double>(s.sizes), s.segments);
 }
@@ -70,7 +71,7 @@ ACA_HD void write_stage_times(const Control& s, double t, double h, double t_nex
     for (int i = 0; i < s.stages; ++i) write_stage_time(s, i, stage_time(s.c[i], t, h, t_next));
 }
 
-// The trial to come, or why there is none.
+// Proposes the next trial, or sets the status that says why there is none.
 ACA_HD void prepare(Control& s) {
     propose(s.solve);
     if (s.solve.status == Status::running && s.solve.n_accepted + 1 >= s.n_states) s.solve.status = Status::no_room;
@@ -80,18 +81,18 @@ ACA_HD void prepare(Control& s) {
     write_stage_times(s, s.solve.t, s.solve.h_trial, s.solve.t_next);
 }
 
-// Before anything else, where the device is to find f(t0, y0) by itself.
+// Sets all stage times to t0, for a device that evaluates f(t0, y0) itself.
 ACA_HD void start(Control& s) { write_stage_times(s, s.solve.t, 0, s.solve.t); }
 
-// The first half of the first step: how far along f(t0, y0) to go to see it change. `sums` hold those of f(t0, y0) and
-// then those of y0.
+// First half of Hairer's first-step rule: proposes the Euler step along which the change of f is measured. `sums` holds
+// the sums of f(t0, y0), then those of y0.
 ACA_HD void euler(Control& s) {
     if (!s.solve.is_adaptive || s.solve.first_step != 0) return;
     propose_euler_step(s.solve, norm(s, s.segments), norm(s, 0));
     write_stage_time(s, 0, s.solve.t_next);
 }
 
-// The second half, and the first trial. `sums` hold those of the change of f.
+// Second half: chooses the first step and proposes the first trial. `sums` holds the sums of the change of f.
 ACA_HD void first(Control& s) {
     if (s.solve.is_adaptive) {
         if (s.solve.first_step != 0)
@@ -106,7 +107,7 @@ ACA_HD void first(Control& s) {
     prepare(s);
 }
 
-// Judges the trial just made. `sums` hold its squared error ratios.
+// Judges the trial just made and proposes the next one. `sums` holds its squared error ratios.
 ACA_HD void next(Control& s) {
     s.solve.is_accepted = 0;
     if (s.solve.status != Status::running) return;
@@ -120,7 +121,7 @@ ACA_HD void next(Control& s) {
     if (s.is_unfinished) prepare(s);
 }
 
-// The next step to transpose, last to first.
+// Selects the next step to transpose, last to first.
 ACA_HD void transpose(Control& s) {
     const StepEntry* const entry = at<const StepEntry>(s.steps) + --s.step;
     s.solve.h_done = s.solve.h_trial = entry->h;
@@ -151,7 +152,8 @@ ACA_HD void decide(Control& s, Decision decision) {
     }
 }
 
-// b_i(theta) of one output of the step just decided on, for each i; threads may share the outputs.
+// Writes b_i(theta), for each i, of one output of the accepted step. One output per call, so that threads can share
+// them.
 ACA_HD void write_weights(const Control& s, int64_t output) {
     const double theta = position(s.solve, output);
     for (int i = 0; i < s.stages; ++i) {
@@ -163,7 +165,7 @@ ACA_HD void write_weights(const Control& s, int64_t output) {
 
 }  // namespace control
 
-// One decision about a control block in the host's memory.
+// The control block operations of the CPU backend, in host memory.
 void write_control_on_cpu(uintptr_t to, const Control& from);
 void decide_on_cpu(uintptr_t control, Decision decision);
 

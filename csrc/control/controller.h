@@ -1,5 +1,4 @@
-// Step-size control on plain numbers, what aca_ext.numerics.controller does with floats: for loops that do not go
-// through Python, on the host or on a GPU.
+// Step-size controller on plain numbers, for host and device: the twin of aca_ext.numerics.controller in C++.
 #pragma once
 #include <cmath>
 
@@ -15,7 +14,7 @@ struct Controller {
     int order;
     double safety, ifactor, dfactor, pcoeff, icoeff, dcoeff, min_step, max_step;
 
-    // The step after an accepted one of size h; `ratio` holds the `count` last error ratios, newest first.
+    // Size of the step after an accepted one of size h. `ratio` holds the `count` last error ratios, newest first.
     ACA_HD double grow(double h, const double* ratio, int count) const {
         const bool has_memory = pcoeff != 0 || dcoeff != 0;
         const double exponent[] = {-(pcoeff + icoeff + dcoeff) / order, (pcoeff + 2 * dcoeff) / order, -dcoeff / order};
@@ -31,7 +30,7 @@ struct Controller {
         return limit(h * least(ifactor, most(has_memory ? dfactor : 1.0, to_single(factor))));
     }
 
-    // Size of the next trial after a rejected one of size h.
+    // Size of the trial after a rejected one of size h.
     ACA_HD double shrink(double h, double ratio) const {
         const bool is_finite = ratio - ratio == 0;
         const double smaller =
@@ -39,8 +38,8 @@ struct Controller {
         return smaller < min_step && min_step < h ? min_step : smaller;
     }
 
-    // The first step by Hairer's rule (Solving ODEs I, II.4): the Euler step to try, and the step from what it showed.
-    // The norms, over the tolerance, are those of y0, of f(t0, y0), and of the change of f along the Euler step.
+    // First step by Hairer's rule (Solving ODEs I, II.4): an Euler step to try, then the first step that follows from
+    // it. The norms, in units of the tolerance, are of y0, of f(t0, y0) and of the change of f along the Euler step.
     ACA_HD double euler_step(double length, double norm_y, double norm_f) const {
         const bool small = norm_y < 1e-5 || norm_f < 1e-5;
         return least(small ? 1e-6 : 0.01 * norm_y / norm_f, length);
@@ -58,7 +57,7 @@ struct Controller {
   private:
     ACA_HD static double least(double a, double b) { return b < a ? b : a; }
     ACA_HD static double most(double a, double b) { return b > a ? b : a; }
-    // Powers differ in their last bits from one mathematical library to the next; in single precision they agree.
+    // pow differs in its last bits between math libraries; rounded to single precision, the results agree.
     ACA_HD static double to_single(double x) { return double(float(x)); }
 };
 

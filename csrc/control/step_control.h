@@ -1,5 +1,5 @@
-// Step control: the state of a solve between two steps and the decisions about it, on a host and on a GPU. A loop over
-// steps, whoever runs it, is: propose the trial, make the step, measure its error, judge it.
+// Step control: the state of a solve between two steps and the decisions about it, for host and device. Every loop over
+// steps is: propose a trial, make the step, measure its error, judge it.
 #pragma once
 #include <cstdint>
 
@@ -10,28 +10,28 @@ namespace aca {
 enum class Status { running, done, step_limit, step_size, not_finite, no_room };
 
 struct StepControl {
-    // Constant through a solve. The last of the stops, at which a step must end, is the last of the requested times.
+    // Constant during a solve. A step must end at every stop; the last stop is the last requested time.
     Controller controller;
     double first_step;  // 0: by Hairer's rule
     double sign;        // direction of the solve, 1 or -1
-    double length;      // of the solve
+    double length;      // of the solve in time
     int64_t max_num_steps, n_times, n_stops;
     uintptr_t times, stops;  // double
-    int is_adaptive;         // 0: each trial ends at the next stop and is accepted
+    int is_adaptive;         // 0: every trial ends at the next stop and is accepted
 
     // The state between two steps.
     Status status;
     int n_ratios;
     double t, h;              // h without its sign
     double ratio, ratios[3];  // error ratios of the last trial and of the last accepted ones, newest first
-    double norm_f;            // of f(t0, y0), while the first step is sought
+    double norm_f;            // of f(t0, y0), used while the first step is chosen
     int64_t n_steps, n_accepted, next_output, next_stop;
 
-    // The trial that was proposed: signed step, its end, and whether it ends where the controller did not choose.
+    // The proposed trial: its signed step, its end, and 1 if it ends at a stop.
     double h_trial, t_next;
     int is_cut;
 
-    // The trial that was judged, and where it was accepted its start, signed step and end, and the outputs it reached.
+    // The judged trial. If it was accepted: its start, signed step and end, and the range of outputs that it reached.
     int is_accepted;
     double t_start, h_done, t_done;
     int64_t first_due, end_due;
@@ -48,7 +48,7 @@ ACA_HD double magnitude(double x) { return x < 0 ? -x : x; }
 
 ACA_HD bool is_finite(double x) { return x - x == 0; }
 
-// A solve before its first step.
+// Returns the state of a solve before its first step.
 ACA_HD StepControl begin(const Controller& controller, double first_step, bool is_adaptive, int64_t max_num_steps) {
     StepControl s{};
     s.controller = controller;
@@ -61,7 +61,7 @@ ACA_HD StepControl begin(const Controller& controller, double first_step, bool i
     return s;
 }
 
-// Tells the times of the solve, which runs from `first` to `last`. Times and stops may lie in the memory of a device.
+// Sets the times of a solve from `first` to `last`. `times` and `stops` may be device addresses.
 ACA_HD void set_times(StepControl& s, double first, double last, uintptr_t times, int64_t n_times, uintptr_t stops,
                       int64_t n_stops) {
     s.times = times;
@@ -73,8 +73,8 @@ ACA_HD void set_times(StepControl& s, double first, double last, uintptr_t times
     s.sign = last < first ? -1.0 : 1.0;
 }
 
-// The first half of Hairer's rule for the first step, given the norms of y0 and f(t0, y0) over the tolerance: the
-// Euler step along which to see how f changes, proposed as a trial.
+// First half of Hairer's first-step rule: proposes the Euler step along which the change of f is measured. The norms of
+// y0 and f(t0, y0) are in units of the tolerance.
 ACA_HD void propose_euler_step(StepControl& s, double norm_y, double norm_f) {
     s.norm_f = norm_f;
     s.h = is_finite(norm_f) ? s.controller.euler_step(s.length, norm_y, norm_f) : (s.length < 1e-6 ? s.length : 1e-6);
@@ -82,8 +82,8 @@ ACA_HD void propose_euler_step(StepControl& s, double norm_y, double norm_f) {
     s.t_next = s.t + s.h_trial;
 }
 
-// The second half, given the norm of the change of f. Where the norm of f(t0, y0) was not finite, a tolerance of zero
-// somewhere or f itself is to blame, and the caller has to look: the status is then not_finite.
+// Second half, given the norm of the change of f. A norm of f(t0, y0) that is not finite comes from f or from a
+// tolerance of zero. The status is then not_finite, and the caller finds out which it is.
 ACA_HD void choose_first_step(StepControl& s, double norm_change) {
     if (is_finite(s.norm_f)) {
         s.h = s.controller.first_step(s.length, s.h, s.norm_f, norm_change);
@@ -94,7 +94,8 @@ ACA_HD void choose_first_step(StepControl& s, double norm_change) {
     }
 }
 
-// The trial to come, or why there is none. A trial that would pass a stop, or all but reach it, ends there.
+// Proposes the next trial, or sets the status that says why there is none. A trial that would pass a stop, or end just
+// before it, ends at the stop.
 ACA_HD void propose(StepControl& s) {
     s.status = Status::running;
     const double stop = at<const double>(s.stops)[s.next_stop];
@@ -118,10 +119,10 @@ ACA_HD void propose(StepControl& s) {
     }
 }
 
-// Tells whether a trial can be smaller than the last: it is not below the limit, and time moves.
+// Returns true if a smaller trial is possible: the step is not below min_step, and half of it still moves t.
 ACA_HD bool can_shrink(const StepControl& s) { return s.h >= s.controller.min_step && s.t + s.sign * s.h * 0.5 != s.t; }
 
-// Makes the trial part of the solution: the outputs that it reached, and where the next step starts.
+// Accepts the trial: finds the outputs that it reached, and moves t to its end.
 ACA_HD void accept(StepControl& s) {
     s.is_accepted = 1;
     ++s.n_accepted;
@@ -135,8 +136,8 @@ ACA_HD void accept(StepControl& s) {
     if (s.is_cut && ++s.next_stop == s.n_stops) s.status = Status::done;
 }
 
-// Judges the trial by its error ratio: whether it is accepted, and the size of the next one. The status
-// not_finite, for a ratio that is not, leaves it to the caller to look whether a smaller step can help.
+// Accepts or rejects the trial by its error ratio, and chooses the size of the next one. A ratio that is not finite
+// sets the status not_finite; the caller decides if a smaller step can help.
 ACA_HD void judge(StepControl& s, double ratio) {
     ++s.n_steps;
     s.is_accepted = 0;
@@ -150,7 +151,7 @@ ACA_HD void judge(StepControl& s, double ratio) {
         s.ratios[0] = ratio;
         if (s.n_ratios < 3) ++s.n_ratios;
         const double grown = s.controller.grow(tried, s.ratios, s.n_ratios);
-        s.h = s.is_cut && s.h > grown ? s.h : grown;  // a step cut short says little about the size to come
+        s.h = s.is_cut && s.h > grown ? s.h : grown;  // a step cut short says little about the next size
         return;
     }
     s.h = s.controller.shrink(tried, ratio);
@@ -160,21 +161,21 @@ ACA_HD void judge(StepControl& s, double ratio) {
         s.status = Status::step_size;
 }
 
-// Position of the time number `output` in the accepted step, exactly 1 at its end.
+// Position (0..1) of the requested time number `output` in the accepted step; exactly 1 at the end of the step.
 ACA_HD double position(const StepControl& s, int64_t output) {
     const double time = at<const double>(s.times)[output];
     return time == s.t_done ? 1.0 : (time - s.t_start) / (s.t_done - s.t_start);
 }
 
-// Tells whether the proposed trial ends at the next requested time.
+// Returns true if the proposed trial ends at the next requested time.
 ACA_HD bool lands_on_output(const StepControl& s) {
     return s.next_output < s.n_times && at<const double>(s.times)[s.next_output] == s.t_next;
 }
 
-// Time of the stage at `c`; at the end of the step t_next exactly, which rounding may keep from t + h.
+// Time of the stage at `c`. For c = 1 it is t_next itself, which t + h may miss by rounding.
 ACA_HD double stage_time(double c, double t, double h, double t_next) { return c == 1 ? t_next : t + c * h; }
 
-// Largest RMS over segments of `sizes` elements from their sums of squares; NaN where any is.
+// Largest RMS over the segments, from their sums of squares and their sizes in elements; NaN if any sum is NaN.
 template <typename Size>
 ACA_HD double norm_of_sums(const double* sums, const Size* sizes, int segments) {
     double largest = 0, all = 0;

@@ -1,4 +1,5 @@
-// The WHILE node that repeats captured steps, what it does not accept in them, and the end of a capture that failed.
+// CUDA graph whose WHILE node repeats a captured step, the check for operations that it cannot repeat, and the recovery
+// from a failed capture.
 #include <cuda_runtime.h>
 
 #include <vector>
@@ -36,7 +37,7 @@ std::string obstacle_in_copy(cudaGraphNode_t node) {
     cudaMemcpy3DParms copy{};
     if (cudaGraphMemcpyNodeGetParams(node, &copy) != cudaSuccess) {
         cudaGetLastError();
-        return "a copy that cannot be looked at";
+        return "a copy whose parameters CUDA does not disclose";
     }
     if (copy.srcArray || copy.dstArray) return "a copy from or to a CUDA array";
     if (is_pageable(copy.srcPtr.ptr) || is_pageable(copy.dstPtr.ptr))
@@ -60,16 +61,16 @@ std::string obstacle_in(cudaGraphNode_t node) {
             return obstacle_to_loop(reinterpret_cast<uintptr_t>(inner));
         }
         case cudaGraphNodeTypeHost:
-            return "a call of the host";
+            return "a function call on the host";
         case cudaGraphNodeTypeMemAlloc:
         case cudaGraphNodeTypeMemFree:
-            return "an allocation of memory";
+            return "an allocation or release of memory";
         default:
             return "a node of type " + std::to_string(int(type));
     }
 }
 
-// A capture of nothing at all makes torch warn.
+// Captured in place of a failed step, since torch warns about an empty capture.
 __global__ void nothing_kernel() {}
 
 #if ACA_CONDITIONAL_NODES
@@ -125,10 +126,10 @@ void restart_capture(int device, uintptr_t stream) {
     const DeviceGuard guard(device);
     const auto captured = reinterpret_cast<cudaStream_t>(stream);
     cudaGraph_t left{};
-    cudaStreamEndCapture(captured, &left);  // tells once more what is known already
+    cudaStreamEndCapture(captured, &left);  // the caller knows already that the capture failed
     cudaGetLastError();
     if (left) check(cudaGraphDestroy(left), "cudaGraphDestroy");
-    cudaFuncAttributes loaded{};  // with which the kernel is, as it may not be for the first time inside a capture
+    cudaFuncAttributes loaded{};  // this call loads the kernel, which is not allowed inside a capture
     check(cudaFuncGetAttributes(&loaded, reinterpret_cast<const void*>(&nothing_kernel)), "cudaFuncGetAttributes");
     check(cudaStreamBeginCapture(captured, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
     nothing_kernel<<<1, 1, 0, captured>>>();
@@ -174,7 +175,7 @@ LoopGraph::LoopGraph(int device, uintptr_t first, uintptr_t body, uintptr_t cont
 #else
 
 LoopGraph::LoopGraph(int device, uintptr_t, uintptr_t, uintptr_t) : device_(device) {
-    throw std::runtime_error("this build has no loops on the device: they need CUDA 12.4 or newer");
+    throw std::runtime_error("this build cannot loop on the device: build with CUDA 12.4 or newer");
 }
 
 #endif

@@ -1,16 +1,15 @@
-// Captured graphs: what repeats them on the GPU while the control block says so, as one launch, and what saves a
-// capture that failed.
+// CUDA graph that repeats captured steps on the GPU in one launch, and the recovery from a failed capture.
 #pragma once
 #include <cstdint>
 #include <string>
 
 namespace aca {
 
-// Needs conditional nodes: CUDA 12.4 when this was built, and in the driver.
+// Needs conditional nodes: CUDA 12.4 or newer, at build time and in the driver.
 class LoopGraph {
   public:
-    // One launch runs `first` (0: nothing), and then `body` until the control block at `control` is not unfinished.
-    // Both are captured graphs (cudaGraph_t), which are copied.
+    // A launch runs `first` (0: none), then repeats `body` until is_unfinished is 0 in the control block at `control`.
+    // Both are captured CUDA graphs (cudaGraph_t), and are copied.
     LoopGraph(int device, uintptr_t first, uintptr_t body, uintptr_t control);
     ~LoopGraph();
     LoopGraph(const LoopGraph&) = delete;
@@ -25,11 +24,11 @@ class LoopGraph {
     int device_;
 };
 
-// Why a captured graph cannot be repeated on the device, "" where it can.
+// Returns the reason why a captured CUDA graph cannot be repeated on the device, or "" if it can.
 std::string obstacle_to_loop(uintptr_t graph);
 
-// Drops what was captured on the stream so far, an invalid capture too, and captures anew: torch can then end the
-// capture that it began, and with it what it set up. Left alone it fails to, and so does every later capture.
+// Discards the capture on the stream, valid or not, and begins a new one, so that torch can end the capture that it
+// began. Otherwise torch fails to end it, and every later capture fails too.
 void restart_capture(int device, uintptr_t stream);
 
 }  // namespace aca

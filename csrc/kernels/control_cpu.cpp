@@ -1,5 +1,5 @@
-// Decisions about a control block in the host's memory. A file of its own, because multiplications and additions are
-// not to be fused here, and the code is to run on any processor.
+// Decisions about a control block in host memory. A file of its own, because it is compiled for any processor and
+// without fused multiply-add.
 #include "control/control_block.h"
 
 namespace aca {

@@ -1,5 +1,5 @@
-// Decisions about a control block in the memory of a GPU, each one launch of one block. Compiled without fused
-// multiply-add: the numbers are to be those of the host.
+// Decisions about a control block in GPU memory, one launch of one thread block each. Compiled without fused
+// multiply-add, so that the results equal those of the host.
 #include <cuda_runtime.h>
 
 #include "control/control_block.h"
@@ -12,7 +12,7 @@ constexpr int kThreads = 128;
 
 __global__ void write_control_kernel(Control* to, Control from) { *to = from; }
 
-// The block works on a copy close by: one thread decides, and all share the weights of the outputs.
+// Works on a copy in shared memory. One thread decides; all threads write the weights of the outputs.
 __global__ void decide_kernel(Control* control, Decision decision) {
     static_assert(sizeof(Control) % sizeof(int64_t) == 0, "copied word by word");
     constexpr int kWords = sizeof(Control) / sizeof(int64_t);

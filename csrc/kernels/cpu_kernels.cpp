@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t kChunk = 4096;  // elements that one thread handles at a time
 
-// One chunk of a loop. The functor comes by value: its operands' addresses then stay in registers, which the
-// compiler needs to see before it vectorises.
+// One chunk of a loop. The functor is passed by value, so that the compiler sees that the operands' addresses stay in
+// registers; it does not vectorise otherwise.
 template <typename F>
 void apply(int64_t start, int64_t end, F f) {
 #pragma omp simd
@@ -23,8 +23,8 @@ double add_up(int64_t start, int64_t end, F f) {
     return total;
 }
 
-// The chunks depend on n alone and their sums are added in order: the same bits at any number of threads, and for a
-// row of a batch the same as for that row by itself.
+// Size of the chunks of a sum. It depends on n alone, and the chunks are added in order, so that the result is the same
+// bit for bit at any number of threads, and for a sample alone or in a batch.
 int64_t sum_chunk(int64_t n) {
     const int64_t share = (n + kMaxPartials - 1) / kMaxPartials;
     return share > kChunk ? (share + 63) / 64 * 64 : kChunk;

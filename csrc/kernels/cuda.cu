@@ -11,13 +11,13 @@ using namespace ACA_ISA;
 
 constexpr int kThreads = 256;
 
-// Blocks for `items` items, a function of the count alone so that sums repeat bitwise.
+// Number of thread blocks. It depends on the number of items alone, so that sums repeat bitwise.
 int grid(int64_t items, int64_t limit) {
     const int64_t blocks = (items + kThreads - 1) / kThreads;
     return int(blocks < limit ? blocks : limit);
 }
 
-// The step size of a functor where it stands when the kernel runs, for steps that are launched before it is known.
+// Functor that reads its step size from memory when the kernel runs, for steps launched before the size is known.
 template <typename F>
 struct WithStepAt {
     static constexpr int width = F::width;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) for_each_kernel(int64_t n, F f) {
     const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t packs = n / V, tail = packs * V + thread;
     if (V > 1 && tail < n) f.template operator()<1>(tail);
-#pragma unroll 1  // most threads have one pack; more at a time spill registers
+#pragma unroll 1  // most threads have one pack; unrolling spills registers
     for (int64_t p = thread; p < packs; p += stride) f.template operator()<V>(p * V);
 }
 
@@ -51,8 +51,8 @@ __device__ double sum_of_block(double value) {
     return total;
 }
 
-// Each block leaves its partial sum; the block that finishes last adds them up in order, so the result does not
-// depend on which block that is.
+// Each block writes its partial sum. The block that finishes last adds them in order, so the result does not depend on
+// which block that is.
 template <int V, typename F>
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(int64_t n, F f, double* partial, unsigned* finished, double* out) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t packs = n / V, tail = packs * V + thread;
     double value = V > 1 && tail < n ? f.template operator()<1>(tail) : 0;
-#pragma unroll 1  // a pack keeps enough loads in flight; more spill registers around the division
+#pragma unroll 1  // one pack keeps enough loads in flight; unrolling spills registers around the division
     for (int64_t p = thread; p < packs; p += stride) value += f.template operator()<V>(p * V);
     value = sum_of_block(value);
 
@@ -87,13 +87,13 @@ template <int V, typename F>
 __global__ void __launch_bounds__(kThreads)
     for_each_row_kernel(int64_t packs, int64_t packs_per_row, const double* each, F f) {
     const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-#pragma unroll 1  // more than one row at a time spills registers
+#pragma unroll 1  // unrolling spills registers
     for (int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < packs; p += stride)
         f.of_row(each[p / packs_per_row]).template operator()<V>(p * V);
 }
 
-// Each segment of each row is added up by `Lanes` threads, more of them where rows are longer, in an order of its own:
-// no atomics.
+// Sums one segment of each row (a sample) with `Lanes` threads per row, more for longer segments. The order of the
+// additions is fixed, as there are no atomics.
 template <int Lanes, typename F>
 __global__ void __launch_bounds__(kThreads)
     sum_rows_kernel(int64_t sums, int64_t length, int segments, int segment, int64_t start, int64_t n,

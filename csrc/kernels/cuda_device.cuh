@@ -1,4 +1,4 @@
-// Basics of all CUDA code: errors as exceptions, and the device of a target made current.
+// Shared by all CUDA code: errors as exceptions, and a guard that makes a device current.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -6,17 +6,18 @@
 #include <string>
 
 #include "control/control_block.h"
+#include "kernels/types.h"
 
 namespace aca {
 
 inline void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // reported here: it must not surface again at the next launch
+    cudaGetLastError();  // clears the error, which would surface again at the next launch
     throw std::runtime_error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorName(status) + ": " +
                              cudaGetErrorString(status));
 }
 
-// Makes the tensor's device current for one launch, whichever the caller had.
+// Makes a device current for a scope, then restores the caller's.
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {

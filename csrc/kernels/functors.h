@@ -4,15 +4,16 @@
 #include <cstdint>
 
 #include "control/control_block.h"
-#include "kernels/ops.h"
+#include "kernels/types.h"
 
-#ifndef ACA_ISA  // the CPU kernels are compiled once per instruction set, each into a namespace of its own
+#ifndef ACA_ISA  // CPU kernels are compiled once per instruction set, each time into another namespace
 #define ACA_ISA portable
 #endif
 
 namespace aca::ACA_ISA {
 
-// V elements that travel together: 16 bytes on a GPU, one element on the CPU, where the compiler vectorises the loop.
+// V elements loaded and stored together: 16 bytes on a GPU; one element on the CPU, where the compiler vectorises the
+// loop.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
     T v[V];
@@ -30,8 +31,8 @@ ACA_HD void store(T* x, int64_t i, const Pack<T, V>& value) {
     *reinterpret_cast<Pack<T, V>*>(x + i) = value;
 }
 
-// a·b + c, fused where the target has the instruction. Left to the compiler, which of two products in a sum is fused
-// would depend on the code around it, and so would the last bit.
+// a·b + c, fused if the target has the instruction. A compiler would choose by the surrounding code which product of a
+// sum it fuses, and the last bit of the result would change with that code.
 template <typename T>
 ACA_HD T multiply_add(T a, T b, T c) {
 #if defined(__CUDA_ARCH__)
@@ -51,7 +52,7 @@ ACA_HD T magnitude(T x) {
     return x < T(0) ? -x : x;
 }
 
-// Σ_j w[j]·x[j], always added up in the order of j: every path through the code rounds alike.
+// Σ_j w[j]·x[j], added in the order of j, so that every path through the code rounds alike.
 template <typename T, int N>
 struct Terms {
     const T* x[N];
@@ -72,11 +73,11 @@ struct Terms {
     }
 };
 
-// A functor's `width` is how many elements one call may take at most.
-// If every row (sample) has a step size of its own, a functor is asked for the one `of_row`, which differs in that
-// alone: each row sees the arithmetic that it would see by itself.
+// A functor's `width` is the largest number of elements per call. `of_row(step)` returns the functor of one row (a
+// sample) with its own step size, so that a sample in a batch gets the same arithmetic as a sample alone.
 
-// out = base + h·Σ_j w_j·x_j, or without base: stage states, solutions, dense output, and every sum of the transpose.
+// out = base + h·Σ_j w_j·x_j, or the same without base: stage states, solutions, dense output, and all sums of the
+// transpose.
 template <typename T, int N, bool HasBase>
 struct WeightedSum {
     static constexpr int width = 16 / sizeof(T);
@@ -195,7 +196,7 @@ struct SquaredErrorRatio {
         const Pack<T, V> scale = tolerance.template scale<V>(i, size);
         double total = 0;
         for (int e = 0; e < V; ++e) {
-            const T divisor = error[e] == T(0) ? T(1) : scale[e];  // no error counts 0 where the tolerance is 0, too
+            const T divisor = error[e] == T(0) ? T(1) : scale[e];  // an error of 0 counts 0, even at tolerance 0
             const T ratio = error[e] / divisor;
             const T not_finite = end[e] - end[e];  // 0, or NaN at an infinity or NaN
             total += double(ratio) * double(ratio) + double(not_finite);
@@ -204,7 +205,7 @@ struct SquaredErrorRatio {
     }
 };
 
-// End of an accepted step: its outputs, its solution where states are kept, and what the next step starts from.
+// End of an accepted step: writes its outputs, its checkpoint, and the state and first slope of the next step.
 template <typename T>
 struct FinishStep {
     static constexpr int width = 1;
@@ -239,8 +240,8 @@ struct FinishStep {
     }
 };
 
-// The state that a step started from, and what its outputs contribute to the cotangents of its end (g), of its start
-// by themselves (inside) and of its slopes, over the step size.
+// Start of a transposed step: loads the state that it started from, and adds the cotangents of its outputs to that of
+// its end (g), or, for outputs inside the step, of its start (inside) and its slopes (without the factor h).
 template <typename T>
 struct RestoreStep {
     static constexpr int width = 1;
@@ -271,7 +272,7 @@ struct RestoreStep {
     }
 };
 
-// out[i] = value[i]: the few numbers of a step, its stage times, written on the device without a copy from the host.
+// out[i] = value[i]: the stage times of a step, passed as kernel arguments instead of copied from the host.
 template <typename T>
 struct Scalars {
     static constexpr int width = 1;

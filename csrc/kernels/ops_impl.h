@@ -1,11 +1,12 @@
 // The body of every operation, written once and compiled once per backend.
-// A backend provides for_each(target, n, vectorisable, functor), sum(target, n, vectorisable, functor, out), the same
-// over rows, for_each_row, sum_rows and sum_row (over a single one), and the two operations on a control block. No
-// standard containers here: their inline code must not be emitted for an instruction set the processor may lack.
+// A backend provides for_each(target, n, vectorisable, functor) and sum(target, n, vectorisable, functor, out); the
+// same for rows (samples) as for_each_row and sum_rows, and for a single row as sum_row; and write_control and decide.
+// No standard containers here: the linker could keep their inline code in a version that this processor cannot run.
 #pragma once
 #include <type_traits>
 
 #include "kernels/functors.h"
+#include "kernels/ops.h"
 
 namespace aca::ACA_ISA {
 
@@ -151,7 +152,7 @@ void squared_error_ratio_rows(const Target& target, const Samples& rows, int seg
     with_dtype(target.dtype, [&](auto zero) {
         using T = decltype(zero);
         double* const result = reinterpret_cast<double*>(out);
-        if (rows.count == 1) {  // a whole state: shared among all threads as if w were given
+        if (rows.count == 1) {  // all threads share the one row, as in squared_error_ratio
             for (int s = 0; s < segments; ++s)
                 with_error_ratio<T>(r, bounds[s], [&](bool vectorisable, auto f) {
                     Device::sum_row(target, bounds[s + 1] - bounds[s], vectorisable, f, rows.each, result + s);

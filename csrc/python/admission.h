@@ -1,4 +1,5 @@
-// Which tensors may enter the kernels, which take addresses on trust, and who else can still reach their memory.
+// Checks of tensors before the kernels get their addresses, which the kernels cannot check: layout, memory, and others
+// who could change that memory.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -8,8 +9,9 @@
 
 namespace aca {
 
-// The layout of a state. Admitted is a plain tensor laid out alike, with memory behind its elements: no negative bit,
-// no subclass, and none of those without memory (zeros that autograd makes, functional, fake and freed tensors).
+// Admits plain tensors that have the layout of a state and memory behind their elements. Refuses subclasses, tensors
+// with the negative bit, and tensors without memory (zeros made by autograd, functional, fake and freed tensors). For a
+// state of a subclass, it admits that subclass instead.
 class Admission {
   public:
     explicit Admission(const py::object& like)
@@ -24,10 +26,10 @@ class Admission {
         if (is_seen_) layout_ = Layout(seen);
     }
 
-    // Whether kernels are to read what is admitted; a subclass runs by plain torch.
+    // False for a state of a subclass, whose operations run in plain torch.
     bool is_for_kernels() const { return is_plain_; }
 
-    // Notes the address of an admitted `x`, where torch tells without a call into Python; else it becomes 0.
+    // Returns true if `x` is admitted. Sets its address, or 0 if that takes a call into Python.
     bool admits(PyObject* x, uintptr_t* address) const {
         dlpack::Tensor seen;
         *address = 0;
@@ -38,7 +40,7 @@ class Admission {
         }
         try {
             return has_layout(x) && has_memory(x);
-        } catch (const py::error_already_set&) {  // of a tensor without shape, strides or address
+        } catch (const py::error_already_set&) {  // `x` has no shape, strides or address
             return false;
         }
     }
@@ -61,7 +63,7 @@ class Admission {
                names().is_neg.call(x).ptr() == Py_False;
     }
 
-    // Subclasses run without kernels, and may have memory that only they know.
+    // Subclasses run without kernels, and may keep their elements elsewhere.
     bool has_memory(PyObject* x) const {
         if (!is_plain_ || as_size(names().numel.call(x)) == 0) return true;
         return Torch::has_memory(x, as_size(names().data_ptr.call(x)));
@@ -70,10 +72,10 @@ class Admission {
     bool is_plain_;
     py::object type_, dtype_, device_, shape_, stride_;
     bool is_seen_;
-    Layout layout_;  // where it is seen
+    Layout layout_;  // valid if is_seen_
 };
 
-// Raises where the storage of `x`, a tensor that fills one block of memory, was shortened below what `x` needs.
+// Raises if the storage of `x`, a dense tensor, has shrunk below the size of `x`.
 inline void check_whole(PyObject* x) {
     static const Attribute untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, offset{"storage_offset"},
         element_size{"element_size"};
@@ -82,16 +84,16 @@ inline void check_whole(PyObject* x) {
     if (held < start + as_size(nbytes.of(x))) refuse_without_memory();
 }
 
-// Whether a count of references tells who holds an object; without the GIL it tells of one thread alone.
+// True if reference counts count all references. Without the GIL, they count those of one thread alone.
 #ifdef Py_GIL_DISABLED
 constexpr bool kCounts = false;
 #else
 constexpr bool kCounts = true;
 #endif
 
-// Whether nothing but the one reference that the caller holds leads to a tensor or to its memory: no variable of func,
-// no view, no array of NumPy. Counts are compared with those of a tensor that is known to be alone, since versions of
-// torch count differently; where they differ for another reason, a tensor is taken to be shared.
+// Test for sole ownership: only the caller's reference leads to a tensor and its memory; no variable of func, no view
+// and no NumPy array does. Reference counts are compared with those of a tensor known to be unshared, since versions of
+// torch count differently. Any other difference counts as shared, which costs a copy but is safe.
 class Ownership {
   public:
     static Ownership& known() {
@@ -99,18 +101,18 @@ class Ownership {
         return ownership;
     }
 
-    // Learns from a new tensor and a view of another one, each held by the caller alone.
+    // Stores the counts of a new tensor and of a view of another one, each held by the caller alone.
     void learn(const py::object& tensor, const py::object& view) {
         if (!Torch::found().storage_uses) return;
         try {
             tensor_ = counts_of(tensor.ptr(), false), view_ = counts_of(view.ptr(), false);
             is_known_ = true;
-        } catch (const py::error_already_set&) {  // another version of torch: every tensor is taken to be shared
+        } catch (const py::error_already_set&) {  // this torch lacks the counts: every tensor counts as shared
             is_known_ = false;
         }
     }
 
-    // The graph of `x` may hold the memory, without ever writing to it: then only tensors in Python count.
+    // With `has_graph`, only Python tensors count: the autograd graph of `x` may hold the memory too, but never writes.
     bool is_sole(PyObject* x, bool has_graph) const {
         if (!kCounts || !is_known_ || Py_REFCNT(x) != 1) return false;
         const Counts now = counts_of(x, has_graph);
@@ -121,7 +123,7 @@ class Ownership {
     struct Counts {
         Py_ssize_t storage = 0, base = 0;  // references from Python
         long uses = 0, storage_uses = 0, base_uses = 0;
-        bool is_own = false;  // memory that torch allocated, which no array of NumPy shares
+        bool is_own = false;  // torch allocated the memory, so that no NumPy array shares it
 
         bool is_like(const Counts& alone, bool has_graph) const {
             const bool is_alike = uses == alone.uses && base == alone.base && base_uses == alone.base_uses;
@@ -153,7 +155,8 @@ class Ownership {
     Counts tensor_, view_;
 };
 
-// Tensors laid out like the state for copies of others. func never sees them, so one that Python holds no more is free.
+// Pool of buffers for copies, laid out like the state. func never sees them, so a buffer is free as soon as Python
+// holds no reference to it.
 class Copies {
   public:
     explicit Copies(py::object allocate) : allocate_(std::move(allocate)) {}
@@ -164,7 +167,7 @@ class Copies {
             if (Py_REFCNT(rows_[next_].tensor.ptr()) == 1) return rows_[next_];
         }
         const py::tuple block = allocate_();
-        const bool is_kept = kCounts && block.size() > 1;  // for later, where that does not hold much memory
+        const bool is_kept = kCounts && block.size() > 1;  // large states come one by one and are not pooled
         if (!is_kept) return {block[0], address_of(block[0])};
         for (py::handle row : block) {
             const auto tensor = py::reinterpret_borrow<py::object>(row);

@@ -1,4 +1,4 @@
-// Python's view of the operations: integers and floats in, C++ types out.
+// The extension module _C: bindings of the kernels, whose arguments are checked and converted here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +14,7 @@
 #include "python/modules.h"
 #include "python/step_runs.h"
 #include "python/stepper.h"
+#include "python/transposed_step.h"
 
 namespace py = pybind11;
 
@@ -26,7 +27,8 @@ constexpr int kMaxSegments = 64;
 BoundTarget make_target(const std::string& backend, const std::string& dtype, int threads, int device, uintptr_t stream,
                         uintptr_t workspace) {
     BoundTarget bound{};
-    if (dtype != "float32" && dtype != "float64") throw std::invalid_argument("no kernels for dtype " + dtype);
+    if (dtype != "float32" && dtype != "float64")
+        throw std::invalid_argument("there are no kernels for dtype " + dtype);
     if (threads < 1) throw std::invalid_argument("threads must be at least 1");
     bound.target = {dtype == "float32" ? DType::f32 : DType::f64, threads, device, stream, workspace};
     if (backend == "cpu") {
@@ -79,7 +81,7 @@ int read_bounds(py::handle bounds, int64_t* to) {
     return segments;
 }
 
-// Raises where an address is next to null and there is an element to be read or written there.
+// Raises if an address is null or next to it, and the kernel would read or write elements there.
 void check_memory(int64_t n, std::initializer_list<uintptr_t> addresses) {
     if (n <= 0) return;
     for (const uintptr_t address : addresses)
@@ -93,7 +95,7 @@ void check_memory(int64_t n, const Sum& sum) {
 ErrorRatio make_ratio(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, uintptr_t y1, double rtol, double atol,
                       uintptr_t rtol_each, uintptr_t atol_each) {
     if ((rtol_each == 0) != (atol_each == 0))
-        throw std::invalid_argument("rtol_each and atol_each are given both or neither");
+        throw std::invalid_argument("rtol_each and atol_each: pass both or neither");
     return {partial, k, w, y0, y1, rtol, atol, rtol_each, atol_each};
 }
 
@@ -126,7 +128,8 @@ void squared_error_ratio(const BoundTarget& on, py::handle bounds, uintptr_t out
 }
 
 Samples make_samples(int64_t count, int64_t length, uintptr_t each) {
-    if (count < 0 || length < 0) throw std::invalid_argument("rows must not be negative");
+    if (count < 0 || length < 0)
+        throw std::invalid_argument("the number of rows and their length must not be negative");
     return {count, length, each};
 }
 
@@ -169,7 +172,8 @@ void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
     on.backend->write_scalars(on.target, n, out, value);
 }
 
-// Lets the garbage collector see what an object holds: func may hold a result whose graph holds a Slope.
+// Shows the garbage collector the references of an object. It needs them to free cycles: func may hold a result, whose
+// autograd graph holds a Slope, which holds func.
 template <typename T>
 void make_collectable(PyHeapTypeObject* heap_type) {
     PyTypeObject& type = heap_type->ht_type;
@@ -185,8 +189,9 @@ void make_collectable(PyHeapTypeObject* heap_type) {
     };
 }
 
-// Learns the types of plain tensors and, where torch has them (else None), its table of DLPack's C functions and what
-// counts who shares a storage; also how a tensor and a view look that nobody else holds.
+// Stores the parts of torch that this module uses: the types of plain tensors, the table of DLPack's C functions, and
+// the counter of a storage's references. The last two are None if this torch lacks them. `alone` is a tensor and a view
+// of another, held by no one else, for Ownership.
 void use_torch(const py::type& tensor, const py::type& parameter, const py::object& exchange_api,
                const py::object& storage_uses, const py::tuple& alone) {
     Torch& torch = Torch::found();
@@ -201,7 +206,7 @@ void use_torch(const py::type& tensor, const py::type& parameter, const py::obje
     if (api->major == 1) torch.view = api->view;
 }
 
-// The tensor that `f(*args)` returns, or a copy where somebody else could change it.
+// Returns the tensor that `f(*args)` returns, or a copy if someone else could change it.
 py::object own_result(const py::object& f, const py::tuple& args) {
     py::object x = Attribute::owned(PyObject_CallObject(f.ptr(), args.ptr()));
     if (x.is_none() || Ownership::known().is_sole(x.ptr(), false)) return x;
@@ -219,7 +224,7 @@ int device_count() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Kernels of aca_ext on raw addresses; aca_ext.kernels.fused is the only caller.";
+    m.doc() = "Kernels of aca_ext on raw addresses, which they trust. Use aca_ext.kernels.fused, which checks tensors.";
     m.attr("VERSION") = ACA_VERSION;
     m.attr("CUDA_ARCHITECTURES") = ACA_CUDA_ARCHITECTURES;
     m.attr("HAS_CUDA") = py::bool_(sizeof(ACA_CUDA_ARCHITECTURES) > 1);
@@ -280,7 +285,7 @@ PYBIND11_MODULE(_C, m) {
         .def("choose_first_step", [](Stepper& stepper, const py::object& f, SolveControl& control, const py::object& y,
                                      const py::object& k) { return stepper.choose_first_step(f, control.solve, y, k); })
         .def("run_steps", &run_steps)
-        .def("vjp", &Stepper::vjp);
+        .def("vjp", &transpose_step);
     m.def("weighted_sum", &weighted_sum);
     m.def("solution_and_error", &solution_and_error);
     m.def("squared_error_ratio", &squared_error_ratio);

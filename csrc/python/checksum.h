@@ -1,4 +1,4 @@
-// A checksum of memory, to see that it holds what it held before.
+// Checksum of memory, to detect that its contents changed.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace aca {
 
-// Lanes side by side, for a multiplication takes several cycles; each step is a bijection of its lane, so that a single
-// changed word always shows.
+// Computed in eight independent lanes, since a multiplication takes several cycles. Each step is a bijection of its
+// lane, so that a single changed word always changes the sum.
 inline uint64_t checksum(uintptr_t address, size_t bytes) {
     constexpr size_t kLanes = 8;
     constexpr uint64_t kFactor = 0x9e3779b97f4a7c15u;

@@ -1,4 +1,4 @@
-// Python's view of the loop over compiled steps, forward and backward.
+// Python bindings of the compiled engine: its loop, its backward pass, and checksums of func's inputs.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,7 +17,7 @@
 
 namespace aca {
 
-// Fields of Code, in its order; none for a program that is not there.
+// Fields of Code, in its order; nullopt if there is no such program.
 using CodeFields = std::array<uintptr_t, 4>;
 
 inline Code make_code(const CodeFields& fields) { return {fields[0], fields[1], size_t(fields[2]), size_t(fields[3])}; }
@@ -77,29 +77,28 @@ inline uintptr_t transpose(const CompiledLoop& loop, const std::optional<CodeFie
     return backward.run(loop.steps, memory, inputs, grad_outputs, g, g_next);
 }
 
-// (t, h, t_next, outputs) of each accepted step.
+// Returns (t, h, t_next, outputs) of each accepted step.
 inline py::list accepted_steps(const CompiledLoop& loop) {
     py::list steps;
     for (const AcceptedStep& s : loop.steps) steps.append(py::make_tuple(s.t, s.h, s.t_next, s.outputs));
     return steps;
 }
 
-// Start and end of each accepted step, float64.
+// Returns start and end of each accepted step as the bytes of float64 numbers.
 inline py::bytearray bounds_of(const CompiledLoop& loop) {
     std::vector<double> values;
     for (const AcceptedStep& s : loop.steps) values.insert(values.end(), {s.t, s.t_next});
     return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(double)};
 }
 
-// Checksums of the inputs of func, eight bytes each, which may agree by chance for other contents with probability
-// 2^-64.
+// Checksums of func's inputs, eight bytes each. Different contents have the same checksum with probability 2^-64.
 class Checksums {
   public:
-    // The bytes of each input; those of 0 bytes do not count.
+    // `sizes` of the inputs in bytes; an input of size 0 is not read.
     explicit Checksums(std::vector<size_t> sizes) : sizes_(std::move(sizes)) {}
 
     py::bytes operator()(const py::list& addresses) const {
-        if (addresses.size() != sizes_.size()) throw std::invalid_argument("each block has its size");
+        if (addresses.size() != sizes_.size()) throw std::invalid_argument("pass one address for each size");
         std::vector<uint64_t> sums;
         sums.reserve(sizes_.size());
         for (size_t i = 0; i < sizes_.size(); ++i)

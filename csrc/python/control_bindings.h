@@ -1,4 +1,4 @@
-// Python's view of the control block and of the loops over it.
+// Python bindings of the control block, of the operations on it, and of the CUDA graph that loops over it.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,20 +21,20 @@ namespace aca {
 
 inline void set_tableau(Control& s, const std::vector<double>& c, const std::vector<std::vector<double>>& dense) {
     if (c.size() > size_t(kMaxTerms) || dense.size() > c.size())
-        throw std::invalid_argument("a step has at most 16 stages, each with its c");
+        throw std::invalid_argument("a step has at most 16 stages, and no more rows of dense output than stages");
     s.stages = int(c.size());
     s.degree = 0;
     std::memset(s.dense, 0, sizeof s.dense);
     for (size_t i = 0; i < c.size(); ++i) s.c[i] = c[i];
     for (const auto& row : dense)
         if (int(row.size()) > s.degree) s.degree = int(row.size());
-    if (s.degree > kMaxDegree) throw std::invalid_argument("dense output is a polynomial of degree 8 at most");
-    for (size_t i = 0; i < dense.size(); ++i)  // rows of one length: leading zeros change no bit of a Horner scheme
+    if (s.degree > kMaxDegree) throw std::invalid_argument("dense output has at most degree 8");
+    for (size_t i = 0; i < dense.size(); ++i)  // padded in front: leading zeros change no bit of a Horner scheme
         for (size_t p = 0; p < dense[i].size(); ++p) s.dense[i][size_t(s.degree) - dense[i].size() + p] = dense[i][p];
 }
 
 inline void add_block(Control& s, uintptr_t address, int64_t states) {
-    if (s.n_blocks == kMaxBlocks) throw std::invalid_argument("more blocks of states than a control block holds");
+    if (s.n_blocks == kMaxBlocks) throw std::invalid_argument("a control block holds at most 48 blocks of states");
     s.blocks[s.n_blocks] = {address, s.n_blocks ? s.n_states : 0};
     s.n_states = s.blocks[s.n_blocks++].first + states;
 }
@@ -42,7 +42,7 @@ inline void add_block(Control& s, uintptr_t address, int64_t states) {
 inline Control control_from(const py::bytes& bytes) {
     const std::string raw = bytes;
     Control s;
-    if (raw.size() != sizeof s) throw std::invalid_argument("these are not the bytes of a control block");
+    if (raw.size() != sizeof s) throw std::invalid_argument("a control block has another number of bytes");
     std::memcpy(static_cast<void*>(&s), raw.data(), sizeof s);
     return s;
 }
@@ -51,7 +51,7 @@ inline Decision decision_named(const std::string& name) {
     const char* const names[] = {"start", "euler", "first", "next", "resume", "transpose"};
     for (int i = 0; i < 6; ++i)
         if (name == names[i]) return Decision(i);
-    throw std::invalid_argument("no decision " + name);
+    throw std::invalid_argument("there is no decision named " + name);
 }
 
 inline DecidedStep decided_step(uintptr_t control, uintptr_t y, const std::vector<uintptr_t>& k) {

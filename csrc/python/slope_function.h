@@ -1,4 +1,4 @@
-// f called straight from C++, and a first look at what it returned: most results are laid out like the state.
+// Calls func from C++ and checks its result, without Python in the usual case of a result laid out like the state.
 #pragma once
 #include <utility>
 #include <vector>
@@ -11,9 +11,9 @@ namespace aca {
 
 class Slope {
   public:
-    // Calls `func(t, y, *args)`. A result that is not admitted beside `like` becomes `checked(result)`. With
-    // `versioned`, a state that func changed in place ends in `changed()`, which raises. Where the caller wants no
-    // graph, `is_grad_enabled()`, a result that has one all the same is detached.
+    // Calls `func(t, y, *args)`. A result that is not laid out like `like` is replaced by `checked(result)`. With
+    // `versioned`, `changed()`, which raises, is called if func changed its state in place. If `is_grad_enabled()` is
+    // false, a result with an autograd graph is detached.
     Slope(py::object func, py::tuple args, const py::object& like, py::object checked, py::object changed,
           py::object is_grad_enabled, bool versioned)
         : func_(std::move(func)),
@@ -24,7 +24,7 @@ class Slope {
           admission_(like),
           versioned_(versioned) {}
 
-    // A slope that nobody else can change. The first of a solve comes from here.
+    // Returns a slope that no one else can change. The first evaluation of a solve is this one.
     py::object operator()(PyObject* t, PyObject* y) {
         dlpack::Tensor before;
         Result k = evaluate(t, y, Torch::found().look(y, &before) ? uintptr_t(before.data) : 0);
@@ -34,15 +34,15 @@ class Slope {
         return std::move(k.tensor);
     }
 
-    // A slope as func returned it. It is held where func has a variable of it; func may have its memory all the same.
-    // The address is 0 where torch does not tell it without a call into Python.
+    // A slope as func returned it. `is_held`: another variable refers to the tensor; even if not, func may hold its
+    // memory. The address is 0 if it takes a call into Python.
     struct Result {
         py::object tensor;
         uintptr_t address;
         bool has_graph, is_held;
     };
 
-    // `y_address` is where y is, 0 if that is not known.
+    // `y_address` is the address of y, or 0 if it is not known.
     Result evaluate(PyObject* t, PyObject* y, uintptr_t y_address) {
         ++n_evals;
         const py::object version = versioned_ ? names().version.of(y) : py::object();
@@ -82,7 +82,7 @@ class Slope {
     }
 
     py::object call(PyObject* t, PyObject* y) const {
-        constexpr size_t kOffset = 1;  // a free place in front, which the callee may use
+        constexpr size_t kOffset = 1;  // a free place in front, which PY_VECTORCALL_ARGUMENTS_OFFSET lends the callee
         const size_t n_args = 2 + size_t(PyTuple_GET_SIZE(args_.ptr()));
         PyObject* few[kOffset + 6];
         std::vector<PyObject*> many;

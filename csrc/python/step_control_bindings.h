@@ -1,4 +1,4 @@
-// Python's view of step control: of one solve, and of many at once as arrays.
+// Python bindings of step control: for one solve, and for many solves at once as arrays.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -28,14 +28,15 @@ class SolveControl {
           times_(std::move(times)),
           stops_(std::move(stops)) {
         if (times_.empty() || (times_.size() > 1 && stops_.empty()))
-            throw std::invalid_argument("a solve has times, and ends at the last of its stops");
+            throw std::invalid_argument(
+                "a solve needs a time; with several times, it needs a stop at the last of them");
         control::set_times(solve, times_.front(), times_.back(), uintptr_t(times_.data()), int64_t(times_.size()),
                            uintptr_t(stops_.data()), int64_t(stops_.size()));
         if (times_.size() == 1) solve.status = Status::done;
     }
     SolveControl(const SolveControl&) = delete;  // `solve` points to the times
 
-    // Goes on with the error ratios of earlier steps, newest first.
+    // Continues from the error ratios of earlier steps, newest first.
     void set_ratios(const std::vector<double>& ratios) {
         solve.n_ratios = int(ratios.size() < 3 ? ratios.size() : 3);
         for (int i = 0; i < solve.n_ratios; ++i) solve.ratios[i] = ratios[size_t(i)];
@@ -48,7 +49,7 @@ class SolveControl {
     std::vector<double> times_, stops_;
 };
 
-// The step controls of independent solves, one for each row of `times`.
+// The step controls of independent solves, one per row (a sample) of `times`.
 class BatchControl {
   public:
     using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
@@ -76,11 +77,12 @@ class BatchControl {
         check(norm_change);
         for (size_t i = 0; i < controls_.size(); ++i) {
             control::choose_first_step(controls_[i], norm_change.data()[i]);
-            if (controls_[i].status == Status::not_finite) controls_[i].status = Status::running;  // the trial tells
+            if (controls_[i].status == Status::not_finite)
+                controls_[i].status = Status::running;  // the first trial decides
         }
     }
 
-    // Solves that are done get a trial of length zero.
+    // Finished solves get a trial of length zero.
     void propose() {
         for (StepControl& s : controls_) {
             if (s.status == Status::running) {
@@ -92,7 +94,7 @@ class BatchControl {
         }
     }
 
-    // The ratios of solves that are done mean nothing.
+    // The ratios of finished solves are ignored.
     void judge(const Array& ratios) {
         check(ratios);
         for (size_t i = 0; i < controls_.size(); ++i) {
@@ -102,13 +104,13 @@ class BatchControl {
         }
     }
 
-    // Lets solves go on whose error ratio was not finite and that can try a smaller step.
+    // Resumes the solves whose error ratio was not finite, if a smaller step is possible.
     void retry() {
         for (StepControl& s : controls_)
             if (s.status == Status::not_finite && control::can_shrink(s)) s.status = Status::running;
     }
 
-    // A member of all controls as an array that shares their memory.
+    // Returns one member of all controls as an array that shares their memory.
     template <typename T>
     static py::array view(const py::object& self, T StepControl::* member) {
         auto& controls = self.cast<BatchControl&>().controls_;
@@ -125,7 +127,7 @@ class BatchControl {
   private:
     void check(const Array& values) const {
         if (values.ndim() != 1 || size_t(values.shape(0)) != controls_.size())
-            throw std::invalid_argument("there is one value for each solve");
+            throw std::invalid_argument("pass one value for each solve");
     }
 
     Array times_;

@@ -1,4 +1,4 @@
-// Several steps in one call: those up to the next output inside a step, or to the end.
+// Several steps in one call, up to the next step with an output inside it, or to the end of the solve.
 #pragma once
 #include <utility>
 
@@ -8,11 +8,11 @@
 
 namespace aca {
 
-// Makes steps from (y, k), where k is f(t, y) or None, until one has an output inside it, or the status is no longer
-// running. `slot()` is where the solution of a trial belongs and `accept()` keeps it, or both are None. `rows` holds a
-// tensor for each requested time, which receives the state where a step ends at that time. Returns (y, k) of the step
-// to come, (t, h, t_next, first output due, end of those due) of each accepted step, and (y, slopes) of the last step
-// if outputs are due inside it, else None.
+// Makes steps from (y, k), where k is f(t, y) or None, until a step has an output inside it or the status is no longer
+// running. `slot()` returns the checkpoint buffer for a trial's solution and `accept()` keeps it; both may be None.
+// `rows` holds one tensor per requested time, which gets the state if a step ends at that time. Returns (y, k) of the
+// next step; (t, h, t_next, first output due, end of the outputs due) of each accepted step; and (y, slopes) of the
+// last step if outputs are due inside it, else None.
 inline py::tuple run_steps(Stepper& stepper, const py::object& f, SolveControl& control, const py::object& slot,
                            const py::object& accept, py::object y, py::object k, const py::tuple& rows) {
     StepControl& s = control.solve;

@@ -1,4 +1,4 @@
-// Python's tensors as the steps see them: attributes, addresses, and rows allocated many at a time.
+// Access to Python tensors: attributes, addresses, and tensors allocated in blocks.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -23,7 +23,7 @@ void run(int64_t n, F&& f) {
     }
 }
 
-// The attribute of a tensor, without the temporary string that a literal would make.
+// Name of an attribute, interned once; a literal would make a temporary string at each access.
 class Attribute {
   public:
     explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
@@ -58,26 +58,26 @@ inline bool equal(const py::object& a, const py::object& b) {
     return result == 1;
 }
 
-// 0 for a tensor without elements.
+// Address of the elements of a tensor, 0 if it has none.
 inline uintptr_t address_of(const py::object& tensor) {
     static const Attribute data_ptr("data_ptr");
     return uintptr_t(as_size(data_ptr.call(tensor.ptr())));
 }
 
-// A tensor and where its elements are.
+// A tensor and the address of its elements.
 struct Row {
     py::object tensor;
     uintptr_t address;
 };
 
-// Tensors of one layout, handed out one after another and allocated many at a time. One is handed out again only
-// where whoever had it before, func above all, can no longer tell.
+// Tensors of one layout, allocated in blocks and handed out one after another. A tensor is handed out again only if no
+// one else, func above all, still holds it or its memory.
 class Rows {
   public:
     // `allocate()` returns a tuple of tensors, equally far apart in memory.
     explicit Rows(py::object allocate) : allocate_(std::move(allocate)) {}
 
-    // `count` neighbours; operator[] and address() then speak of them.
+    // Takes `count` neighbours. operator[] and address() then refer to them.
     void take(size_t count) {
         if (count == taken_ && is_alone_again()) return;
         first_ += taken_;
@@ -97,7 +97,7 @@ class Rows {
     }
     uintptr_t address() const { return start_ + first_ * pitch_; }
 
-    // The next one alone; its block is let go with its last one.
+    // Takes one tensor. A block whose tensors are never handed out again is released with its last one.
     Row take_one() {
         take(1);
         Row row{(*this)[0], address()};
@@ -116,8 +116,8 @@ class Rows {
         return all;
     }
 
-    // Notes who shares the memory of a new block, where torch tells; on the host, where it is not used later than func
-    // returns.
+    // Records the reference counts of the block's storage, to detect aliases later. On the CPU only: a GPU may use the
+    // memory after func has returned.
     void watch() {
         constexpr int32_t kCpu = 1;
         const Torch& torch = Torch::found();
@@ -135,8 +135,7 @@ class Rows {
         return as_long(Attribute::owned(PyObject_CallOneArg(count, storage_address_.ptr())));
     }
 
-    // Tells whether nobody but this object holds the tensors handed out last, in Python or in C++, or their memory, and
-    // they are as they were.
+    // Returns true if only this object holds the tensors handed out last and their memory, and they are unchanged.
     bool is_alone_again() const {
 #ifdef Py_GIL_DISABLED
         return false;

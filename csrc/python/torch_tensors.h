@@ -1,5 +1,5 @@
-// Torch's view in C of a tensor: its memory and layout, by the exchange functions of DLPack 1.x (the
-// specification at dmlc.github.io/dlpack), without a call into Python and without libtorch.
+// Memory and layout of a tensor without a call into Python and without libtorch: by torch's exchange functions of
+// DLPack 1.x, whose specification is at dmlc.github.io/dlpack.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -37,21 +37,21 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
-// torch as it was found when this module was loaded; what a version of it lacks is null.
+// Types and functions of the torch that is loaded; null if its version lacks them.
 struct Torch {
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
     int (*view)(void*, dlpack::Tensor*) = nullptr;
-    PyObject* storage_uses = nullptr;  // of the address of a storage
+    PyObject* storage_uses = nullptr;  // called with the address of a storage, returns the number of its references
 
     static Torch& found() {
         static Torch torch;
         return torch;
     }
 
-    // A subclass may hold its elements elsewhere.
+    // False for subclasses, which may keep their elements elsewhere.
     bool is_plain(PyObject* x) const { return Py_TYPE(x) == tensor || Py_TYPE(x) == parameter; }
 
-    // False where `x` is no plain tensor, or one without memory of its own.
+    // Returns false, and leaves `seen` undefined, unless `x` is a plain tensor with memory.
     bool look(PyObject* x, dlpack::Tensor* seen) const {
         if (!view || !is_plain(x)) return false;
         if (view(x, seen) != 0) {
@@ -61,15 +61,15 @@ struct Torch {
         return has_memory(x, uintptr_t(seen->data)) && seen->strides != nullptr && seen->byte_offset == 0;
     }
 
-    // Whether `x`, which was at `address` if that is not 0, lost its memory or was given another.
+    // Returns true if `x` has left the memory at `address`; false if that address is 0, which stands for unknown.
     bool has_moved(PyObject* x, uintptr_t address) const {
         dlpack::Tensor now;
         return address != 0 && view && !(look(x, &now) && uintptr_t(now.data) == address);
     }
 
-    // Without memory, a tensor's address is as far from 0 as the tensor from the start of its storage.
+    // A tensor without memory reports its offset in its storage as its address, which is small but not always 0.
     static bool has_memory(PyObject* x, uintptr_t address) {
-        constexpr uint64_t kSurelyMemory = uint64_t(1) << 40;  // further than any tensor from the start of its storage
+        constexpr uint64_t kSurelyMemory = uint64_t(1) << 40;  // larger than any offset in a storage
         if (uint64_t(address) >= kSurelyMemory) return true;
         if (address == 0) return false;
         try {
@@ -86,7 +86,7 @@ struct Torch {
     throw py::error_already_set();
 }
 
-constexpr uintptr_t kLowestAddress = 1 << 12;  // below, systems map nothing
+constexpr uintptr_t kLowestAddress = 1 << 12;  // operating systems map nothing below
 
 [[noreturn]] inline void refuse_without_memory() {
     raise_error(
@@ -95,7 +95,7 @@ constexpr uintptr_t kLowestAddress = 1 << 12;  // below, systems map nothing
         "or its storage was freed or resized. Use plain tensors that keep their memory.");
 }
 
-// A tensor's dtype, device, shape and strides, whatever becomes of the tensor.
+// Copy of a tensor's dtype, device, shape and strides.
 class Layout {
   public:
     Layout() = default;

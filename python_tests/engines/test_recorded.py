@@ -1,4 +1,4 @@
-"""Models that hold a solve under torch.jit.trace, torch.jit.script, torch.export and torch.fx: right, or refused."""
+"""Models that hold a solve under torch.jit.trace, torch.jit.script, torch.export and torch.fx: right or refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import aca_ext
 from aca_ext import errors
 
-# torch.jit announces its end with every call.
+# Every call of torch.jit warns that it is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 TIMES = (0.0, 0.3, 1.0)
@@ -31,7 +31,7 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 class Solve(nn.Module):
-    """odeint of its inputs as an nn.Module."""
+    """nn.Module that solves from its inputs by odeint."""
 
     def __init__(self, func: Callable[..., Any], n_parts: int = 1, **call: Any) -> None:
         super().__init__()

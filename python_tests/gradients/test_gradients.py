@@ -17,9 +17,9 @@ from aca_ext import errors
 
 ADAPTIVE = [name for name, tableau in aca_ext.METHODS.items() if tableau.adaptive]
 STEPS = {"step_size": 0.2}
-EXACT = ("aca", "direct", "naive")  # on fixed steps, where there is no search for the step size
+EXACT = ("aca", "direct", "naive")  # on fixed steps, without a search for the step size
 
-# Requested times, and the rows of the solution that the loss reads.
+# Requested times, and the outputs (rows of the solution) that the loss reads.
 PATTERNS: dict[str, tuple[list[float], list[int]]] = {
     "end": ([0.0, 1.3], [1]),
     "several": ([0.0, 0.11, 0.23, 0.5, 0.77, 1.3], [0, 1, 2, 3, 4, 5]),
@@ -77,7 +77,7 @@ def test_fixed_steps(method: str, gradient: str, pattern: str) -> None:
 
 
 def test_patterns_put_outputs_inside_steps() -> None:
-    """Otherwise the comparisons above would not reach dense output."""
+    """Ensures that the comparisons above reach dense output."""
     func, y0, args = driven()
     for pattern in ("within one step", "decreasing"):
         times = torch.tensor(PATTERNS[pattern][0], dtype=torch.float64)
@@ -214,7 +214,7 @@ def checkable(gradient: str, method: str, options: dict[str, Any]) -> tuple[Call
     return solved, (sample(2).requires_grad_(), sample(2, seed=1).requires_grad_(), *weights)
 
 
-# Tolerances of 1 and a step that may not grow: adaptive steps whose grid no perturbation moves.
+# With tolerances of 1 and a step that may not grow, a perturbation does not change the grid of adaptive steps.
 GRIDS = {"fixed": {"step_size": 0.2}, "adaptive": {"first_step": 0.2, "max_step": 0.2}}
 
 
@@ -534,7 +534,7 @@ def test_a_solve_inside_the_slope_of_another() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"batch": "independent"}], ids=["together", "independent"])
 def test_hooks_between_solves_are_given_tensors(options: dict[str, Any]) -> None:
-    """With create_graph=True too, where the second solve's gradient does not go on into the first."""
+    """Also with create_graph=True, where the gradient of the second solve does not continue into the first."""
     found = []
     for gradient in ("aca", "direct"):
         w = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)

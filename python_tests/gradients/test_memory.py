@@ -1,4 +1,4 @@
-"""Memory of a solve: what lives during it, and that nothing stays."""
+"""Memory of a solve: the tensors alive during it, and none left after it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class TestMemory:
             assert count == 20
             assert (count + 1) * size <= held - 3 * size <= (count + 4) * size
             sol.y[-1].sum().backward()
-            assert memory.current <= 5 * size  # the solution's three rows, the gradient, a little
+            assert memory.current <= 5 * size  # the solution's three outputs, the gradient, and a little
             assert sol.y.shape[0] == 3
 
     def test_without_gradient_there_are_no_checkpoints(self) -> None:
@@ -134,7 +134,7 @@ class TestMemory:
         assert few <= 16 * size
 
     def test_memory_of_aca_is_checkpoints_and_one_step(self) -> None:
-        """Ten times the steps cost ten times the states, not ten times the graphs."""
+        """Ten times the steps take ten times the states, but not ten times the autograd graphs."""
         net = Mlp(4, 64)
         x = sample(256, 4)
         size = x.numel() * 8
@@ -148,5 +148,5 @@ class TestMemory:
                     y[-1].sum().backward()
                 peaks[gradient, count] = memory.peak
         growth = (peaks["aca", 55] - peaks["aca", 5]) / 50
-        assert growth <= 1.6 * size  # blocks of 64 states: up to that many allocated in vain
+        assert growth <= 1.6 * size  # states are allocated in blocks of up to 64
         assert (peaks["direct", 10] - peaks["direct", 5]) / 5 > 20 * size

@@ -1,4 +1,4 @@
-"""Properties of every solve, for any state and times."""
+"""Properties that hold for solves of any state and times."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def grids(draw: st.DrawFn) -> list[float]:
 
 
 class TestProperties:
-    """Hypothesis: for any state, times, tolerance and method, the solution and its gradient are right."""
+    """Solutions and gradients for random states, times, tolerances and methods, drawn by Hypothesis."""
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(

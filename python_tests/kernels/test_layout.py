@@ -1,4 +1,4 @@
-"""Rows laid out like a state, and stacks of states that keep their memory format."""
+"""Rows (samples) laid out like a state, and stacks of states that keep their memory format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels against their specification, reference.py, on every device that has kernels here."""
+"""The kernels against their specification, reference.py, on every device for which this build has kernels."""
 
 from __future__ import annotations
 

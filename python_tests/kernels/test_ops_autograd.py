@@ -1,4 +1,4 @@
-"""The kernels inside autograd, and which operations a state gets."""
+"""The kernels inside autograd, and the choice of operations for a state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA kernels: streams, graphs, devices, repeatability."""
+"""CUDA kernels: streams, CUDA graphs, devices, repeatability."""
 
 from __future__ import annotations
 

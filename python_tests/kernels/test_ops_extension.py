@@ -13,7 +13,7 @@ from aca_ext import _C
 
 
 class TestExtensionRefuses:
-    """Only counts, names and bounds can be checked of a call on raw addresses."""
+    """A call on raw addresses can be checked for its counts, names and bounds only."""
 
     X = torch.zeros(8, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""The kernels on states of any layout in memory, and what they admit."""
+"""The kernels on states of any memory layout, and the tensors that they admit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels on rows, each with a step of its own, against the kernels on one row."""
+"""The kernels on rows (samples), each with its own step size, against the kernels on one row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS = [(1, 1), (3, 2), (5, 7), (7, 64), (2, CHUNK + 5), (3, 2 * THREADS_FROM), 
 @both_dtypes
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 class TestRows:
-    """Rows with a step size each: bitwise the same rows one by one, and the specification."""
+    """Rows with their own step sizes: bitwise equal to single rows, and near the specification."""
 
     @staticmethod
     def of(shape: tuple[int, int], dtype: torch.dtype, device: str, **tolerances: Any) -> tuple[RowKernels, Tensor]:
@@ -85,7 +85,7 @@ class TestRows:
 @both_dtypes
 class TestRowsMore:
     def test_segments(self, device: str, dtype: torch.dtype) -> None:
-        """Components of a tuple lie side by side in every row; the largest of their norms counts."""
+        """Each row holds the components of a tuple side by side; its norm is the largest of theirs."""
         bounds = [0, 3, 3, 8]
         operands = Operands((4, 8), dtype, device)
         partial, k, y0, y1 = operands.many(4)

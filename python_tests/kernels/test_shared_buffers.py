@@ -1,4 +1,4 @@
-"""func and its backward pass with buffers of their own, which they write again and again and hand out."""
+"""Funcs, and backward passes inside func, that return the same buffers again and again with new contents."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SOLVES: dict[str, dict[str, Any]] = {
     "independent": {"options": {"batch": "independent"}, **TIGHT},
     "independent, direct": {"options": {"batch": "independent"}, "gradient": "direct", **TIGHT},
 }
-SIZES = {"small": 3, "large": 700}  # slopes are kept in different ways
+SIZES = {"small": 3, "large": 700}  # small slopes are always copied, large ones only if they are shared
 
 
 class Buffers:
-    """Buffers that func writes into; each method stores the values of ``x`` and hands them out in its own way."""
+    """Buffers that func writes into; each method stores the values of ``x`` and returns them in another way."""
 
     def __init__(self, n: int) -> None:
         self.x, *self.others = (torch.empty(n, dtype=torch.float64) for _ in range(3))
@@ -62,7 +62,7 @@ each_size = pytest.mark.parametrize("n", SIZES.values(), ids=SIZES)
 
 
 class Half(torch.autograd.Function):
-    """y / 2, its gradient as ``give`` makes it."""
+    """y / 2, whose backward pass returns its gradient through ``give``."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, give: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every kind of tensor that torch can make, wherever one comes in: the result of plain ones or an error, no crash."""
+"""Every kind of tensor in torch as every input: the result equals that of plain tensors, or is an error, no crash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCHES: dict[str, dict[str, Any]] = {"common": {}, "independent": {"options": {
 
 
 class OnlyFunctions(Tensor):
-    """A subclass with elements in memory of its own, which overrides torch functions alone."""
+    """A subclass that overrides torch functions only, and whose elements are in memory as usual."""
 
 
 def zeros(x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def resized(x: Tensor, n_bytes: int) -> Tensor:
 
 
 def freed_behind(x: Tensor) -> Tensor:
-    """A view that did not begin where its storage, now freed, began: its address is not null."""
+    """A view with an offset into its freed storage, so that its address is not null."""
     view = from_end(x)
     view.untyped_storage().resize_(0)
     return view
@@ -74,7 +74,7 @@ def from_end(x: Tensor) -> Tensor:
     return torch.cat([torch.full_like(x, 7.0), x])[len(x) :]
 
 
-# The same values in another form.
+# Kinds with the same values in another form.
 EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,
     "negative bit": lambda x: torch._neg_view(-x),
@@ -95,7 +95,7 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "view of a leaf": lambda x: x.detach().clone().requires_grad_(x.is_floating_point()).view(-1).view(x.shape),
     "zeros without memory": zeros,
 }
-# No values that a solve could use, or none that mean the same.
+# Kinds without values, or whose values mean something else.
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "fake": fake,
     "functional": lambda x: torch._to_functional_tensor(x.detach()),
@@ -123,9 +123,9 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "complex128, conjugated": lambda x: torch.complex(x.detach(), x.detach()).conj(),
 }
 KINDS = {**EQUAL, **OTHERS}
-# States in their own right, of another precision or shape.
+# Kinds that are valid states of another precision or shape.
 STATES = {"empty", "0-d", "float16", "bfloat16", "float32", "complex128", "complex128, conjugated"}
-# What is taken although it is not of the state's dtype or shape.
+# Kinds that an input accepts although they do not have the state's dtype or shape.
 CONVERTED = {
     "as_y0": STATES - {"0-d"},
     "as_arg": OTHERS.keys() - {"meta"},
@@ -135,7 +135,7 @@ CONVERTED = {
 
 
 class Given(torch.autograd.Function):
-    """Multiplies by a half; the gradient comes as a tensor of some kind."""
+    """Multiplies by a half; its gradient is a tensor of some kind."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -148,7 +148,7 @@ class Given(torch.autograd.Function):
 
 
 class Returned(torch.autograd.Function):
-    """Multiplies by minus a half; the result comes as a tensor of some kind."""
+    """Multiplies by minus a half; its result is a tensor of some kind."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -160,7 +160,7 @@ class Returned(torch.autograd.Function):
 
 
 def plainly(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The values of what ``make`` makes, as a plain tensor of the dtype of what it is given."""
+    """A function whose result has the values of ``make``'s, as a plain tensor of the argument's dtype."""
 
     def copy(x: Tensor) -> Tensor:
         made = make(x).detach()
@@ -254,7 +254,7 @@ def test_the_same_values_in_another_form(kind: str, position: str, batch: str) -
     assert relative_error(run(EQUAL[kind], settings), run(plainly(EQUAL[kind]), settings)) <= 1e-14
 
 
-# Positions that torch's autograd looks at before a solve does, and what it says to what it cannot take.
+# Positions that torch's autograd checks before a solve does, and the errors that it raises.
 BEHIND_AUTOGRAD = ("as_gradient", "as_result_of_backward")
 AUTOGRAD_ERRORS = (RuntimeError, TypeError, NotImplementedError)
 
@@ -279,7 +279,7 @@ def test_others_are_refused_or_right(kind: str, position: str, batch: str) -> No
         assert kind in STATES
         assert relative_error(found[-1], math.exp(-0.5) * OTHERS[kind](start())) <= 2e-2
     else:
-        twin = EQUAL["plain"] if position == "as_arg" else plainly(OTHERS[kind])  # an arg that is not used
+        twin = EQUAL["plain"] if position == "as_arg" else plainly(OTHERS[kind])  # such an arg is not used
         assert relative_error(found, run(twin, settings)) <= 1e-14
 
 

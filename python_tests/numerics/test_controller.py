@@ -1,4 +1,4 @@
-"""Step-size control with plain numbers: growth, shrinkage, limits, and the first step by Hairer's rule."""
+"""Step-size controller on plain numbers: growth, shrinkage, limits, and the first step by Hairer's rule."""
 
 from __future__ import annotations
 

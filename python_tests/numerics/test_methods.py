@@ -20,9 +20,9 @@ from aca_ext.numerics.tableau import Tableau
 Tree = tuple  # of trees; Python 3.10 cannot spell the recursive type
 Row = tuple[Fraction, ...]
 
-# Residuals are exactly zero but for two methods with irrational coefficients: tsit5, given to 36 decimals,
-# and dopri8, published as rationals good to about 1e-17. The coefficients of their dense output (up to 118 in
-# dopri8) magnify this. The largest residuals are 6.3e-36, 3.9e-36, 1.3e-34 and 6.5e-18, 6.4e-18, 1.3e-15; a
+# Residuals are exactly zero except for two methods with irrational coefficients: tsit5, given to 36 decimals, and
+# dopri8, published as rationals with an error of about 1e-17. The coefficients of their dense output (up to 118 in
+# dopri8) magnify this. The largest residuals are 6.3e-36, 3.9e-36, 1.3e-34 and 6.5e-18, 6.4e-18, 1.3e-15. A
 # coefficient wrong by 1e-12 breaks these bounds (see the tests of wrong digits).
 PRECISION = {
     ("tsit5", "b"): Fraction(1, 10**35),
@@ -112,7 +112,7 @@ def elementary_weights(a: tuple[Row, ...]) -> Callable[[Tree], Row]:
 
 
 class Residuals:
-    """By how much a tableau misses the conditions of its solution, embedded and dense weights."""
+    """Residuals of a tableau in the order conditions of its solution, embedded and dense weights."""
 
     def __init__(self, method: Tableau) -> None:
         self.method = method
@@ -134,7 +134,7 @@ class Residuals:
         )
 
     def hold(self) -> bool:
-        """Tells whether all conditions up to the claimed orders hold."""
+        """Returns True if all conditions up to the claimed orders hold."""
         claims = zip(("b", "b_hat", "dense"), CLAIMED[self.method.name], strict=True)
         return all(
             abs(residual) <= PRECISION.get((self.method.name, what), 0)
@@ -150,7 +150,7 @@ def residuals(name: str) -> Residuals:
 
 
 def shift(row: Row, *places: int) -> Row:
-    """``row`` with 1e-12 added at the first place and, if a second is given, taken off there."""
+    """``row`` with 1e-12 added at the first place and, if there is a second place, subtracted there."""
     moved = list(row)
     for place, sign in zip(places, (1, -1), strict=False):
         moved[place] += Fraction(sign, 10**12)
@@ -238,7 +238,7 @@ def test_coefficients_that_no_condition_fixes() -> None:
 
 
 def every_entry(method: Tableau) -> Iterator[dict[str, object]]:
-    """Each single coefficient made wrong by 1e-12."""
+    """Changes of a single coefficient by 1e-12, for every coefficient."""
     for field in ("c", "b", "error"):
         row = getattr(method, field)
         for j in range(len(row or ())):
@@ -251,7 +251,7 @@ def every_entry(method: Tableau) -> Iterator[dict[str, object]]:
 
 
 def every_neutral_pair(method: Tableau) -> Iterator[dict[str, object]]:
-    """Two neighbouring coefficients made wrong by 1e-12 such that no sum in the tableau shows it."""
+    """Changes of two neighbouring coefficients by 1e-12 that leave all sums in the tableau unchanged."""
     for i, row in enumerate(method.a):
         for j in range(1, len(row)):
             if (method.name, i) != ("fehlberg2", 2):  # a free parameter: its printed value is tested above

@@ -1,4 +1,4 @@
-"""Step control: its decisions, and that Python, C++ and batches of many solves make the same ones bit for bit."""
+"""Step control: its decisions, which Python, C++ and batches of many solves make alike, bit for bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fixed(kind: Any, times: Sequence[float], nodes: Sequence[float]) -> Any:
 
 
 def reached(control: Any) -> list[tuple[int, float]]:
-    """The outputs of one more trial without error, and their positions in it."""
+    """Outputs that one more trial without error reaches, and their positions in that step."""
     control.propose()
     control.judge(0.0)
     return [(i, control.position(i)) for i in range(*control.due)]

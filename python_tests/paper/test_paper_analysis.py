@@ -1,4 +1,4 @@
-"""The experiments on the paper's analysis (toy, reverse, cost): a quick run each, and that it can be continued."""
+"""The experiments on the paper's analysis (toy, reverse, cost): a quick run of each, and continued runs."""
 
 import json
 
@@ -16,7 +16,7 @@ from benchmarks.paper.common import Progress, Settings, plain
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Runs an experiment once, quickly, and returns what its JSON holds."""
+    """A function that runs an experiment at its quick size, once, and returns the content of its JSON."""
     folder = tmp_path_factory.mktemp("results")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def results(tmp_path_factory):
 
 
 def rows_of(record, title):
-    """Rows of the first table whose title starts so, as dicts by column."""
+    """Rows of the first table whose title starts with ``title``, as dicts by column."""
     table = next(t for t in record["tables"] if t["title"].startswith(title))
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
@@ -85,7 +85,7 @@ def test_reverse_only_aca_meets_the_forward_states(results, problem):
     aca, adjoint = rows["aca"], rows["adjoint"]
     assert aca["on forward states"] == aca["backward evaluations"] > 0
     assert aca["off y(0)"] == 0
-    assert adjoint["on forward states"] <= 1  # the end, where it starts
+    assert adjoint["on forward states"] <= 1  # only at the end, where the adjoint's backward solve starts
     assert adjoint["off y(0)"] is None or adjoint["off y(0)"] > 0.1
     assert rows["reverse solve"]["off y(0)"] > 0.1
     assert aca["gradient error"] < 1e-14

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.paper import cifar, image, retest
 from benchmarks.paper.common import MissingError, Progress, Settings, write_json
 
-# The paper's network: batch normalisation inside f.
+# The paper's network has batch normalisation inside f, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
 
 MODELS = [model.name for model in (image.RESNET, image.ACA, image.ADJOINT, image.NAIVE, image.ADJOINT_LOOSE)]
@@ -26,14 +26,14 @@ def quick(output: Path, **changes) -> Settings:
 
 
 def small(layout: cifar.Format, per_class: int) -> cifar.Format:
-    """The same files with few records, whose checksums are not checked."""
+    """The same files with fewer records and without checksums."""
     n = dict.fromkeys(layout.n_records, per_class * layout.n_classes)
     unchecked = {part: dict.fromkeys(getattr(layout, part)) for part in ("train", "test")}
     return dataclasses.replace(layout, n_records=n, **unchecked)
 
 
 def write_files(layout: cifar.Format, folder: Path) -> np.ndarray:
-    """Random images with each label equally often; returns the records of the last file, the test's."""
+    """Writes random images with equally many of each label; returns the records of the last file, the test set."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for name in (*layout.train, *layout.test):
@@ -103,7 +103,7 @@ def test_an_interrupted_training_continues_where_it_stopped(tmp_path):
         train(tmp_path / "parts", interrupt)
     ticks.clear()
     continued = train(tmp_path / "parts", ticks.append)
-    assert ticks == [1, 1]  # one epoch from the file, one trained
+    assert ticks == [1, 1]  # one epoch read from the file, one trained
     assert torch.equal(continued["probability"], whole["probability"])
     assert [point["error"] for point in continued["curve"]] == [point["error"] for point in whole["curve"]]
     assert continued["curve"][1]["seconds"] > continued["curve"][0]["seconds"]
@@ -148,7 +148,7 @@ def test_cifar_files_are_read(tmp_path, layout):
     assert images.shape == (2 * layout.n_classes * len(layout.train), 3, 32, 32)
     assert len(labels) == len(images)
     assert torch.equal(test_labels, torch.from_numpy(records[:, layout.label_bytes - 1].astype(np.int64)))
-    green = records[7, layout.label_bytes + 1024 : layout.label_bytes + 2048]  # row by row
+    green = records[7, layout.label_bytes + 1024 : layout.label_bytes + 2048]  # stored row by row
     assert test_images[7, 1, 2, 5] == green[2 * 32 + 5]
 
 
@@ -200,7 +200,7 @@ def test_a_net_trains_on_cifar_files(tmp_path, monkeypatch):
 
 
 def test_icc_gives_shrout_and_fleiss_table():
-    """Psychological Bulletin 86 (1979), tables 2 and 4: six targets, four judges."""
+    """Six targets and four judges from Psychological Bulletin 86 (1979), tables 2 and 4."""
     scores = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]])
     published = {
         "ICC(1,1)": 0.17,
@@ -215,7 +215,7 @@ def test_icc_gives_shrout_and_fleiss_table():
 
 
 def test_icc_of_right_and_wrong_is_that_of_pingouin():
-    """Computed by pingouin 0.7.0, in the order of the names."""
+    """Reference values computed by pingouin 0.7.0, in the order of the names."""
     scores = np.array(
         [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 0, 1]]
     )

@@ -1,4 +1,4 @@
-"""The three-body and hopper experiments at their quick size: what they write, what they claim, and that they resume."""
+"""The three-body and hopper experiments at their quick size: their files, their claims, and continued runs."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def three_body_json(tmp_path_factory) -> tuple[dict, Path]:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A folder with a hopper's file of the format that ``load`` writes: smooth curves in place of the physics."""
+    """A folder with a file of rollouts as ``load`` writes it, with smooth curves in place of simulated physics."""
     t = np.linspace(0, 1, hopper.N_POINTS)[:, None]
     random = np.random.default_rng(0)
     frequency, phase = random.uniform(1, 4, (2, hopper.QUICK.n_rollouts, 1, hopper.N_DIMS))
@@ -158,7 +158,7 @@ def test_latent_ode_gradient_is_exact_with_aca_and_not_with_the_adjoint(data):
     torch.manual_seed(0)
     model = hopper.LatentODE(train, hopper.QUICK, "aca")
     for parameter in model.f.parameters():
-        torch.nn.init.normal_(parameter, std=3.0)  # several steps, some rejected
+        torch.nn.init.normal_(parameter, std=3.0)  # makes the solve take several steps and reject some
     errors = hopper.gradient_errors(hopper.QUICK, model.state_dict(), hopper.batch_of(test, 20, 0))
     assert errors["aca"] < 1e-5
     assert errors["adjoint"] > 10 * errors["aca"]

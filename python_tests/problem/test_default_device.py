@@ -1,4 +1,4 @@
-"""Solves while torch makes tensors on another device by default: everything of ours names its device."""
+"""Solves with another default device in torch: the package names the device of every tensor that it makes."""
 
 from __future__ import annotations
 

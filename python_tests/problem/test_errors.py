@@ -1,4 +1,4 @@
-"""Bad input and failed solves: the class of the error, and that its message says what was given and what is allowed."""
+"""Bad input and failed solves: the class of the error, and a message that says what was given and what is allowed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_error_has_its_builtin_base() -> None:
         assert kind.__doc__
 
 
-# What is wrong: the arguments, the class, and words that the message must hold.
+# Mistakes by name: the arguments, the class of the error, and words that the message must contain.
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "func is no callable": ({"func": 3}, errors.ArgumentTypeError, ["func", "int", "callable"]),
     "y0 is an integer tensor": (
@@ -283,7 +283,7 @@ def test_t_may_be_on_cuda() -> None:
     assert torch.equal(call(y0=y0, t=T.cuda()).y, call(y0=y0, t=T).y)
 
 
-# What func returns, for a float32 state of shape (3,), and words of the message.
+# Results of func for a float32 state of shape (3,), and words that the message must contain.
 SLOPES: dict[str, tuple[Callable[[Tensor, Tensor], Any], list[str]]] = {
     "nothing": (lambda t, y: None, ["NoneType", "tensor"]),
     "a number": (lambda t, y: 1.0, ["float", "tensor"]),
@@ -383,7 +383,7 @@ def test_a_type_error_inside_func_is_pythons_own() -> None:
 
 
 def check_failure(error: errors.SolveError) -> None:
-    """A failed solve says where it stopped, in attributes and in words."""
+    """Asserts that the error says where the solve stopped, in attributes and in its message."""
     assert math.isfinite(error.t)
     assert error.n_f_evals >= 1
     assert error.n_accepted >= 0
@@ -449,7 +449,7 @@ def test_non_finite_slope_met_later(bad: float, method: str, gradient: str) -> N
 
 
 def test_nan_of_a_step_too_long_is_only_a_rejected_step() -> None:
-    """sqrt of a negative number, where the solution itself stays positive."""
+    """A trial takes the square root of a negative number, although the solution stays positive."""
 
     def func(t: Tensor, y: Tensor) -> Tensor:
         return -torch.sqrt(y)
@@ -525,7 +525,7 @@ def test_a_tolerance_of_zero_that_cannot_be_met(gradient: str) -> None:
 
 
 def test_tolerance_below_rounding() -> None:
-    """Noise of the rounding makes the error: a smaller step does not help, and the error says what does."""
+    """The error estimate is rounding noise, which a smaller step does not lower; the message says what helps."""
     with pytest.raises(errors.SolveError, match="loosen rtol or atol") as raised:
         call(decay, rtol=1e-14, atol=1e-14, options={"max_num_steps": 2000})
     check_failure(raised.value)
@@ -549,7 +549,7 @@ def test_step_limit_of_one_is_enough_for_one_step() -> None:
 
 @pytest.mark.filterwarnings("ignore::aca_ext.errors.TimeResolutionWarning")
 def test_time_too_short_for_floats() -> None:
-    """Neighbouring floats are one step apart, however small."""
+    """Two neighbouring floats as times give one step."""
     t = torch.tensor([1.0, math.nextafter(1.0, 2.0)], dtype=torch.float64)
     sol = call(decay, t=t)
     assert sol.steps.tolist() == [t.tolist()]

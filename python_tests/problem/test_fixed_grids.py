@@ -1,4 +1,4 @@
-"""The nodes of fixed grids: rounding of coarse times is no step, and nothing else goes missing."""
+"""Nodes of fixed grids: rounding of coarse times adds no step, and no true step is lost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_is_no_rounding_is_a_step() -> None:
 
 
 def test_the_dtype_of_t_is_no_part_of_what_is_remembered() -> None:
-    """Times of two dtypes and the same values, one after the other."""
+    """Two solves with times of equal values and different dtypes, in turn."""
     t = torch.linspace(0, 1, 11)
     for _ in range(2):
         assert len(lengths(t, step_size=0.1)) == 10

@@ -1,4 +1,4 @@
-"""Mistakes of newcomers: names of other libraries, swapped arguments, states and times of other kinds."""
+"""Mistakes of newcomers: names from other libraries, swapped arguments, states and times of other types."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Phase(NamedTuple):
 
 
 class Series:
-    """Like a pandas Series whose rows were filtered: an index that does not start at 0."""
+    """Stand-in for a filtered pandas Series, whose index does not start at 0."""
 
     def __init__(self, values: list[float]) -> None:
         self.values = {7 + 2 * i: value for i, value in enumerate(values)}
@@ -310,7 +310,7 @@ class TestPrinted:
 
 
 def test_gradients_of_complex_states_by_real_parameters() -> None:
-    """The adjoint's augmented state holds an odd number of real elements before a complex parameter."""
+    """In the adjoint's augmented state, an odd number of real elements precedes a complex parameter."""
     found = []
     for gradient in ("adjoint", "aca", "direct"):
         real, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, [0.1, 0.2, 0.3]))

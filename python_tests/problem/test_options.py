@@ -69,7 +69,7 @@ class TestOptions:
         assert (self.lengths(first_step=1e-4)[1:] / self.lengths(first_step=1e-4)[:-1]).max() > 5
 
     def test_dfactor(self) -> None:
-        """From a first step that is far too large, a larger dfactor takes more trials down."""
+        """From a first step that is far too large, a larger dfactor takes more trials to shrink it."""
         slow, fast = self.solve(first_step=6.0, dfactor=0.8), self.solve(first_step=6.0, dfactor=0.2)
         assert slow.stats.n_rejected > fast.stats.n_rejected
 
@@ -112,7 +112,7 @@ class TestOptions:
         fewer = len(self.lengths(max_step=1.0))
         assert len(self.lengths(max_step=0.01)) > fewer
         assert len(self.lengths(max_step=1)) == fewer
-        for other in (True, "1.0", [1.0]):  # True == 1.0
+        for other in (True, "1.0", [1.0]):  # True equals 1.0, but is no step size
             with pytest.raises(errors.OptionError):
                 self.solve(max_step=other)
         with pytest.raises(errors.UnknownNameError):

@@ -1,4 +1,4 @@
-"""Tuple and complex states packed into one dense real tensor and back, and what is refused as a state."""
+"""Tuple and complex states packed into one dense real tensor and back, and states that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's tools on a model that holds a solve: each works with the right numbers, or says that it does not."""
+"""PyTorch's tools applied to a model that holds a solve: right numbers or a clear error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def gradients(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = 
 
 @pytest.mark.parametrize("settings", EVERY, ids=str)
 class TestFunctionalCall:
-    """The forward pass uses other tensors than the module holds when the backward pass replays it."""
+    """The forward pass uses other tensors than those that the module holds during the replay."""
 
     def test_of_a_layer(self, settings: dict[str, Any]) -> None:
         model, x = aca_ext.NeuralODE(Normalised(), T, **LOOSE | settings), sample(4, 3).requires_grad_()
@@ -136,7 +136,7 @@ def test_copies_pickles_and_state_dicts(settings: dict[str, Any]) -> None:
             assert torch.equal(one, truth)
 
 
-@pytest.mark.filterwarnings("default")  # of the compiler itself
+@pytest.mark.filterwarnings("default")  # torch's compiler warns
 @pytest.mark.parametrize("settings", EVERY, ids=str)
 def test_compiled_model(settings: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Linear(3, 3).double(), aca_ext.NeuralODE(Mlp(), (0.0, 1.0), **LOOSE | settings))

@@ -1,4 +1,4 @@
-"""Errors of a solve: orders of the methods, and the tolerances that they are held to."""
+"""Accuracy of a solve: orders of the methods, and errors relative to the tolerances."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TestAccuracy:
 
     @pytest.mark.parametrize("method", ADAPTIVE)
     def test_last_step_is_checked_too(self, method: str) -> None:
-        """A slope that is quiet but for the very end: a cut step must not pass unseen."""
+        """The slope is large near the end only, so the error of the last step, cut short, must be checked too."""
 
         def func(t: Tensor, y: Tensor) -> Tensor:
             return 50 * torch.exp(200 * (t - 1)) * torch.ones_like(y)
@@ -161,7 +161,7 @@ class TestTolerances:
         assert self.count(y0, func, rtol=(1e-9, 1e-6), atol=(torch.full((2, 2), 1e-9), 1e-6)) > number
 
     def test_zero_tolerance_at_a_zero(self) -> None:
-        """With y0 = 0 and atol = 0 the first step has no scale; behind it there is one."""
+        """With y0 = 0 and atol = 0, the error of the second component has no scale before the first step."""
         y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
         y = aca_ext.odeint(lambda t, y: torch.stack([-y[0], y[0]]), y0, T, rtol=1e-6, atol=0.0)
         assert y[-1].tolist() == pytest.approx([math.exp(-1), 1 - math.exp(-1)], rel=1e-5)

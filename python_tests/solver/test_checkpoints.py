@@ -1,4 +1,4 @@
-"""Checkpoints: written in place, slots of rejected trials used again, memory bounded, any choice the same gradient."""
+"""Checkpoints: written in place, slots of rejected trials reused, memory bounded, the gradient equal for any policy."""
 
 from __future__ import annotations
 
@@ -158,9 +158,9 @@ class TestStepRecord:
 
 
 def recomputed(n_steps: int, capacity: int, *, from_start: bool = False) -> Counter[int]:
-    """Counts of the recomputations of each step when the states of a solve are handed out in reverse.
+    """Number of recomputations of each step when the states of a solve are handed out in reverse.
 
-    ``from_start``: with the first state kept alone.
+    ``from_start``: with the first state as the only checkpoint.
     """
     checkpoints = ThinnedCheckpoints(torch.zeros(2, dtype=torch.float64), capacity)
     for i in range(n_steps):
@@ -192,7 +192,7 @@ def recomputed(n_steps: int, capacity: int, *, from_start: bool = False) -> Coun
 
 
 def fewest(n_steps: int, capacity: int) -> int:
-    """Fewest steps that reverse ``n_steps`` with room for ``capacity`` states, by trying every place of the next."""
+    """Fewest recomputed steps in reversing ``n_steps`` with ``capacity`` checkpoints, by exhaustive search."""
 
     @cache
     def count(n: int, room: int) -> int:
@@ -215,7 +215,7 @@ class TestThinned:
             r += 1
         assert max(counts.values(), default=0) <= r
         bound = r * n_steps - comb(capacity + r, r - 1)
-        assert sum(counts.values()) <= 1.35 * bound  # what not knowing the number of steps costs
+        assert sum(counts.values()) <= 1.35 * bound  # the bound is for a known number of steps
         assert sum(counts.values()) >= bound - (n_steps - 1)
 
     @pytest.mark.parametrize("n_steps", [1, 2, 3, 17, 40])
@@ -224,7 +224,7 @@ class TestThinned:
         assert sum(recomputed(n_steps, capacity, from_start=True).values()) == fewest(n_steps, capacity)
 
     def test_the_published_count(self) -> None:
-        """Griewank & Walther's bound, met by the places that ``revolve`` chooses."""
+        """The places that ``revolve`` chooses reach Griewank & Walther's bound."""
 
         @cache
         def count(n: int, room: int) -> int:
@@ -340,7 +340,7 @@ class TestGradient:
         assert stats.n_accepted > 5
         few = isinstance(checkpoints, int) and checkpoints < stats.n_accepted
         assert (stats.n_f_evals_backward > all_kept.n_f_evals_backward) == few
-        if case == "batch norm":  # recomputed steps, too, leave the statistics alone
+        if case == "batch norm":  # recomputed steps must not move the statistics either
             for one, truth in zip(other.buffers(), func.buffers(), strict=True):
                 assert torch.equal(one, truth)
 
@@ -380,7 +380,7 @@ class TestGradient:
 
     @pytest.mark.parametrize("capacity", [3, 12])
     def test_memory_is_bounded_and_freed(self, capacity: int) -> None:
-        n = BLOCK_BYTES // 8 + 1  # a block for each state
+        n = BLOCK_BYTES // 8 + 1  # so large that every state has a block of its own
         size = n * 8
         y0 = torch.ones(n, dtype=torch.float64, requires_grad=True)
         peaks = {}
@@ -388,7 +388,7 @@ class TestGradient:
             with TensorMemory() as memory:
                 t = torch.tensor([0.0, 1.0], dtype=torch.float64)
                 sol = aca_ext.solve(lambda t, y: -y, y0, t, checkpoints=capacity, options={"step_size": 1 / steps})
-                # The two states of the step and the two rows of the solution, which exist whatever is kept.
+                # Beside the checkpoints: the two states of the step and the two outputs of the solution.
                 assert memory.current <= (capacity + 2 + 2) * size + 1000
                 sol.y[-1].sum().backward()
                 peaks[steps] = memory.peak

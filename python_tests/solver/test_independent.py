@@ -1,4 +1,4 @@
-"""Batches of independent problems: every sample against the same sample alone, its gradient against autograd."""
+"""Batches of independent problems: every sample against a solve of that sample alone, gradients against autograd."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def oscillators(count: int, stiffest: float) -> tuple[Tensor, Tensor]:
 
 
 def as_alone(func: Any, y0: Tensor, t: Tensor, args: tuple[Tensor, ...] = (), **call: Any) -> list[aca_ext.Solution]:
-    """Every sample as a batch of one; of args, the rows that belong to it."""
+    """Solutions of every sample as a batch of one, with its own rows of ``args``."""
     times = t if t.dim() == 2 else t.expand(len(y0), -1)
     return [
         aca_ext.solve(func, y0[i : i + 1], times[i], args=tuple(a[i : i + 1] for a in args), **call)
@@ -42,7 +42,7 @@ def as_alone(func: Any, y0: Tensor, t: Tensor, args: tuple[Tensor, ...] = (), **
 def check_against_alone(together: aca_ext.Solution, alone: list[aca_ext.Solution]) -> None:
     for i, one in enumerate(alone):
         assert torch.equal(together.steps[i], one.steps)
-        assert relative_error(together.y[:, i], one.y[:, 0]) <= 1e-13  # outputs inside steps round otherwise
+        assert relative_error(together.y[:, i], one.y[:, 0]) <= 1e-13  # outputs inside steps round differently
         for count in COUNTS:
             assert getattr(together.stats, count)[i] == getattr(one.stats, count)
 
@@ -67,7 +67,7 @@ class TestSteps:
         stats = together.stats
         assert stats.n_steps.max() > 10 * stats.n_steps.min()
         assert (stats.n_steps == stats.n_accepted + stats.n_rejected).all()
-        # Two evaluations for the first slope and step, six a step: as many as the stiffest sample takes alone.
+        # Two evaluations for the first slope and step, then six per step: as many as the stiffest sample takes alone.
         assert stats.n_f_evals == 2 + 6 * stats.n_steps.max().item()
         assert stats.n_f_rows == stats.n_f_evals * 12
         assert common.stats.n_accepted > stats.n_accepted.min()
@@ -220,7 +220,7 @@ class TestGradients:
         one_by_one = torch.cat([one.y for one in as_alone(van_der_pol, y0, T, (mu,), **call)], 1)
         found, expected = (torch.autograd.grad(weighted(y), [y0, mu]) for y in (together.y, one_by_one))
         for grad, exact in zip(found, expected, strict=True):
-            for i in range(6):  # sample by sample: their gradients differ by orders of magnitude
+            for i in range(6):  # per sample, since their gradients differ by orders of magnitude
                 assert relative_error(grad[i], exact[i]) <= 1e-12
 
     @pytest.mark.parametrize("gradient", ["aca", "direct"])
@@ -373,7 +373,7 @@ class TestFailures:
             aca_ext.odeint(lambda t, y: torch.sin(y), y0, [1.0, 2.0], rtol=rtol, atol=0.0, options=INDEPENDENT)
 
     def test_a_finished_sample_is_not_looked_at(self) -> None:
-        """func is evaluated on it still, at its end; whatever it returns there harms no one."""
+        """func is still evaluated at the end of a finished sample, but the result there is ignored."""
         t = torch.tensor([[0.0, 1.0], [0.0, 5.0]], dtype=torch.float64)
 
         def func(t: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Long solves: watched by a callback or a progress bar, stopped at the step limit and resumed as if never stopped."""
+"""Long solves: with a callback or a progress bar, stopped at the step limit, and resumed as if never stopped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def as_tuple(y: Any) -> tuple[Tensor, ...]:
 
 
 def in_parts(func: Any, y0: Any, times: list[float], limit: int, **call: Any) -> tuple[aca_ext.Solution, int]:
-    """A solve of so many trial steps at a time, and how many parts it took."""
+    """A solve in parts of at most ``limit`` trial steps, and the number of its parts."""
     options = call.pop("options", {}) | STOP | {"max_num_steps": limit}
     sol = aca_ext.solve(func, y0, torch.tensor(times, dtype=torch.float64), options=options, **call)
     parts = 1
@@ -110,7 +110,7 @@ class TestResume:
         for one, other in zip(joined, whole, strict=True):
             assert torch.equal(one, other)
         for one, other in zip(grads, whole_grads, strict=True):
-            assert relative_error(one, other) <= 1e-12  # added up in another order
+            assert relative_error(one, other) <= 1e-12  # the sums have another order
         assert as_tuple(sol.y)[0][-1].stride() == as_tuple(CASES[case]()[1])[0].stride()
 
     def test_gradient_against_autograd_over_the_steps_of_all_parts(self) -> None:
@@ -126,7 +126,7 @@ class TestResume:
 
     @pytest.mark.parametrize("sign", [1.0, -1.0])
     def test_goes_on_beyond_its_end(self, sign: float) -> None:
-        """As if the end had been a time to land on."""
+        """The steps are those of one solve in which the first end is a requested time to land on."""
         func, y0 = Mlp(), sample(2, 3).requires_grad_()
         first = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64) * sign
         further = torch.tensor([1.5, 2.5], dtype=torch.float64) * sign
@@ -157,7 +157,7 @@ class TestResume:
         assert sol.stats.n_steps == 2
         assert sol.resume(max_num_steps=1).stats.n_steps == 3
         assert sol.resume(max_num_steps=1000).is_complete
-        assert sol.stats.n_steps == 2  # resuming changes nothing
+        assert sol.stats.n_steps == 2  # resuming leaves the first solution unchanged
 
     def test_refusals(self) -> None:
         y0 = sample(2, 3)

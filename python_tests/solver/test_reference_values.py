@@ -9,12 +9,12 @@ from problems import KNOWN_ENDS, KNOWN_GRADIENTS
 
 import aca_ext
 
-# Largest relative error of the end state at rtol 1e-12; by default 1e-10. A1 ends at 2e-9, where atol = 1e-14 rules;
-# the orbit magnifies an error by about 1e5 on its way round.
+# Largest relative error of the end state at rtol 1e-12; by default 1e-10. A1 ends at 2e-9, where atol = 1e-14 limits
+# the error; the Arenstorf orbit magnifies an error by about 1e5.
 END_PRECISION = {"A1": 1e-4, "arenstorf": 1e-5}
 
-# Two tolerances for each adaptive method, and how many times the tighter one the error may be. fehlberg2 weighs its
-# error by 1/512, so it underestimates it.
+# Two tolerances for each adaptive method, and the largest error in multiples of the tighter one. fehlberg2 weighs its
+# error estimate by 1/512, so it underestimates the error.
 TOLERANCES = {
     "adaptive_heun": (1e-3, 1e-5, 1000),
     "fehlberg2": (1e-5, 1e-7, 100_000),
@@ -24,8 +24,8 @@ TOLERANCES = {
     "dopri8": (1e-3, 1e-8, 1000),
 }
 
-# Relative error of gradients. "naive" also differentiates the search for the step, hence noise of the tolerance's
-# size; "adjoint" is as good as the tolerance of its own backward solve.
+# Relative error of gradients. "naive" also differentiates the search for the step size, which adds noise of the size of
+# the tolerance; the error of "adjoint" is that of its own backward solve.
 GRADIENT_PRECISION = {"aca": 1e-9, "direct": 1e-9, "naive": 1e-7, "adjoint": 1e-7}
 
 

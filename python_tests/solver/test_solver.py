@@ -1,4 +1,4 @@
-"""The solver through its interface: requested times, accepted steps, and what func raises."""
+"""The solver through its interface: requested times, accepted steps, and errors raised by func."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TestTimes:
         assert float(sol.y[-1, 0]) == pytest.approx(math.exp(-2), rel=1e-5)
 
     def test_euler_lands_on_the_end(self) -> None:
-        """torchdiffeq's issue: 5.9/1e-4 steps miss the end by rounding."""
+        """A known issue of torchdiffeq: by rounding, 5.9 / 1e-4 steps miss the end."""
         t = torch.tensor([0.0, 5.9], dtype=torch.float64)
         sol = aca_ext.solve(lambda t, y: torch.ones_like(y), torch.zeros(1).double(), t, method="euler",
                             options={"step_size": 1e-4})  # fmt: skip

@@ -1,4 +1,4 @@
-"""States of every form through the solver: shapes, dtypes, layouts in memory, tuples."""
+"""Solves of states of every form: shapes, dtypes, memory layouts, tuples."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TestStates:
         torch.testing.assert_close(ys[1][-1], y0[1] * math.exp(-1), rtol=1e-6, atol=0)
 
     def test_every_component_of_a_tuple_is_held_to_the_tolerance(self) -> None:
-        """The norm is the largest of the components', so a large quiet component cannot hide a small lively one."""
+        """The norm is the largest over the components: a large constant component must not hide a small fast one."""
 
         def func(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return torch.zeros_like(y[0]), oscillate(t, y[1]) * 10

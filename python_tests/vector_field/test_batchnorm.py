@@ -1,4 +1,4 @@
-"""Module buffers that func moves: they move on accepted evaluations alone."""
+"""Module buffers that func updates, such as BatchNorm's statistics: only accepted evaluations move them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REJECTING = {"rtol": 1e-6, "atol": 1e-6, "options": {"first_step": 1.0}}
 
 
 class Normalised(nn.Module):
-    """A slope with BatchNorm, which moves buffers in every evaluation in training mode."""
+    """A slope with BatchNorm, which in training mode updates buffers in every evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Normalised(nn.Module):
 
 
 def replayed_statistics(steps: Sequence[tuple[float, float]], y0: Tensor) -> dict[str, Tensor]:
-    """Statistics after the stages of the accepted steps, each evaluated once, first same as last."""
+    """Statistics after one evaluation of each stage of the accepted steps; the first stage is the previous last one."""
     func = Normalised()
     tableau = aca_ext.METHODS["dopri5"]
     a = [[float(x) for x in row] for row in tableau.a]
@@ -81,7 +81,7 @@ def test_batchnorm_statistics_with_a_gradient_of_time(gradient: str) -> None:
 
 
 class Holder:
-    """An object that is no module and holds one, in a list."""
+    """An object that is not a module, but holds one in a list."""
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = [module]

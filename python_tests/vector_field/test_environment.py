@@ -1,6 +1,6 @@
-"""State that func reads is changed between the passes: the gradient is that of the forward pass, or an error.
+"""Changes of state that func reads between the passes: the gradient is that of the forward pass, or an error.
 
-The fields are chosen such that most changes leave the values of func as they are and change its derivatives alone.
+Most changes here alter the derivative of func but none of its values, so that comparing values would not find them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def policy(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 class Silent(nn.Module):
-    """A field whose last layer is zero, so that what is in front of it has no part in its values."""
+    """A field whose last layer has zero weights, so that the layers before it affect derivatives but no values."""
 
     def __init__(self, holder: str = "attribute") -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_controls_swapped_in_a_loop_of_solves(policy: dict[str, Any]) -> None:
 
 
 class Counted(Silent):
-    """A field that notes its evaluations in several places."""
+    """A field that counts and records its evaluations in several places."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class Counted(Silent):
 
 
 def test_records_of_func_go_on() -> None:
-    """As people count evaluations of the backward pass: by setting the counter to zero between the passes."""
+    """A user counts the evaluations of the backward pass by setting the counter to zero between the passes."""
     func = Counted()
     y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
     y = aca_ext.odeint(func, y0, TIMES, method="rk4", options={"step_size": 0.2})
@@ -234,7 +234,7 @@ def test_noise_that_func_draws_once_for_each_solve() -> None:
 
 
 class Late(nn.Module):
-    """A field that keeps something from the middle of a solve on."""
+    """A field that keeps a tensor from evaluations in the second half of a solve."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

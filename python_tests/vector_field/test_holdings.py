@@ -1,4 +1,4 @@
-"""Objects that func holds: parameters used late, generators, modes, caches, and what it keeps."""
+"""Objects that func holds: parameters first used late in a solve, generators, modes, caches and kept tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RATES = [leaf(3), leaf(3)]
 
 
 def check_against_direct(build: Build, create_graph: bool = False, **settings: Any) -> None:
-    """Values and gradients equal those of a stored graph; a leaf that is not used has none in both."""
+    """Asserts that values and gradients equal those of ``gradient="direct"``, None for unused leaves included."""
     found = []
     for gradient in ("aca", "direct"):
         torch.manual_seed(1)
@@ -243,7 +243,7 @@ class TestParametersUsedLate:
             while True:
                 yield hidden
 
-        source = generator()  # frames are not looked into
+        source = generator()  # the search for tensors does not look into the frames of generators
         func = lambda t, y: torch.tanh(y * (next(source) if is_late(t) else a))  # noqa: E731
         y0 = sample(2, 3).requires_grad_()
         y = aca_ext.odeint(func, y0, T, **MODES[mode])
@@ -256,7 +256,7 @@ class TestParametersUsedLate:
         class Field(Mlp):
             def forward(self, t: Tensor, y: Tensor) -> Tensor:
                 with torch.enable_grad():
-                    self.z = y.detach().requires_grad_()  # kept, as continuous flows do
+                    self.z = y.detach().requires_grad_()  # kept in an attribute, as in continuous flows
                     energy = super().forward(t, self.z).square().sum()
                     return torch.autograd.grad(energy, self.z, create_graph=True)[0] * -0.1
 
@@ -271,7 +271,7 @@ class TestParametersUsedLate:
         trainer = SimpleNamespace(rate=a, other=nn.Linear(3, 3))
         y = aca_ext.odeint(lambda t, y: torch.tanh(trainer.rate * y), sample(2, 3), T)
         with torch.no_grad():
-            trainer.other.weight.add_(1.0)  # another optimizer's step
+            trainer.other.weight.add_(1.0)  # stands for the step of another optimizer
         assert torch.autograd.grad(y.sum(), a)[0].any()
 
     def test_a_history_whose_graphs_are_used_up_does_no_harm(self) -> None:
@@ -419,7 +419,7 @@ class Skew(nn.Module):
 
 
 class LazyScale(Mlp):
-    """Computes exp(log_scale) once and keeps it."""
+    """Computes exp(log_scale) once and caches it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -701,7 +701,7 @@ class TestAutogradInside:
 
 
 def test_leaves_made_inside_an_evaluation_are_nobodys_parameters() -> None:
-    """A derivative in time inside func, from a time of its own that requires grad."""
+    """A derivative in time inside func, taken at a time tensor that func makes and that requires grad."""
 
     def build() -> Any:
         w = leaf(3)

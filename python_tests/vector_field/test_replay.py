@@ -1,4 +1,4 @@
-"""A replay sees what the forward pass saw: random numbers, autocast, states; and says so where func does not repeat."""
+"""Replay: random numbers, autocast and states are those of the forward pass; a func that does not repeat is refused."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_replay_runs_under_the_autocast_state_of_the_forward_pass(gradient: str,
         expected = (True, torch.bfloat16) if forward else (False, torch.float32)
         assert set(func.seen) == {expected}
     for one, other in zip(*found, strict=True):
-        # Backward through bfloat16 products rounds each sum to 8 bits, in an order of its own.
+        # The backward pass of bfloat16 products rounds each sum to 8 bits, in another order.
         assert relative_error(one, other) <= (0.05 if forward or backward else 1e-5)
 
 
@@ -101,7 +101,7 @@ def test_autocast_of_an_adaptive_solve() -> None:
 
 
 class Late(Mlp):
-    """Not repeatable in a way that its first evaluation does not show."""
+    """A func that does not repeat, but whose first evaluation does."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def test_direct_takes_a_func_that_does_not_repeat_itself(how: str) -> None:
 
 
 def test_spectral_norm_does_not_give_a_wrong_gradient_silently() -> None:
-    """Its power iteration moves a buffer that the weight depends on: the same gradient, or an error."""
+    """The power iteration updates a buffer that the weight depends on: the gradient is right, or an error."""
     func = Mlp()
     func.net[0] = nn.utils.parametrizations.spectral_norm(func.net[0])
     y0 = sample(2, 3).requires_grad_()

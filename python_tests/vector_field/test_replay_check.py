@@ -1,4 +1,4 @@
-"""A func that is not in the backward pass what it was in the forward pass is found, and rounding is not."""
+"""Comparison of replayed steps with the forward pass: a func that changed in between is an error, rounding is not."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def policy(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture(params=[False, True], ids=["at once", "deferred"])
 def deferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Comparisons as on a device whose host does not wait."""
+    """Runs the comparisons at once, as on the CPU, or deferred, as on a GPU, where the host does not wait for them."""
     if request.param:
         monkeypatch.setattr(replay_check, "is_deferred", lambda device: True)
     return bool(request.param)
 
 
 class Driven(nn.Module):
-    """Something that func reads besides its arguments, in several forms."""
+    """A func that reads a control besides its arguments, in one of several forms."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.tensor([0.7, -0.4, 0.2], dtype=dtype))
         self.register_buffer("gain", torch.ones(3, dtype=dtype))
         self.control = torch.tensor([1.0, 2.0, -0.5], dtype=dtype)
-        self.sign = np.ones(())  # of which nobody can tell that it was written to
+        self.sign = np.ones(())  # writes to a NumPy array go unnoticed
         self.calls = 0
         self.counts = self.draws = False
 
@@ -158,7 +158,7 @@ class TestTolerance:
     def test_rounding_passes(
         self, dtype: torch.dtype, change: float, create_graph: bool, policy: dict[str, Any]
     ) -> None:
-        """Noise in the last bits, as kernels leave that add up in no fixed order."""
+        """Noise in the last bits, as in kernels that add in no fixed order."""
         noise, eps = np.random.default_rng(0), torch.finfo(dtype).eps
         w = torch.tensor(0.7, dtype=dtype, requires_grad=True)
 
@@ -182,7 +182,7 @@ class TestTolerance:
 
 @pytest.mark.usefixtures("deferred")
 def test_another_kernel_where_gradients_are_recorded() -> None:
-    """In evaluation mode without a graph a transformer takes a way of its own, with other rounding."""
+    """In evaluation mode and without gradients, a transformer layer uses a fused kernel with other rounding."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
 
@@ -208,7 +208,7 @@ def test_a_half_precision_model_under_a_float32_state() -> None:
 
 def test_samples_that_depend_on_one_another() -> None:
     y0 = torch.tensor([[1.0], [5.0], [0.2]], dtype=torch.float64, requires_grad=True)
-    options = {"batch": "independent", "first_step": 1.0}  # which some samples reject
+    options = {"batch": "independent", "first_step": 1.0}  # some samples reject this step
     y = odeint(lambda t, y: -y * y.mean() - torch.sin(y * 5) * y, y0, TIMES, options=options)
     with pytest.raises(ReplayError, match="samples depend on one another"):
         y.sum().backward()
@@ -262,7 +262,7 @@ NAN, INF = float("nan"), float("inf")
 )
 @pytest.mark.usefixtures("deferred")
 def test_nan_and_infinity(y1: list[float], y_next: list[float], is_wrong: bool, by_row: bool) -> None:
-    """NaN, or the same infinity, in both passes is no difference: a fixed grid on a GPU may end in it."""
+    """NaN or an equal infinity in both passes is no difference, since a fixed grid on a GPU may end in either."""
     end, expected = (torch.tensor([x]) for x in (y1, y_next))
     check = replay_check.ReplayCheck(end, [0, 4], 1, None, by_row=by_row)
     rows = {"t": np.zeros(1), "h": np.ones(1), "rows": np.array([0])} if by_row else {"t": 0.0, "h": 1.0}
@@ -314,7 +314,7 @@ def test_autocast(enabled: bool) -> None:
 
 
 class TestCostOfSecondDerivatives:
-    """Each solve is replayed once: the gradients that are not wanted of what an input comes from set off no replay."""
+    """Each solve is replayed once per derivative; inputs whose gradient is not requested cause no further replay."""
 
     @pytest.mark.parametrize("options", [{}, {"batch": "independent"}], ids=["common", "independent"])
     def test_solves_in_a_row(self, options: dict[str, Any]) -> None:

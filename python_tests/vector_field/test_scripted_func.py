@@ -47,7 +47,7 @@ SOLVES: dict[str, dict[str, Any]] = {
     "independent direct": {"options": {"batch": "independent"}, "gradient": "direct"},
 }
 
-# The backward solve's steps depend on how many parameters it carries along, and on their order.
+# The steps of the adjoint's backward solve depend on the number and the order of the parameters in its state.
 TOLERANCE = {"adjoint": 1e-6}
 
 

@@ -1,4 +1,4 @@
-"""Callables that func may be, and places of the tensors that it depends on."""
+"""Kinds of callables as func, and places where it may hold the tensors that it depends on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DISCRETE = ("aca", "direct", "naive")  # gradients of the discrete solution
 def check_against_steps(
     func: Callable[..., Any], wanted: Sequence[Tensor], gradient: str, args: Sequence[Any] = (), **settings: Any
 ) -> None:
-    """Gradients of a solve equal those of autograd over the same accepted steps."""
+    """Asserts that gradients of a solve equal those of autograd over the same accepted steps."""
     settings = {"rtol": 1e-8, "atol": 1e-8} | settings
     y0 = sample(2, 3).requires_grad_()
     sol = aca_ext.solve(func, y0, T, gradient=gradient, args=args, **settings)
@@ -220,7 +220,7 @@ def test_unused_and_frozen_parameters(gradient: str) -> None:
     assert func.net[2].weight.grad is not None
     if gradient in DISCRETE:
         assert func.unused.grad is None
-    else:  # the adjoint state of every parameter is integrated, and stays zero
+    else:  # the adjoint integrates a gradient for every parameter; that of an unused one stays zero
         assert func.unused.grad is None or not func.unused.grad.any()
 
 

@@ -1,4 +1,4 @@
-"""engine="compiled": the steps and gradients of the eager engine, its cache, and what it refuses."""
+"""engine="compiled" against the eager engine: equal steps and gradients; its cache and its refusals."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST
 
 TIMES = torch.tensor([0.0, 0.3, 1.0, 2.0], dtype=torch.float64)
 TOLERANCES: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
-# Compiling takes most of the time here: 2 to 5 s of one core for each new program, which torch keeps in a cache on
-# disk, and 15 s for the first one where that cache is empty, since torch then tries out the compiler and the CPU. Hence
-# a method of few stages wherever the method plays no part.
+# Compiling takes most of the time here: 2 to 5 s of one core for each new program, which torch caches on disk, and 15 s
+# for the first one without that cache, since torch then probes the compiler and the CPU. So tests in which the method
+# does not matter use one with few stages.
 SHORT = "bosh3"
 
 
 class Wave(nn.Module):
-    """A function of one line, quick to compile."""
+    """A func of one line, quick to compile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Wave(nn.Module):
 
 @cache
 def shared() -> Wave:
-    """One for all tests that leave it as it is, so that what it compiles is compiled once."""
+    """One func for all tests that do not change it, so that its programs are compiled once."""
     return Wave()
 
 
@@ -72,7 +72,7 @@ def gradients(solution: Any, inputs: list[Tensor]) -> list[Tensor | None]:
 def compare(
     func: Callable[..., Any], y0: Any, t: Any, method: str = "dopri5", args: tuple[Any, ...] = (), **settings: Any
 ) -> Any:
-    """Solves with both engines: steps, outputs and counts agree, and the gradient is that of the accepted steps."""
+    """Solves with both engines and asserts equal steps, outputs and counts, and the gradient of the accepted steps."""
     leaves = [*(y0 if isinstance(y0, tuple) else (y0,)), *(a for a in args if isinstance(a, Tensor))]
     inputs = [x.requires_grad_() for x in leaves] + (list(func.parameters()) if isinstance(func, nn.Module) else [])
     settings = {**TOLERANCES, **settings}
@@ -224,7 +224,7 @@ class TestGradients:
             y.sum().backward()
 
     def test_memory_is_that_of_the_accepted_states(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Every allocation of a solve and its backward pass, counted where the engine makes them."""
+        """Sums all allocations that the engine makes in a solve and its backward pass."""
         func, y0 = shared(), sample(20_000).requires_grad_()
         allocated: list[int] = []
 
@@ -239,13 +239,13 @@ class TestGradients:
         for name in ("empty", "empty_strided", "empty_like", "zeros_like"):
             monkeypatch.setattr(torch, name, counting(getattr(torch, name)))
         totals, counts = [], []
-        for end in (10.0, 40.0, 10.0, 40.0):  # the first of each compiles
+        for end in (10.0, 40.0, 10.0, 40.0):  # the first solve to each end compiles
             allocated.clear()
             solution = solve(func, y0, [0.0, end], **TOLERANCES, method=SHORT, engine="compiled")
             solution.y[-1].sum().backward()
             totals.append(sum(allocated) / (y0.numel() * 8))
             counts.append(solution.stats.n_accepted)
-        block = 1 + (1 << 20) / (y0.numel() * 8)  # states that are allocated ahead
+        block = 1 + (1 << 20) / (y0.numel() * 8)  # number of states that are allocated ahead
         assert counts[3] > 2 * counts[2]
         assert totals[3] - totals[2] <= counts[3] - counts[2] + block
 
@@ -277,7 +277,7 @@ class TestCache:
             assert relative_error(solution.y, odeint(func, y0, TIMES, **settings)) < 1e-9, change
 
     def test_what_is_solved_may_change_between_solves(self) -> None:
-        """A solve like one before, but for what the shortened checks have to see."""
+        """A repeated solve takes shortened checks, which must notice each of these changes."""
         func, y0, t = Wave(), sample(3), TIMES[[0, 3]].clone()
         for name in ("", "y0", "t", "y0.requires_grad", "no_grad", "dtype of t", "strides", "tolerance", "method"):
             settings: dict[str, Any] = {**TOLERANCES, "method": SHORT}
@@ -440,7 +440,7 @@ class TestRefusals:
 
 
 class TestFailures:
-    """Solves that cannot reach the end fail as in the eager engine, at the same time."""
+    """Solves that cannot reach the end fail at the same time and with the same error as in the eager engine."""
 
     @pytest.mark.parametrize(
         ("func", "end", "options", "error"),

@@ -1,4 +1,4 @@
-"""Choice of the graph of func in a compiled solve: one that holds for func as it is now."""
+"""Choice of the traced function in a compiled solve: it must be valid for func in its present state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def outer(y: Tensor) -> Tensor:
 
 
 class Reads(nn.Module):
-    """A function of whatever a function can read."""
+    """A func that reads every kind of value that a function can read."""
 
     RATE = 1.2
 
@@ -53,7 +53,7 @@ class Reads(nn.Module):
 
 
 def changes_of(func: Reads) -> dict[str, Callable[[], Any]]:
-    """Ways to change it, one after the other; what they return, if it is a function, undoes it."""
+    """Functions that change ``func``, to be called in turn; if one returns a function, that undoes its change."""
     net, generator = func.net, torch.Generator().manual_seed(0)
     linear = net[0]
     assert isinstance(linear, nn.Linear)

@@ -1,4 +1,4 @@
-"""engine="compiled": what func may do inside, what is refused, and that a refusal leaves everything as it was."""
+"""engine="compiled": operations that func may use, operations that are refused, and refusals without side effects."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class TestValues:
 
 
 class Counting(nn.Module):
-    """Counts its evaluations in every way."""
+    """Counts its evaluations in several ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class TestCounters:
             solution = steps(func, sample(3))
             total += solution.stats.n_f_evals
             assert func.counts() == [total] * 7
-            func.in_place += 5  # before the backward pass, which does not depend on it
+            func.in_place += 5  # must not matter: the backward pass does not depend on it
             solution.y.sum().backward()
             func.in_place -= 5
             total += solution.stats.n_f_evals_backward
@@ -237,7 +237,7 @@ class TestChangingNumbers:
 
 
 class Recording(nn.Module):
-    """Does in every evaluation what a compiled solve would lose."""
+    """Has a side effect in every evaluation that a compiled solve would lose."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ REFUSED = {
 
 @pytest.fixture
 def silent(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing is warned of, and torch's compiler logs nothing."""
+    """Asserts that there is no warning and that torch's compiler logs nothing."""
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         yield
@@ -390,7 +390,7 @@ def shared() -> Driven:
 class TestBetweenForwardAndBackward:
     @pytest.fixture
     def func(self) -> Driven:
-        """One for all tests, so that it is compiled once."""
+        """One func for all tests, so that it is compiled once."""
         driven = shared()
         driven.load_state_dict(Driven().state_dict())
         return driven
@@ -463,7 +463,7 @@ class TestBetweenForwardAndBackward:
 
 
 def test_odeint_names_what_differs_in_float32_only_where_it_matters() -> None:
-    """Rounding that func amplifies is no reason to refuse it."""
+    """A func that amplifies rounding must not be refused for it."""
     y0 = sample(50).float()
     found = odeint(lambda t, y: torch.sin(1e4 * y) / 1e4, y0, [0.0, 1.0], engine="compiled", **STEPS)
     assert found.isfinite().all()

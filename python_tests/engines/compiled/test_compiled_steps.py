@@ -1,4 +1,4 @@
-"""Steps made in compiled code, several at a time and transposed, against the same steps seen one by one in Python."""
+"""Steps and transposed steps in C++, several per call, against the same steps made one by one in Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORWARD, BACKWARD = (0.0, 1.3, 4.0), (4.0, 3.9, 1.3, 0.0)
 
 
 class Oscillator(nn.Module):
-    """Two frequencies and a wall at y = 2, which makes steps fail."""
+    """Oscillators of two frequencies, with a wall at y = 2 that makes steps fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def solved(func: Callable[..., Tensor], t: tuple[float, ...], **settings: Any) -
 
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Sends every step, and its transpose, through Python from then on."""
+    """A function after whose call every step and transposed step is made in Python."""
 
     def patch() -> None:
         monkeypatch.setattr(Solver, "_runs_of_steps", lambda self: None)
@@ -145,7 +145,7 @@ def _kept(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Callable[[], T
     return keep
 
 
-# Ways for func to see a tensor that it was given later.
+# Ways for func to keep access to a tensor that it was given.
 KEPT = {
     "itself": _kept(lambda x: x),
     "view": _kept(lambda x: x.view(-1)),
@@ -162,17 +162,17 @@ class Subclass(torch.Tensor):
     pass
 
 
-# Ways to mark a tensor without changing its elements, and how that shows.
+# Ways to mark a tensor without changing its elements, and tests for the mark.
 _references: list[Any] = []
 MARKS: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {
     "attribute": (lambda x: setattr(x, "mark", 1), lambda x: hasattr(x, "mark")),
     "reference": (lambda x: _references.append(weakref.ref(x)), lambda x: weakref.getweakrefcount(x) > 0),
     "grad": (lambda x: x.requires_grad_(), lambda x: x.requires_grad),
-    # Of a time alone: a state of another class is refused.
+    # For times only, since a state of another class is refused.
     "class": (lambda x: x.dim() or setattr(x, "__class__", Subclass), lambda x: type(x) is Subclass),
 }
 
-# Ways to make another tensor of a time.
+# Ways to change a time in place.
 CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "shape": lambda t: setattr(t, "data", t.data.reshape(1)),
     "data": lambda t: setattr(t, "data", torch.zeros_like(t)),
@@ -221,7 +221,7 @@ class TestWhatFuncIsGiven:
 
         with torch.no_grad():
             aca_ext.odeint(func, y0(), FORWARD)
-        for graph, value in seen[1:]:  # the first state is the user's
+        for graph, value in seen[1:]:  # without the first state, which is the user's tensor
             (grad,) = torch.autograd.grad(graph, w)
             torch.testing.assert_close(grad, value)
 
@@ -240,7 +240,7 @@ class TestWhatFuncIsGiven:
         with torch.no_grad():
             aca_ext.odeint(func, y0(), FORWARD)
         assert len(found) > 120
-        assert not any(found[4:])  # the first state is the user's
+        assert not any(found[4:])  # the first ones are of the first state, which is the user's tensor
 
     @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
     def test_is_the_time_whatever_became_of_the_last(self, change: Callable[[Tensor], Any]) -> None:
@@ -347,7 +347,7 @@ def test_the_step_is_compiled_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestMemoryOfTheLastSolve:
-    """Buffers that one solve leaves for the next change no result."""
+    """Results of solves that reuse the buffers of an earlier one."""
 
     @staticmethod
     def solve(func: Callable[..., Tensor], start: Tensor) -> Tensor:
@@ -368,7 +368,7 @@ class TestMemoryOfTheLastSolve:
         nested = self.solve(outer, start)
         assert torch.equal(nested, self.solve(outer, start))
         assert torch.equal(end, self.solve(inner, start)[-1])
-        # Another func and other settings, so that no memory is shared, give the same.
+        # The same solve with another func and other settings, so that it shares no memory.
         apart = aca_ext.odeint(
             lambda t, y: inner(t, y) + 0.1 * aca_ext.odeint(inner, y, FORWARD, rtol=1e-6, atol=1e-6)[-1].detach(),
             start,

@@ -1,4 +1,4 @@
-"""The control block by itself: its decisions are those of the loop on the host, bit for bit, on every device."""
+"""The control block alone: its decisions equal those of the host's loop, bit for bit, on every device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def slope(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 class Driven:
-    """A control block whose error ratios are given, one by one, in place of a step's."""
+    """A control block that gets its error ratios from the test instead of from steps."""
 
     def __init__(self, problem: Problem, device: str, *, n_states: int = 4, keeps_states: bool = True) -> None:
         self.problem = problem
@@ -53,7 +53,7 @@ class Driven:
         return self.decide("first")
 
     def tried(self, ratio: float) -> _C.Control:
-        """After a trial step with this error; makes room where there was none."""
+        """The control block after a trial with this error ratio; grows the checkpoint memory if it is full."""
         self._put(ratio)
         control = self.decide("next")
         if control.status == "no_room":
@@ -79,7 +79,7 @@ def sum_of(ratio: float, problem: Problem) -> float:
 
 
 def seen(ratio: float, problem: Problem) -> float:
-    """The ratio that is found again in its sum of squares."""
+    """The ratio recovered from its sum of squares, after rounding."""
     return math.sqrt(sum_of(ratio, problem) / problem.tolerance.sizes[0]) if ratio == ratio else ratio
 
 
@@ -114,7 +114,7 @@ def problem_with(
 
 
 def assert_same_walk(driven: Driven, host: Host, ratios: list[float]) -> None:
-    """Both make the same of ratio after ratio: status, times, sizes, and all that is recorded."""
+    """Asserts that both take the same decisions on each ratio: status, times, step sizes and records."""
     problem = host.problem
     for ratio in ratios:
         here = host.control
@@ -263,7 +263,7 @@ class TestRoom:
 
 @on_cuda
 class TestCuda:
-    """Names of tests on a GPU hold its device's: see .ci/gpu."""
+    """Tests on a GPU. Their names contain "cuda", by which .ci/gpu selects them."""
 
     @pytest.mark.parametrize("seed", range(40))
     @pytest.mark.parametrize("dtype", ["float32", "float64"])

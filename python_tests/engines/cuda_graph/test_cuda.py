@@ -1,4 +1,4 @@
-"""Solves on a GPU: waits, streams, captures, devices, and memory that grows."""
+"""Solves on a GPU: waits, streams, captures, devices, and growth of memory."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def _no_plans() -> Iterator[None]:
 
 @contextmanager
 def waits_are(mode: str) -> Iterator[list[str]]:
-    """Each wait of the host for the GPU that PyTorch makes is noted ("warn"), or an error ("error")."""
+    """Records each wait of the host for the GPU inside PyTorch ("warn"), or raises an error there ("error")."""
     noted: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")  # setting the mode warns that it sees PyTorch's waits alone
+        warnings.simplefilter("always")  # setting the mode warns that it sees only PyTorch's waits
         torch.cuda.set_sync_debug_mode(mode)
         try:
             yield noted
@@ -79,7 +79,7 @@ class TestWaits:
             loss = odeint(net, y0, T, method="rk4", options=options).sum()
         with waits_are("warn") as noted:
             loss.backward()
-        assert len(noted) <= 1  # to see that every step repeated the forward pass
+        assert len(noted) <= 1  # for the comparison of all steps with the forward pass
 
     def test_one_for_each_trial_of_adaptive_steps(self) -> None:
         net, y0, t = Net(), start(), torch.tensor([0.0, 0.7, 5.0])
@@ -133,7 +133,7 @@ class TestStreams:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
-            late = (y0.detach() * 1).requires_grad_()  # there when the stream has slept
+            late = (y0.detach() * 1).requires_grad_()  # ready only after the stream has slept
             found = self._solved(net, late, engine_name)
         stream.synchronize()
         for one, other in zip(expected, found, strict=True):
@@ -173,7 +173,7 @@ class TestStreams:
     def _solved(self, net: nn.Module, y0: Tensor, engine_name: str) -> list[Tensor]:
         y = odeint(net, y0, T, engine=engine_name, rtol=1e-6, atol=1e-6)
         grads = torch.autograd.grad(y.square().sum(), [y0, *net.parameters()])
-        return [y.detach(), *grads]  # without its graph, whose ends belong to this stream
+        return [y.detach(), *grads]  # without the autograd graph, whose nodes belong to this stream
 
 
 @on_cuda
@@ -191,7 +191,7 @@ class TestMemory:
         assert allocated[1] - allocated[0] <= MIB
 
     def test_of_a_graph_goes_with_its_func(self) -> None:
-        odeint(Net(), start(50_000), T, engine="graph").sum().backward()  # what cuBLAS and the like keep
+        odeint(Net(), start(50_000), T, engine="graph").sum().backward()  # libraries such as cuBLAS keep some memory
         gc.collect()
         before = torch.cuda.memory_allocated()
         net = Net()
@@ -258,14 +258,14 @@ class TestCaptures:
                 odeint(func, y0, T, engine="graph").sum().backward()
             assert torch.cuda.current_stream() == stream
             assert not torch.cuda.is_current_stream_capturing()
-            torch.cuda.empty_cache()  # refuses while a capture is thought to be under way
-            torch.randn(3, device="cuda")  # so do random generators
+            torch.cuda.empty_cache()  # fails if torch believes that a capture is under way
+            torch.randn(3, device="cuda")  # likewise
             one, other = (solve(good, y0, T, engine=name) for name in ("eager", "graph"))
             assert torch.equal(one.y, other.y)
             engine._by_owner.clear()
 
     def test_outlive_others(self) -> None:
-        """torch gives back what cuBLAS works in when another graph goes, and when torch.compile captures its own."""
+        """torch frees cuBLAS's workspace when another CUDA graph is deleted, and when torch.compile captures one."""
         kept, y0 = Net(64), start(256, 64)
         settings: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
         expected = self._solved(kept, y0, settings)
@@ -280,7 +280,7 @@ class TestCaptures:
             assert all(bool((x == 7).all()) for x in others)
 
     def test_leave_garbage_alone(self) -> None:
-        """A graph that the garbage collector destroys during a capture would spoil it."""
+        """The garbage collector must not destroy a CUDA graph during a capture, which would invalidate it."""
         y0, thresholds = start(), gc.get_threshold()
         gc.collect()
         gc.set_threshold(1_000_000)
@@ -306,7 +306,7 @@ class TestCaptures:
             x.add_(1)
 
     def test_leaves_that_another_stream_knows(self) -> None:
-        """As DistributedDataParallel and losses of the parameters alone keep them."""
+        """DistributedDataParallel, and losses of the parameters alone, keep leaf nodes tied to another stream."""
         net, y0 = Net(), start()
         known = [p.expand_as(p).grad_fn.next_functions[0][0] for p in net.parameters()]
         grads = []
@@ -318,7 +318,7 @@ class TestCaptures:
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
     def test_no_room(self) -> None:
-        """Running out of memory during a capture is told as such, and a later solve is as good as ever."""
+        """Running out of memory during a capture raises OutOfMemoryError, and a later solve works."""
         net, y0 = Net(), start()
         with pytest.raises(torch.cuda.OutOfMemoryError):
             odeint(_Huge(), y0, T, engine="graph")
@@ -369,7 +369,7 @@ class _Waits(nn.Module):
 
 
 class _Collecting(nn.Module):
-    """Has garbage collected, if it is at all, in captures."""
+    """Lowers the garbage collector's threshold in captures, so that it would run there."""
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
@@ -379,7 +379,7 @@ class _Collecting(nn.Module):
 
 
 class _Huge(nn.Module):
-    """Takes all memory that there is, but only in a capture."""
+    """Allocates all memory of the device, but only in a capture."""
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing():

@@ -1,5 +1,8 @@
-"""engine="graph": the steps and gradients of the eager engine. On the CPU with bodies that are called again in place of
-captured ones, which shows all but the capture itself; on a GPU where there is one."""
+"""engine="graph" against the eager engine: equal steps and gradients.
+
+On the CPU, a stand-in calls the bodies again instead of capturing them, which tests everything but the capture. The
+same tests run on a GPU if there is one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda
 
 
 class CalledAgain:
-    """A program that is its body."""
+    """Stand-in for a captured program: a launch calls its body again."""
 
     def __init__(self, body: Callable[[], None]) -> None:
         self._body = body
@@ -58,7 +61,7 @@ class CalledAgain:
 
 
 class Caller:
-    """Makes programs that call their bodies again: as often as asked for, or while the control block says so."""
+    """Stand-in for the capturer. Its programs call their bodies a given number of times, or until the solve is done."""
 
     def __init__(self, made: list[CalledAgain]) -> None:
         self.made = made
@@ -121,7 +124,7 @@ class Net(nn.Module):
 
 
 def both_engines(func: Any, y0: Any, t: Tensor, **settings: Any) -> None:
-    """Steps, outputs and gradients of the two engines are the same: bit for bit, gradients within 1e-12."""
+    """Asserts that steps and outputs of both engines are equal bit for bit, and gradients within 1e-12."""
     parts = y0 if isinstance(y0, tuple) else (y0,)
     inputs = [x for x in (*parts, *settings.get("args", ())) if isinstance(x, Tensor) and x.requires_grad]
     inputs += list(func.parameters()) if isinstance(func, nn.Module) else []
@@ -306,7 +309,7 @@ class TestAgainstEager:
 
 
 class _Wrapped(nn.Module):
-    """A module of y alone."""
+    """A module that is called with y alone."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -426,7 +429,7 @@ class TestCaptures:
         rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device=device, requires_grad=True)
         y0 = torch.ones(3, dtype=torch.float64, device=device)
         for name in ("eager", "graph", "graph"):
-            held = SimpleNamespace(rate=rate.view(3))  # another tensor each time, of the same memory
+            held = SimpleNamespace(rate=rate.view(3))  # a new tensor each time, on the same memory
             y = odeint(lambda t, y, held: -y * held.rate, y0, self.T, engine=name, args=(held,))[-1]
         (grad,) = torch.autograd.grad(y.sum(), rate)
         assert torch.allclose(grad, -torch.exp(-rate), rtol=1e-5)
@@ -532,7 +535,7 @@ class TestCaptures:
         odeint(net, y0, self.T, engine="graph").sum().backward()
         assert len(engine._by_owner) == 1
         for program in made:
-            program.forget_body()  # which holds func, and which a captured program has no need of
+            program.forget_body()  # the body holds func; a captured program would not need it any more
         del net
         gc.collect()
         assert len(engine._by_owner) == 0
@@ -593,7 +596,7 @@ class TestCaptures:
 
         def packed(x: Tensor) -> Tensor:
             kept = x.detach().contiguous().clone()
-            if x.dim() == 5:  # states, which nobody else has
+            if x.dim() == 5:  # a stack of states, which nothing else refers to
                 x.data.fill_(math.nan)
             return kept
 
@@ -626,7 +629,7 @@ def test_a_workspace_is_kept_once_for_each_thread(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("loops")
 class Controlled(nn.Module):
-    """Reads a buffer and a tensor of its own from memory."""
+    """A func that reads a buffer and another tensor of its own."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -642,7 +645,7 @@ class Controlled(nn.Module):
 
 @pytest.mark.usefixtures("loops")
 class TestReplays:
-    """Memory that func reads and that was overwritten between the passes."""
+    """Replays after memory that func reads was overwritten between the passes."""
 
     @pytest.mark.parametrize("create_graph", [False, True])
     @pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.3, 0.4, 1.0]], ids=["at the end", "inside steps"])
@@ -660,7 +663,7 @@ class TestReplays:
             memory = {"buffer": func.gain, "control": func.control, "data": func.p.data}[change]
             before = memory.clone()
             memory.mul_(1 + 1e-11)
-            is_seen_by_torch = create_graph and change != "data"  # as a new version, which the replay in Python notices
+            is_seen_by_torch = create_graph and change != "data"  # the replay in Python compares versions
             message = "was written to between" if is_seen_by_torch else "did not repeat the forward pass"
             with pytest.raises(ReplayError, match=message):
                 torch.autograd.grad(y.sum(), y0, retain_graph=True, create_graph=create_graph)
@@ -691,13 +694,13 @@ class TestReplays:
 
 
 class TestEarlyStart:
-    """Of a solve like one before, while the host still looks at func."""
+    """Launch of a solve like an earlier one while the host still checks that func is the same."""
 
     T = torch.tensor([0.0, 1.0])
 
     @pytest.fixture
     def looks(self, monkeypatch: pytest.MonkeyPatch, made: list[CalledAgain]) -> list[int]:
-        """Number of launches by the time of each look at func."""
+        """Number of launches at the time of each check of func."""
         found: list[int] = []
         look = TracedFunction.__call__
 
@@ -764,7 +767,7 @@ class TestEarlyStart:
         assert plan.can_start_early()
         storage = net.inner[0].weight.untyped_storage()
         weight = net.inner[0].weight.detach().clone()
-        storage.resize_(0)  # as whoever moves parameters elsewhere for a time does
+        storage.resize_(0)  # as libraries do that move parameters elsewhere for a time
         assert not plan.can_start_early()
         storage.resize_(weight.nbytes)
         net.inner[0].weight.data.copy_(weight)
@@ -941,7 +944,7 @@ class TestRefusals:
         ids=["to", "index"],
     )
     def test_copies_from_the_host(self, func: Callable[[Tensor], Tensor]) -> None:
-        y = torch.empty(3, device="meta")  # what any device that is not the host's looks like to a trace
+        y = torch.empty(3, device="meta")  # for a trace, like any device other than the host
         with pytest.raises(GraphError, match="between the host and the device"), Trace([y]):
             func(y)
 
@@ -979,9 +982,9 @@ class TestRefusals:
             solve(lambda t, y: -y, torch.ones(2, 3, device=device), self.T, engine="graph", **settings)
 
     def test_a_body_that_launches_elsewhere(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A program that leaves out what its body does, as one would whose kernels went to another stream."""
+        """A program without effect, as if the kernels of its body had gone to another stream."""
         if device != "cpu":
-            pytest.skip("needs a program that is wrong")
+            pytest.skip("a wrong program can be made for the stand-in only")
         monkeypatch.setattr(CalledAgain, "launch", lambda self, times=1: None)
         with pytest.raises(GraphError, match="stream of its own"):
             solve(Net(), torch.randn(3, dtype=torch.float64), self.T, engine="graph")
@@ -1004,5 +1007,5 @@ def test_three_bodies(device: str) -> None:
 
 
 def test_plan_holds_no_func() -> None:
-    """The cache of a plan must not keep alive the module that it belongs to."""
+    """A plan in the cache must not keep its func alive."""
     assert not any("func" in name or "problem" in name for name in Plan.__init__.__code__.co_names)

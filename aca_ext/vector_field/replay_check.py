@@ -164,10 +164,10 @@ class ReplayCheck:
 def causes(also: str = "") -> str:
     """Likely causes of a replay that differs, and their remedies; ``also`` is a further cause."""
     return (
-        "func is no longer what it was. Likely causes: memory that it reads was overwritten since (a tensor in place or "
-        "through .data, a NumPy array); it draws random numbers from NumPy or from a generator that is not torch's; it "
-        f"keeps something from one evaluation to the next{also}. Pass values that change by args=(...), or call "
-        'backward before the change, or use gradient="direct", which does not replay.'
+        "func is no longer what it was. Likely causes: memory that it reads was overwritten since (a tensor in place "
+        "or through .data, a NumPy array); it draws random numbers from NumPy or from a generator that is not "
+        f"torch's; it keeps something from one evaluation to the next{also}. Pass values that change by args=(...), or "
+        'call backward before the change, or use gradient="direct", which does not replay.'
     )
 
 

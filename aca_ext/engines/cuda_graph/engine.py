@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.engines.base import Request, obstacle_but_to_eager, solve_with
 from aca_ext.engines.cuda_graph import captures as programs
 from aca_ext.engines.cuda_graph.captures import Capturer, CudaCapturer
 from aca_ext.engines.cuda_graph.control_block import SolveMemory
 from aca_ext.engines.cuda_graph.operation_trace import TracedFunction, is_tracing
 from aca_ext.engines.cuda_graph.plan import Plan
+from aca_ext.engines.eager import method_for
 from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
@@ -40,21 +42,32 @@ _MAX_PLANS = 8  # of one func; beyond, the one that was used longest ago is capt
 _HINT = 'Use engine="eager".'
 
 
-def solve(task: Task) -> Result:
-    """Solves the problem of ``task`` with gradient="aca".
+class GraphEngine:
+    error = GraphError
 
-    Raises:
-        GraphError: func cannot be captured, or this kind of solve is not supported.
-    """
-    problem = task.problem
-    _check_supported(problem)
-    run = _Run(task)
+    def obstacle(self, request: Request) -> str | None:
+        return obstacle_but_to_eager("graph", request) or _obstacle_to_captures(request.problem)
+
+    def solve(self, request: Request) -> Result:
+        """The solve by captured graphs, or, for second derivatives, by the eager engine.
+
+        Raises:
+            GraphError: func cannot be captured.
+            Those of ``solve_with``.
+        """
+        # Of a single time there is no step to capture.
+        method = _solve_task if len(request.problem.times) > 1 else method_for(request)
+        return solve_with(method, request.task(), request.learnt)
+
+
+def _solve_task(task: Task) -> Result:
+    problem, run = task.problem, _Run(task)
     inputs = [*run.params, *(x for x in problem.args if isinstance(x, Tensor) and x.requires_grad)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, *inputs)):
         ys = _GraphAca.apply(run, problem.y0, *inputs)
     else:
         ys = run.forward(keeps_states=False)
-    return Result(ys, run.record, run.stats)
+    return Result(ys, run.record, run.stats, is_on_device=True)
 
 
 class _Run:
@@ -299,22 +312,24 @@ def capturer_for(device: torch.device) -> Capturer:
     return CudaCapturer(device)
 
 
-def _check_supported(problem: Problem) -> None:
+def _obstacle_to_captures(problem: Problem) -> str | None:
+    """The kind of state, tolerance or surroundings in which nothing is captured."""
     y0, tolerance = problem.y0, problem.tolerance
+    if len(problem.times) == 1:
+        return None
     if y0.device.type not in DEVICES:
-        raise GraphError(
-            f'engine="graph" takes states on a CUDA device; y0 is on {y0.device}. Use engine="compiled" or "eager".'
-        )
+        return f'engine="graph" takes states on a CUDA device; y0 is on {y0.device}. Use engine="compiled" or "eager".'
     if not has_kernels(y0.detach()):
-        raise GraphError(
+        return (
             'engine="graph" takes plain tensors of float32 and float64, or complex of them, and a build with CUDA; '
             f"y0 is {y0.dtype}, a {type(y0).__name__}. {_HINT}"
         )
     if is_tracing():
-        raise GraphError(f'A solve with engine="graph" cannot be part of the func of another. {_HINT}')
+        return f'A solve with engine="graph" cannot be part of the func of another. {_HINT}'
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise GraphError(f'A solve with engine="graph" cannot be part of another capture. {_HINT}')
+        return f'A solve with engine="graph" cannot be part of another capture. {_HINT}'
     if tolerance.norm is not None or isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor):
-        raise GraphError(f'engine="graph" takes rtol and atol as numbers, and no norm of your own. {_HINT}')
+        return f'engine="graph" takes rtol and atol as numbers, and no norm of your own. {_HINT}'
     if problem.jumps:
-        raise GraphError(f'engine="graph" does not take jump_t; step_t it does. {_HINT}')
+        return f'engine="graph" does not take jump_t; step_t it does. {_HINT}'
+    return None

@@ -21,8 +21,9 @@ from aca_ext.engines.compiled.verification import inputs_by_kind
 from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.fused import checksums_of, compiled_loop
-from aca_ext.problem.admission import check_readable, looks_readable
+from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
 from aca_ext.solver.failures import NO_TOLERANCE, failure_of
@@ -45,7 +46,9 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
     """
     run = _Run(problem, params, task)
     if torch.is_grad_enabled() and (problem.y0.requires_grad or True in run.wants_gradient):
-        ys = _CompiledAca.apply(run, problem.y0, *run.inputs)
+        states = Blocks(run.y0)
+        run.prepare_backward(states)
+        ys = with_graph(run.forward(states), run, states.blocks, problem.y0, run.learnt)
     else:
         ys = run.forward(None)
     return Result(ys, run.record, run.stats)
@@ -165,12 +168,28 @@ class _Run:
             n_f_evals=loop.n_f_evals,
         )
 
-    def backward(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
+        if [block.data_ptr() for block in states] != self._addresses_of_states:
+            # Hooks on saved tensors moved the states, which the loop knows by their addresses.
+            y0 = self.y0.detach().requires_grad_() if self.problem.y0.requires_grad else None
+            with torch.enable_grad():
+                found = self.differentiable_gradients(grad_ys, y0, states, inputs)
+            return [None if g is None else g.detach() for g in found]
+        grad_y0, grads = self._transposed(grad_ys, self._completed(inputs))
+        return grad_y0, *(g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt)
+
+    def _completed(self, learnt: Sequence[Tensor]) -> Sequence[Tensor]:
+        """All inputs of func, given those that require grad as autograd saved them."""
+        if len(learnt) == len(self.inputs):
+            return learnt
+        following = iter(learnt)
+        return [next(following) if is_it else x for x, is_it in zip(self.inputs, self._is_learnt, strict=True)]
+
+    def _transposed(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         """The cotangent of y0 and those of func's inputs."""
         specification, loop, y0 = self.specification, self.loop, self.y0
         is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
         if not is_laid_out_alike or not looks_readable(grad_ys):
-            check_readable("the gradient of the solution", grad_ys)
             grad_ys = self._rows().copy_(grad_ys)
         addresses = addresses_of(inputs)
         contents = self._contents(inputs, addresses)
@@ -194,10 +213,30 @@ class _Run:
             self.counting.count(self.stats.n_f_evals_backward or 0)
         return g if result == g.data_ptr() else g_next, grads
 
-    def prepare_backward(self) -> None:
-        """Notes what the backward pass needs of the forward pass besides its states."""
+    def differentiable_gradients(
+        self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Gradients:
+        """By the eager engine, over the same accepted steps."""
+        self.check_func()
+        task, inputs = self.task(), self._completed(inputs)
+        of_params, of_args = inputs_by_kind(task.field.args, self.inputs)
+        forward = ForwardPass(task, self.record, self.stats, AutocastState(self.y0.device.type), len(of_params))
+        given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
+        grad_y0, *found = differentiable_backward(forward, grad_ys, self.y0 if y0 is None else y0, {}, given)
+        grads: list[Tensor | None] = [None] * len(inputs)
+        for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
+            if i is not None:
+                grads[i] = grad
+        return grad_y0, *(g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt)
+
+    def prepare_backward(self, states: Blocks) -> None:
+        """Notes what the backward pass needs of the forward pass besides its states, which ``states`` are to hold."""
         self.specification.plan.expect_gradients(self)
         self._before = self._contents(self.used, self.addresses)
+        self._is_learnt = [x.requires_grad for x in self.inputs]
+        # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
+        self.learnt = [x for x, is_learnt in zip(self.inputs, self._is_learnt, strict=True) if is_learnt]
+        self._addresses_of_states = states.addresses
 
     def check_func(self) -> None:
         """Raises ReplayError where func, evaluated once more, would not be what it was in the forward pass."""
@@ -279,52 +318,3 @@ class _LoopRecord(StepRecord):
         if self._loop.n_accepted == 0:
             return torch.empty(0, 2, dtype=torch.float64)
         return torch.frombuffer(self._loop.bounds(), dtype=torch.float64).view(-1, 2)
-
-
-class _CompiledAca(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        checkpoints = Blocks(run.y0)
-        run.prepare_backward()
-        ys = run.forward(checkpoints)
-        ctx.run, ctx.n_blocks, ctx.has_y0 = run, len(checkpoints.blocks), y0.requires_grad
-        # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
-        learnt = [x for x in inputs if x.requires_grad]
-        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *learnt)
-        return ys
-
-    @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
-        saved, run = ctx.saved_tensors, ctx.run
-        if grad_ys is None:
-            return (None,) * len(ctx.needs_input_grad)
-        learnt = saved[ctx.n_blocks + ctx.has_y0 :]
-        if len(learnt) == len(run.inputs):
-            inputs = learnt
-        else:
-            following = iter(learnt)
-            inputs = [next(following) if x.requires_grad else x for x in run.inputs]
-        if torch.is_grad_enabled():
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.y0
-            grad_y0, *grads = _eager_backward(ctx, run, grad_ys, y0, inputs)
-        else:
-            grad_y0, grads = run.backward(grad_ys, inputs)
-        needed = ctx.needs_input_grad[1:]
-        return None, *(g if n else None for g, n in zip((grad_y0, *grads), needed, strict=True))
-
-
-def _eager_backward(ctx: Any, run: _Run, grad_ys: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """create_graph=True: the eager engine over the same accepted steps."""
-    run.check_func()
-    task = run.task()
-    of_params, of_args = inputs_by_kind(task.field.args, run.inputs)
-    ctx.task, ctx.record, ctx.stats = task, run.record, run.stats
-    ctx.n_params, ctx.autocast = len(of_params), AutocastState(y0.device.type)
-    given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
-    grad_y0, *found = differentiable_backward(ctx, grad_ys, y0, {}, given)
-    grads: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
-        if i is not None:
-            grads[i] = grad
-    return [grad_y0, *grads]

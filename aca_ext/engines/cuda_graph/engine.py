@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitErr
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
+from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.fused import has_kernels
 from aca_ext.kernels.operations import TorchOperations
 from aca_ext.problem.problem import Problem
@@ -64,7 +65,8 @@ def _solve_task(task: Task) -> Result:
     problem, run = task.problem, _Run(task)
     inputs = [*run.params, *(x for x in problem.args if isinstance(x, Tensor) and x.requires_grad)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, *inputs)):
-        ys = _GraphAca.apply(run, problem.y0, *inputs)
+        ys = run.forward(keeps_states=True)
+        ys = with_graph(ys, run, run.record.memory.hand_over_states(), problem.y0, inputs)
     else:
         ys = run.forward(keeps_states=False)
     return Result(ys, run.record, run.stats, is_on_device=True)
@@ -165,10 +167,10 @@ class _Run:
             n_f_evals=self._evaluations(control.n_steps),
         )
 
-    def backward(self, grad_ys: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
         memory, plan, params = self.record.memory, self.plan, self.params
         with plan.in_order():
-            blocks = memory.take_states(blocks)  # referred to until all is launched
+            blocks = memory.take_states(states)  # referred to until all is launched
             end = blocks[-1][-1]
             if not plan.has_backward:
                 plan.capture_backward(self.problem, memory, end, params, self.task.field.held, self.autocast)
@@ -178,38 +180,18 @@ class _Run:
                     "replay would not repeat the forward pass. Replace it before the one or after the other."
                 )
             self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
-            return plan.backward(memory, end, self.problem.args, memory.laid_out(grad_ys))
+            grad_y0, grads = plan.backward(memory, end, self.problem.args, memory.laid_out(grad_ys))
+            return grad_y0, *grads
 
-
-class _GraphAca(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ys = run.forward(keeps_states=True)
-        blocks = run.record.memory.hand_over_states()
-        ctx.run, ctx.n_params, ctx.n_blocks, ctx.has_y0 = run, len(run.params), len(blocks), y0.requires_grad
-        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
-        ctx.save_for_backward(*blocks, *([y0] if ctx.has_y0 else []), *inputs)
-        return ys
-
-    @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
-        if grad_ys is None:
-            return (None,) * len(ctx.needs_input_grad)
-        run, saved = ctx.run, ctx.saved_tensors
-        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
-        if torch.is_grad_enabled():
-            ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
-            memory = run.record.memory
-            blocks = [memory.laid_out(block) for block in saved[: ctx.n_blocks]]
-            states = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
-            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, states, inputs)
-        else:
-            grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
-            grads = [grad_y0, *found]
-        needed = ctx.needs_input_grad[1:]
-        return None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+    def differentiable_gradients(
+        self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Gradients:
+        """By the eager engine, over the same accepted steps."""
+        memory = self.record.memory
+        blocks = [memory.laid_out(block) for block in states]
+        known = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
+        forward = ForwardPass(self.task, self.record, self.stats, self.autocast, len(self.params))
+        return differentiable_backward(forward, grad_ys, known[0] if y0 is None else y0, known, inputs)
 
 
 class _GraphRecord(StepRecord):

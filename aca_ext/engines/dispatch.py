@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines import ENGINES
+from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.base import Engine, Request
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.base import AdjointOptions, Result
+from aca_ext.gradients.dependencies import checked_params
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.batch import batch_problem_of, is_independent
 from aca_ext.problem.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
@@ -25,47 +27,54 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.progress import Callback
 from aca_ext.solution import LazySolution, Solution, stopped
-from aca_ext.solver.checkpoints import Policy, StepRecord
+from aca_ext.solver.checkpoints import StepRecord, checked_policy
 
 
-def run(
-    func: Callable[..., State],
-    y0: State,
-    t: Tensor | Sequence[float],
-    resumed: SolverState | None = None,
-    *,
-    gradient: str,
-    checkpoints: Policy,
-    engine: str = "eager",
-    params: Sequence[Tensor] | None,
-    progress: bool,
-    callback: Callback | None,
-    adjoint: AdjointOptions,
-    **settings: Any,
-) -> Solution:
+def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
     """``solve``, or the part of one from where another part stopped."""
-    for what, x in (("y0", y0), ("t", t), ("args", settings["args"])):
+    policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
+    adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
+    for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
         for part in x if isinstance(x, (tuple, list)) else (x,):
             refuse_transforms(what, part)
     recording = recorder()
     if recording is not None:
-        lookup("gradient", gradient, GRADIENTS)
-        lookup("engine", engine, ENGINES)
-        _check_recorded(recording, callback, progress, settings["options"])
-        return solve_recorded(recording, func, y0, t, **settings)
-    problem = _problem_of(func, y0, t, resumed, **settings)
+        _check_recorded(recording, arguments)
+        return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
+    problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
-    request = Request(problem, gradient, learnt, params, checkpoints, progress, callback, adjoint)
+    request = Request(
+        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint
+    )
     _check_together(request)
     if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
-    result = _result(ENGINES[lookup("engine", engine, ENGINES)], request)
-    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
-    again = partial(_resumed, func, gradient=gradient, checkpoints=checkpoints, params=params, progress=progress,
-                    callback=callback, adjoint=adjoint, **settings)  # fmt: skip
-    return _solution(times, result, problem, again)
+    result = _result(ENGINES[lookup("engine", arguments.engine, ENGINES)], request)
+    return _solution(arguments, request, result)
+
+
+def _named_params(arguments: Arguments) -> Any:
+    params, adjoint_params = arguments.params, arguments.adjoint_params
+    if params is not None and adjoint_params is not None:
+        raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
+    return adjoint_params if params is None else params
+
+
+def _adjoint_options(given: Arguments) -> AdjointOptions:
+    """The settings of a backward solve, by default those of the forward one."""
+    if given.adjoint_options is not None:
+        options = dict(given.adjoint_options)
+    else:
+        of_forward = given.options if isinstance(given.options, Mapping) else {}  # problem_of says what else it is
+        # The norm and the grid of the forward solve speak of its state and its times, not of the augmented ones.
+        options = {name: value for name, value in of_forward.items() if name not in ("norm", "grid_constructor")}
+    return AdjointOptions(
+        rtol=given.rtol if given.adjoint_rtol is None else given.adjoint_rtol,
+        atol=given.atol if given.adjoint_atol is None else given.adjoint_atol,
+        method=given.method if given.adjoint_method is None else given.adjoint_method,
+        options=options,
+    )
 
 
 def _result(engine: Engine, request: Request) -> Result:
@@ -75,17 +84,19 @@ def _result(engine: Engine, request: Request) -> Result:
     return engine.solve(request)
 
 
-def _problem_of(func: Callable[..., State], y0: State, t: Any, resumed: SolverState | None, **settings: Any) -> Problem:
+def _problem_of(arguments: Arguments, resumed: SolverState | None) -> Problem:
     """The problem, from its start or from where another solve stopped."""
-    options = settings["options"]
-    problem: Problem = (batch_problem_of if is_independent(options) else problem_of)(func, y0, t, **settings)
+    make: Callable[..., Problem] = batch_problem_of if is_independent(arguments.options) else problem_of
+    problem = make(arguments.func, arguments.y0, arguments.t, **arguments.of_problem)
     if resumed is None:
         return problem
-    return replace(problem, resumed=resumed, jumps=problem.jumps | _jump_at(resumed.t, options))
+    return replace(problem, resumed=resumed, jumps=problem.jumps | _jump_at(resumed.t, arguments.options or {}))
 
 
-def _solution(times: Tensor, result: Result, problem: Problem, again: Callable[..., Solution]) -> Solution:
-    """The solution as its caller sees it; ``again`` makes the rest of one that stopped."""
+def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
+    """The solution as its caller sees it."""
+    problem, t = request.problem, arguments.t
+    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y, record = problem.packing.unpack_rows(result.ys), result.record
     if result.is_on_device:
         return LazySolution.of(times, y, record, result.stats)
@@ -93,34 +104,36 @@ def _solution(times: Tensor, result: Result, problem: Problem, again: Callable[.
     if not problem.stops_at_limit:
         return solution
     assert isinstance(record, StepRecord)
-    return stopped(solution, problem, record, again)
+    # Neither state nor times are kept, and params may have been an iterator, which is at its end.
+    kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
+    return stopped(solution, problem, record, partial(_resumed, kept))
 
 
-def _check_recorded(recording: str, callback: Callback | None, progress: bool, options: Any) -> None:
+def _check_recorded(recording: str, arguments: Arguments) -> None:
     """Raises where an argument asks for what happens in Python, or at steps of its own, while a recording is made."""
-    is_batch = is_independent(options)
-    what = {"callback": callback is not None, "progress": progress, 'option batch="independent"': is_batch}
+    lookup("gradient", arguments.gradient, GRADIENTS)
+    lookup("engine", arguments.engine, ENGINES)
+    is_batch = is_independent(arguments.options)
+    what = {
+        "callback": arguments.callback is not None,
+        "progress": arguments.progress,
+        'option batch="independent"': is_batch,
+    }
     for name, is_given in what.items():
         if is_given:
             raise ArgumentValueError(f"{recording} records no solve with {name}; leave it out.")
 
 
-def run_compiled_again(
-    func: Callable[..., State],
-    y0: State,
-    t: Tensor | Sequence[float],
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    method: str | None,
-    options: Mapping[str, Any] | None,
-    args: Sequence[Any],
-) -> Solution | None:
+def run_compiled_again(given: Arguments) -> Solution | None:
     """``run`` for engine="compiled" without most of its checks; None unless they were made before."""
-    if recorder() is not None:
+    if given.gradient != "aca" or given.checkpoints is not None or given.params is not None:
         return None
+    if given.adjoint_params is not None or given.callback is not None or given.progress or recorder() is not None:
+        return None
+    func, y0, t = given.func, given.y0, given.t
     refuse_transforms("y0", y0)
     refuse_transforms("t", t)
-    problem = known_problem(func, y0, t, rtol, atol, method, options, args)
+    problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
     result = _result(ENGINES["compiled"], Request(problem))
@@ -128,21 +141,14 @@ def run_compiled_again(
 
 
 def _resumed(
-    func: Callable[..., State],
-    y: State,
-    t: Tensor,
-    state: SolverState,
-    *,
-    max_num_steps: int | None,
-    is_beyond: bool,
-    options: Mapping[str, Any],
-    **settings: Any,
+    arguments: Arguments, y: State, t: Tensor, state: SolverState, *, max_num_steps: int | None, is_beyond: bool
 ) -> Solution:
     """A part of a solve from where another stopped, or beyond its end."""
+    options = arguments.options or {}
     limit = options.get("max_num_steps") if max_num_steps is None else max_num_steps
     if is_beyond and max_num_steps is None:
         limit = max(max_num_steps_of(limit), DEFAULT_MAX_NUM_STEPS)
-    return run(func, y, t, state, options={**options, "max_num_steps": limit}, **settings)
+    return run(replace(arguments, y0=y, t=t, options={**options, "max_num_steps": limit}), state)
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:

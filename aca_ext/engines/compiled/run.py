@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
-from aca_ext.engines.compiled.places import shown
+from aca_ext.engines.compiled.inputs import addresses_of, changed_input_error, contents_of
 from aca_ext.engines.compiled.plans import Plan, Specification
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.step_graphs import Layout
@@ -22,7 +22,7 @@ from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitE
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
-from aca_ext.kernels.fused import checksums_of, compiled_loop
+from aca_ext.kernels.fused import compiled_loop
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
@@ -97,9 +97,7 @@ class _Run:
             except CompileError:
                 if not captured.lifted:
                     raise
-                specialise(
-                    problem.func
-                )  # perhaps it needs as numbers what it reads: once more without tensors for them
+                specialise(problem.func)  # perhaps it needs as numbers what it reads: without tensors for them
                 return self._find()
         return found
 
@@ -192,9 +190,9 @@ class _Run:
         if not is_laid_out_alike or not looks_readable(grad_ys):
             grad_ys = self._rows().copy_(grad_ys)
         addresses = addresses_of(inputs)
-        contents = self._contents(inputs, addresses)
+        contents = contents_of(self.captured, inputs, addresses)
         if contents != self._before:
-            self._refuse_inputs(inputs, contents)
+            raise self._changed(inputs, contents)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
         g, g_next = torch.empty_like(y0), torch.empty_like(y0)
         n_inside = loop.n_inside
@@ -232,7 +230,7 @@ class _Run:
     def prepare_backward(self, states: Blocks) -> None:
         """Notes what the backward pass needs of the forward pass besides its states, which ``states`` are to hold."""
         self.specification.plan.expect_gradients(self)
-        self._before = self._contents(self.used, self.addresses)
+        self._before = contents_of(self.captured, self.used, self.addresses)
         self._is_learnt = [x.requires_grad for x in self.inputs]
         # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
         self.learnt = [x for x, is_learnt in zip(self.inputs, self._is_learnt, strict=True) if is_learnt]
@@ -255,53 +253,12 @@ class _Run:
                 "With create_graph=True the backward pass evaluates it again. Change it after the backward pass, or "
                 'use gradient="direct", which does not replay.'
             )
-        contents = self._contents(used, addresses_of(used))
+        contents = contents_of(self.captured, used, addresses_of(used))
         if contents != self._before:
-            self._refuse_inputs(used, contents)
+            raise self._changed(used, contents)
 
-    def _contents(self, inputs: Sequence[Tensor], addresses: list[int]) -> bytes:
-        """Eight bytes for each input, and for each that has gaps in memory, which tell their contents."""
-        found: bytes = self.captured.checksums(addresses)
-        for i in self.captured.gaps:
-            dense = inputs[i].detach().contiguous()
-            found += checksums_of([dense.nbytes])([dense.data_ptr()])
-        return found
-
-    def _refuse_inputs(self, inputs: Sequence[Tensor], contents: bytes) -> NoReturn:
-        """Finds an input of func with other contents than in the forward pass.
-
-        Programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
-
-        Raises:
-            ReplayError: it has.
-        """
-        order = [*range(len(inputs)), *self.captured.gaps]
-        i = next(i for n, i in enumerate(order) if contents[8 * n : 8 * n + 8] != self._before[8 * n : 8 * n + 8])
-        step = self.loop.accepted_steps()[-1:]
-        where = f" from t={step[0][0]:.17g}" if step else ""
-        raise ReplayError(
-            f"Replaying the step{where} would not repeat the forward pass: {shown(self.captured.names[i])}, of shape "
-            f"{tuple(inputs[i].shape)}, on which func depends, has changed since. Causes: it was written to through "
-            ".data, or its memory was reused for the next batch. Change it after the backward pass, give func a copy, "
-            'or use gradient="direct", which does not replay.'
-        )
-
-
-def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
-    """Addresses of the inputs of func.
-
-    Raises:
-        CompileError: the memory of one was freed.
-    """
-    found = [x.data_ptr() for x in inputs]
-    if 0 in found:
-        for x in inputs:
-            if x.numel() and x.data_ptr() == 0:
-                raise CompileError(
-                    f"func depends on a tensor of shape {tuple(x.shape)} whose memory was freed "
-                    "(untyped_storage().resize_). Restore it before the solve and before its backward pass."
-                )
-    return found
+    def _changed(self, inputs: Sequence[Tensor], contents: bytes) -> ReplayError:
+        return changed_input_error(self.captured, inputs, self._before, contents, self.loop.accepted_steps()[-1:])
 
 
 class _LoopRecord(StepRecord):

@@ -61,6 +61,10 @@ class SlopeError(AcaError, TypeError, ValueError):
     """``func`` returned something that is not the derivative of the state it was given."""
 
 
+class EventError(AcaError, ValueError):
+    """An event function, or a reset, returned something that cannot be used; or no event occurred; or too many did."""
+
+
 class ReplayError(AcaError, RuntimeError):
     """The backward pass could not repeat the forward pass, so its gradient would be wrong."""
 

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from aca_ext.problem.events import Event
 from aca_ext.problem.state import State
 from aca_ext.progress import Callback
 
@@ -39,6 +40,7 @@ class Arguments:
     atol: float | Tensor = 1e-9
     method: str | None = None
     options: Mapping[str, Any] | None = None
+    events: Sequence[Event] = ()
     gradient: str = "aca"
     checkpoints: int | str | None = None
     engine: str = "eager"

@@ -15,6 +15,7 @@ from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
+from aca_ext.problem.events import Event
 from aca_ext.problem.grid import grid_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
@@ -55,6 +56,8 @@ class Problem:
         stops_at_limit: it stops there instead, to be resumed.
         resumed: where it goes on, if it does.
         on_step: called after every trial step.
+        events: conditions whose sign changes are looked for.
+        touched: indices of the events on whose surface the solve starts, if its start is a reset.
         settings: the same object for problems that are known to differ in func, args and the values of y0 alone.
     """
 
@@ -73,6 +76,8 @@ class Problem:
     stops_at_limit: bool = False
     resumed: SolverState | None = None
     on_step: Callback | None = None
+    events: tuple[Event, ...] = ()
+    touched: tuple[int, ...] = ()
     settings: Settings = field(default_factory=Settings)
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.kernels.fused import empty_rows
 from aca_ext.problem.resumption import SolverState
+from aca_ext.solver.event_search import Occurrence
 
 # All states, at most so many, or "cpu".
 Policy = int | str | None
@@ -50,6 +51,8 @@ class StepRecord:
 
     steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
     end: SolverState | None = None  # where the solve may go on
+    events: list[Occurrence] = field(default_factory=lambda: list[Occurrence]())
+    ended_by: int | None = None  # index of the event that ended the solve: a terminal one, or else the first reset
 
     def bounds(self) -> Tensor:
         """(n_accepted, 2) float64: start and end of every accepted step."""

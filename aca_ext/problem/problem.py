@@ -57,7 +57,6 @@ class Problem:
         resumed: where it goes on, if it does.
         on_step: called after every trial step.
         events: conditions whose sign changes are looked for.
-        touched: indices of the events on whose surface the solve starts, if its start is a reset.
         settings: the same object for problems that are known to differ in func, args and the values of y0 alone.
     """
 
@@ -77,7 +76,6 @@ class Problem:
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
-    touched: tuple[int, ...] = ()
     settings: Settings = field(default_factory=Settings)
 
     @property

@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentValueError",
     "BatchStatisticsWarning",
     "CompileError",
+    "EventError",
     "GraphError",
     "KeptTensorWarning",
     "NonFiniteError",

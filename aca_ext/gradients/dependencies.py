@@ -43,6 +43,7 @@ class FirstEvaluation:
         self.found: list[Tensor] = []
         self.leaves = range(0)
         self._keepsakes: list[Keepsake] = []
+        self._made: list[Tensor] = []  # leaves that the evaluation made itself
         self._use: _Use | None = None
         y = task.problem.y0.detach()  # a tensor of its own, so that a func that also captures y0 is seen to do so
         args = [a for a in task.field.args if isinstance(a, Tensor)]
@@ -55,7 +56,8 @@ class FirstEvaluation:
         n_captured = len(captured)
         if k is not None and k.requires_grad and task.params is None:
             leaves = known_tensors([*captured, *args, y]).others(k, None) or []
-            self.params += [x for x in leaves if not (watch.has_made(x) or task.field.has_put(x))]
+            self._made = [x for x in leaves if watch.has_made(x) or task.field.has_put(x)]
+            self.params += [x for x in leaves if not any(x is made for made in self._made)]
             self.leaves = range(n_captured, len(self.params))
         self.k = k = None if k is None else k.detach()
         self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
@@ -104,10 +106,20 @@ class FirstEvaluation:
             keepsake.release()
         environment = self._task.field.environment
         if environment is not None:
-            late = environment.end_solve()
+            late = environment.end_solve(self._task.field.n_evals)
             if late:
                 settle_late(self._task.field.func, late, self._origins())
                 environment.settle()
+            if environment.has_own_state:
+                self._add_made_leaves(self._task)
+
+    def _add_made_leaves(self, task: Task) -> None:
+        """Makes params of leaves that func made in the solve and keeps, as a layer does that is built at first use."""
+        args = [arg for arg in task.field.args if isinstance(arg, Tensor)]
+        known = {id(x) for x in (*self.params, *self.found, *args)}
+        for x in task.field.tensors_held_now():
+            if x.is_leaf and id(x) not in known and task.params is None:
+                (self.params if any(x is made for made in self._made) else self.found).append(x)
 
     def _origins(self) -> list[Tensor]:
         """All that the solution has its graph from, as far as it is known."""

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dis
 import functools
 import sys
+import sysconfig
 import types
 import weakref
 
-_LIBRARIES = sys.stdlib_module_names | {"aca_ext", "numpy", "pytest", "scipy", "torch", "torchdiffeq", "torchvision"}
+_STANDARD = sysconfig.get_paths()["stdlib"]
+_LIBRARIES = {
+    "IPython", "PIL", "aca_ext", "jax", "matplotlib", "networkx", "numpy", "pandas", "pytest", "scipy", "sklearn",
+    "sympy", "torch", "torchdiffeq", "torchvision", "tqdm", "wandb",
+}  # fmt: skip
 BY_NAME = frozenset(
     {"__import__", "eval", "exec", "globals", "locals", "vars"}
 )  # reach objects that code does not name
@@ -16,10 +21,19 @@ _MAX_CODES = 4096
 OF_CLASSES = frozenset({"__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__"})
 
 
-@functools.lru_cache(maxsize=1024)
 def is_library(module: object) -> bool:
     """Tells whether a module, named by ``__module__`` of what it defines, holds no state of a user's func."""
-    return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
+    return type(module) is not str or _is_library(module)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_library(module: str) -> bool:
+    name = module.partition(".")[0]
+    if name in sys.stdlib_module_names:
+        # A file of the user's may have the name of a standard module that it hides.
+        file = getattr(sys.modules.get(name), "__file__", None)
+        return file is None or (file.startswith(_STANDARD) and "site-packages" not in file)
+    return name in _LIBRARIES
 
 
 # Results of ``leads_nowhere`` by class. Most classes hold no state, and finding out takes long.
@@ -56,7 +70,8 @@ def _is_plain(name: str, x: object) -> bool:
 def slots_of(kind: type) -> list[str]:
     slots = kind.__dict__.get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return [name for name in names if type(kind.__dict__.get(name)) is types.MemberDescriptorType]
+    mangled = (f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") else name for name in names)
+    return [name for name in mangled if type(kind.__dict__.get(name)) is types.MemberDescriptorType]
 
 
 _names: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}  # by id, since hashing code looks at all of it

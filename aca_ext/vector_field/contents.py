@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 MISSING = object()  # stands for the contents of a place that does not exist
@@ -33,47 +34,62 @@ def get(holder: Any, key: Any, default: Any = MISSING) -> Any:
         if isinstance(holder, types.CellType):
             return holder.cell_contents
         if key is None and isinstance(holder, (list, deque, set)):
-            return type(holder)(holder)
+            return [*holder]
         return holder[key] if isinstance(holder, (dict, list, tuple, deque)) else getattr(holder, key)
-    except (AttributeError, LookupError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         return default
 
 
 def put(holder: Any, key: Any, value: Any) -> None:
-    """Replaces the contents of a place, or removes it for MISSING; does nothing where neither is possible."""
+    """Replaces the contents of a place, or removes it for MISSING; does nothing where neither is possible.
+
+    Uses the methods of the built-in types, so that subclasses which refuse or convert entries do not see it.
+    """
     is_missing = value is MISSING
     if isinstance(holder, dict):
-        holder.pop(key, None) if is_missing else holder.update({key: value})
-    elif isinstance(holder, (list, deque, set)):
-        if key is not None:
-            holder[key] = value  # type: ignore[index]
+        dict.pop(holder, key, None) if is_missing else dict.__setitem__(holder, key, value)
+    elif isinstance(holder, list):
+        list.__setitem__(holder, slice(None) if key is None else key, value)
+    elif isinstance(holder, (deque, set)):
+        if isinstance(holder, deque) and key is not None:
+            holder[key] = value
         else:
-            holder.clear()
-            holder.update(value) if isinstance(holder, set) else holder.extend(value)
+            _refill(holder, value)
     elif isinstance(holder, types.CellType):
         if is_missing:
             del holder.cell_contents
         else:
             holder.cell_contents = value
     elif isinstance(holder, type):
-        delattr(holder, key) if is_missing else setattr(holder, key, value)
+        type.__delattr__(holder, key) if is_missing else type.__setattr__(holder, key, value)
     elif not isinstance(holder, tuple):
         object.__delattr__(holder, key) if is_missing else object.__setattr__(holder, key, value)
+
+
+def _refill(holder: deque[Any] | set[Any], values: Iterable[Any]) -> None:
+    holder.clear()
+    holder.update(values) if isinstance(holder, set) else holder.extend(values)
+
+
+# Held while places are changed for a replay: in another thread's replay they would be wrong, and be taken for theirs.
+_lock = threading.RLock()
 
 
 @contextmanager
 def put_back(changes: Sequence[Change]) -> Iterator[None]:
     """Sets the places to their contents of before inside the context, and to those of now afterwards."""
-    orders = {id(c.holder): (c.holder, list(c.holder)) for c in changes if isinstance(c.holder, dict)}
-    try:
-        for change in changes:
-            change.put(change.before)
-        yield
-    finally:
-        for change in changes:
-            change.put(change.now)
-        for holder, order in orders.values():
-            _order(holder, order)
+    with _lock if changes else nullcontext():
+        orders = {id(c.holder): (c.holder, list(c.holder)) for c in changes if isinstance(c.holder, dict)}
+        try:
+            for change in changes:
+                change.put(change.before)
+            yield
+        finally:
+            for change in changes:
+                with suppress(Exception):  # one place that cannot be written is no reason to leave others changed
+                    change.put(change.now)
+            for holder, order in orders.values():
+                _order(holder, order)
 
 
 def restore(contents: Any) -> None:
@@ -90,6 +106,6 @@ def _order(holder: dict[Any, Any], order: Sequence[Any]) -> None:
     if list(holder)[: len(order)] == order:
         return
     contents = dict(holder)
-    holder.clear()
-    holder.update({key: contents.pop(key) for key in order if key in contents})
-    holder.update(contents)
+    dict.clear(holder)
+    dict.update(holder, {key: contents.pop(key) for key in order if key in contents})
+    dict.update(holder, contents)

@@ -137,7 +137,11 @@ class VectorField:
         """Tells whether func created a leaf and keeps it: nothing held it before the first evaluation."""
         if self.holdings is None or self.holdings.has_seen(leaf):
             return False
-        return any(x is leaf for x in Holdings(self._roots).tensors)
+        return any(x is leaf for x in self.tensors_held_now())
+
+    def tensors_held_now(self) -> list[Tensor]:
+        """Tensors requiring grad that func holds at present."""
+        return Holdings(self._roots).tensors
 
     def take_notes_of(self, other: VectorField) -> None:
         """Copies the records of another field for the same func."""

@@ -21,14 +21,19 @@ from aca_ext.kernels.fused import contents, module_walk
 from aca_ext.vector_field.code_names import BY_NAME, OF_CLASSES, globals_named_by, is_library, leads_nowhere, slots_of
 from aca_ext.vector_field.contents import MISSING, get, put
 
-_MAX_OBJECTS = 5000  # in addition to modules, of which all are visited
+_MAX_OBJECTS = 2000  # in addition to modules, of which all are visited
 _MAX_ENTRIES = 1024  # of one container
+_MAX_IN_ALL = 20_000  # entries of all containers
 
 # Types whose objects hold nothing of interest; they are never queued.
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, torch.dtype, torch.device,
      torch.Size, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
 )  # fmt: skip
+_HOOKS_OF_ALL_MODULES = [
+    hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and type(hooks) is not bool
+    and isinstance(hooks, dict)
+]  # fmt: skip
 _MODULE_WALK = module_walk(_ATOMS, frozenset(vars(nn.Module())))
 
 
@@ -69,7 +74,7 @@ class Holdings:
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
-        self.is_complete = not _hooks_of_all_modules()
+        self.is_complete = not any(_HOOKS_OF_ALL_MODULES)
         self.modules: list[nn.Module] = []
         self.kinds: set[type] = set()
         self._places: list[tuple[Tensor, Any, Any, bool]] = []  # plain tuples, since a Place is slow to create
@@ -77,10 +82,17 @@ class Holdings:
         self.contents = contents(MISSING)
         self._seen: set[int] = set()
         self._todo: list[Any] = []
-        self._left = _MAX_OBJECTS
-        for i, root in enumerate(roots):
+        self._left, self.entries_left = _MAX_OBJECTS, _MAX_IN_ALL
+        self._roots = tuple(roots)
+        for hooks in _HOOKS_OF_ALL_MODULES:
+            self.contents.add(hooks)
+        for i, root in enumerate(self._roots):
             self.look(root, (), i)
         self._walk()
+
+    def again(self) -> Holdings:
+        """The same walk over what there is now."""
+        return Holdings(self._roots)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -112,7 +124,7 @@ class Holdings:
         kind = type(x)
         if kind in _ATOMS:
             return
-        if isinstance(x, Tensor):
+        if is_a(x, Tensor):
             if x.requires_grad and id(x) not in self._seen:
                 self._seen.add(id(x))
                 self._places.append((x, holder, key, is_attribute))
@@ -124,13 +136,18 @@ class Holdings:
             if not isinstance(x.__self__, (type(None), type, types.ModuleType)):
                 self._todo.append(x.__self__)
         elif kind is types.ModuleType:
-            self.is_complete = self.is_complete and is_library(x.__name__)
+            if not is_library(x.__name__):
+                self.is_complete = False  # its code may name more
+                self.contents.add(vars(x))
         else:
             self._todo.append(x)
 
     def _walk(self) -> None:
         while self._todo:
-            self._visit(self._todo.pop())
+            try:
+                self._visit(self._todo.pop())
+            except Exception:  # of an object that fails when it is looked at, which func need not do
+                self.is_complete = False
             if not self._todo:
                 for kind in self.kinds:
                     self._class(kind)
@@ -138,14 +155,14 @@ class Holdings:
     def _visit(self, x: Any) -> None:
         if id(x) in self._seen:
             return
-        if isinstance(x, nn.Module):
+        if is_a(x, nn.Module):
             self._module(x)
             return
         self._left -= 1
         visit = _VISITORS.get(type(x))
         if self._left < 0:
             self.is_complete = False
-        elif isinstance(x, type):
+        elif is_a(x, type):
             self._class(x)
         elif visit is not None:
             self._seen.add(id(x))
@@ -154,7 +171,8 @@ class Holdings:
             self._seen.add(id(x))
             self._object(x)
         else:
-            self.is_complete = False
+            self._seen.add(id(x))
+            self._library_object(x)
 
     def _module(self, module: nn.Module) -> None:
         others: list[tuple[Any, Any, str]] = []
@@ -173,7 +191,7 @@ class Holdings:
         self._class(kind)
         self.is_complete = self.is_complete and not hasattr(kind, "__getattr__")
         for container in (list, tuple, dict, deque):
-            if isinstance(x, container):
+            if is_a(x, container):
                 _VISITORS[container](self, x)
         attributes = getattr(x, "__dict__", None)
         if type(attributes) is dict:
@@ -185,6 +203,17 @@ class Holdings:
             self.contents.add_named(x, slots)
         for name in slots:
             self.look(getattr(x, name, None), x, name)
+
+    def _library_object(self, x: Any) -> None:
+        """Visits the entries of a container and the attributes, without what these hold inside."""
+        self.is_complete = False
+        attributes = getattr(x, "__dict__", None)
+        for holder in (x if is_a(x, dict) or is_a(x, list) else None, attributes):
+            if holder is not None and is_a(holder, (dict, list)):  # type: ignore[arg-type]
+                self.contents.add(holder)
+                for key, value in entries_of(holder):
+                    if is_a(value, Tensor) or type(value) in (dict, list, tuple, set, deque):
+                        self.look(value, holder, key, holder is attributes)
 
     def _class(self, kind: type) -> None:
         """The methods and attributes of a class and of its bases."""
@@ -208,9 +237,14 @@ class Holdings:
                     self.look(value, base, name)
 
 
-def _hooks_of_all_modules() -> bool:
-    hooks = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+def may_hold_more(x: Any) -> bool:
+    """Tells whether an object may hold others, which a walk would visit."""
+    return type(x) not in _ATOMS and not is_a(x, Tensor)
+
+
+def is_a(x: Any, kind: type) -> bool:
+    """``isinstance`` by the type alone, since a weak proxy claims to be of the class of another object."""
+    return issubclass(type(x), kind)
 
 
 def _function(walk: Holdings, f: types.FunctionType) -> None:
@@ -223,9 +257,9 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
         walk.contents.add(cell)
         walk.look(value, cell, name)
     if f.__defaults__:
-        _sequence(walk, f.__defaults__)
+        _container(walk, f.__defaults__)
     if f.__kwdefaults__:
-        _mapping(walk, f.__kwdefaults__)
+        _container(walk, f.__kwdefaults__)
     if f.__dict__:
         _namespace(walk, f)
     known = f.__globals__
@@ -247,41 +281,43 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
 def _module_of_code(walk: Holdings, module: types.ModuleType, code: types.CodeType) -> None:
     """Visits the names that code uses from an imported module of the user's."""
     walk.is_complete = False  # code inside that module may name more than is visited here
-    walk.contents.add_named(vars(module), code.co_names)
+    walk.contents.add(vars(module))
     for name in code.co_names:
         value = vars(module).get(name)
         if value is not None:
             walk.look(value, vars(module), name, True)
 
 
-def _sequence(walk: Holdings, x: Any) -> None:
+def entries_of(x: Any) -> list[tuple[Any, Any]]:
+    """Keys and values of a container, read by the methods of the built-in type, which a subclass cannot override."""
+    if is_a(x, dict):
+        return list(islice(dict.items(x), _MAX_ENTRIES))
+    for kind in (list, tuple, deque, set, frozenset):
+        if is_a(x, kind):
+            return list(enumerate(islice(kind.__iter__(x), _MAX_ENTRIES)))
+    return list(islice(x.items(), _MAX_ENTRIES))  # a mapping proxy
+
+
+def _container(walk: Holdings, x: Any) -> None:
+    entries = entries_of(x) if walk.entries_left > 0 else []
+    walk.entries_left -= len(entries)
+    walk.is_complete = walk.is_complete and len(entries) < _MAX_ENTRIES and walk.entries_left >= 0
     walk.contents.add(x)
-    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
-    for i, value in enumerate(islice(x, _MAX_ENTRIES)):
-        walk.look(value, x, i)
+    for key, value in entries:
+        walk.look(value, x, key)
 
 
 def _unordered(walk: Holdings, x: Any) -> None:
-    if isinstance(x, set):
-        walk.contents.add(x)
-    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
-    for value in islice(x, _MAX_ENTRIES):
+    walk.contents.add(x)
+    for _, value in entries_of(x):
         walk.look(value, (), "")
-
-
-def _mapping(walk: Holdings, x: Any) -> None:
-    if isinstance(x, dict):
-        walk.contents.add(x)
-    walk.is_complete = walk.is_complete and len(x) <= _MAX_ENTRIES
-    for key, value in islice(x.items(), _MAX_ENTRIES):
-        walk.look(value, x, key)
 
 
 def _partial(walk: Holdings, x: Any) -> None:
     walk.look(x.func, (), "func")
-    _sequence(walk, x.args)
-    _mapping(walk, x.keywords)
-    _mapping(walk, vars(x))
+    _container(walk, x.args)
+    _container(walk, x.keywords)
+    _container(walk, vars(x))
 
 
 def _method(walk: Holdings, x: types.MethodType) -> None:
@@ -299,14 +335,14 @@ _VISITORS: dict[type, Callable[[Holdings, Any], None]] = {
     types.FunctionType: _function,
     types.MethodType: _method,
     types.SimpleNamespace: _namespace,
-    types.MappingProxyType: _mapping,
+    types.MappingProxyType: _container,
     functools.partial: _partial,
-    list: _sequence,
-    tuple: _sequence,
-    deque: _sequence,
+    list: _container,
+    tuple: _container,
+    deque: _container,
     set: _unordered,
     frozenset: _unordered,
-    dict: _mapping,
-    OrderedDict: _mapping,
-    defaultdict: _mapping,
+    dict: _container,
+    OrderedDict: _container,
+    defaultdict: _container,
 }

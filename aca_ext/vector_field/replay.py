@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from aca_ext.errors import ArgumentTypeError, ReplayError
 from aca_ext.kernels.fused import known_tensors
 from aca_ext.problem.state import tensors_in
+from aca_ext.vector_field.environment import overwritten_message
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
@@ -275,12 +276,7 @@ class _Substitution(TorchFunctionMode):
         if self._overwritten and func not in _METADATA:
             for x in tensors_in((args, kwargs or {})):
                 if id(x) in self._overwritten:
-                    raise ReplayError(
-                        f"A tensor of shape {tuple(x.shape)} and {x.dtype}, which func reads, was written to between "
-                        "the forward and the backward pass, so that a replay would not repeat the forward pass. Write "
-                        "to it after the backward pass, put a new tensor in its place, or use "
-                        'gradient="direct", which does not replay.'
-                    )
+                    raise ReplayError(overwritten_message(x))
         return func(*self._of(args), **self._of(kwargs or {}))
 
     def _of(self, x: Any) -> Any:

@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -9,30 +10,35 @@
 
 namespace aca {
 
-// A snapshot of many places, made in each solve, and its comparison with what is there later. Both take well under a
-// microsecond for a module, which is why they are written in C++.
+// A snapshot of many places, made in each solve, and its comparison with their later contents. Both take well under a
+// microsecond for a module, which is why they are written in C++. Holders are read by the functions of Python's
+// built-in types alone: a subclass may override the others.
 class Contents {
   public:
-    // `missing` stands for what is not there.
-    explicit Contents(py::object missing) : missing_(std::move(missing)) {}
+    // `missing` stands for the contents of a place that does not exist.
+    explicit Contents(py::object missing)
+        : missing_(std::move(missing)),
+          forgotten_(Attribute::owned(PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type)))) {}
 
-    // Notes a dict, sequence, set or cell with all that it contains; of a large one nothing.
+    // Records a dict, list, tuple, deque, set or closure cell with all its contents; a large one not at all.
     void add(PyObject* holder) {
         Held held{py::reinterpret_borrow<py::object>(holder), {}, {}};
+        const Py_ssize_t size = size_of(holder);
+        if (size > kMaxEntries || size > left_) return;
+        left_ -= size;
         read(held);
         if (held.before) helds_.push_back(std::move(held));
     }
 
-    // Notes the entries of a dict, or the attributes of an object, that have one of `names`.
+    // Records the entries of a dict, or the attributes of an object, that have one of `names`.
     void add_named(py::object holder, py::object names) {
         Held held{std::move(holder), std::move(names), {}};
         read(held);
         helds_.push_back(std::move(held));
     }
 
-    // Changes since the snapshot, as tuples (holder, key, before, now); the snapshot is then that of now. The key is
-    // None for a sequence whose length changed, a set, and a cell. A change from a tensor with a graph that is gone,
-    // since nobody else held it, is left out.
+    // Changes since the snapshot, as tuples (holder, key, before, now); the snapshot is then the present. The key is
+    // None for a list, deque, set or cell, whose contents change as a whole.
     py::list update() {
         py::list changes;
         for (Held& held : helds_) {
@@ -58,7 +64,7 @@ class Contents {
         return py::list();
     }
 
-    // Notes of every tensor without a history its version, and whether it requires grad.
+    // Records the version of every leaf tensor, and whether it requires grad.
     void watch_tensors() {
         tensors_.clear();
         for (const Held& held : helds_)
@@ -67,22 +73,20 @@ class Contents {
             });
     }
 
-    // Tensors changed since by themselves, as pairs: each with whether it was frozen and requires grad now (True), or
-    // was written to in place (False). With `accepts`, they are then compared with their state of now.
+    // Tensors changed since, as tuples (tensor, it was frozen and requires grad now, it was written to in place). With
+    // `accepts`, the present becomes what later calls compare with.
     py::list changed_tensors(bool accepts) {
         py::list changed;
         for (auto& [x, state] : tensors_) {
             const TensorState now = state_of(x.ptr()), before = state;
             if (accepts) state = now;
-            if (now.requires_grad && !before.requires_grad)
-                changed.append(py::make_tuple(x, true));
-            else if (now.version != before.version && !before.requires_grad)
-                changed.append(py::make_tuple(x, false));
+            const bool unfrozen = now.requires_grad && !before.requires_grad, written = now.version != before.version;
+            if (unfrozen || written) changed.append(py::make_tuple(x, unfrozen, written));
         }
         return changed;
     }
 
-    // All tensors without a history that the places held.
+    // All leaf tensors in the places.
     py::list tensors() const {
         py::list found;
         for (const Held& held : helds_)
@@ -107,30 +111,47 @@ class Contents {
     }
 
   private:
-    static constexpr Py_ssize_t kMaxEntries = 1024;
+    static constexpr Py_ssize_t kMaxEntries = 1024, kMaxInAll = 20'000;
+    static constexpr Py_ssize_t kMaxSearched = 64;  // of a container that may hold a tensor with a history
+    static constexpr int kMaxDepth = 3;             // of containers in one another
 
     struct Held {
-        py::object holder, names;  // names: none where all entries count
-        py::object before;         // a dict or list of the contents, or the contents of a cell
+        py::object holder, names;  // names: null if all entries count
+        py::object before;         // a copy of the holder, or the contents of a cell
     };
 
     struct TensorState {
-        long version;  // 0 where it requires grad, when autograd sees to it
+        long version;
         bool requires_grad;
     };
 
     static TensorState state_of(PyObject* x) {
         static const Attribute requires_grad("requires_grad"), version("_version");
-        if (requires_grad.of(x).ptr() == Py_True) return {0, true};
+        const bool is_learnt = requires_grad.of(x).ptr() == Py_True;
         PyObject* number = PyObject_GetAttr(x, version.name());
-        if (!number) {  // one made in inference mode has none
+        if (!number) {  // a tensor made in inference mode has no version
             PyErr_Clear();
-            return {0, false};
+            return {0, is_learnt};
         }
-        return {as_long(py::reinterpret_steal<py::object>(number)), false};
+        return {as_long(py::reinterpret_steal<py::object>(number)), is_learnt};
     }
 
-    // Reads the contents that a place has now.
+    static bool is_deque(PyObject* x) { return std::strcmp(Py_TYPE(x)->tp_name, "collections.deque") == 0; }
+
+    static Py_ssize_t size_of(PyObject* x) {
+        if (PyDict_Check(x)) return PyDict_GET_SIZE(x);
+        if (PyList_Check(x)) return PyList_GET_SIZE(x);
+        if (PyTuple_Check(x)) return PyTuple_GET_SIZE(x);
+        if (PySet_Check(x)) return PySet_GET_SIZE(x);
+        return is_deque(x) ? PySequence_Size(x) : 1;
+    }
+
+    // A new list of the elements of a list or deque.
+    static py::object as_list(PyObject* x) {
+        return Attribute::owned(PyList_Check(x) ? PyList_GetSlice(x, 0, PyList_GET_SIZE(x)) : PySequence_List(x));
+    }
+
+    // Reads the present contents of a holder.
     void read(Held& held) const {
         PyObject* x = held.holder.ptr();
         if (held.names) {
@@ -138,34 +159,43 @@ class Contents {
             for (py::handle name : held.names) before[name] = kept(named(x, name.ptr()).ptr());
             held.before = std::move(before);
         } else if (PyDict_Check(x)) {
-            if (PyDict_GET_SIZE(x) > kMaxEntries) return;
             held.before = Attribute::owned(PyDict_Copy(x));
-            keep_values(held.before.ptr());
+            PyObject *key, *value;
+            Py_ssize_t position = 0;
+            while (PyDict_Next(held.before.ptr(), &position, &key, &value))
+                if (has_history(value)) PyDict_SetItem(held.before.ptr(), key, kept(value).ptr());  // no new key
         } else if (PyCell_Check(x)) {
             held.before = kept(PyCell_GET(x));
         } else if (PySet_Check(x)) {
-            if (PySet_GET_SIZE(x) <= kMaxEntries) held.before = Attribute::owned(PySet_New(x));
-        } else {
-            const Py_ssize_t size = PySequence_Size(x);
-            if (size > kMaxEntries) return;
-            held.before = Attribute::owned(PySequence_List(x));
-            for (Py_ssize_t i = 0; i < size; ++i)
-                if (has_history(PyList_GET_ITEM(held.before.ptr(), i)))
-                    PyList_SetItem(held.before.ptr(), i, kept(PyList_GET_ITEM(held.before.ptr(), i)).release().ptr());
+            held.before = Attribute::owned(PySet_New(x));
+        } else if (PyTuple_Check(x)) {
+            held.before = held.holder;
+        } else if (PyList_Check(x) || is_deque(x)) {
+            held.before = as_list(x);
+            for (Py_ssize_t i = 0; i < PyList_GET_SIZE(held.before.ptr()); ++i) {
+                PyObject* value = PyList_GET_ITEM(held.before.ptr(), i);
+                if (has_history(value)) PyList_SetItem(held.before.ptr(), i, kept(value).release().ptr());
+            }
         }
     }
 
-    // A tensor with a graph is held weakly: else solves whose results func holds would keep one another's graphs.
+    // A value with a history is held weakly, or not at all. Otherwise solves whose results func holds would keep one
+    // another's autograd graphs. The graph of a solve keeps what func used anyway.
     py::object kept(PyObject* x) const {
         if (!x) return missing_;
-        return has_history(x) ? Attribute::owned(PyWeakref_NewRef(x, nullptr)) : py::reinterpret_borrow<py::object>(x);
+        if (!has_history(x)) return py::reinterpret_borrow<py::object>(x);
+        PyObject* weak = PyWeakref_NewRef(x, nullptr);
+        if (weak) return py::reinterpret_steal<py::object>(weak);
+        PyErr_Clear();
+        return forgotten_;
     }
 
-    void keep_values(PyObject* dict) const {
-        PyObject *key, *x;
-        Py_ssize_t position = 0;
-        while (PyDict_Next(dict, &position, &key, &x))
-            if (has_history(x)) PyDict_SetItem(dict, key, kept(x).ptr());  // of a key that is there: no new size
+    // The value behind `kept`; null if it is gone.
+    PyObject* alive(PyObject* x) const {
+        if (x == forgotten_.ptr()) return nullptr;
+        if (!PyWeakref_CheckRefExact(x)) return x;
+        PyObject* value = PyWeakref_GET_OBJECT(x);
+        return value == Py_None ? nullptr : value;
     }
 
     void compare(const Held& held, py::list& changes) const {
@@ -179,10 +209,9 @@ class Contents {
         } else if (PyCell_Check(x)) {
             note(held, Py_None, held.before.ptr(), PyCell_GET(x) ? PyCell_GET(x) : missing_.ptr(), changes);
         } else if (PySet_Check(x)) {
-            if (PyObject_RichCompareBool(x, held.before.ptr(), Py_EQ) != 1)
-                note(held, Py_None, held.before.ptr(), Attribute::owned(PySet_New(x)).ptr(), changes);
+            compare_sets(held, changes);
         } else if (!PyTuple_Check(x)) {
-            compare_sequences(held, changes);
+            compare_lists(held, changes);
         }
     }
 
@@ -190,43 +219,48 @@ class Contents {
         PyObject *now = held.holder.ptr(), *before = held.before.ptr();
         PyObject *key, *x, *other_key, *other;
         Py_ssize_t position = 0, other_position = 0;
-        bool same_keys = PyDict_GET_SIZE(now) == PyDict_GET_SIZE(before);
+        bool same_keys = PyDict_GET_SIZE(now) == PyDict_GET_SIZE(before), same_values = true;
         while (same_keys && PyDict_Next(now, &position, &key, &x)) {
             same_keys = PyDict_Next(before, &other_position, &other_key, &other) && key == other_key;
-            if (same_keys) note(held, key, other, x, changes);
+            same_values = same_values && x == other;
         }
-        if (same_keys) return;
+        if (same_keys && same_values) return;
         position = 0;
         while (PyDict_Next(before, &position, &key, &other)) {
-            x = PyDict_GetItem(now, key);
-            if (!reported(held, key, changes)) note(held, key, other, x ? x : missing_.ptr(), changes);
+            x = PyDict_GetItem(now, key);  // without errors of keys that cannot be compared
+            note(held, key, other, x ? x : missing_.ptr(), changes);
         }
         position = 0;
-        while (PyDict_Next(now, &position, &key, &x))
-            if (!PyDict_Contains(before, key)) note(held, key, missing_.ptr(), x, changes);
+        while (!same_keys && PyDict_Next(now, &position, &key, &x))
+            if (!PyDict_GetItem(before, key)) note(held, key, missing_.ptr(), x, changes);
     }
 
-    void compare_sequences(const Held& held, py::list& changes) const {
+    void compare_lists(const Held& held, py::list& changes) const {
         PyObject* before = held.before.ptr();
-        const auto now = Attribute::owned(PySequence_List(held.holder.ptr()));
-        const Py_ssize_t size = PyList_GET_SIZE(now.ptr());
-        if (size != PyList_GET_SIZE(before)) {
-            py::list values;
-            for (Py_ssize_t i = 0; i < PyList_GET_SIZE(before); ++i)
-                if (PyObject* x = alive(PyList_GET_ITEM(before, i))) values.append(py::handle(x));
-            changes.append(py::make_tuple(held.holder, py::none(), values, now));
-            return;
+        const py::object now = as_list(held.holder.ptr());
+        const Py_ssize_t size = PyList_GET_SIZE(before);
+        bool same = size == PyList_GET_SIZE(now.ptr());
+        py::list values;
+        for (Py_ssize_t i = 0; i < size; ++i) {
+            PyObject* x = alive(PyList_GET_ITEM(before, i));
+            if (!x) return;  // it could not be restored
+            same = same && x == PyList_GET_ITEM(now.ptr(), i);
         }
-        for (Py_ssize_t i = 0; i < size; ++i)
-            note(held, py::int_(i).ptr(), PyList_GET_ITEM(before, i), PyList_GET_ITEM(now.ptr(), i), changes);
+        if (same) return;
+        for (Py_ssize_t i = 0; i < size; ++i) values.append(py::handle(alive(PyList_GET_ITEM(before, i))));
+        changes.append(py::make_tuple(held.holder, py::none(), values, now));
     }
 
-    static bool reported(const Held& held, PyObject* key, const py::list& changes) {
-        for (py::handle change : changes) {
-            PyObject* tuple = change.ptr();
-            if (PyTuple_GET_ITEM(tuple, 0) == held.holder.ptr() && PyTuple_GET_ITEM(tuple, 1) == key) return true;
+    void compare_sets(const Held& held, py::list& changes) const {
+        const py::object now = Attribute::owned(PySet_New(held.holder.ptr()));
+        bool same = PySet_GET_SIZE(now.ptr()) == PySet_GET_SIZE(held.before.ptr());
+        for (py::handle x : now) {
+            if (!same) break;
+            const int is_there = PySet_Contains(held.before.ptr(), x.ptr());
+            if (is_there < 0) PyErr_Clear();
+            same = is_there != 0;
         }
-        return false;
+        if (!same) changes.append(py::make_tuple(held.holder, py::none(), held.before, now));
     }
 
     void note(const Held& held, PyObject* key, PyObject* before, PyObject* now, py::list& changes) const {
@@ -234,13 +268,6 @@ class Contents {
         PyObject* value = alive(before);
         if (value && value != now)
             changes.append(py::make_tuple(held.holder, py::handle(key), py::handle(value), py::handle(now)));
-    }
-
-    // What a weak reference refers to, null if it is gone.
-    static PyObject* alive(PyObject* x) {
-        if (!PyWeakref_CheckRefExact(x)) return x;
-        PyObject* value = PyWeakref_GET_OBJECT(x);
-        return value == Py_None ? nullptr : value;
     }
 
     py::object named(PyObject* holder, PyObject* name) const {
@@ -260,27 +287,72 @@ class Contents {
 
     static bool is_tensor(PyObject* x) { return PyType_IsSubtype(Py_TYPE(x), Torch::found().tensor); }
 
-    static bool has_history(PyObject* x) {
-        static const Attribute is_leaf("is_leaf");
-        return is_tensor(x) && is_leaf.of(x).ptr() != Py_True;
+    // Whether `x` is, or holds not far inside, a tensor that was computed. A module may hold one; to search modules in
+    // modules would take long.
+    static bool has_history(PyObject* x, int depth = 0) {
+        static const Attribute is_leaf("is_leaf"), parameters("_parameters");
+        if (x == Py_None || PyBool_Check(x) || PyLong_CheckExact(x) || PyFloat_CheckExact(x) || PyUnicode_CheckExact(x))
+            return false;
+        if (is_tensor(x)) return is_leaf.of(x).ptr() != Py_True;
+        if (depth == kMaxDepth || PyType_Check(x)) return false;
+        if (PyDict_Check(x)) return dict_has_history(x, depth + 1);
+        if (PyTuple_Check(x) || PyList_Check(x)) {
+            const Py_ssize_t size = PySequence_Fast_GET_SIZE(x);
+            for (Py_ssize_t i = 0; i < size && i < kMaxSearched; ++i)
+                if (has_history(PySequence_Fast_GET_ITEM(x, i), depth + 1)) return true;
+            return false;
+        }
+        if (PyFunction_Check(x)) {
+            PyObject* cells = PyFunction_GET_CLOSURE(x);
+            for (Py_ssize_t i = 0; cells && i < PyTuple_GET_SIZE(cells); ++i) {
+                PyObject* value = PyCell_GET(PyTuple_GET_ITEM(cells, i));
+                if (value && has_history(value, depth + 1)) return true;
+            }
+            return false;
+        }
+        if (!has_attributes(x)) return false;
+        PyObject* attributes = PyObject_GenericGetDict(x, nullptr);
+        if (!attributes) {
+            PyErr_Clear();
+            return false;
+        }
+        const auto held = py::reinterpret_steal<py::object>(attributes);
+        return !PyDict_GetItem(attributes, parameters.name()) && dict_has_history(attributes, depth + 1);
+    }
+
+    static bool dict_has_history(PyObject* dict, int depth) {
+        PyObject *key, *x;
+        Py_ssize_t position = 0;
+        for (Py_ssize_t i = 0; i < kMaxSearched && PyDict_Next(dict, &position, &key, &x); ++i)
+            if (has_history(x, depth)) return true;
+        return false;
+    }
+
+    static bool has_attributes(PyObject* x) {
+#ifdef Py_TPFLAGS_MANAGED_DICT
+        if (PyType_HasFeature(Py_TYPE(x), Py_TPFLAGS_MANAGED_DICT)) return true;
+#endif
+        return Py_TYPE(x)->tp_dictoffset != 0;
     }
 
     template <typename F>
     static void each_value(const Held& held, F&& f) {
-        PyObject* before = held.before.ptr();
-        PyObject *key, *x;
+        PyObject *before = held.before.ptr(), *key, *x;
         Py_ssize_t position = 0;
         if (held.names || PyDict_Check(held.holder.ptr()))
             while (PyDict_Next(before, &position, &key, &x)) f(x);
         else if (PyCell_Check(held.holder.ptr()))
             f(before);
-        else if (!PySet_Check(before))
+        else if (PySet_Check(before))
+            for (py::handle value : held.before) f(value.ptr());
+        else
             for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(before); ++i) f(PySequence_Fast_GET_ITEM(before, i));
     }
 
     std::vector<Held> helds_;
     std::vector<std::pair<py::object, TensorState>> tensors_;
-    py::object missing_;
+    py::object missing_, forgotten_;
+    Py_ssize_t left_ = kMaxInAll;  // entries that may still be recorded
 };
 
 }  // namespace aca

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -46,8 +47,7 @@ class ModuleWalk {
                         if (child != Py_None) todo.push_back(py::reinterpret_borrow<py::object>(child));
                     });
                     std::reverse(todo.begin() + std::ptrdiff_t(before), todo.end());
-                } else if ((is_name(name, "_forward_hooks") || is_name(name, "_forward_pre_hooks")) &&
-                           PyDict_Check(x)) {
+                } else if (is_hooks(name) && PyDict_Check(x)) {
                     contents.add(x);
                     each(x, [&](PyObject* key, PyObject* hook) { add(others, hook, x, key); });
                 } else if (is_name(name, "_buffers") && PyDict_Check(x)) {
@@ -73,6 +73,14 @@ class ModuleWalk {
 
     static bool is_name(PyObject* name, const char* expected) {
         return PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, expected) == 0;
+    }
+
+    static bool is_hooks(PyObject* name) {
+        static const std::string_view end = "_hooks";
+        Py_ssize_t size = 0;
+        const char* text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, &size) : nullptr;
+        return text && size_t(size) > end.size() &&
+               std::string_view(text, size_t(size)).substr(size_t(size) - end.size()) == end;
     }
 
     static bool requires_grad(PyObject* x) {

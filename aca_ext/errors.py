@@ -42,46 +42,48 @@ class ArgumentValueError(AcaError, ValueError):
 
 
 class UnknownNameError(ArgumentValueError):
-    """A method, gradient or option that does not exist."""
+    """The name of a method, gradient, engine, option or keyword argument that does not exist."""
 
 
 class OptionError(ArgumentValueError):
-    """An entry of ``options`` with a value that is not accepted."""
+    """An entry of ``options`` has a value that is not accepted, or does not fit the other arguments."""
 
 
 class TimeError(ArgumentValueError):
-    """``t`` is empty, of the wrong rank, not finite, or not strictly monotonic."""
+    """``t`` is no sequence of real numbers, empty, of the wrong rank, not finite, or not strictly monotonic."""
 
 
 class ToleranceError(ArgumentValueError):
-    """``rtol`` or ``atol`` is negative, not finite, zero everywhere, or does not broadcast to the state."""
+    """``rtol`` or ``atol`` is negative, not finite, too small everywhere, or does not broadcast to the state."""
 
 
 class SlopeError(AcaError, TypeError, ValueError):
-    """``func`` returned something that is not the derivative of the state it was given."""
+    """``func`` changed its state in place, or returned something that is not like y in shape, dtype and device."""
 
 
 class ReplayError(AcaError, RuntimeError):
-    """The backward pass could not repeat the forward pass, so its gradient would be wrong."""
+    """The backward pass did not reproduce the forward pass, so the gradient would be wrong."""
 
 
 class CompileError(AcaError, RuntimeError):
-    """``engine="compiled"`` cannot compile ``func``, or not for this kind of solve."""
+    """``engine="compiled"`` cannot compile ``func``, or does not support an argument of this solve."""
 
 
 class GraphError(AcaError, RuntimeError):
-    """``engine="graph"`` cannot capture ``func``, or not for this kind of solve."""
+    """``engine="graph"`` cannot capture ``func`` as a CUDA graph, or does not support an argument of this solve."""
 
 
 class SolveError(AcaError, RuntimeError):
-    """A solve that could not reach its end.
+    """A solve did not reach its last time.
 
     Attributes:
-        t: time that was reached.
-        h: step size of the last trial.
-        error_ratio: error norm of the last trial in units of the tolerance (accepted where at most 1).
-        n_accepted, n_rejected, n_f_evals: counts up to there.
-        sample: which sample of a batch of independent ones, else None.
+        t: float, the time reached, in the unit of ``t``.
+        h: float, the size of the trial step that failed or was next; NaN if none was chosen yet.
+        error_ratio: float, error norm of the last trial in units of the tolerance; a trial is accepted up to 1.
+        n_accepted: int, accepted steps so far.
+        n_rejected: int, rejected steps so far.
+        n_f_evals: int, evaluations of func so far.
+        sample: int, index of the first sample that failed, in a batch of independent samples; None otherwise.
     """
 
     def __init__(
@@ -109,38 +111,38 @@ class SolveError(AcaError, RuntimeError):
 
 
 def _restored(kind: type[SolveError], args: tuple[Any, ...], attributes: dict[str, Any]) -> SolveError:
-    """A pickled error, without its constructor, which would word the message again."""
+    """Rebuilds a pickled error without its constructor, which would append the numbers to the message again."""
     error = kind.__new__(kind, *args)
     vars(error).update(attributes)
     return error
 
 
 class NonFiniteError(SolveError):
-    """``func`` or the solution became NaN or infinite and stayed so however small the step."""
+    """``func`` or the solution is NaN or infinite, and a smaller step does not help."""
 
 
 class StepSizeError(SolveError):
-    """The step fell below ``min_step`` or the spacing of floats: the problem is too stiff, or singular."""
+    """The step fell below ``min_step`` or the spacing of floats: the problem is too stiff or singular here."""
 
 
 class StepLimitError(SolveError):
-    """``max_num_steps`` trial steps were not enough."""
+    """The solve did not reach its last time within ``max_num_steps`` trial steps."""
 
 
 class KeptTensorWarning(UserWarning):
-    """``func`` keeps tensors of its evaluations, which have no graph."""
+    """``func`` stores tensors that depend on the state; they have the right values, but no autograd graph."""
 
 
 class NotInstalledError(AcaError, ImportError):
-    """An optional package that was asked for is missing."""
+    """An optional package that an argument needs is not installed."""
 
 
 class NotCompiledError(ImportError):
-    """The package was imported from a source folder that holds no compiled extension."""
+    """The package was imported from its source folder, which holds no compiled extension."""
 
 
 class TimeResolutionWarning(UserWarning):
-    """The state's dtype cannot tell apart the times that func is called with; shift them to start near zero."""
+    """The state's dtype, in which func receives times, is too coarse for them; shift ``t`` to start near zero."""
 
 
 class BatchStatisticsWarning(UserWarning):
@@ -148,4 +150,4 @@ class BatchStatisticsWarning(UserWarning):
 
 
 class UnregisteredParameterWarning(UserWarning):
-    """A ``NeuralODE`` uses parameters that are not among its own, so its optimizer and state dict miss them."""
+    """A ``NeuralODE`` uses parameters that it does not own, so its ``parameters()`` and state dict lack them."""

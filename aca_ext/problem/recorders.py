@@ -9,7 +9,7 @@ import torch
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 JIT = "torch.jit.trace"
-# Dispatch modes are private to torch. In a version without them, recorders go undetected, and torch raises its own errors.
+# Dispatch modes are private to torch. Without them, recorders go undetected here, and torch raises its own errors.
 _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _mode: Callable[[Any], object] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 _keys = getattr(torch._C, "_TorchDispatchModeKey", None)

@@ -1,4 +1,4 @@
-// Contents of the places that the code of a function reaches: dicts, lists and closure cells, at one time.
+// Snapshots of the dicts, lists, sets and closure cells that func's code reaches, to find what changed since.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -9,30 +9,30 @@
 
 namespace aca {
 
-// A snapshot of many places, made in each solve, and its comparison with what is there later. Both take well under a
-// microsecond for a module, which is why they are written in C++.
+// A snapshot of many holders: objects that contain others. Every solve makes one and compares it with the present.
+// Written in C++, both take well under a microsecond per module.
 class Contents {
   public:
-    // `missing` stands for what is not there.
+    // `missing` marks an absent value: a deleted entry, an empty cell.
     explicit Contents(py::object missing) : missing_(std::move(missing)) {}
 
-    // Notes a dict, sequence, set or cell with all that it contains; of a large one nothing.
+    // Takes a snapshot of a dict, sequence, set or cell. One with more than kMaxEntries entries is skipped.
     void add(PyObject* holder) {
         Held held{py::reinterpret_borrow<py::object>(holder), {}, {}};
         read(held);
         if (held.before) helds_.push_back(std::move(held));
     }
 
-    // Notes the entries of a dict, or the attributes of an object, that have one of `names`.
+    // Takes a snapshot of the entries of a dict, or the attributes of an object, with these `names`.
     void add_named(py::object holder, py::object names) {
         Held held{std::move(holder), std::move(names), {}};
         read(held);
         helds_.push_back(std::move(held));
     }
 
-    // Changes since the snapshot, as tuples (holder, key, before, now); the snapshot is then that of now. The key is
-    // None for a sequence whose length changed, a set, and a cell. A change from a tensor with a graph that is gone,
-    // since nobody else held it, is left out.
+    // Returns the changes since the snapshot, as tuples (holder, key, before, now), and updates the snapshot. The key
+    // is None for a set, a cell, and a sequence whose length changed. A change is omitted if the former value was a
+    // tensor with an autograd graph that has been freed since.
     py::list update() {
         py::list changes;
         for (Held& held : helds_) {
@@ -43,14 +43,14 @@ class Contents {
         return changes;
     }
 
-    // Changes since the snapshot, which stays as it is.
+    // Returns the changes like update(), without an update of the snapshot.
     py::list changes() const {
         py::list changes;
         for (const Held& held : helds_) compare(held, changes);
         return changes;
     }
 
-    // The keys that a dict had, in order; none for another holder.
+    // Returns the keys of a dict at the snapshot, in order; empty for any other holder.
     py::list order_of(PyObject* holder) const {
         for (const Held& held : helds_)
             if (held.holder.ptr() == holder && !held.names && PyDict_Check(holder))
@@ -58,7 +58,8 @@ class Contents {
         return py::list();
     }
 
-    // Notes of every tensor without a history its version, and whether it requires grad.
+    // Records version and requires_grad of the tensors in the snapshot, except those held weakly (see kept), to detect
+    // changes of a tensor itself.
     void watch_tensors() {
         tensors_.clear();
         for (const Held& held : helds_)
@@ -67,8 +68,8 @@ class Contents {
             });
     }
 
-    // Tensors changed since by themselves, as pairs: each with whether it was frozen and requires grad now (True), or
-    // was written to in place (False). With `accepts`, they are then compared with their state of now.
+    // Returns the tensors that changed since watch_tensors: pairs (tensor, True) if requires_grad was switched on, or
+    // (tensor, False) if the tensor was written in place. `accepts` makes their present state the new reference.
     py::list changed_tensors(bool accepts) {
         py::list changed;
         for (auto& [x, state] : tensors_) {
@@ -82,7 +83,7 @@ class Contents {
         return changed;
     }
 
-    // All tensors without a history that the places held.
+    // Returns the tensors of the snapshot, except those held weakly (see kept).
     py::list tensors() const {
         py::list found;
         for (const Held& held : helds_)
@@ -110,12 +111,12 @@ class Contents {
     static constexpr Py_ssize_t kMaxEntries = 1024;
 
     struct Held {
-        py::object holder, names;  // names: none where all entries count
-        py::object before;         // a dict or list of the contents, or the contents of a cell
+        py::object holder, names;  // names: null if all entries are in the snapshot
+        py::object before;         // the snapshot: a dict, list or set, or the object in a cell
     };
 
     struct TensorState {
-        long version;  // 0 where it requires grad, when autograd sees to it
+        long version;  // 0 if it requires grad: autograd checks the versions of such tensors
         bool requires_grad;
     };
 
@@ -123,14 +124,14 @@ class Contents {
         static const Attribute requires_grad("requires_grad"), version("_version");
         if (requires_grad.of(x).ptr() == Py_True) return {0, true};
         PyObject* number = PyObject_GetAttr(x, version.name());
-        if (!number) {  // one made in inference mode has none
+        if (!number) {  // tensors made in inference mode have no version
             PyErr_Clear();
             return {0, false};
         }
         return {as_long(py::reinterpret_steal<py::object>(number)), false};
     }
 
-    // Reads the contents that a place has now.
+    // Takes the snapshot of one holder.
     void read(Held& held) const {
         PyObject* x = held.holder.ptr();
         if (held.names) {
@@ -155,7 +156,8 @@ class Contents {
         }
     }
 
-    // A tensor with a graph is held weakly: else solves whose results func holds would keep one another's graphs.
+    // Refers weakly to a tensor with an autograd graph. If func stores results of solves, strong references would keep
+    // the graph of every earlier solve alive.
     py::object kept(PyObject* x) const {
         if (!x) return missing_;
         return has_history(x) ? Attribute::owned(PyWeakref_NewRef(x, nullptr)) : py::reinterpret_borrow<py::object>(x);
@@ -165,7 +167,7 @@ class Contents {
         PyObject *key, *x;
         Py_ssize_t position = 0;
         while (PyDict_Next(dict, &position, &key, &x))
-            if (has_history(x)) PyDict_SetItem(dict, key, kept(x).ptr());  // of a key that is there: no new size
+            if (has_history(x)) PyDict_SetItem(dict, key, kept(x).ptr());  // safe in the loop: the key exists
     }
 
     void compare(const Held& held, py::list& changes) const {
@@ -236,7 +238,7 @@ class Contents {
             changes.append(py::make_tuple(held.holder, py::handle(key), py::handle(value), py::handle(now)));
     }
 
-    // What a weak reference refers to, null if it is gone.
+    // The referent of a weak reference, or null if it was freed; any other object itself.
     static PyObject* alive(PyObject* x) {
         if (!PyWeakref_CheckRefExact(x)) return x;
         PyObject* value = PyWeakref_GET_OBJECT(x);

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aca_ext.engines.arguments import Arguments
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, UnknownNameError, UnregisteredParameterWarning
 from aca_ext.kernels.fused import known_tensors
 from aca_ext.odeint import solve
@@ -110,8 +111,7 @@ class NeuralODE(nn.Module):
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Raises where the layer's solves could not take them."""
     refuse_to_stop("NeuralODE", settings.get("options"))
-    parameters = inspect.signature(solve).parameters.values()
-    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "args"]
+    allowed = [argument.name for argument in fields(Arguments) if argument.kw_only and argument.name != "args"]
     for name in settings:
         option = None if name in allowed else meant_by(name, option_names())
         if option is not None and meant_by(name, allowed) is None:

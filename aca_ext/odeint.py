@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
+from aca_ext.engines.arguments import Arguments, takes
 from aca_ext.engines.dispatch import run, run_compiled_again
 from aca_ext.errors import ArgumentValueError
-from aca_ext.gradients.base import AdjointOptions
-from aca_ext.gradients.dependencies import checked_params
 from aca_ext.problem.options import refuse_to_stop
 from aca_ext.problem.state import State
-from aca_ext.progress import Callback
 from aca_ext.solution import Solution
-from aca_ext.solver.checkpoints import checked_policy
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
-_REASON: dict[str, Any] = {}
-if "reason" in inspect.signature(torch.compiler.disable).parameters:  # newer versions of torch put it into their error
-    _REASON["reason"] = (
-        "a solve runs outside of what torch.compile compiles: leave out fullgraph=True. torch.export takes it with "
-        "strict=False and fixed steps"
-    )
+@dataclass(eq=False, slots=True)
+class _OdeintArguments(Arguments):
+    """Those of ``solve``, and torchdiffeq's ``event_fn``."""
+
+    event_fn: None = field(default=None, kw_only=True)
 
 
-def _compiled_around(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Keeps torch.compile out of a function, so that a model which holds a solve is compiled around it."""
-    kept_out = torch.compiler.disable(function, **_REASON)
-
-    @wraps(function)
-    def either(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return (kept_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
-
-    return either
-
-
-def odeint(
-    func: Callable[..., State],
-    y0: State,
-    t: Tensor | Sequence[float],
-    *,
-    rtol: float | Tensor = 1e-7,
-    atol: float | Tensor = 1e-9,
-    method: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    event_fn: None = None,
-    gradient: str = "aca",
-    checkpoints: int | str | None = None,
-    engine: str = "eager",
-    args: Sequence[Any] = (),
-    params: Sequence[Tensor] | None = None,
-    progress: bool = False,
-    callback: Callback | None = None,
-    adjoint_rtol: float | Tensor | None = None,
-    adjoint_atol: float | Tensor | None = None,
-    adjoint_method: str | None = None,
-    adjoint_options: Mapping[str, Any] | None = None,
-    adjoint_params: Sequence[Tensor] | None = None,
-) -> State:
+@takes(_OdeintArguments)
+def odeint(arguments: _OdeintArguments) -> State:
     """Solves dy/dt = func(t, y, \\*args) from y(t[0]) = y0 and returns y at the times t.
 
     Args:
@@ -151,99 +106,23 @@ def odeint(
 
     Adaptive steps follow Hairer, Nørsett & Wanner, Solving ODEs I, II.4; the gradient Zhuang et al., ICML 2020.
     """
-    if event_fn is not None:
+    if arguments.event_fn is not None:
         raise ArgumentValueError(
             "event_fn is given, but events are not there. Solve to given times and look for the event between them."
         )
-    refuse_to_stop("odeint", options)
-    return solve(
-        func,
-        y0,
-        t,
-        rtol=rtol,
-        atol=atol,
-        method=method,
-        options=options,
-        gradient=gradient,
-        checkpoints=checkpoints,
-        engine=engine,
-        args=args,
-        params=params,
-        progress=progress,
-        callback=callback,
-        adjoint_rtol=adjoint_rtol,
-        adjoint_atol=adjoint_atol,
-        adjoint_method=adjoint_method,
-        adjoint_options=adjoint_options,
-        adjoint_params=adjoint_params,
-    ).y
+    refuse_to_stop("odeint", arguments.options)
+    return _solution(arguments).y
 
 
-@_compiled_around
-def solve(
-    func: Callable[..., State],
-    y0: State,
-    t: Tensor | Sequence[float],
-    *,
-    rtol: float | Tensor = 1e-7,
-    atol: float | Tensor = 1e-9,
-    method: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    gradient: str = "aca",
-    checkpoints: int | str | None = None,
-    engine: str = "eager",
-    args: Sequence[Any] = (),
-    params: Sequence[Tensor] | None = None,
-    progress: bool = False,
-    callback: Callback | None = None,
-    adjoint_rtol: float | Tensor | None = None,
-    adjoint_atol: float | Tensor | None = None,
-    adjoint_method: str | None = None,
-    adjoint_options: Mapping[str, Any] | None = None,
-    adjoint_params: Sequence[Tensor] | None = None,
-) -> Solution:
+@takes(Arguments)
+def solve(arguments: Arguments) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``.
 
     Arguments as there, and option ``on_step_limit="stop"``.
     """
-    is_plain = params is None and adjoint_params is None and checkpoints is None and callback is None and not progress
-    if is_plain and engine == "compiled" and gradient == "aca":
-        solution = run_compiled_again(func, y0, t, rtol, atol, method, options, args)
-        if solution is not None:
-            return solution
-    return run(
-        func,
-        y0,
-        t,
-        rtol=rtol,
-        atol=atol,
-        method=method,
-        options=options,
-        gradient=gradient,
-        checkpoints=checked_policy(checkpoints),
-        engine=engine,
-        args=args,
-        params=checked_params(_one_of(params, adjoint_params)),
-        progress=progress,
-        callback=callback,
-        adjoint=AdjointOptions(
-            rtol=rtol if adjoint_rtol is None else adjoint_rtol,
-            atol=atol if adjoint_atol is None else adjoint_atol,
-            method=method if adjoint_method is None else adjoint_method,
-            options=_adjoint_options(options, adjoint_options),
-        ),
-    )
+    return _solution(arguments)
 
 
-def _one_of(params: Any, adjoint_params: Any) -> Any:
-    if params is not None and adjoint_params is not None:
-        raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
-    return adjoint_params if params is None else params
-
-
-def _adjoint_options(options: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    if given is not None:
-        return dict(given)
-    given_forward = options if isinstance(options, Mapping) else {}  # what it is otherwise is for problem_of to say
-    # The norm and the grid of the forward solve speak of its state and its times, not of the augmented ones.
-    return {name: value for name, value in given_forward.items() if name not in ("norm", "grid_constructor")}
+def _solution(arguments: Arguments) -> Solution:
+    solution = run_compiled_again(arguments) if arguments.engine == "compiled" else None
+    return run(arguments) if solution is None else solution

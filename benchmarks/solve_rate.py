@@ -183,9 +183,9 @@ def _ours(problem: Problem, engine: str, device_loops: bool = False) -> Case:
 
 
 def _check_loops(problem: Problem) -> None:
-    from aca_ext.engines.cuda_graph import engine
+    from aca_ext.engines.cuda_graph import plan_cache
 
-    *_, plan = engine._by_owner.of(problem.func)._plans.values()
+    *_, plan = plan_cache._by_owner.of(problem.func)._plans.values()
     if not isinstance(plan._solve, programs._Loop):
         reason = getattr(plan._solve, "obstacle", "no loop was requested")
         raise RuntimeError(f"steps were launched ahead instead of looped on the device: {reason}")

@@ -1,1 +1,16 @@
-"""Engines: the eager one, dispatched from here, and those that compile or capture whole steps."""
+"""The engines, which run solves: one file or folder each, and this registry."""
+
+from __future__ import annotations
+
+from aca_ext.engines.base import Engine, Request
+from aca_ext.engines.compiled.engine import CompiledEngine
+from aca_ext.engines.cuda_graph.engine import GraphEngine
+from aca_ext.engines.eager import EagerEngine
+
+ENGINES: dict[str, Engine] = {
+    "eager": EagerEngine(),
+    "compiled": CompiledEngine(),
+    "graph": GraphEngine(),
+}
+
+__all__ = ["ENGINES", "Engine", "Request"]

@@ -1,27 +1,25 @@
-"""A solve from its arguments to its ``Solution``: which engine runs it, and by which gradient method."""
+"""A solve from its arguments to its ``Solution``: the arguments checked together, and an engine chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aca_ext.engines.cuda_graph import engine as graph_engine
+from aca_ext.engines import ENGINES
+from aca_ext.engines.arguments import Arguments
+from aca_ext.engines.base import Engine, Request
 from aca_ext.engines.recorded import solve_recorded
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, CompileError, GraphError, OptionError, SlopeError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
-from aca_ext.gradients import batch as independent_gradients
-from aca_ext.gradients.aca import solve_without_graph
-from aca_ext.gradients.base import AdjointOptions, Result, Task
-from aca_ext.gradients.requested_times import with_time_gradient
-from aca_ext.kernels.fused import TorchOperations
+from aca_ext.gradients.base import AdjointOptions, Result
+from aca_ext.gradients.dependencies import checked_params
 from aca_ext.problem.arguments import lookup
-from aca_ext.problem.batch import BatchProblem, batch_problem_of, is_independent
+from aca_ext.problem.batch import batch_problem_of, is_independent
 from aca_ext.problem.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem.problem import Problem, known_problem, problem_of
 from aca_ext.problem.recorders import recorder
@@ -29,122 +27,128 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.progress import Callback, both, progress_bar
 from aca_ext.solution import LazySolution, Solution, stopped
-from aca_ext.solver.checkpoints import Policy, StepRecord
-from aca_ext.solver.loop import Stats
-from aca_ext.vector_field.batch_field import RowField
-from aca_ext.vector_field.field import VectorField
-
-ENGINES = ("eager", "compiled", "graph")
+from aca_ext.solver.checkpoints import StepRecord, checked_policy
 
 
-def run(
-    func: Callable[..., State],
-    y0: State,
-    t: Tensor | Sequence[float],
-    resumed: SolverState | None = None,
-    *,
-    gradient: str,
-    checkpoints: Policy,
-    engine: str = "eager",
-    params: Sequence[Tensor] | None,
-    progress: bool,
-    callback: Callback | None,
-    adjoint: AdjointOptions,
-    **settings: Any,
-) -> Solution:
+def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
     """``solve``, or the part of one from where another part stopped."""
-    for what, x in (("y0", y0), ("t", t), ("args", settings["args"])):
+    policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
+    adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
+    for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
         for part in x if isinstance(x, (tuple, list)) else (x,):
             refuse_transforms(what, part)
     recording = recorder()
     if recording is not None:
-        lookup("gradient", gradient, GRADIENTS)
-        lookup("engine", engine, ENGINES)
-        _check_recorded(recording, callback, progress, settings["options"])
-        return solve_recorded(recording, func, y0, t, **settings)
-    is_batch = is_independent(settings["options"])
-    problem = (batch_problem_of if is_batch else problem_of)(func, y0, t, **settings)
+        _check_recorded(recording, arguments)
+        return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
+    problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
-    _check_together(problem, learnt, gradient, checkpoints, callback)
+    request = Request(
+        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint
+    )
+    _check_together(request)
     if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
-    if lookup("engine", engine, ENGINES) != "eager":
-        _check_not_eager(engine, problem, gradient, checkpoints, progress, callback)
-    if engine == "compiled":
-        result = _by_compiled_engine(problem, learnt, params, adjoint)
-    elif engine == "graph":
-        result = _by_graph_engine(_eager_task(problem, params, adjoint), learnt)
+    result = _result(ENGINES[lookup("engine", arguments.engine, ENGINES)], request)
+    return _solution(arguments, request, result)
+
+
+def _named_params(arguments: Arguments) -> Any:
+    params, adjoint_params = arguments.params, arguments.adjoint_params
+    if params is not None and adjoint_params is not None:
+        raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
+    return adjoint_params if params is None else params
+
+
+def _adjoint_options(given: Arguments) -> AdjointOptions:
+    """The settings of a backward solve, by default those of the forward one."""
+    if given.adjoint_options is not None:
+        options = dict(given.adjoint_options)
     else:
-        if resumed is not None:
-            jumps = problem.jumps | _jump_at(resumed.t, settings["options"])
-            problem = replace(problem, resumed=resumed, jumps=jumps)
-        result = _by_eager_engine(problem, learnt, gradient, checkpoints, params, progress, callback, adjoint)
+        of_forward = given.options if isinstance(given.options, Mapping) else {}  # problem_of says what else it is
+        # The norm and the grid of the forward solve speak of its state and its times, not of the augmented ones.
+        options = {name: value for name, value in of_forward.items() if name not in ("norm", "grid_constructor")}
+    return AdjointOptions(
+        rtol=given.rtol if given.adjoint_rtol is None else given.adjoint_rtol,
+        atol=given.atol if given.adjoint_atol is None else given.adjoint_atol,
+        method=given.method if given.adjoint_method is None else given.adjoint_method,
+        options=options,
+    )
+
+
+def _result(engine: Engine, request: Request) -> Result:
+    obstacle = engine.obstacle(request)
+    if obstacle is not None:
+        raise engine.error(obstacle)
+    return engine.solve(request)
+
+
+def _problem_of(arguments: Arguments, resumed: SolverState | None) -> Problem:
+    """The problem, from its start or from where another solve stopped."""
+    make: Callable[..., Problem] = batch_problem_of if is_independent(arguments.options) else problem_of
+    problem = make(arguments.func, arguments.y0, arguments.t, **arguments.of_problem)
+    if resumed is None:
+        return problem
+    return replace(problem, resumed=resumed, jumps=problem.jumps | _jump_at(resumed.t, arguments.options or {}))
+
+
+def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
+    """The solution as its caller sees it."""
+    problem, t = request.problem, arguments.t
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
-    y = problem.packing.unpack_rows(result.ys)
-    if engine == "graph":  # a look at its steps waits for the device
-        return LazySolution.of(times, y, result.record, result.stats)
-    solution = Solution(times, y, result.record.bounds(), result.stats)
-    if problem.stops_at_limit:
-        assert isinstance(result.record, StepRecord)
-        again = partial(_resumed, func, gradient=gradient, checkpoints=checkpoints, params=params, progress=progress,
-                        callback=callback, adjoint=adjoint, **settings)  # fmt: skip
-        return stopped(solution, problem, result.record, again)
-    return solution
+    y, record = problem.packing.unpack_rows(result.ys), result.record
+    if result.is_on_device:
+        return LazySolution.of(times, y, record, result.stats)
+    solution = Solution(times, y, record.bounds(), result.stats)
+    if not problem.stops_at_limit:
+        return solution
+    assert isinstance(record, StepRecord)
+    # Neither state nor times are kept, and params may have been an iterator, which is at its end.
+    kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
+    return stopped(solution, problem, record, partial(_resumed, kept))
 
 
-def _check_recorded(recording: str, callback: Callback | None, progress: bool, options: Any) -> None:
+def _check_recorded(recording: str, arguments: Arguments) -> None:
     """Raises where an argument asks for what happens in Python, or at steps of its own, while a recording is made."""
-    is_batch = is_independent(options)
-    what = {"callback": callback is not None, "progress": progress, 'option batch="independent"': is_batch}
+    lookup("gradient", arguments.gradient, GRADIENTS)
+    lookup("engine", arguments.engine, ENGINES)
+    is_batch = is_independent(arguments.options)
+    what = {
+        "callback": arguments.callback is not None,
+        "progress": arguments.progress,
+        'option batch="independent"': is_batch,
+    }
     for name, is_given in what.items():
         if is_given:
             raise ArgumentValueError(f"{recording} records no solve with {name}; leave it out.")
 
 
-def run_compiled_again(
-    func: Callable[..., State],
-    y0: State,
-    t: Tensor | Sequence[float],
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    method: str | None,
-    options: Mapping[str, Any] | None,
-    args: Sequence[Any],
-) -> Solution | None:
+def run_compiled_again(given: Arguments) -> Solution | None:
     """``run`` for engine="compiled" without most of its checks; None unless they were made before."""
-    if recorder() is not None:
+    if given.gradient != "aca" or given.checkpoints is not None or given.params is not None:
         return None
+    if given.adjoint_params is not None or given.callback is not None or given.progress or recorder() is not None:
+        return None
+    func, y0, t = given.func, given.y0, given.t
     refuse_transforms("y0", y0)
     refuse_transforms("t", t)
-    problem = known_problem(func, y0, t, rtol, atol, method, options, args)
+    problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
-    result = _compiled_engine()(problem, None, partial(_eager_task, problem, None, _NO_ADJOINT))
-    assert isinstance(result.stats, Stats)
+    result = _result(ENGINES["compiled"], Request(problem))
     return LazySolution.of(t, result.ys, result.record, result.stats)
 
 
-_NO_ADJOINT = AdjointOptions(rtol=0.0, atol=0.0, method=None, options={})  # of gradients that solve nothing backward
-
-
 def _resumed(
-    func: Callable[..., State],
-    y: State,
-    t: Tensor,
-    state: SolverState,
-    *,
-    max_num_steps: int | None,
-    is_beyond: bool,
-    options: Mapping[str, Any],
-    **settings: Any,
+    arguments: Arguments, y: State, t: Tensor, state: SolverState, *, max_num_steps: int | None, is_beyond: bool
 ) -> Solution:
     """A part of a solve from where another stopped, or beyond its end."""
+    options = arguments.options or {}
     limit = options.get("max_num_steps") if max_num_steps is None else max_num_steps
     if is_beyond and max_num_steps is None:
         limit = max(max_num_steps_of(limit), DEFAULT_MAX_NUM_STEPS)
-    return run(func, y, t, state, options={**options, "max_num_steps": limit}, **settings)
+    return run(replace(arguments, y0=y, t=t, options={**options, "max_num_steps": limit}), state)
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
@@ -154,135 +158,17 @@ def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
     return frozenset({t} & set(jumps.reshape(-1).tolist()))
 
 
-def _check_together(
-    problem: Problem, learnt: Tensor | None, gradient: str, checkpoints: Policy, callback: Callback | None
-) -> None:
+def _check_together(request: Request) -> None:
     """Arguments that depend on one another."""
+    gradient, checkpoints, callback = request.gradient, request.checkpoints, request.callback
     lookup("gradient", gradient, GRADIENTS)
     if checkpoints is not None and gradient != "aca":
         raise ArgumentValueError(
             f'checkpoints is {checkpoints!r}, but gradient={gradient!r} keeps none; leave it out or use gradient="aca".'
         )
-    if problem.stops_at_limit and (learnt is not None or gradient not in ("aca", "direct")):
+    if request.problem.stops_at_limit and (request.learnt is not None or gradient not in ("aca", "direct")):
         raise OptionError(
             'option on_step_limit="stop" takes gradient="aca" or "direct" and times that do not require grad.'
         )
     if callback is not None and not callable(callback):
         raise ArgumentTypeError(f"callback is of type {type(callback).__name__}; give a function of an aca_ext.Step.")
-
-
-def _by_eager_engine(
-    problem: Problem,
-    learnt: Tensor | None,
-    gradient: str,
-    checkpoints: Policy,
-    params: Sequence[Tensor] | None,
-    progress: bool,
-    callback: Callback | None,
-    adjoint: AdjointOptions,
-) -> Result:
-    method = _method(problem, learnt, gradient)
-    with progress_bar(problem.length) if progress else nullcontext() as show:
-        on_step = both(callback, show)
-        if on_step is not None:
-            problem = replace(problem, on_step=on_step)
-        task = Task(problem, _field(problem), params, adjoint, checkpoints)
-        if torch.is_grad_enabled():
-            task.field.prepare_replay()
-        try:
-            return method(task)
-        except TypeError:
-            task.field.check_signature()
-            raise
-        except (RuntimeError, ValueError) as error:
-            if isinstance(problem, BatchProblem):
-                _explain_times_of_samples(error)
-            raise
-
-
-def _explain_times_of_samples(error: Exception) -> None:
-    """Raises SlopeError where func took the times of all samples for one number."""
-    signs = ("Boolean value of Tensor", "cannot be converted to Scalar", "can be converted to Python scalars")
-    if any(sign in str(error) for sign in signs):
-        raise SlopeError(
-            f'func failed ({error}): with option batch="independent" t holds the time of every sample, of shape '
-            "(batch, 1, ..., 1), so that `if t > 1`, float(t) and t.item() have no answer. Use torch.where(t > 1, a, "
-            "b)."
-        ) from error
-
-
-def _method(problem: Problem, learnt: Tensor | None, gradient: str) -> Callable[[Task], Result]:
-    """The function that solves a task with the requested gradient."""
-    is_batch = isinstance(problem, BatchProblem)
-    if not torch.is_grad_enabled():
-        return independent_gradients.solve_without_graph if is_batch else _without_graph
-    method: Callable[[Task], Result] = GRADIENTS[gradient]
-    if is_batch:
-        method = partial(independent_gradients.solve, gradient=gradient)
-    return method if learnt is None else partial(with_time_gradient, t=learnt, method_of_gradient=method)
-
-
-def _without_graph(task: Task) -> Result:
-    return solve_without_graph(task, task.first_slope(task.problem.y0.detach()))
-
-
-def _field(problem: Problem) -> VectorField:
-    """func as the solver calls it."""
-    ops = TorchOperations(problem.y0.detach(), problem.tolerance)
-    if isinstance(problem, BatchProblem):
-        return RowField(problem.func, problem.args, problem.packing, ops)
-    return VectorField(problem.func, problem.args, problem.packing, ops)
-
-
-def _check_not_eager(
-    engine: str, problem: Problem, gradient: str, checkpoints: Policy, progress: bool, callback: Callback | None
-) -> None:
-    """Raises where an argument asks for what the other engines do not do."""
-    others = {"gradient": gradient != "aca", "checkpoints": checkpoints, "progress": progress, "callback": callback,
-              "options": isinstance(problem, BatchProblem) or problem.stops_at_limit}  # fmt: skip
-    for name, is_given in others.items():
-        if is_given:
-            raise (CompileError if engine == "compiled" else GraphError)(
-                f'engine="{engine}" does not take what {name} asks for'
-                f'{f" ({gradient!r})" if name == "gradient" else ""}. Use engine="eager" for it.'
-            )
-
-
-def _by_compiled_engine(
-    problem: Problem, learnt: Tensor | None, params: Sequence[Tensor] | None, adjoint: AdjointOptions
-) -> Result:
-    task_of = partial(_eager_task, problem, params, adjoint)
-    if learnt is not None:
-        return with_time_gradient(task_of(), t=learnt, method_of_gradient=_compiled)
-    return _compiled_engine()(problem, params, task_of)
-
-
-def _eager_task(problem: Problem, params: Sequence[Tensor] | None, adjoint: AdjointOptions) -> Task:
-    return Task(problem, _field(problem), params, adjoint, None)
-
-
-def _by_graph_engine(task: Task, learnt: Tensor | None) -> Result:
-    method = graph_engine.solve if len(task.problem.times) > 1 else _method(task.problem, None, "aca")
-    if torch.is_grad_enabled():
-        task.field.prepare_replay()
-    try:
-        if learnt is not None:
-            return with_time_gradient(task, t=learnt, method_of_gradient=method)
-        return method(task)
-    except TypeError:
-        task.field.check_signature()
-        raise
-
-
-@cache
-def _compiled_engine() -> Callable[..., Result]:
-    from aca_ext.engines.compiled.engine import solve  # brings in the compiler, which takes seconds
-
-    return solve
-
-
-def _compiled(task: Task) -> Result:
-    n_evals = task.field.n_evals  # those for the times; what checks a program when it is made does not count
-    result = _compiled_engine()(task.problem, task.params, lambda: task)
-    result.stats.n_f_evals += n_evals
-    return result

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
+from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.fused import TorchOperations, empty_rows, operations_for, rows_like
 from aca_ext.kernels.layout import stack_rows
 from aca_ext.kernels.pool import pool_for
-from aca_ext.problem.admission import check_readable
 from aca_ext.problem.problem import Problem
-from aca_ext.problem.transforms import refuse_transforms
 from aca_ext.solver.checkpoints import (
     AcceptedStep,
     Checkpoints,
+    StepRecord,
     brought_to,
     checkpoints_for,
     distances,
@@ -47,7 +47,6 @@ from aca_ext.solver.runge_kutta import (
     transposed_stepper,
 )
 from aca_ext.vector_field.field import AutocastState
-from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -61,9 +60,24 @@ def solve(task: Task) -> Result:
     with first.watch():
         solved = solve_without_graph(task, first.k, checkpoints)
     first.settle()
-    inputs = *first.params, *args, *first.found
-    ys = _Aca.apply(task, first, checkpoints, [solved], task.problem.y0, *inputs)
+    forward = forward_pass(task, first, solved)
+    used = [*first.params, *args]
+    backward = _EagerBackward(forward, checkpoints)
+    ys = with_graph(solved.ys, backward, checkpoints.blocks, task.problem.y0, used, first.found)
     return Result(ys, solved.record, solved.stats)
+
+
+def forward_pass(task: Task, first: FirstEvaluation, solved: Result) -> ForwardPass:
+    """The solve that ran, for its replay."""
+    return ForwardPass(
+        task,
+        solved.record,
+        solved.stats,
+        AutocastState(task.problem.y0.device.type),
+        len(first.params),
+        first.leaves,
+        first.found,
+    )
 
 
 def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:
@@ -79,72 +93,60 @@ def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints 
     return Result(ys, solver.record, solver.stats)
 
 
-class _Aca(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        task: Task,
-        first: FirstEvaluation,
-        checkpoints: Checkpoints,
-        boxed: list[Result],
-        y0: Tensor,
-        *inputs: Tensor,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        solved = boxed.pop()
-        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, len(first.params), solved.record, solved.stats
-        ctx.autocast = AutocastState(y0.device.type)
-        ctx.leaves = first.leaves
-        ctx.numbers, ctx.capacity, ctx.n_blocks = checkpoints.numbers(), checkpoints.capacity, len(checkpoints.blocks)
-        ctx.has_y0 = y0.requires_grad
-        # What func had not used yet may change before backward, as long as it does not come to use it.
-        ctx.found = first.found
-        used = inputs[: len(inputs) - len(first.found)]
-        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
-        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *used)
-        return solved.ys
+class _EagerBackward:
+    """Back through the accepted steps, each replayed from its checkpoint, with the states in memory that it keeps."""
 
-    @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
-        if grad_ys is None:
-            return (None,) * len(ctx.needs_input_grad)
-        refuse_transforms("the gradient of the solution", grad_ys)
-        check_readable("the gradient of the solution", grad_ys)
-        saved = ctx.saved_tensors
+    def __init__(self, forward: ForwardPass, checkpoints: Checkpoints) -> None:
+        self._forward = forward
+        self._numbers, self._capacity = checkpoints.numbers(), checkpoints.capacity
+
+    def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
+        held, steps = self._held(states), _steps(self._forward)
+        if math.isfinite(self._capacity):  # others than these may be gone when a retained graph is used again
+            ends = 0, len(steps)
+            self._numbers = [n if n in ends else -1 for n in self._numbers]
+        return _replay_backward(self._forward, self._capacity, grad_ys, held, inputs)
+
+    def differentiable_gradients(
+        self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Gradients:
+        known = dict(self._held(states))
+        start = known[0].to(grad_ys.device) if y0 is None else y0
+        return differentiable_backward(self._forward, grad_ys, start, known, inputs)
+
+    def _held(self, blocks: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        """The states that are kept, each with its number."""
+        like = self._forward.task.problem.y0
         # Rows of states that were handed out are written over, which is none of autograd's business: .data.
-        blocks = [rows_like(ctx.task.problem.y0, block.data) for block in saved[: ctx.n_blocks]]
-        held = list(zip(ctx.numbers, rows(blocks, len(ctx.numbers)), strict=True))
-        inputs = *saved[ctx.n_blocks + ctx.has_y0 :], *ctx.found
-        if torch.is_grad_enabled():
-            states = dict(held)
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0].to(grad_ys.device)
-            grads = differentiable_backward(ctx, grad_ys, y0, states, inputs)
-        else:
-            if math.isfinite(ctx.capacity):  # others than these may be gone when a retained graph is used again
-                ends = 0, len(ctx.record.steps)
-                ctx.numbers = [n if n in ends else -1 for n in ctx.numbers]
-            grads = _replay_backward(ctx, grad_ys, held, inputs)
-        needed = ctx.needs_input_grad[4:]
-        return None, None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+        laid_out = [rows_like(like, block.data) for block in blocks]
+        return list(zip(self._numbers, rows(laid_out, len(self._numbers)), strict=True))
+
+
+def _steps(forward: ForwardPass) -> Sequence[AcceptedStep]:
+    assert isinstance(forward.record, StepRecord)
+    return forward.record.steps
 
 
 def _replay_backward(
-    ctx: Any, grad_ys: Tensor, held: Sequence[tuple[int, Tensor]], inputs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    task: Task = ctx.task
-    problem, steps = task.problem, ctx.record.steps
+    forward: ForwardPass,
+    capacity: float,
+    grad_ys: Tensor,
+    held: Sequence[tuple[int, Tensor]],
+    inputs: Sequence[Tensor],
+) -> Gradients:
+    problem, steps = forward.task.problem, _steps(forward)
     y0 = problem.y0.detach()
     ops = operations_for(y0, problem.tolerance)
     scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
-    replay = replay_of(task, ctx, inputs)
+    replay = forward.replay(inputs)
     pull_back = transposed_stepper(replay, ops, scheme)
     segments = problem.tolerance.segments
-    check = ReplayCheck(y0, segments, len(steps), ctx.autocast.dtype, replay.held)
-    distance = distances([n for n, _ in held]) if math.isfinite(ctx.capacity) else {}
+    check = ReplayCheck(y0, segments, len(steps), forward.autocast.dtype, replay.held)
+    distance = distances([n for n, _ in held]) if math.isfinite(capacity) else {}
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
         advance = _advance(replay, ops, scheme, problem, steps)
-        for n, y, y_next in brought_to(y0.device, reversed_states(held, len(steps), ctx.capacity, advance)):
+        for n, y, y_next in brought_to(y0.device, reversed_states(held, len(steps), capacity, advance)):
             s: AcceptedStep = steps[n]
             outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
             outputs += [(_weights(problem, scheme.solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
@@ -157,28 +159,10 @@ def _replay_backward(
         check.finish()
         if g is not None:
             replay.begin_step(steps[0].random_states)
-            replay.check_reached(ctx.leaves, problem.start_time(y0), y0)
-    ctx.stats.n_f_evals_backward = replay.n_evals
+            replay.check_reached(forward.leaves, problem.start_time(y0), y0)
+    forward.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
-
-
-def replay_of(
-    task: Task,
-    ctx: Any,
-    inputs: Sequence[Tensor],
-    cut: Callable[[Tensor], Tensor] | None = None,
-    has_history: bool = False,
-) -> Replay:
-    """The replay of a solve whose inputs are params, args, and leaves that were found without being used.
-
-    ``has_history`` tells that an input, or y0, was computed. Its history may hold leaves that are inputs too. Were they
-    not cut, autograd would walk into the history to look for them, and call the hooks there with None.
-    """
-    n_params, found = ctx.n_params, getattr(ctx, "found", ())
-    args, is_checked = inputs[n_params : len(inputs) - len(found)], task.params is None
-    cuts_all = has_history and not holds_script(task.field.func)
-    return Replay(task.field, inputs[:n_params], args, ctx.autocast, cut, cuts_all, found=found, is_checked=is_checked)
 
 
 def _advance(
@@ -203,22 +187,20 @@ def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[
 
 
 def differentiable_backward(
-    ctx: Any, grad_ys: Tensor, y0: Tensor, states: Mapping[int, Tensor], inputs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+    forward: ForwardPass, grad_ys: Tensor, y0: Tensor, states: Mapping[int, Tensor], inputs: Sequence[Tensor]
+) -> Gradients:
     """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too.
 
     ``states`` are those of the forward pass that are known, by their numbers.
     """
-    task: Task = ctx.task
-    problem = task.problem
+    problem, steps = forward.task.problem, _steps(forward)
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     scheme = scheme_of(problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = replay_of(task, ctx, inputs, gate.of, has_history=any(x.grad_fn is not None for x in (y0, *inputs)))
+    replay = forward.replay(inputs, gate.of, y0)
     start = gate.of(y0)
     y, outputs = start, [start]
-    steps: Sequence[AcceptedStep] = ctx.record.steps
-    segments, dtype = problem.tolerance.segments, ctx.autocast.dtype
+    segments, dtype = problem.tolerance.segments, forward.autocast.dtype
     check = ReplayCheck(y0.detach(), segments, len(steps), dtype, replay.held, restarts=False)
     distance = distances([0, *(n for n in states if n > 0)])
     with replay.repeating():
@@ -234,7 +216,7 @@ def differentiable_backward(
                 outputs.append(y_i)
             y = trial.y1
     check.finish()
-    ctx.stats.n_f_evals_backward = replay.n_evals
+    forward.stats.n_f_evals_backward = replay.n_evals
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
     ys = stack_rows(outputs, y0)
     replay.check_all(ys, start)
@@ -242,7 +224,7 @@ def differentiable_backward(
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
     grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
     with replay.repeating():
-        replay.check_reached(getattr(ctx, "leaves", ()), problem.start_time(y0), y0)
+        replay.check_reached(forward.leaves, problem.start_time(y0), y0)
     return [grad_y0, *replay.grads]
 
 

@@ -16,10 +16,9 @@ from aca_ext.errors import ArgumentValueError, SolveError
 from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
+from aca_ext.gradients.passes import check_cotangent
 from aca_ext.kernels.fused import operations_for
-from aca_ext.problem.admission import check_readable
 from aca_ext.problem.problem import problem_of
-from aca_ext.problem.transforms import refuse_transforms
 from aca_ext.solver.loop import Solver
 from aca_ext.vector_field.field import AutocastState, VectorField
 from aca_ext.vector_field.replay import Replay
@@ -50,8 +49,7 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
-        refuse_transforms("the gradient of the solution", grad_ys)
-        check_readable("the gradient of the solution", grad_ys)
+        check_cotangent(grad_ys)
         ys, *inputs = ctx.saved_tensors
         task: Task = ctx.task
         times = task.problem.times

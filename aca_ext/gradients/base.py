@@ -66,11 +66,16 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """The outputs stacked, (T, \\*packed shape), with what is known of the solve."""
+    """The outputs stacked, (T, \\*packed shape), with what is known of the solve.
+
+    Attributes:
+        is_on_device: the record is there, and a look at it waits for the device.
+    """
 
     ys: Tensor
     record: Record
     stats: Stats | BatchStats
+    is_on_device: bool = False
 
 
 class Gradient(Protocol):

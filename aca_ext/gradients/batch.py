@@ -8,20 +8,19 @@ their cotangents back through it and drops the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError
-from aca_ext.gradients.aca import Gate, replay_of
+from aca_ext.gradients.aca import Gate, forward_pass
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation, first_slope_with_graph
+from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.fused import RowOperations, row_operations_for
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.batch import BatchProblem
-from aca_ext.problem.transforms import refuse_transforms
 from aca_ext.solver.batch_loop import (
     AcceptedRows,
     BatchRecord,
@@ -32,7 +31,7 @@ from aca_ext.solver.batch_loop import (
     stage_times,
 )
 from aca_ext.solver.runge_kutta import Trial, scheme_of, solution_only, step
-from aca_ext.vector_field.field import AutocastState, VectorField
+from aca_ext.vector_field.field import VectorField
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -94,7 +93,8 @@ def _aca(task: Task) -> Result:
     first.settle()
     if field.has_drawn_since(random_state):
         raise _random_numbers_error()
-    ys = _Aca.apply(task, first, [(solved, states)], task.problem.y0, *first.params, *args, *first.found)
+    backward = _BatchBackward(forward_pass(task, first, solved))
+    ys = with_graph(solved.ys, backward, states, task.problem.y0, [*first.params, *args], first.found)
     return Result(ys, solved.record, solved.stats)
 
 
@@ -116,47 +116,30 @@ def _check_buffers(field: VectorField) -> None:
         )
 
 
-class _Aca(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        task: Task,
-        first: FirstEvaluation,
-        boxed: list[tuple[Result, list[Tensor]]],
-        y0: Tensor,
-        *inputs: Tensor,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        solved, states = boxed.pop()
-        ctx.task, ctx.n_params, ctx.record, ctx.stats = task, len(first.params), solved.record, solved.stats
-        ctx.leaves, ctx.found = first.leaves, first.found
-        ctx.autocast = AutocastState(y0.device.type)
-        ctx.has_y0, ctx.n_states = y0.requires_grad, len(states)
-        used = inputs[: len(inputs) - len(first.found)]
-        ctx.save_for_backward(*states, *([y0] if ctx.has_y0 else []), *used)
-        return solved.ys
+class _BatchBackward:
+    """Back through the accepted steps, each replayed for the samples that took it."""
 
-    @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
-        if grad_ys is None:
-            return (None,) * len(ctx.needs_input_grad)
-        refuse_transforms("the gradient of the solution", grad_ys)
-        check_readable("the gradient of the solution", grad_ys)
-        saved = ctx.saved_tensors
-        states, inputs = saved[: ctx.n_states], (*saved[ctx.n_states + ctx.has_y0 :], *ctx.found)
-        if torch.is_grad_enabled():
-            first, ends = _ends(ctx.record.steps, states)
-            y0 = saved[ctx.n_states] if ctx.has_y0 else first
-            grads = _differentiable_backward(ctx, grad_ys, y0, ends, inputs)
-        else:
-            grads = _replay_backward(ctx, grad_ys, states, inputs)
-        needed = ctx.needs_input_grad[3:]
-        return None, None, None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+    def __init__(self, forward: ForwardPass) -> None:
+        self._forward = forward
+
+    def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
+        return _replay_backward(self._forward, grad_ys, states, inputs)
+
+    def differentiable_gradients(
+        self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Gradients:
+        first, ends = _ends(_steps(self._forward), states)
+        return _differentiable_backward(self._forward, grad_ys, first if y0 is None else y0, ends, inputs)
 
 
-def _check_for(ctx: Any, y: Tensor, replay: Replay, *, restarts: bool) -> ReplayCheck:
-    segments, dtype = ctx.task.problem.tolerance.segments, ctx.autocast.dtype
-    return ReplayCheck(y, segments, len(ctx.record.steps), dtype, replay.held, by_row=True, restarts=restarts)
+def _steps(forward: ForwardPass) -> Sequence[AcceptedRows]:
+    assert isinstance(forward.record, BatchRecord)
+    return forward.record.steps
+
+
+def _check_for(forward: ForwardPass, y: Tensor, replay: Replay, *, restarts: bool) -> ReplayCheck:
+    segments, n_steps, dtype = forward.task.problem.tolerance.segments, len(_steps(forward)), forward.autocast.dtype
+    return ReplayCheck(y, segments, n_steps, dtype, replay.held, by_row=True, restarts=restarts)
 
 
 class _Steps:
@@ -184,19 +167,18 @@ class _Steps:
 
 
 def _replay_backward(
-    ctx: Any, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    task: Task = ctx.task
-    record: BatchRecord = ctx.record
+    forward: ForwardPass, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Gradients:
+    task, accepted = forward.task, _steps(forward)
     *starts, y = states
     ops = row_operations_for(y, task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
-    replay = replay_of(task, ctx, inputs)
+    replay = forward.replay(inputs)
     steps = _Steps(task, ops, replay)
-    check = _check_for(ctx, y, replay, restarts=True)
+    check = _check_for(forward, y, replay, restarts=True)
     g = torch.zeros_like(y)  # cotangents of the samples' states at the ends of the steps still to come
     with replay.repeating():
-        for n, (s, start) in reversed(list(enumerate(zip(record.steps, starts, strict=True)))):
+        for n, (s, start) in reversed(list(enumerate(zip(accepted, starts, strict=True)))):
             rows = index_of(s.rows, y)
             y_next, y = y, y.index_copy(0, rows, start).requires_grad_()
             trial, h = steps.take(s, y)
@@ -211,10 +193,10 @@ def _replay_backward(
             g = g.index_copy(0, rows, pulled[rows])
             y = y.detach()
         check.finish()
-        if record.steps:
+        if accepted:
             start = task.problem.y0.detach()
-            replay.check_reached(ctx.leaves, task.problem.start_time(start), start)
-    ctx.stats.n_f_evals_backward = replay.n_evals
+            replay.check_reached(forward.leaves, task.problem.start_time(start), start)
+    forward.stats.n_f_evals_backward = replay.n_evals
     return g + grad_ys[0], *replay.grads
 
 
@@ -230,22 +212,22 @@ def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tens
 
 
 def _differentiable_backward(
-    ctx: Any, grad_ys: Tensor, y0: Tensor, ends: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+    forward: ForwardPass, grad_ys: Tensor, y0: Tensor, ends: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Gradients:
     """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""
-    task: Task = ctx.task
+    task = forward.task
     ops = row_operations_for(y0.detach(), task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     gate = Gate()
-    replay = replay_of(task, ctx, inputs, gate.of, has_history=any(x.grad_fn is not None for x in (y0, *inputs)))
+    replay = forward.replay(inputs, gate.of, y0)
     steps = _Steps(task, ops, replay)
     start = y = gate.of(y0)
     everything = np.arange(len(y0))
     outputs = [(everything, np.zeros_like(everything), start)]
-    check = _check_for(ctx, y0.detach(), replay, restarts=False)
+    check = _check_for(forward, y0.detach(), replay, restarts=False)
     expected = y0.detach()
     with replay.repeating():
-        for n, (s, end) in enumerate(zip(ctx.record.steps, ends, strict=True)):
+        for n, (s, end) in enumerate(zip(_steps(forward), ends, strict=True)):
             trial, h = steps.take(s, y)
             outputs += outputs_of_step(s.outputs, scheme, y, h, trial)
             rows = index_of(s.rows, y0)
@@ -253,7 +235,7 @@ def _differentiable_backward(
             check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, expected, trial.y1, trial.k)
             y = y.index_copy(0, rows, trial.y1[rows])
     check.finish()
-    ctx.stats.n_f_evals_backward = replay.n_evals
+    forward.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, task.problem.times_of_rows.shape, y0)  # type: ignore[attr-defined]
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
     replay.check_all(ys, start)
@@ -261,5 +243,5 @@ def _differentiable_backward(
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
     grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
     with replay.repeating():
-        replay.check_reached(getattr(ctx, "leaves", ()), task.problem.start_time(y0), y0)
+        replay.check_reached(forward.leaves, task.problem.start_time(y0), y0)
     return [grad_y0, *replay.grads]

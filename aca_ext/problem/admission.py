@@ -89,5 +89,7 @@ def _extent(x: Tensor) -> int:
     """Bytes of the storage up to the last element of ``x``."""
     if x.numel() == 0:
         return 0
+    if x.is_contiguous():
+        return int(x.storage_offset() * x.element_size() + x.nbytes)
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return int((x.storage_offset() + last + 1) * x.element_size())

@@ -221,12 +221,14 @@ class Blocks:
     def __init__(self, like: Tensor) -> None:
         self._like, self._rows = like, _rows_per_block(like)
         self.blocks: list[Tensor] = []
+        self.addresses: list[int] = []
 
     def add(self) -> tuple[int, int]:
         """A further block: its address, and how many states it takes."""
         block = empty_rows(self._rows, self._like)
         self.blocks.append(block)
-        return block.data_ptr(), self._rows
+        self.addresses.append(block.data_ptr())
+        return self.addresses[-1], self._rows
 
 
 def _rows_per_block(like: Tensor) -> int:

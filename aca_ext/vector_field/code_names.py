@@ -1,4 +1,4 @@
-"""Names that code uses, and classes whose code leads nowhere: the static part of the walk over what func holds."""
+"""Globals that code names, and classes without state: the static part of the walk over the objects that func holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import types
 import weakref
 
 _LIBRARIES = sys.stdlib_module_names | {"aca_ext", "numpy", "pytest", "scipy", "torch", "torchdiffeq", "torchvision"}
-BY_NAME = frozenset({"__import__", "eval", "exec", "globals", "locals", "vars"})  # reach what code does not name
+BY_NAME = frozenset(
+    {"__import__", "eval", "exec", "globals", "locals", "vars"}
+)  # reach objects that code does not name
 _MAX_CODES = 4096
 OF_CLASSES = frozenset({"__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__"})
 
@@ -20,7 +22,7 @@ def is_library(module: object) -> bool:
     return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
 
 
-# By class, whether its methods and attributes lead nowhere. Mostly they do, and to find that out takes long.
+# Results of ``leads_nowhere`` by class. Most classes hold no state, and finding out takes long.
 _plain_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
@@ -34,7 +36,7 @@ def leads_nowhere(kind: type) -> bool:
 
 
 def _is_plain(name: str, x: object) -> bool:
-    """Tells whether an attribute of a class holds no state; a method, whether it holds no object but its class."""
+    """Tells whether a class attribute holds no state. A method holds none if it reaches no object but its class."""
     if name in OF_CLASSES:
         return True
     if not isinstance(x, types.FunctionType):

@@ -1,4 +1,4 @@
-"""Contents of places where code finds its objects: read, replaced, put back as they were at another time."""
+"""Places where code finds its objects (dict entries, attributes, closure cells): their contents, read and restored."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-MISSING = object()  # the contents of a place that is not there
+MISSING = object()  # stands for the contents of a place that does not exist
 
 
 class Change(NamedTuple):
-    """Contents of a place at two times. A key of None stands for all of a sequence, or a closure cell."""
+    """Contents of a place at two times. The key is None for a whole sequence or set, and for a closure cell."""
 
     holder: Any
     key: Any
@@ -63,7 +63,7 @@ def put(holder: Any, key: Any, value: Any) -> None:
 
 @contextmanager
 def put_back(changes: Sequence[Change]) -> Iterator[None]:
-    """Gives the places the contents of before, and in the end those of now again."""
+    """Sets the places to their contents of before inside the context, and to those of now afterwards."""
     orders = {id(c.holder): (c.holder, list(c.holder)) for c in changes if isinstance(c.holder, dict)}
     try:
         for change in changes:
@@ -77,7 +77,7 @@ def put_back(changes: Sequence[Change]) -> Iterator[None]:
 
 
 def restore(contents: Any) -> None:
-    """Gives all places the contents that a snapshot of them tells."""
+    """Restores the contents of all places of a snapshot."""
     changes = [Change._make(change) for change in contents.changes()]
     for change in changes:
         change.put(change.before)
@@ -86,7 +86,7 @@ def restore(contents: Any) -> None:
 
 
 def _order(holder: dict[Any, Any], order: Sequence[Any]) -> None:
-    """Restores the order of a dict, which decides on that of a module's parameters."""
+    """Restores the order of a dict, on which the order of a module's parameters depends."""
     if list(holder)[: len(order)] == order:
         return
     contents = dict(holder)

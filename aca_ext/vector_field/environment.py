@@ -1,8 +1,9 @@
 """The state that func reads besides its arguments, recorded in the forward pass and put back for the replay.
 
-PyTorch's own graphs keep what an evaluation used. A replay evaluates func again, so what its code reads has to be what
-it was: attributes, entries of containers, closure cells, globals, training modes. What others changed between the two
-passes is put back while the replay runs. What func itself changed stays, since it may count its evaluations.
+An autograd graph keeps the tensors that an evaluation used. A replay evaluates func again instead, so everything that
+its code reads must be as it was: attributes, entries of containers, closure cells, globals, training modes. Changes
+that others made between the two passes are undone while the replay runs. Changes that func itself made stay, since they
+may be counters of its evaluations.
 """
 
 from __future__ import annotations
@@ -21,37 +22,39 @@ from aca_ext.vector_field.holdings import Holdings
 
 
 class Environment:
-    """Contents of the places that func's code reaches, in a forward pass.
+    """Contents, in a forward pass, of all places that func's code reaches.
 
     Args:
-        holdings: where these places are, and their contents before the first evaluation.
+        holdings: the walk that found these places, with their contents before the first evaluation.
     """
 
     def __init__(self, holdings: Holdings) -> None:
         self._contents = holdings.contents
         self._contents.watch_tensors()
         scripts = [m for m in holdings.modules if isinstance(m, torch.jit.ScriptModule)]
-        self._script_modes = [(m, m.training) for m in scripts if hasattr(m, "training")]  # frozen ones have none
-        self._own: dict[tuple[int, Any], Change] = {}  # changes of the first evaluation and of the others
+        self._script_modes = [
+            (m, m.training) for m in scripts if hasattr(m, "training")
+        ]  # frozen scripted modules have no mode
+        self._own: set[tuple[int, Any]] = set()  # places that func itself writes to
         self._own_tensors: list[Tensor] = []
         self._late: list[Change] = []
 
     def add_module(self, module: nn.Module) -> None:
-        """Notes the contents of a module that the walk did not find."""
+        """Adds a module that the walk did not find."""
         for holder in (vars(module), module._parameters, module._buffers):
             if isinstance(holder, dict):  # of TorchScript they are something else
                 self._contents.add(holder)
 
     def end_first_evaluation(self) -> None:
-        """Takes what has changed for changes by func."""
+        """Ascribes all changes so far to func."""
         self._note_own()
 
     def end_solve(self) -> list[Change]:
-        """Takes what has changed for what func changes, and for what the replay is to find.
+        """Ascribes all changes so far to func; later changes are undone for the replay.
 
         Returns:
-            Where func put tensors that came up late: where the first evaluation had put none. Those that it puts
-            somewhere are known by its graph.
+            The late tensors: changes that put a tensor where the first evaluation had put none. Tensors kept by the
+            first evaluation are known already, from its graph.
         """
         changes = self._note_own()
         self._own_tensors = [x for x, _ in self._contents.changed_tensors(True)]
@@ -59,16 +62,16 @@ class Environment:
         return self._late
 
     def settle(self) -> None:
-        """Takes what was put in place of late tensors for what the replay is to find."""
+        """Accepts the replacements of late tensors as contents of the forward pass."""
         self._note_own()
 
     def _note_own(self) -> list[Change]:
         changes = [Change._make(change) for change in self._contents.update()]
-        self._own.update((change.place, change) for change in changes)
+        self._own.update(change.place for change in changes)
         return changes
 
     def _is_record(self, change: Change) -> bool:
-        """Tells whether func itself changes a place, or the container there and nothing else in it."""
+        """Tells whether func itself writes to a place, or to every entry of the container there."""
         x = change.before
         if isinstance(x, (list, deque)):
             keys: Any = range(len(x))
@@ -80,15 +83,15 @@ class Environment:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Tensors that the places held."""
+        """Tensors in these places."""
         return self._contents.tensors()
 
     def unfrozen(self) -> list[Tensor]:
-        """Tensors that require grad and did not in the forward pass."""
+        """Tensors that require grad now and did not in the forward pass."""
         return [x for x, requires_grad in self._contents.changed_tensors(False) if requires_grad]
 
     def overwritten(self) -> list[Tensor]:
-        """Tensors that were written to since the forward pass, without those that func writes to."""
+        """Tensors written to in place since the forward pass, except those that func writes to itself."""
         own = {id(x) for x in self._own_tensors}
         changed = self._contents.changed_tensors(False)
         return [x for x, requires_grad in changed if not requires_grad and id(x) not in own]
@@ -99,15 +102,15 @@ class Environment:
         return bool(self._late)
 
     def begin_evaluation(self) -> None:
-        """Removes tensors that came up late, so that a replayed evaluation computes them anew, with their graph."""
+        """Removes late tensors, so that a replayed evaluation computes them again, with their graph."""
         for change in self._late:
             change.put(change.before)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Puts back what the forward pass found; afterwards everything is as before."""
+        """Restores the contents of the forward pass inside the context, and the present ones afterwards."""
         changes = [Change._make(change) for change in self._contents.changes()]
-        # A counter of func goes on counting. A tensor that func made, noise drawn once for a solve, is that of before.
+        # Counters of func go on counting. A tensor that func made once, such as noise, is that of the forward pass.
         changes = [c for c in changes if not self._is_record(c) or isinstance(c.before, Tensor)]
         changes += [c._replace(now=get(c.holder, c.key)) for c in self._late]
         modes = [(module, mode) for module, mode in self._script_modes if module.training != mode]

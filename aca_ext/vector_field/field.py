@@ -1,7 +1,7 @@
-"""The user's f as the solver sees it: called with the user's form of the state, checked, counted, and repeatable.
+"""The user's func as the solver calls it: with the user's form of the state, validated, counted and repeatable.
 
-Repeatable means that a replay sees what the forward pass saw: the random numbers, the autocast state, the training
-mode of modules, and their buffers (BatchNorm statistics) that only accepted evaluations may move.
+Repeatable means that a replay finds what the forward pass found: random numbers, autocast state, training modes and all
+other state that func reads. Buffers of modules, such as BatchNorm statistics, change with accepted evaluations alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RandomState = tuple[Tensor, ...]
 
 
 class Kept(Protocol):
-    """A place where func keeps what it computes."""
+    """A place where func keeps tensors that it computes."""
 
     def snapshot(self) -> Callable[[], None]: ...
 
@@ -46,14 +46,15 @@ class VectorField:
 
     Attributes:
         n_evals: how often func was called.
-        draws_random_numbers: its first evaluation moved a random generator.
-        random_trail: the random generators' states before each evaluation since the list was last emptied, where func
-            draws random numbers.
-        moving_buffers: buffers of func's modules that its first evaluation changed.
-        calls_autograd: it is evaluated with gradients enabled and a state that requires grad, since it differentiates.
-        holdings: the tensors, modules and generators that func holds; None where no backward pass is to come.
-        environment: the state that func reads in the forward pass; None where no backward pass is to come.
-        kept: what func keeps of its evaluations, which replays are not to change.
+        draws_random_numbers: the first evaluation drew from a random generator.
+        random_trail: states of the random generators before each evaluation since the list was last emptied; filled
+            only if func draws random numbers.
+        moving_buffers: buffers of func's modules that the first evaluation changed.
+        calls_autograd: func differentiates by itself, so it is evaluated with gradients enabled and a state that
+            requires grad.
+        holdings: tensors, modules and generators that func holds; None if no backward pass can follow.
+        environment: state that func reads, as in the forward pass; None if no backward pass can follow.
+        kept: tensors that func keeps from its evaluations; replays leave them unchanged.
     """
 
     def __init__(self, func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations) -> None:
@@ -106,11 +107,11 @@ class VectorField:
         return self.func, *(arg for arg in self.args if not isinstance(arg, Tensor))
 
     def check_signature(self) -> None:
-        """Raises ArgumentTypeError where func does not take the arguments that it is called with."""
+        """Raises ArgumentTypeError if func does not take the arguments that it is called with."""
         try:
             signature = inspect.signature(self.func.forward if isinstance(self.func, nn.Module) else self.func)
         except (TypeError, ValueError):
-            return  # compiled code may not tell
+            return  # compiled code may have no signature
         try:
             signature.bind(None, None, *self.args)
         except TypeError as mismatch:
@@ -121,9 +122,9 @@ class VectorField:
             ) from None
 
     def prepare_replay(self) -> None:
-        """Records what func holds and reads now, for evaluations when that may be different.
+        """Records the objects that func holds and the state that it reads, for a replay when they may have changed.
 
-        A module that is hidden from the walk is noted in the first evaluation.
+        A module that the walk does not find is recorded in the first evaluation.
         """
         self.holdings = Holdings(self._roots)
         self._generators = self.holdings.generators
@@ -133,13 +134,13 @@ class VectorField:
         self.environment = Environment(self.holdings)
 
     def has_put(self, leaf: Tensor) -> bool:
-        """Tells whether func itself made a leaf and keeps it: it was not held before the first evaluation."""
+        """Tells whether func created a leaf and keeps it: nothing held it before the first evaluation."""
         if self.holdings is None or self.holdings.has_seen(leaf):
             return False
         return any(x is leaf for x in Holdings(self._roots).tensors)
 
     def take_notes_of(self, other: VectorField) -> None:
-        """Takes over what another field for the same func found before its first evaluation."""
+        """Copies the records of another field for the same func."""
         self.holdings, self.environment = other.holdings, other.environment
         self._generators = other._generators
 
@@ -149,7 +150,7 @@ class VectorField:
             self.environment.add_module(module)
 
     def first(self, t: Tensor, y: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor:
-        """f at the start, evaluated in ``watch``, noting which random generators and buffers it moves."""
+        """f at the start, evaluated inside ``watch``; records which random generators and buffers it changes."""
         random_state = self._random_state_before = self.random_state()
         with buffers_used_by(self.func, self._note_in_use) as used, watch or nullcontext():
             k = self(t, y)
@@ -157,7 +158,7 @@ class VectorField:
         self.draws_random_numbers = self.has_drawn_since(random_state)
         if self.draws_random_numbers:
             self.random_trail.append(random_state)
-        # Batch normalisation moves its statistics without a new version, but counts its batches with one.
+        # Batch normalisation changes its statistics without a new version, and its count of batches with one.
         moved = [owned for owned in used if any(b.tensor._version != b.version for b in owned)]
         self.moving_buffers = [b.tensor for owned in moved for b in owned]
         if moved:
@@ -166,14 +167,14 @@ class VectorField:
         return k
 
     def forget_first(self) -> None:
-        """Undoes what ``first`` left where it failed, before it is called again."""
+        """Undoes a failed ``first``, before it is called again."""
         self.random_trail.clear()
         if self._random_state_before is not None:
             self.set_random_state(self._random_state_before)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """For evaluations that are no part of the solution: they leave no trace but in ``n_evals``."""
+        """Context of evaluations that are not part of the solution: they change nothing but ``n_evals``."""
         trail = list(self.random_trail)
         watch: AbstractContextManager[list[list[Buffer]]] = (
             nullcontext([]) if self._has_been_watched else buffers_used_by(self.func)
@@ -189,7 +190,7 @@ class VectorField:
                     restore([b.tensor for b in owned], [b.value for b in owned])
 
     def random_state(self) -> RandomState:
-        """State of the random generators of the CPU and of the state's device, and of those that func holds."""
+        """States of the random generators of the CPU, of the state's device, and of those that func holds."""
         states = (torch.get_rng_state(), *[generator.get_state() for generator in self._generators])
         return (*states, torch.cuda.get_rng_state(self._device)) if self._device.type == "cuda" else states
 
@@ -201,11 +202,11 @@ class VectorField:
             torch.cuda.set_rng_state(state[-1], self._device)
 
     def has_drawn_since(self, state: RandomState) -> bool:
-        """Tells whether a random generator has moved since ``state``."""
+        """Tells whether random numbers were drawn since ``state``."""
         return any(_bytes(a) != _bytes(b) for a, b in zip(state, self.random_state(), strict=True))
 
     def buffer_values(self) -> list[Tensor] | None:
-        """A copy of the buffers that func moves, or None where it moves none."""
+        """A copy of the buffers that func changes, None if it changes none."""
         return [b.detach().clone() for b in self.moving_buffers] if self.moving_buffers else None
 
     def restore_buffers(self, values: list[Tensor] | None) -> None:
@@ -226,7 +227,7 @@ def _bytes(state: Tensor) -> bytes:
 
 
 class AutocastState:
-    """torch.autocast as it was when this object was made; ``dtype`` is None where it was off."""
+    """State of torch.autocast when this object was created; ``dtype`` is None if it was off."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type

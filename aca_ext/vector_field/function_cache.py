@@ -10,24 +10,24 @@ from torch import nn
 
 _T = TypeVar("_T")
 
-_MAX_OWNERS = 64  # beyond, the one that was made first goes
+_MAX_OWNERS = 64  # beyond these, the oldest entry is dropped
 
 
 class PerOwner(Generic[_T]):
-    """One object for each module, or for the code of a function, so that a lambda made anew finds it."""
+    """One object per module, or per code object of a function, so that a lambda defined anew finds its entry."""
 
     def __init__(self, make: Callable[[], _T]) -> None:
         self._make = make
         self._kept: weakref.WeakKeyDictionary[Any, _T] = weakref.WeakKeyDictionary()
 
     def of(self, func: Any) -> _T:
-        """The object of func's owner, made where there is none."""
+        """The entry of ``func``, created if there is none."""
         owner = _owner_of(func)
         kept = self._kept.get(owner)
         return self._made_for(owner) if kept is None else kept
 
     def anew(self, func: Any) -> _T:
-        """A new one in its place."""
+        """A new entry of ``func`` in place of the old one."""
         return self._made_for(_owner_of(func))
 
     def _made_for(self, owner: Any) -> _T:

@@ -1,8 +1,8 @@
 """The tensors, modules and random generators that func holds, found by a walk over what its code can reach.
 
-The walk looks into closures, defaults, ``functools.partial``, bound objects, attributes, containers, hooks, and globals
-that code names. It does not look into objects of libraries, nor beyond the first entries of a long container, and knows
-when it left something out: what it missed is found when it is used (``aca_ext.vector_field.replay``).
+The walk visits closures, defaults, ``functools.partial``, bound objects, attributes, containers, hooks, and globals
+that code names. It skips objects of libraries and all but the first entries of a long container, and records that it
+skipped something. A tensor that it missed is noticed when func uses it (``aca_ext.vector_field.replay``).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from aca_ext.kernels.fused import contents, module_walk
 from aca_ext.vector_field.code_names import BY_NAME, OF_CLASSES, globals_named_by, is_library, leads_nowhere, slots_of
 from aca_ext.vector_field.contents import MISSING, get, put
 
-_MAX_OBJECTS = 5000  # besides modules, all of which count
+_MAX_OBJECTS = 5000  # in addition to modules, of which all are visited
 _MAX_ENTRIES = 1024  # of one container
 
-# Holds nothing of interest, and is sorted out before it is queued.
+# Types whose objects hold nothing of interest; they are never queued.
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, torch.dtype, torch.device,
      torch.Size, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
@@ -64,15 +64,15 @@ class Holdings:
         modules: every nn.Module, those inside others included.
         kinds: their classes.
         generators: random generators.
-        is_complete: nothing that code can reach was left out.
-        contents: a snapshot of all places that the walk came by, for comparison with what is there later.
+        is_complete: nothing that func's code can reach was skipped.
+        contents: a snapshot of all visited places, for comparison with their later contents.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.is_complete = not _hooks_of_all_modules()
         self.modules: list[nn.Module] = []
         self.kinds: set[type] = set()
-        self._places: list[tuple[Tensor, Any, Any, bool]] = []  # a Place takes long to make, and is rarely needed
+        self._places: list[tuple[Tensor, Any, Any, bool]] = []  # plain tuples, since a Place is slow to create
         self.generators: list[torch.Generator] = []
         self.contents = contents(MISSING)
         self._seen: set[int] = set()
@@ -84,23 +84,23 @@ class Holdings:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that require grad, parameters and others, each once."""
+        """Tensors that require grad, each once."""
         return [place[0] for place in self._places]
 
     @property
     def places(self) -> list[Place]:
-        """Places where they are held."""
+        """Places of the tensors that require grad."""
         return [Place._make(place) for place in self._places]
 
     def let_go_of_histories(self) -> None:
-        """Forgets tensors that were computed: whoever keeps the walk would keep their graphs, and what those hold."""
+        """Drops tensors that were computed by operations, so that it does not keep their autograd graphs alive."""
         self._places = [place for place in self._places if place[0].is_leaf]
 
     def has_seen(self, x: object) -> bool:
         return id(x) in self._seen
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """The name that a module has for a tensor, or that of the variable or attribute that holds it."""
+        """The name of a tensor: a module's parameter name, or else the variable or attribute that holds it."""
         for module in self.modules:
             for name, parameter in module.named_parameters():
                 if parameter is tensor:
@@ -108,7 +108,7 @@ class Holdings:
         return next((str(place.key) for place in self.places if place.tensor is tensor), None)
 
     def look(self, x: Any, holder: Any, key: Any, is_attribute: bool = False) -> None:
-        """Notes a tensor or a generator, and queues what may hold more."""
+        """Records a tensor or a generator; queues an object that may hold more of them."""
         kind = type(x)
         if kind in _ATOMS:
             return
@@ -162,7 +162,7 @@ class Holdings:
         for x, holder, name in others:
             if type(x).__module__ == "torch.jit._script" and hasattr(
                 x, "values"
-            ):  # what scripted modules have of dicts
+            ):  # dict-like containers of scripted modules
                 for value in x.values():
                     self.look(value, holder, name, True)
             else:
@@ -245,8 +245,8 @@ def _function(walk: Holdings, f: types.FunctionType) -> None:
 
 
 def _module_of_code(walk: Holdings, module: types.ModuleType, code: types.CodeType) -> None:
-    """Names that code uses, of a module with other code."""
-    walk.is_complete = False  # what that names there is more than is looked at
+    """Visits the names that code uses from an imported module of the user's."""
+    walk.is_complete = False  # code inside that module may name more than is visited here
     walk.contents.add_named(vars(module), code.co_names)
     for name in code.co_names:
         value = vars(module).get(name)

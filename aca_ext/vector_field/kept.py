@@ -1,8 +1,8 @@
 """Tensors that func computes in one evaluation and keeps: caches of parameters, penalties, histories.
 
-The evaluations of a solve have no graph, so that what they keep has none either, though with gradient="direct" it had
-one. A cache that the first evaluation filled has its graph. Anything else that is kept is given one that ends in an
-error: it can be read, but its gradient is not lost in silence.
+The evaluations of a solve record no autograd graph, so tensors kept from them have none; with gradient="direct" they
+would have one. A cache that the first evaluation filled has its graph, since that evaluation is made with one. Any
+other kept tensor is given a graph that ends in an error: its value can be read, and asking for its gradient raises.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ HINT = (
 
 
 class Keepsake:
-    """A tensor that the first evaluation of a solve computed, and that something outlives it in.
+    """A tensor that the first evaluation of a solve computed and that outlives this evaluation.
 
     Args:
-        place: where it is held; None where that was not found.
-        depends_on_state: it was computed from the state, maybe besides parameters.
+        place: the place that holds it; None if the walk did not find one.
+        depends_on_state: it was computed from the state, perhaps together with parameters.
     """
 
     def __init__(self, tensor: Tensor, place: Place | None, depends_on_state: bool) -> None:
@@ -41,7 +41,7 @@ class Keepsake:
         self._before = {id(x) for x in self._contents()} - {id(tensor)}
 
     def is_cache(self) -> bool:
-        """Tells whether it is kept on, and depends on parameters alone, so that its graph is as good as new."""
+        """Tells whether it is still kept and depends on parameters alone, so that its graph remains valid."""
         if self.depends_on_state:
             return False
         if self.place is not None:
@@ -49,7 +49,7 @@ class Keepsake:
         return is_held(sys.getrefcount(self.tensor), self.tensor, n_known=0)
 
     def settle(self, origins: Sequence[Tensor]) -> None:
-        """Gives graphs from ``origins`` to what took its place in the forward pass."""
+        """Replaces the tensors that later evaluations put in its place by ones whose gradient is an error."""
         place = self.place
         if place is None:
             return
@@ -62,13 +62,13 @@ class Keepsake:
                 there.put(_lost(now, origins, message))
 
     def release(self) -> None:
-        """Lets go of the tensor, and so of the graph of the first evaluation; the place stays known."""
+        """Releases the tensor, and with it the graph of the first evaluation; the place stays known."""
         self.tensor = ANCHOR
         if self.place is not None:
             self.place = self.place._replace(tensor=ANCHOR)
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that puts back the present contents of its place."""
+        """Returns a function that restores the present contents of its place."""
         place = self.place
         if place is None:
             return _nothing
@@ -89,7 +89,7 @@ class Keepsake:
         return list(place.holder.values() if isinstance(place.holder, dict) else place.holder)
 
     def _successors(self) -> Iterator[Place]:
-        """Places with tensors that came there since, or that depend on the state of the first evaluation."""
+        """Places whose tensors were put there since, or depend on the state of the first evaluation."""
         place = self.place
         assert place is not None
         places = [place]
@@ -106,7 +106,7 @@ class Keepsake:
 
 
 def settle_late(func: Any, changes: Sequence[Change], origins: Sequence[Tensor]) -> None:
-    """Gives graphs from ``origins`` to tensors that evaluations after the first put where there was none."""
+    """Replaces tensors that evaluations after the first put in empty places by ones whose gradient is an error."""
     names = sorted({_describe(change) for change in changes})
     for change in changes:
         message = _message(_describe(change))
@@ -144,7 +144,7 @@ def _nothing() -> None:
 
 
 def keepsakes_of(func: Any, kept: Sequence[tuple[Tensor, bool]]) -> list[Keepsake]:
-    """Tensors that outlive an evaluation of func, each with whether it depends on the state, and their places."""
+    """Keepsakes of the tensors that outlived an evaluation; each comes with a flag: it depends on the state."""
     if not kept:
         return []
     places = {id(place.tensor): place for place in Holdings((func,)).places}
@@ -159,7 +159,7 @@ def keepsakes_of(func: Any, kept: Sequence[tuple[Tensor, bool]]) -> list[Keepsak
 
 
 def _are_saved_tensors_packed() -> bool:
-    """Tells whether hooks of ``torch.autograd.graph`` are on: graphs then hold in Python what they saved."""
+    """Tells whether saved-tensor hooks are active, under which autograd graphs hold saved tensors as Python objects."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private
     return top is not None and top(False) is not None
 
@@ -184,7 +184,7 @@ def _warn_once(func: Any, places: Sequence[str]) -> None:
 
 
 def _depth_of_caller() -> int:
-    """Frames between ``warnings.warn`` and the code outside this package and torch."""
+    """Number of frames from ``warnings.warn`` to the first code outside this package and torch."""
     depth, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("aca_ext", "torch"):
         depth, frame = depth + 1, frame.f_back
@@ -197,7 +197,7 @@ def _are_equal(x: Any, other: Tensor) -> bool:
     )
 
 
-# A leaf in the graph of every tensor whose gradient is an error.
+# Leaf that marks the graph of every tensor whose gradient is an error.
 with torch.inference_mode(False):
     ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 USED_AGAIN = (
@@ -207,14 +207,14 @@ USED_AGAIN = (
 
 
 def is_lost(x: Tensor) -> bool:
-    """Tells whether it is one whose gradient is an error."""
+    """Tells whether the gradient of ``x`` is an error."""
     return type(x.grad_fn).__name__ == "_LostBackward"
 
 
 def _lost(x: Tensor, origins: Sequence[Tensor], message: str) -> Tensor:
     with torch.enable_grad():
         lost = _Lost.apply((x,), message, ANCHOR, *origins)
-    lost.__deepcopy__ = _PlainCopy(lost.detach())  # which a tensor with a graph has none of
+    lost.__deepcopy__ = _PlainCopy(lost.detach())  # torch refuses to deepcopy a tensor that has a graph
     return lost
 
 
@@ -235,7 +235,7 @@ class _Lost(torch.autograd.Function):
 
 
 class _PlainCopy:
-    """``copy.deepcopy`` of a tensor that has a graph: a copy without."""
+    """``copy.deepcopy`` for a tensor with a graph: a copy without one."""
 
     def __init__(self, value: Tensor) -> None:
         self._value = value

@@ -1,4 +1,4 @@
-"""Parameters of the modules of the user's f, and buffers that its evaluations use and may change."""
+"""Buffers of func's modules, which its evaluations use and may change (running statistics of BatchNorm)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def modules_of(func: nn.Module) -> list[nn.Module]:
 def buffers_used_by(func: Any, on_module: Callable[[nn.Module], None] | None = None) -> Iterator[list[list[Buffer]]]:
     """The buffers of func's modules in training mode, module by module.
 
-    Those of a module are known; what another callable uses is seen by a hook while it runs, and told ``on_module``.
+    If func is a module, its submodules are known. Modules that another callable uses are noticed by a forward hook
+    while it runs, and passed to ``on_module``.
     """
     used: list[list[Buffer]] = []
     known: set[int] = set()
@@ -76,7 +77,7 @@ def buffers_used_by(func: Any, on_module: Callable[[nn.Module], None] | None = N
 
 
 def holds_script(func: Any) -> bool:
-    """Tells whether code of TorchScript, which sees no substitutes for its tensors, is in a module."""
+    """Tells whether func holds TorchScript, whose code cannot be given other tensors in place of its own."""
     return isinstance(func, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in modules_of(func))
 
 
@@ -84,7 +85,7 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def warn_of_batch_statistics(moved: Sequence[Sequence[Buffer]]) -> None:
-    """Warns, once for each module, where buffers that func moves are running statistics of batch normalisation."""
+    """Warns, once per module, if buffers that func changes are running statistics of batch normalisation."""
     for owner in (buffers[0].owner for buffers in moved):
         if owner in _told or not _is_batch_normalisation(owner):
             continue
@@ -102,11 +103,11 @@ def _is_batch_normalisation(module: nn.Module) -> bool:
 
 
 def _class_name(module: nn.Module) -> str:
-    return str(getattr(module, "original_name", type(module).__name__))  # of a scripted module its class before
+    return str(getattr(module, "original_name", type(module).__name__))  # of a scripted module, the class it had
 
 
 def restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Gives buffers the values that they had."""
+    """Gives buffers back their former values."""
     for buffer, value in zip(buffers, values, strict=True):
         # Through .data, as batch normalisation writes its statistics: graphs that saved them do not depend on them.
         buffer.data.copy_(value)
@@ -114,6 +115,6 @@ def restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 @lru_cache(maxsize=1024)
 def is_distributed(kind: type[nn.Module]) -> bool:
-    """Tells whether modules of this class average or gather gradients (by name: importing them takes long)."""
+    """Tells whether modules of this class average or gather gradients. By name, since importing the classes is slow."""
     names = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
     return any(base.__name__ in names and base.__module__.startswith("torch.") for base in kind.__mro__)

@@ -1,4 +1,4 @@
-"""The user's f in the backward pass, as the forward pass saw it, and its gradients collected."""
+"""The user's func in the backward pass: evaluated as in the forward pass, transposed, its gradients summed."""
 
 from __future__ import annotations
 
@@ -19,32 +19,30 @@ from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.slope_function import SlopeFunction
 
-# torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its look at the arguments, which takes
-# longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph, inputs,
-# allow_unreachable, accumulate_grad.
+# torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its validation of the arguments, which
+# takes longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph,
+# inputs, allow_unreachable, accumulate_grad.
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 _FEW = 16
 
 
 class Replay:
-    """f in the backward pass: stages evaluated with their graphs under the forward's conditions, and pulled back.
+    """f in the backward pass: evaluates stages with their autograd graphs, as in the forward pass, and transposes them.
 
     Args:
-        params: what f depends on by itself, as found by the forward pass.
-        cut: makes of a tensor with a history one without, through which gradients go no further. Used for tensor args
-            and for params that were computed by other operations: their history may hold other params, and belongs to
-            the graph outside. So do hooks.
-        cuts_all: cut every param, leaf or not, so that no node of the graph is older than the replay. A capture needs
-            that, and so does a gradient that must not run into the history of another input.
-        found: leaves besides, that func held and had not used yet. They cost nothing before it does.
-        is_checked: func must depend on nothing else that requires grad.
+        params: tensors that f depends on besides its arguments, as found by the forward pass.
+        cut: returns a tensor of the same value at which gradients end. It replaces tensor args, params that other
+            operations computed, and params with hooks: history and hooks belong to the graph outside of the solve.
+        cuts_all: cut every param, leaf or not, so that no node of the graph is older than the replay. A CUDA graph
+            capture needs that, and so does a gradient that must not run into the history of another input.
+        found: further leaves that func holds and has not used yet. They cost nothing until it uses them.
+        is_checked: raise if func depends on any other tensor that requires grad.
 
     Attributes:
-        inputs: what gradients are collected for besides the state: params, tensor args and found leaves, those with a
-            history cut.
-        grads: their gradients so far, None for one that f has not depended on.
-        n_evals: how often func was called.
+        inputs: tensors whose gradients are summed: params, tensor args and found leaves, cut where needed.
+        grads: their gradients so far; None for a tensor on which no evaluation depended.
+        n_evals: number of evaluations of func.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Replay:
     ) -> None:
         is_one_graph = cut is not None
         cut = cut or (lambda x: x.detach().requires_grad_())
-        # Hooks on a leaf are for its whole gradient, which they see outside. One frozen since required grad before.
+        # A hook on a leaf expects the whole gradient, so it runs outside. A param frozen since has to require grad.
         cut_params, cut_found = (
             [p if p.is_leaf and p.requires_grad and not p._backward_hooks and not cuts_all else cut(p) for p in tensors]
             for tensors in (params, found)
@@ -75,11 +73,13 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
-        # Where all that func can reach was found, a few leaves that it may come to use are no reason to look at graphs.
+        # After a complete walk, asking for the gradients of a few unused leaves is cheaper than searching every graph.
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
         n_found = 0 if is_one_graph or cuts_all or is_complete else len(found)
-        self._wanted = list(range(len(self.inputs) - n_found))  # of the inputs; others follow when they are met
+        self._wanted = list(
+            range(len(self.inputs) - n_found)
+        )  # of the inputs; found leaves are added when func uses them
         self._targets = self.inputs[: len(self._wanted)]
         self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
         self._is_checked = is_checked
@@ -88,7 +88,7 @@ class Replay:
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
         self._stage = 0
-        # func holds the originals: wherever it uses one, it is to use the cut one. A leaf that is an arg counts too.
+        # func holds the originals. Wherever it uses one, an arg included, the cut tensor takes its place.
         originals = [*params, *(a for a in field.args if _has_grad(a)), *found]
         self._originals = originals
         self._substitutes = {id(x): c for x, c in zip(originals, self.inputs, strict=True) if x is not c}
@@ -101,7 +101,7 @@ class Replay:
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
-        """The forward pass's conditions; afterwards everything but counters of func is as before."""
+        """Restores the conditions of the forward pass; afterwards everything but func's counters is as before."""
         field, environment = self.field, self.field.environment
         self._put_back = [kept.snapshot() for kept in field.kept]
         is_plain = not self._substitutes and not self._overwritten
@@ -125,7 +125,7 @@ class Replay:
 
     @property
     def held(self) -> list[Tensor]:
-        """The tensors that f is known to compute with."""
+        """Tensors that f is known to compute with."""
         return [*self.inputs, *(() if self.field.environment is None else self.field.environment.tensors)]
 
     @property
@@ -134,13 +134,13 @@ class Replay:
         return self if self.field.draws_random_numbers or self._makes_late_tensors else self.field.fastest
 
     def begin_step(self, random_states: Sequence[RandomState] | None) -> None:
-        """Tells the random states that the stages of the step to come were computed from."""
+        """Sets the states of the random generators for each stage of the next step."""
         self._random_states, self._stage = random_states, 0
-        for put_back in self._put_back:  # else graphs of all steps would live in what is kept
+        for put_back in self._put_back:  # otherwise func would keep the graphs of all steps
             put_back()
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """The next stage of the step, with its graph; inside ``repeating``."""
+        """Evaluates the next stage of the step, with its graph; for use inside ``repeating``."""
         if self._random_states is not None:
             self.field.set_random_state(self._random_states[self._stage])
         self._stage += 1
@@ -172,23 +172,23 @@ class Replay:
         return v
 
     def check_all(self, outputs: Tensor, start: Tensor) -> None:
-        """``check`` for the graph of a whole solve from ``start``."""
+        """As ``check``, for the graph of a whole solve from ``start``."""
         if self._known is not None:
             self._known.add(start)
             self.check(outputs)
 
     def check(self, slopes: Tensor | tuple[Tensor, ...], y: Tensor | None = None) -> None:
-        """Takes in the leaves that func uses for the first time.
+        """Adds leaves that func uses for the first time to the inputs.
 
         Raises:
-            ReplayError: one of them was not found before the solve, so that its gradient would be lost.
+            ReplayError: a leaf was not found before the solve, so that its gradient would be lost.
         """
         if self._known is None:
             return
         if not self._substitutes:
             others = self._known.others(slopes, y)
         else:
-            with torch._C.DisableTorchFunction():  # or it would look at substitutes
+            with torch._C.DisableTorchFunction():  # otherwise the search would see the substitutes
                 others = self._known.others(slopes, y)
         if others is not None:
             self._admit(self._known, others)
@@ -213,10 +213,10 @@ class Replay:
             known.add(leaf)
 
     def check_reached(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
-        """Checks that inputs that the slope at (t, y) depended on in the forward pass received gradients.
+        """Checks that every input on which the first slope depended received a gradient.
 
         Raises:
-            ReplayError: func depends on them no longer, which makes their gradients wrong.
+            ReplayError: func no longer depends on one, so that its gradient would be wrong.
         """
         missing = [i for i in indices if self.grads[i] is None]
         if not self._is_checked or not missing:
@@ -224,7 +224,7 @@ class Replay:
         with torch.enable_grad():
             k = self(t, y.detach().requires_grad_())
         with torch._C.DisableTorchFunction():
-            # A cache that the first evaluation filled has a graph of its own, outside, which leads on to them.
+            # A cache that the first evaluation filled has a graph of its own outside, which leads to them.
             graphs = tuple(x for x in (k, *self._originals) if x.grad_fn is not None)
             for i in missing:
                 x = _variable(self.inputs[i])
@@ -248,7 +248,7 @@ class Replay:
                 continue
             total = self.grads[i]
             if total is None:
-                self.grads[i] = grad.clone()  # autograd may hand out one tensor twice: add only into our own
+                self.grads[i] = grad.clone()  # autograd may return the same tensor again, so sums need a copy
             else:
                 totals.append(total)
                 terms.append(grad)
@@ -260,10 +260,10 @@ _METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "devic
 
 
 class _Substitution(TorchFunctionMode):
-    """Gives torch functions other tensors in place of some of their operands, and refuses those that were overwritten.
+    """Replaces operands of torch functions by other tensors, and refuses overwritten operands.
 
-    An overwritten tensor that func reads can change its derivatives and leave its values as they are, so that the
-    comparison of states alone would not notice.
+    An overwritten tensor may change func's derivatives and leave its values alone. The comparison of states would then
+    not notice.
     """
 
     def __init__(self, substitutes: dict[int, Tensor], overwritten: Sequence[Tensor]) -> None:
@@ -292,7 +292,7 @@ class _Substitution(TorchFunctionMode):
 
 
 def _variable(x: Tensor) -> Tensor:
-    """The tensor that a graph's leaf names for ``x``, which is another object where it was unpacked by a hook."""
+    """The tensor of the graph's leaf node for ``x``: another object if a saved-tensor hook unpacked it."""
     if not x.requires_grad or not x.is_leaf:
         return x
     return get_gradient_edge(x).node.variable  # type: ignore[attr-defined]

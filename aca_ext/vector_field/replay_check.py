@@ -1,13 +1,13 @@
-"""Comparison of replayed steps with the states of the forward pass, so that a func that changed in between is an error.
+"""Comparison of replayed steps with the states of the forward pass, to detect a func that has changed in between.
 
-A replay repeats the forward pass bit for bit where func does the same. Kernels that add up in no fixed order, and those
-that torch chooses only where a graph is recorded, leave rounding. It is told from a change of func by its size, in the
-largest element of each component of the state: with eps the spacing of the state's dtype,
+A replay repeats the forward pass bit for bit as long as func does the same. Two kinds of kernels leave rounding errors:
+those that sum in no fixed order, and those that torch uses only while an autograd graph is recorded. A deviation counts
+as rounding if, for the largest element of each component of the state and with eps the spacing of the state's dtype,
 
     |y1 - y_next| ≤ eps·max(16·|y|, 64·|h|·|k|)
 
-The slopes k have the larger share, since each is the result of a whole network. The state has a share of its own, since
-its last bit, and what func leaves where large terms cancel, do not shrink with the step.
+The slopes k are allowed more, since each is the result of a whole network. The state has an allowance of its own: its
+last bit, and the cancellation of large terms inside func, do not shrink with the step.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from aca_ext.errors import ReplayError
 
 Array = NDArray[np.float64]
 
-# Shares of the state and of the slopes, in units of eps.
+# Allowances relative to the state and to the slopes, in units of eps.
 _FINE = 16.0, 64.0
-# Where numbers have few bits: sums are accumulated in float32, so that only what is stored is rounded.
+# For dtypes of few bits. Kernels accumulate their sums in float32, so only stored results are rounded to the dtype.
 _COARSE, _COARSE_FROM = (2.0, 8.0), 2.0**-10
-# What a deviation may grow by in a step of a replay that does not return to the forward pass's states.
+# Factor by which a deviation may grow in one step, in a replay that does not restart from the forward pass's states.
 _GROWTH = 4.0
 
 
 class ReplayedStep(NamedTuple):
-    """A step to be compared.
+    """A replayed step that is to be compared.
 
     ``distance`` counts the steps since the replay last started from a state of the forward pass. In a batch of
-    independent samples ``rows`` are those that made the step, and ``t`` and ``h`` are arrays with an entry for each.
+    independent samples, ``rows`` are the samples that made the step, and ``t`` and ``h`` are arrays with one entry for
+    each of them.
     """
 
     number: int
@@ -51,17 +52,17 @@ class ReplayedStep(NamedTuple):
 class ReplayCheck:
     """Compares the steps of one replay with the forward pass.
 
-    On the CPU a difference raises at once. On other devices the host does not wait for a comparison: it looks at all of
-    them in ``finish``.
+    On the CPU a difference raises at once. On other devices a comparison would make the host wait, so ``finish``
+    evaluates all of them together.
 
     Args:
         like: a tensor with shape, dtype and device of the state.
-        segments: where the components of the state start, and the end; for samples, within a row.
-        n_steps: how many steps the forward pass accepted.
-        autocast_dtype: what func computed with, where autocast was on.
-        held: tensors that func computes with besides the state; their dtypes may be coarser.
-        by_row: the first dimension of the state are independent samples.
-        restarts: each step is replayed from the state that the forward pass found.
+        segments: offsets of the components of the state, and its end; for independent samples, within one sample.
+        n_steps: number of steps that the forward pass accepted.
+        autocast_dtype: dtype of torch.autocast in the forward pass, None if it was off.
+        held: tensors that func computes with besides the state; their dtypes may be coarser than the state's.
+        by_row: the first dimension of the state counts independent samples.
+        restarts: each step is replayed from a state of the forward pass.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ReplayCheck:
         self._like, self._autocast_dtype, self._held = like, autocast_dtype, held
         self._is_deferred = is_deferred(like.device)
         self._pending: list[tuple[ReplayedStep, Tensor]] = []
-        self._before: Array | float = 0.0  # deviation of the state that the step starts from
+        self._before: Array | float = 0.0  # deviation of the state at the start of the step
 
     def compare(self, step: ReplayedStep, y: Tensor, y_next: Tensor, y1: Tensor, k: Sequence[Tensor]) -> None:
         """Compares the end ``y1`` of a replayed step from ``y`` with slopes ``k`` with that of the forward pass.
@@ -96,7 +97,7 @@ class ReplayCheck:
             self._before = 0.0
             return
         with torch.no_grad():
-            # NaN, or the same infinity, in both is no difference.
+            # NaN, or the same infinity, in both passes is no difference.
             difference = (y1 - y_next).nan_to_num_(0.0, math.inf, -math.inf)
             sizes = self.sizes([difference, y1, y_next, y, *k])
         if self._is_deferred:
@@ -105,9 +106,9 @@ class ReplayCheck:
             self._judge(step, sizes.double().numpy())
 
     def finish(self) -> None:
-        """Looks at the comparisons that are left; raises ReplayError as ``compare`` does."""
+        """Evaluates the comparisons that were deferred; raises ReplayError as ``compare`` does."""
         pending, self._pending = self._pending, []
-        # In a capture of the user's, which allows no look, func is what was captured.
+        # During a capture of the user's, the host cannot read results, and func is the one that was captured.
         if not pending or (self._is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         together = torch.cat([sizes for _, sizes in pending]).cpu().double().numpy()
@@ -161,18 +162,17 @@ class ReplayCheck:
 
 
 def causes(also: str = "") -> str:
-    """Likely causes of a replay that differs, with their remedies; ``also`` is a further cause."""
+    """Likely causes of a replay that differs, and their remedies; ``also`` is a further cause."""
     return (
-        "func is no longer what it was: something that it reads was changed since (a control, a batch, a buffer, a "
-        "flag, a parameter through .data, train() or eval()); or it draws random numbers from NumPy or a generator "
-        f"that is not torch's; or it keeps something from one evaluation to the next{also}. Pass what changes by "
-        "args=(...), or make one function for each solve (lambda t, y, u=u: ...), or call backward before the change, "
-        'or use gradient="direct", which does not replay.'
+        "func is no longer what it was. Likely causes: memory that it reads was overwritten since (a tensor in place "
+        "or through .data, a NumPy array); it draws random numbers from NumPy or from a generator that is not "
+        f"torch's; it keeps something from one evaluation to the next{also}. Pass values that change by args=(...), or "
+        'call backward before the change, or use gradient="direct", which does not replay.'
     )
 
 
 def rounding(like: Tensor, autocast_dtype: torch.dtype | None, held: Sequence[Tensor]) -> tuple[float, float]:
-    """The deviation that rounding explains, relative to the state, and to the step size times the slopes."""
+    """Largest deviation that counts as rounding, relative to the state, and to the step size times the slopes."""
     dtypes = {like.dtype, *(x.dtype for x in held if x.is_floating_point() and x.dtype.itemsize >= 2)}
     if autocast_dtype is not None:
         dtypes.add(autocast_dtype)
@@ -184,7 +184,7 @@ def rounding(like: Tensor, autocast_dtype: torch.dtype | None, held: Sequence[Te
 
 
 def is_deferred(device: torch.device) -> bool:
-    """Tells whether looking at a number on ``device`` would make the host wait."""
+    """Tells whether reading a number from ``device`` makes the host wait."""
     return device.type != "cpu"
 
 
@@ -196,12 +196,13 @@ def _uses_tf32() -> bool:
 
 
 class CapturedCheck:
-    """The same where the steps are a captured program: the largest deviation stays on the device.
+    """Comparison of steps that were captured as a CUDA graph: the largest deviation stays on the device.
 
-    ``add`` is captured with the step, so it makes no tensor of Python's numbers and names no step. What is NaN passes.
+    ``add`` is captured with the step. It therefore makes no tensor from Python numbers and cannot name a step. NaN
+    counts as no deviation.
 
     Args:
-        n_slopes: how many slopes a step has.
+        n_slopes: number of slopes in one step.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class CapturedCheck:
         self._check = ReplayCheck(like, segments, 0, autocast_dtype)
         self._is_empty = like.numel() == 0
         of_state, of_slopes = rounding(like, autocast_dtype, held)
-        # Of the difference, the three states and the slopes: what is added, and what is added for each unit of |h|.
+        # Factors of the difference, the three states and the slopes: one constant, one per unit of |h|.
         shares = [[1.0, *[of_state] * 3, *[0.0] * n_slopes], [0.0] * 4 + [of_slopes] * n_slopes]
         self._shares = torch.tensor(shares, dtype=torch.float64, device=like.device).unsqueeze(-1)
         self._worst = torch.zeros((), dtype=torch.float64, device=like.device)

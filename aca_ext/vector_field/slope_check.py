@@ -1,4 +1,4 @@
-"""The user's f on packed states: what it returns, checked against the state that it was given."""
+"""Checks of the values that the user's func returns: type, shape, dtype and device of a derivative of the state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def checked_slope_function(func: Func, args: tuple[Any, ...], packing: Packing, ops: TorchOperations) -> Any:
-    """func with its args, checks and count. It holds no reference to whoever asked for it, which would be a cycle."""
+    """func with its args, its checks and a counter. Holds no reference to its caller, which would be a cycle."""
     like = ops.like
     check = SlopeCheck(packing, ops)
     called = func if packing.is_trivial else partial(_unpacked, func, packing, check)
@@ -33,12 +33,12 @@ _SWAPPED = " It may have been computed from t alone: func is called as func(t, y
 
 
 class SlopeCheck:
-    """Makes the packed slope of what func returned, converted in layout and, under autocast, in dtype alone."""
+    """Converts the result of func into the packed slope: its layout always, its dtype only under torch.autocast."""
 
     def __init__(self, packing: Packing, ops: TorchOperations) -> None:
         self.packing, self._ops = packing, ops
         self._dtype, self._device = ops.like.dtype, ops.like.device
-        self._has_looked = False  # closely, which takes too long for every evaluation
+        self._has_looked = False  # the thorough checks of the first evaluation take too long for every one
 
     def __call__(self, k: Any) -> Tensor:
         packing = self.packing

@@ -1,358 +1,78 @@
 """engine="compiled": the adaptive checkpoint adjoint with every step, and every transposed step, one compiled program.
 
-The loop over the steps is compiled too (csrc/compiled_loop.h). What is stored, and which steps are replayed, is as in
-``gradients.aca``.
+The loop over the steps is compiled too (csrc/compiled/loop.h). What is stored, and which steps are replayed, is as in
+``gradients.aca``. This file is imported with the package; run.py, which brings in torch's compiler, with the first
+solve.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from aca_ext.engines.compiled.backend import Captured
-from aca_ext.engines.compiled.places import shown
-from aca_ext.engines.compiled.plans import Plan, Specification
-from aca_ext.engines.compiled.side_effects import Counting
-from aca_ext.engines.compiled.step_graphs import Layout
-from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
-from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.compiled.verification import inputs_by_kind
-from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
-from aca_ext.gradients.aca import differentiable_backward
+from aca_ext.engines.base import Request, obstacle_but_to_eager
+from aca_ext.errors import CompileError
 from aca_ext.gradients.base import Result, Task
-from aca_ext.kernels.fused import checksums_of, compiled_loop
-from aca_ext.problem.admission import check_readable, looks_readable
+from aca_ext.gradients.requested_times import with_time_gradient
 from aca_ext.problem.problem import Problem
-from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
-from aca_ext.solver.failures import NO_TOLERANCE, failure_of
-from aca_ext.solver.loop import Stats
-from aca_ext.solver.runge_kutta import scheme_of
-from aca_ext.vector_field.field import AutocastState
 
-# The time that func is traced with: one that requires grad, for functions that ask it to.
-_CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.float64)
-_ZEROS = {dtype: torch.zeros((), dtype=dtype, device=_CPU).requires_grad_() for dtype in _DTYPES}
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
-_MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
+_HINT = 'Use engine="eager".'
 
 
-def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> Result:
-    """Solves ``problem`` with gradient="aca" by compiled programs; ``task`` is for what the eager engine does better.
+class CompiledEngine:
+    error = CompileError
 
-    Raises:
-        CompileError: func cannot be compiled, or this kind of solve is not supported.
-    """
-    run = _Run(problem, params, task)
-    if torch.is_grad_enabled() and (problem.y0.requires_grad or True in run.wants_gradient):
-        ys = _CompiledAca.apply(run, problem.y0, *run.inputs)
-    else:
-        ys = run.forward(None)
-    return Result(ys, run.record, run.stats)
+    def obstacle(self, request: Request) -> str | None:
+        return obstacle_but_to_eager("compiled", request) or _obstacle_to_programs(request.problem)
 
-
-class _Run:
-    """One solve: its programs, its tensors, its loop."""
-
-    def __init__(self, problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> None:
-        _check_supported(problem)
-        self.problem, self.task = problem, task
-        self.stats = Stats(backend="compiled")
-        self.y0 = problem.y0.detach()
-        self.specification = self._find()
-        self.inputs = self.used
-        if params is not None:
-            named = {id(x) for x in (*params, *problem.args)}
-            self.inputs = [x if id(x) in named else x.detach() for x in self.used]
-        self.loop = compiled_loop(self.specification.loop)
-        self.record = _LoopRecord(self.loop)
-
-    def _find(self) -> Specification:
-        problem, y0 = self.problem, self.y0
-        start = time.perf_counter()
-        try:
-            captured, self.used = capture(problem.func, _ZEROS[y0.dtype], y0, problem.packing, problem.args)
-        except CompileError:
-            if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-                raise CompileError(
-                    "func is scripted, traced or frozen (torch.jit), whose code cannot be traced once more; give the "
-                    'module or function that it was made of, or use engine="eager".'
-                ) from None
-            self._evaluate_once()  # where func itself is at fault, its own error says more
-            raise
-        self.captured, self.addresses = captured, addresses_of(self.used)
-        self.wants_gradient = captured.wants_gradient
-        self.counting = None
-        if captured.counters:
-            self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))
-        found: Specification | None = captured.solves.get(problem.settings)
-        if found is None:
-            if len(captured.solves) >= _MAX_SPECIFICATIONS:
-                del captured.solves[next(iter(captured.solves))]
-            plan = self._plan(captured, start)
-            try:
-                found = captured.solves[problem.settings] = Specification(self, plan)
-            except CompileError:
-                if not captured.lifted:
-                    raise
-                specialise(
-                    problem.func
-                )  # perhaps it needs as numbers what it reads: once more without tensors for them
-                return self._find()
-        return found
-
-    def _evaluate_once(self) -> None:
-        """Lets func, evaluated for its errors alone, show them."""
-        with unchanged(self.problem.func, self.problem.args):
-            self.task().first_slope(self.y0)
-
-    def _plan(self, captured: Captured, start: float) -> Plan:
-        problem, tolerance, y0 = self.problem, self.problem.tolerance, self.y0
-        each = isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor)
-        key = problem.tableau, problem.adaptive, problem.packing, y0.stride(), each, torch.get_num_threads()
-        plan = captured.plans.get(key)
-        if plan is None:
-            self._evaluate_once()  # checks what func returns
-            layout = Layout(y0, problem.packing, scheme_of(problem.tableau, problem.adaptive), tolerance)
-            plan = captured.plans[key] = Plan(captured, layout)
-            self.stats.compile_seconds += time.perf_counter() - start
-        return plan
-
-    def forward(self, checkpoints: Blocks | None) -> Tensor:
-        specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
-        ys = self._rows()
-        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device=_CPU)
-        outcome = loop.solve(
-            memory.data_ptr(),
-            self.addresses,
-            y0.data_ptr(),
-            ys.data_ptr(),
-            None if checkpoints is None else checkpoints.add,
-        )
-        stats.n_steps, stats.n_accepted, stats.n_rejected = loop.n_steps, loop.n_accepted, loop.n_rejected
-        stats.n_f_evals = loop.n_f_evals
-        if self.counting is not None:
-            self.counting.count(loop.n_f_evals)
-        if outcome != 0:
-            self._fail(outcome)
-        return ys
-
-    def _rows(self) -> Tensor:
-        """Memory for a state, or a cotangent, at every time."""
-        shape, stride = self.specification.rows_shape, self.specification.rows_stride
-        return torch.empty_strided(shape, stride, dtype=self.y0.dtype, device=_CPU)
-
-    def _fail(self, outcome: int) -> None:
-        loop = self.loop
-        kind = (StepLimitError, StepSizeError, NonFiniteError, NonFiniteError)[outcome - 1]
-        message = None
-        if not self.problem.adaptive:
-            message = (
-                "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
-            )
-        elif loop.error_ratio == math.inf and self.problem.tolerance.forbids_error():
-            kind, message = StepSizeError, NO_TOLERANCE
-        elif outcome == 4:
-            message = f"func returned NaN or infinity at t={loop.t:.17g}, or the state is so there; look at func there."
-        raise failure_of(
-            self.problem,
-            kind,
-            message,
-            t=loop.t,
-            h=loop.h,
-            error_ratio=loop.error_ratio,
-            n_accepted=loop.n_accepted,
-            n_rejected=loop.n_rejected,
-            n_f_evals=loop.n_f_evals,
-        )
-
-    def backward(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        """The cotangent of y0 and those of func's inputs."""
-        specification, loop, y0 = self.specification, self.loop, self.y0
-        is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
-        if not is_laid_out_alike or not looks_readable(grad_ys):
-            check_readable("the gradient of the solution", grad_ys)
-            grad_ys = self._rows().copy_(grad_ys)
-        addresses = addresses_of(inputs)
-        contents = self._contents(inputs, addresses)
-        if contents != self._before:
-            self._refuse_inputs(inputs, contents)
-        grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
-        g, g_next = torch.empty_like(y0), torch.empty_like(y0)
-        n_inside = loop.n_inside
-        end_only, inside, n_bytes = specification.backward(self.stats, loop.n_accepted - n_inside, n_inside)
-        memory = torch.empty(n_bytes, dtype=torch.uint8, device=_CPU)
-        result = loop.transpose(
-            end_only,
-            inside,
-            memory.data_ptr(),
-            [*(x.data_ptr() for x in grads if x is not None), *addresses],
-            grad_ys.data_ptr(),
-            g.data_ptr(),
-            g_next.data_ptr(),
-        )
-        if self.counting is not None:
-            self.counting.count(self.stats.n_f_evals_backward or 0)
-        return g if result == g.data_ptr() else g_next, grads
-
-    def prepare_backward(self) -> None:
-        """Notes what the backward pass needs of the forward pass besides its states."""
-        self.specification.plan.expect_gradients(self)
-        self._before = self._contents(self.used, self.addresses)
-
-    def check_func(self) -> None:
-        """Raises ReplayError where func, evaluated once more, would not be what it was in the forward pass."""
-        problem = self.problem
-        try:
-            captured, used = capture(problem.func, _ZEROS[self.y0.dtype], self.y0, problem.packing, problem.args)
-        except CompileError:
-            captured, used = None, []
-        # Numbers that became tensors are made anew each time.
-        if captured is not self.captured or not all(
-            one is other or (captured.lifted and one.dim() == 0 and torch.equal(one, other))
-            for one, other in zip(used, self.used, strict=True)
-        ):
-            raise ReplayError(
-                "func is not what it was in the forward pass: it depends on other tensors, numbers or modules now. "
-                "With create_graph=True the backward pass evaluates it again. Change it after the backward pass, or "
-                'use gradient="direct", which does not replay.'
-            )
-        contents = self._contents(used, addresses_of(used))
-        if contents != self._before:
-            self._refuse_inputs(used, contents)
-
-    def _contents(self, inputs: Sequence[Tensor], addresses: list[int]) -> bytes:
-        """Eight bytes for each input, and for each that has gaps in memory, which tell their contents."""
-        found: bytes = self.captured.checksums(addresses)
-        for i in self.captured.gaps:
-            dense = inputs[i].detach().contiguous()
-            found += checksums_of([dense.nbytes])([dense.data_ptr()])
-        return found
-
-    def _refuse_inputs(self, inputs: Sequence[Tensor], contents: bytes) -> NoReturn:
-        """Finds an input of func with other contents than in the forward pass.
-
-        Programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
+    def solve(self, request: Request) -> Result:
+        """The solve by compiled programs, or, for second derivatives, by the eager engine.
 
         Raises:
-            ReplayError: it has.
+            CompileError: func cannot be compiled.
         """
-        order = [*range(len(inputs)), *self.captured.gaps]
-        i = next(i for n, i in enumerate(order) if contents[8 * n : 8 * n + 8] != self._before[8 * n : 8 * n + 8])
-        step = self.loop.accepted_steps()[-1:]
-        where = f" from t={step[0][0]:.17g}" if step else ""
-        raise ReplayError(
-            f"Replaying the step{where} would not repeat the forward pass: {shown(self.captured.names[i])}, of shape "
-            f"{tuple(inputs[i].shape)}, on which func depends, has changed since. Causes: it was written to through "
-            ".data, or its memory was reused for the next batch. Change it after the backward pass, give func a copy, "
-            'or use gradient="direct", which does not replay.'
-        )
+        if request.learnt is not None:
+            return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=_solve_task)
+        return _solve()(request.problem, request.params, request.task)
 
 
-def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
-    """Addresses of the inputs of func.
+@cache
+def _solve() -> Callable[..., Result]:
+    from aca_ext.engines.compiled.run import solve  # brings in the compiler, which takes seconds
 
-    Raises:
-        CompileError: the memory of one was freed.
-    """
-    found = [x.data_ptr() for x in inputs]
-    if 0 in found:
-        for x in inputs:
-            if x.numel() and x.data_ptr() == 0:
-                raise CompileError(
-                    f"func depends on a tensor of shape {tuple(x.shape)} whose memory was freed "
-                    "(untyped_storage().resize_). Restore it before the solve and before its backward pass."
-                )
-    return found
+    return solve
 
 
-class _LoopRecord(StepRecord):
-    """The accepted steps of a compiled loop, as objects only when they are asked for."""
-
-    def __init__(self, loop: Any) -> None:
-        self._loop = loop
-
-    @property
-    def steps(self) -> list[AcceptedStep]:  # type: ignore[override]
-        return [AcceptedStep(t, h, t_next, outputs) for t, h, t_next, outputs in self._loop.accepted_steps()]
-
-    def bounds(self) -> Tensor:
-        if self._loop.n_accepted == 0:
-            return torch.empty(0, 2, dtype=torch.float64)
-        return torch.frombuffer(self._loop.bounds(), dtype=torch.float64).view(-1, 2)
+def _solve_task(task: Task) -> Result:
+    n_evals = task.field.n_evals  # those for the times; what checks a program when it is made does not count
+    result = _solve()(task.problem, task.params, lambda: task)
+    result.stats.n_f_evals += n_evals
+    return result
 
 
-class _CompiledAca(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        checkpoints = Blocks(run.y0)
-        run.prepare_backward()
-        ys = run.forward(checkpoints)
-        ctx.run, ctx.n_blocks, ctx.has_y0 = run, len(checkpoints.blocks), y0.requires_grad
-        # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
-        learnt = [x for x in inputs if x.requires_grad]
-        ctx.save_for_backward(*checkpoints.blocks, *([y0] if ctx.has_y0 else []), *learnt)
-        return ys
-
-    @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
-        saved, run = ctx.saved_tensors, ctx.run
-        if grad_ys is None:
-            return (None,) * len(ctx.needs_input_grad)
-        learnt = saved[ctx.n_blocks + ctx.has_y0 :]
-        if len(learnt) == len(run.inputs):
-            inputs = learnt
-        else:
-            following = iter(learnt)
-            inputs = [next(following) if x.requires_grad else x for x in run.inputs]
-        if torch.is_grad_enabled():
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else run.y0
-            grad_y0, *grads = _eager_backward(ctx, run, grad_ys, y0, inputs)
-        else:
-            grad_y0, grads = run.backward(grad_ys, inputs)
-        needed = ctx.needs_input_grad[1:]
-        return None, *(g if n else None for g, n in zip((grad_y0, *grads), needed, strict=True))
-
-
-def _eager_backward(ctx: Any, run: _Run, grad_ys: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """create_graph=True: the eager engine over the same accepted steps."""
-    run.check_func()
-    task = run.task()
-    of_params, of_args = inputs_by_kind(task.field.args, run.inputs)
-    ctx.task, ctx.record, ctx.stats = task, run.record, run.stats
-    ctx.n_params, ctx.autocast = len(of_params), AutocastState(y0.device.type)
-    given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
-    grad_y0, *found = differentiable_backward(ctx, grad_ys, y0, {}, given)
-    grads: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
-        if i is not None:
-            grads[i] = grad
-    return [grad_y0, *grads]
-
-
-def _check_supported(problem: Problem) -> None:
+def _obstacle_to_programs(problem: Problem) -> str | None:
+    """The kind of state, norm or setting that no program is made for."""
     y0 = problem.y0
-    hint = 'Use engine="eager".'
     if _TORCH < _OLDEST_TORCH:
-        raise CompileError(
+        return (
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer, on whose compiler it rests; '
-            f"here is {torch.__version__}. {hint}"
+            f"here is {torch.__version__}. {_HINT}"
         )
-    if not y0.is_cpu or y0.dtype not in _ZEROS or problem.packing.is_complex:
-        raise CompileError(
+    if not y0.is_cpu or y0.dtype not in _DTYPES or problem.packing.is_complex:
+        return (
             f'engine="compiled" takes real float32 and float64 states on the CPU; y0 is '
-            f"{'complex' if problem.packing.is_complex else y0.dtype} on {y0.device}. {hint}"
+            f"{'complex' if problem.packing.is_complex else y0.dtype} on {y0.device}. {_HINT}"
         )
     if type(y0) is not Tensor and not isinstance(y0, torch.nn.Parameter):
-        raise CompileError(f'engine="compiled" takes plain tensors; y0 is of type {type(y0).__name__}. {hint}')
+        return f'engine="compiled" takes plain tensors; y0 is of type {type(y0).__name__}. {_HINT}'
     if problem.tolerance.norm is not None:
-        raise CompileError(f'engine="compiled" does not take a norm of your own (options["norm"]). {hint}')
+        return f'engine="compiled" does not take a norm of your own (options["norm"]). {_HINT}'
     if torch.is_autocast_enabled("cpu"):
-        raise CompileError(f'engine="compiled" does not run under torch.autocast. {hint}')
+        return f'engine="compiled" does not run under torch.autocast. {_HINT}'
+    return None

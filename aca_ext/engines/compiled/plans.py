@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
@@ -54,7 +55,7 @@ class Plan:
     def expect_gradients(self, run: Run) -> None:
         """Notes what gradients func has, for the backward pass may find it changed when it checks its programs."""
         if self._trials is None:
-            with unchanged(run.problem.func, run.problem.args):
+            with torch.no_grad(), unchanged(run.problem.func, run.problem.args):
                 verification = self._verification(run)
                 self._trials = {inside: verification.trials(inside=inside) for inside in (False, True)}
 

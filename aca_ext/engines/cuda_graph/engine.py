@@ -7,10 +7,8 @@ host looking at any of it before the end. What is stored, and which steps are re
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.engines.cuda_graph import captures as programs
+from aca_ext.engines.base import Request, obstacle_but_to_eager, solve_with
 from aca_ext.engines.cuda_graph.captures import Capturer, CudaCapturer
 from aca_ext.engines.cuda_graph.control_block import SolveMemory
 from aca_ext.engines.cuda_graph.operation_trace import TracedFunction, is_tracing
 from aca_ext.engines.cuda_graph.plan import Plan
+from aca_ext.engines.cuda_graph.plan_cache import layout_of, plans_of
+from aca_ext.engines.eager import method_for
 from aca_ext.errors import GraphError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
+from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.fused import has_kernels
 from aca_ext.kernels.operations import TorchOperations
 from aca_ext.problem.problem import Problem
@@ -34,28 +35,38 @@ from aca_ext.solver.checkpoints import AcceptedStep, StepRecord, rows
 from aca_ext.solver.failures import NO_TOLERANCE, failure_of
 from aca_ext.solver.loop import Stats
 from aca_ext.vector_field.field import AutocastState, VectorField
-from aca_ext.vector_field.function_cache import PerOwner
 
 DEVICES = ("cuda",)
-_MAX_PLANS = 8  # of one func; beyond, the one that was used longest ago is captured anew
 _HINT = 'Use engine="eager".'
 
 
-def solve(task: Task) -> Result:
-    """Solves the problem of ``task`` with gradient="aca".
+class GraphEngine:
+    error = GraphError
 
-    Raises:
-        GraphError: func cannot be captured, or this kind of solve is not supported.
-    """
-    problem = task.problem
-    _check_supported(problem)
-    run = _Run(task)
+    def obstacle(self, request: Request) -> str | None:
+        return obstacle_but_to_eager("graph", request) or _obstacle_to_captures(request.problem)
+
+    def solve(self, request: Request) -> Result:
+        """The solve by captured graphs, or, for second derivatives, by the eager engine.
+
+        Raises:
+            GraphError: func cannot be captured.
+            Those of ``solve_with``.
+        """
+        # Of a single time there is no step to capture.
+        method = _solve_task if len(request.problem.times) > 1 else method_for(request)
+        return solve_with(method, request.task(), request.learnt)
+
+
+def _solve_task(task: Task) -> Result:
+    problem, run = task.problem, _Run(task)
     inputs = [*run.params, *(x for x in problem.args if isinstance(x, Tensor) and x.requires_grad)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, *inputs)):
-        ys = _GraphAca.apply(run, problem.y0, *inputs)
+        ys = run.forward(keeps_states=True)
+        ys = with_graph(ys, run, run.record.memory.hand_over_states(), problem.y0, inputs)
     else:
         ys = run.forward(keeps_states=False)
-    return Result(ys, run.record, run.stats)
+    return Result(ys, run.record, run.stats, is_on_device=True)
 
 
 class _Run:
@@ -63,7 +74,7 @@ class _Run:
 
     def __init__(self, task: Task) -> None:
         problem = task.problem
-        plans, layout = _by_owner.of(problem.func), _layout_of(problem)
+        plans, layout = plans_of(problem.func), layout_of(problem)
         likely, started = plans.started_early(problem, layout)
         self.autocast = AutocastState(problem.y0.device.type)
         traced = TracedFunction(problem.func, self.autocast.restored)
@@ -153,11 +164,11 @@ class _Run:
             n_f_evals=self._evaluations(control.n_steps),
         )
 
-    def backward(self, grad_ys: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
         memory, plan, params = self.record.memory, self.plan, self.params
         environment = self.task.field.environment
         with plan.in_order(), nullcontext() if environment is None else environment.restored():
-            blocks = memory.take_states(blocks)  # referred to until all is launched
+            blocks = memory.take_states(states)  # referred to until all is launched
             end = blocks[-1][-1]
             if not plan.has_backward:
                 plan.capture_backward(self.problem, memory, end, params, self.autocast)
@@ -167,38 +178,18 @@ class _Run:
                     "replay would not repeat the forward pass. Replace it before the one or after the other."
                 )
             self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
-            return plan.backward(memory, end, self.problem.args, memory.laid_out(grad_ys))
+            grad_y0, grads = plan.backward(memory, end, self.problem.args, memory.laid_out(grad_ys))
+            return grad_y0, *grads
 
-
-class _GraphAca(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, y0: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ys = run.forward(keeps_states=True)
-        blocks = run.record.memory.hand_over_states()
-        ctx.run, ctx.n_params, ctx.n_blocks, ctx.has_y0 = run, len(run.params), len(blocks), y0.requires_grad
-        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
-        ctx.save_for_backward(*blocks, *([y0] if ctx.has_y0 else []), *inputs)
-        return ys
-
-    @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
-        if grad_ys is None:
-            return (None,) * len(ctx.needs_input_grad)
-        run, saved = ctx.run, ctx.saved_tensors
-        inputs = saved[ctx.n_blocks + ctx.has_y0 :]
-        if torch.is_grad_enabled():
-            ctx.task, ctx.record, ctx.stats, ctx.autocast = run.task, run.record, run.stats, run.autocast
-            memory = run.record.memory
-            blocks = [memory.laid_out(block) for block in saved[: ctx.n_blocks]]
-            states = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
-            y0 = saved[ctx.n_blocks] if ctx.has_y0 else states[0]
-            grads: Iterable[Tensor | None] = differentiable_backward(ctx, grad_ys, y0, states, inputs)
-        else:
-            grad_y0, found = run.backward(grad_ys, saved[: ctx.n_blocks])
-            grads = [grad_y0, *found]
-        needed = ctx.needs_input_grad[1:]
-        return None, *(g if n else None for g, n in zip(grads, needed, strict=True))
+    def differentiable_gradients(
+        self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Gradients:
+        """By the eager engine, over the same accepted steps."""
+        memory = self.record.memory
+        blocks = [memory.laid_out(block) for block in states]
+        known = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
+        forward = ForwardPass(self.task, self.record, self.stats, self.autocast, len(self.params))
+        return differentiable_backward(forward, grad_ys, known[0] if y0 is None else y0, known, inputs)
 
 
 class _GraphRecord(StepRecord):
@@ -229,94 +220,28 @@ class _GraphRecord(StepRecord):
         return self.memory.steps[: self.memory.n_accepted].cpu()
 
 
-class _Plans:
-    """The plans of one owner of func, the one used last at the end."""
-
-    def __init__(self) -> None:
-        self._plans: OrderedDict[tuple[Hashable, ...], Plan] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def started_early(self, problem: Problem, layout: Hashable) -> tuple[Plan | None, SolveMemory | None]:
-        """A solve by the plan that was used last for this ``layout``, and that plan.
-
-        The device is at it while the host looks whether func still does what was captured: that takes about as long,
-        and nearly always it does. If not, the solve is left alone.
-        """
-        with self._lock:
-            plan = next((plan for (*_, of), plan in reversed(self._plans.items()) if of == layout), None)
-        if plan is None or not plan.can_start_early():
-            return None, None
-        with plan.in_order(), torch.no_grad():
-            return plan, plan.start(problem, problem.y0.detach())
-
-    def find(self, key: tuple[Hashable, ...], make: Callable[[], Plan]) -> tuple[Plan, bool]:
-        """The plan for ``key``, and whether it was made now."""
-        with self._lock:
-            is_new = key not in self._plans
-            if is_new:
-                self._plans[key] = make()
-                while len(self._plans) > _MAX_PLANS:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(key)
-            return self._plans[key], is_new
-
-
-_by_owner = PerOwner(_Plans)
-
-
-def _layout_of(problem: Problem) -> Hashable:
-    """Constants of a capture besides the operations of func: the layout of its arguments, method and tolerances."""
-    y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
-    return (
-        (y0.shape, y0.stride(), y0.dtype, y0.device),
-        _stream_of(y0),
-        tuple((x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else None for x in problem.args),
-        problem.packing,
-        problem.tableau,
-        controller is None or controller.first_step is None,
-        (problem.adaptive, len(problem.times) > 2),
-        (tolerance.rtol, tolerance.atol),
-        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        programs.DEVICE_LOOPS,
-        _precision(),
-    )
-
-
-def _stream_of(y0: Tensor) -> int:
-    """The stream that a plan has its memory from: given back, it may be used there at once, but not on others."""
-    return int(torch.cuda.current_stream(y0.device).cuda_stream) if y0.is_cuda else 0
-
-
-def _precision() -> Hashable:
-    """Settings that decide which kernels torch launches for an operation."""
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    chosen = (torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
-    if hasattr(cudnn, "conv"):
-        return *chosen, matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    return *chosen, matmul.allow_tf32, cudnn.allow_tf32
-
-
 def capturer_for(device: torch.device) -> Capturer:
     return CudaCapturer(device)
 
 
-def _check_supported(problem: Problem) -> None:
+def _obstacle_to_captures(problem: Problem) -> str | None:
+    """The kind of state, tolerance or surroundings in which nothing is captured."""
     y0, tolerance = problem.y0, problem.tolerance
+    if len(problem.times) == 1:
+        return None
     if y0.device.type not in DEVICES:
-        raise GraphError(
-            f'engine="graph" takes states on a CUDA device; y0 is on {y0.device}. Use engine="compiled" or "eager".'
-        )
+        return f'engine="graph" takes states on a CUDA device; y0 is on {y0.device}. Use engine="compiled" or "eager".'
     if not has_kernels(y0.detach()):
-        raise GraphError(
+        return (
             'engine="graph" takes plain tensors of float32 and float64, or complex of them, and a build with CUDA; '
             f"y0 is {y0.dtype}, a {type(y0).__name__}. {_HINT}"
         )
     if is_tracing():
-        raise GraphError(f'A solve with engine="graph" cannot be part of the func of another. {_HINT}')
+        return f'A solve with engine="graph" cannot be part of the func of another. {_HINT}'
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise GraphError(f'A solve with engine="graph" cannot be part of another capture. {_HINT}')
+        return f'A solve with engine="graph" cannot be part of another capture. {_HINT}'
     if tolerance.norm is not None or isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor):
-        raise GraphError(f'engine="graph" takes rtol and atol as numbers, and no norm of your own. {_HINT}')
+        return f'engine="graph" takes rtol and atol as numbers, and no norm of your own. {_HINT}'
     if problem.jumps:
-        raise GraphError(f'engine="graph" does not take jump_t; step_t it does. {_HINT}')
+        return f'engine="graph" does not take jump_t; step_t it does. {_HINT}'
+    return None

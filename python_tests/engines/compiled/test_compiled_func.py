@@ -372,6 +372,20 @@ class TestRefusals:
             y.sum().backward()
 
 
+class TestSavedTensors:
+    @pytest.mark.parametrize("is_learnt", [True, False], ids=["y0 learnt", "y0 not learnt"])
+    def test_hooks_may_move_them(self, is_learnt: bool) -> None:
+        net, found = Driven(), list[tuple[Tensor, ...]]()
+        for engine in ("compiled", "eager"):
+            y0 = sample(50, 2, seed=1).requires_grad_(is_learnt)
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda x: x):
+                sol = steps(net, y0, engine)
+            others = [torch.full((64, 50, 2), math.nan, dtype=torch.float64) for _ in range(20)]  # where states were
+            found.append(torch.autograd.grad(sol.y.square().sum(), [*net.parameters(), *([y0] if is_learnt else [])]))
+            del others
+        assert all(relative_error(*pair) <= 1e-12 for pair in zip(*found, strict=True))
+
+
 class Driven(nn.Module):
     def __init__(self) -> None:
         super().__init__()

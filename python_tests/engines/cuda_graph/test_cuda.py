@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aca_ext import odeint, solve
 from aca_ext.engines.cuda_graph import captures as programs
-from aca_ext.engines.cuda_graph import engine
+from aca_ext.engines.cuda_graph import plan_cache
 from aca_ext.engines.cuda_graph.control_block import supports_device_loops
 from aca_ext.errors import GraphError
 
@@ -40,7 +40,7 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def _no_plans() -> Iterator[None]:
     yield
-    engine._by_owner.clear()
+    plan_cache._by_owner.clear()
 
 
 @contextmanager
@@ -200,7 +200,7 @@ class TestMemory:
         del net
         gc.collect()
         assert torch.cuda.memory_allocated() - before <= MIB // 4
-        assert not engine._by_owner
+        assert not plan_cache._by_owner
 
 
 @on_cuda
@@ -227,7 +227,7 @@ class TestDeviceLoops:
                 solution = solve(net, y0, torch.tensor(times), engine="graph", **settings)
                 grads = torch.autograd.grad(solution.y.square().sum(), [y0, *net.parameters()])
                 found.append([solution.y, solution.steps, *grads])
-        plans = list(engine._by_owner.of(net)._plans.values())
+        plans = list(plan_cache._by_owner.of(net)._plans.values())
         for repeats in ([plan._solve for plan in plans], [plan._transpose for plan in plans]):
             assert [getattr(repeat, "obstacle", "a loop") for repeat in repeats] == ["", "a loop"]
         for other in found[1:]:
@@ -262,7 +262,7 @@ class TestCaptures:
             torch.randn(3, device="cuda")  # likewise
             one, other = (solve(good, y0, T, engine=name) for name in ("eager", "graph"))
             assert torch.equal(one.y, other.y)
-            engine._by_owner.clear()
+            plan_cache._by_owner.clear()
 
     def test_outlive_others(self) -> None:
         """torch frees cuBLAS's workspace when another CUDA graph is deleted, and when torch.compile captures one."""
@@ -327,7 +327,7 @@ class TestCaptures:
     def test_two_threads(self) -> None:
         nets, y0 = [Net() for _ in range(2)], start()
         expected = [self._solved(net, y0, {}) for net in nets]
-        engine._by_owner.clear()
+        plan_cache._by_owner.clear()
         with ThreadPoolExecutor(2) as threads:
             for _ in range(3):
                 found = list(threads.map(lambda net: self._solved(net, y0, {}), nets))

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aca_ext import METHODS, odeint, solve
 from aca_ext.engines.cuda_graph import captures as programs
-from aca_ext.engines.cuda_graph import engine
+from aca_ext.engines.cuda_graph import engine, plan_cache
 from aca_ext.engines.cuda_graph.control_block import ControlBlock
 from aca_ext.engines.cuda_graph.operation_trace import Trace, TracedFunction
 from aca_ext.engines.cuda_graph.plan import Plan
@@ -110,7 +110,7 @@ def made() -> list[CalledAgain]:
 @pytest.fixture(autouse=True)
 def _no_plans() -> Iterator[None]:
     yield
-    engine._by_owner.clear()
+    plan_cache._by_owner.clear()
 
 
 class Net(nn.Module):
@@ -527,18 +527,18 @@ class TestCaptures:
         net = Net().to(device)
         for n in range(1, 20):
             solve(net, torch.ones(n, 3, dtype=torch.float64, device=device), self.T, engine="graph")
-        assert len(engine._by_owner.of(net)._plans) == engine._MAX_PLANS
+        assert len(plan_cache._by_owner.of(net)._plans) == plan_cache._MAX_PLANS
 
     def test_go_with_their_module(self, device: str, made: list[CalledAgain]) -> None:
         net = Net().to(device)
         y0 = torch.ones(3, dtype=torch.float64, device=device, requires_grad=True)
         odeint(net, y0, self.T, engine="graph").sum().backward()
-        assert len(engine._by_owner) == 1
+        assert len(plan_cache._by_owner) == 1
         for program in made:
             program.forget_body()  # the body holds func; a captured program would not need it any more
         del net
         gc.collect()
-        assert len(engine._by_owner) == 0
+        assert len(plan_cache._by_owner) == 0
 
     def test_solves_between_forward_and_backward(self, device: str) -> None:
         net = Net().to(device)
@@ -763,7 +763,7 @@ class TestEarlyStart:
     def test_not_where_what_func_holds_has_moved(self, device: str) -> None:
         net, y0 = Net().to(device), torch.randn(3, dtype=torch.float64, device=device)
         solve(net, y0, self.T, engine="graph")
-        (plan,) = engine._by_owner.of(net)._plans.values()
+        (plan,) = plan_cache._by_owner.of(net)._plans.values()
         assert plan.can_start_early()
         storage = net.inner[0].weight.untyped_storage()
         weight = net.inner[0].weight.detach().clone()

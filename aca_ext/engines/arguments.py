@@ -1,0 +1,96 @@
+"""The arguments of a solve as its user gives them, stated once: ``odeint`` documents them, ``solve`` takes them too."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from aca_ext.problem.state import State
+from aca_ext.progress import Callback
+
+_P = ParamSpec("_P")
+_A = TypeVar("_A", bound="Arguments")
+_R = TypeVar("_R")
+
+_REASON: dict[str, Any] = {}
+if "reason" in inspect.signature(torch.compiler.disable).parameters:  # newer versions of torch put it into their error
+    _REASON["reason"] = (
+        "a solve runs outside of what torch.compile compiles: leave out fullgraph=True. torch.export takes it with "
+        "strict=False and fixed steps"
+    )
+
+
+@dataclass(eq=False, slots=True)
+class Arguments:
+    """Arguments of ``solve``, not checked yet. Nothing writes to them; a frozen object would take longer to make."""
+
+    func: Callable[..., State]
+    y0: State
+    t: Tensor | Sequence[float]
+    _: KW_ONLY
+    rtol: float | Tensor = 1e-7
+    atol: float | Tensor = 1e-9
+    method: str | None = None
+    options: Mapping[str, Any] | None = None
+    gradient: str = "aca"
+    checkpoints: int | str | None = None
+    engine: str = "eager"
+    args: Sequence[Any] = ()
+    params: Sequence[Tensor] | None = None
+    progress: bool = False
+    callback: Callback | None = None
+    adjoint_rtol: float | Tensor | None = None
+    adjoint_atol: float | Tensor | None = None
+    adjoint_method: str | None = None
+    adjoint_options: Mapping[str, Any] | None = None
+    adjoint_params: Sequence[Tensor] | None = None
+
+    @property
+    def of_problem(self) -> dict[str, Any]:
+        """Those that describe the problem, besides func, y0 and t."""
+        names = ("rtol", "atol", "method", "options", "args")
+        return {name: getattr(self, name) for name in names}
+
+
+def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callable[_P, _R]]:
+    """Decorator of a public function: called with ``arguments`` one by one, it receives them as one object.
+
+    Type checkers, editors and ``help`` see the single arguments, with their types and defaults. torch.compile is kept
+    out of the function, so that a model which holds a solve is compiled around it.
+    """
+
+    def decorate(function: Callable[[_A], _R]) -> Callable[_P, _R]:
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            try:
+                given = arguments(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(_as_of(function.__name__, str(error))) from None
+            return function(given)
+
+        kept_out = torch.compiler.disable(call, **_REASON)
+
+        @wraps(function)
+        def public(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return (kept_out if torch.compiler.is_compiling() else call)(*args, **kwargs)
+
+        returned = inspect.signature(function).return_annotation
+        signature = inspect.signature(arguments).replace(return_annotation=returned)
+        types = {**get_type_hints(arguments), "return": get_type_hints(function)["return"]}
+        public.__signature__ = signature  # type: ignore[attr-defined]
+        public.__annotations__ = {name: types[name] for name in (*signature.parameters, "return")}
+        return public
+
+    return decorate
+
+
+def _as_of(name: str, message: str) -> str:
+    """Python's message about the arguments of a constructor, as it were about those of the function ``name``."""
+    without_self = re.sub(r"\d+(?= positional| were given)", lambda count: str(int(count[0]) - 1), message)
+    return re.sub(r"^\S+__init__\(\)", f"{name}()", without_self)

@@ -1,0 +1,57 @@
+"""Inputs of a traced func in a solve: their addresses, and whether they still hold what the forward pass read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.places import shown
+from aca_ext.errors import CompileError, ReplayError
+from aca_ext.kernels.fused import checksums_of
+
+
+def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
+    """Addresses of the inputs of func.
+
+    Raises:
+        CompileError: the memory of one was freed.
+    """
+    found = [x.data_ptr() for x in inputs]
+    if 0 in found:
+        for x in inputs:
+            if x.numel() and x.data_ptr() == 0:
+                raise CompileError(
+                    f"func depends on a tensor of shape {tuple(x.shape)} whose memory was freed "
+                    "(untyped_storage().resize_). Restore it before the solve and before its backward pass."
+                )
+    return found
+
+
+def contents_of(captured: Captured, inputs: Sequence[Tensor], addresses: list[int]) -> bytes:
+    """Checksums, eight bytes each, of all inputs and then once more of each that has gaps in memory."""
+    found: bytes = captured.checksums(addresses)
+    for i in captured.gaps:
+        dense = inputs[i].detach().contiguous()
+        found += checksums_of([dense.nbytes])([dense.data_ptr()])
+    return found
+
+
+def changed_input_error(
+    captured: Captured, inputs: Sequence[Tensor], before: bytes, now: bytes, last_step: Sequence[Any]
+) -> ReplayError:
+    """The error that names the first input whose contents, ``now``, are not those of the forward pass.
+
+    Programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
+    """
+    order = [*range(len(inputs)), *captured.gaps]
+    i = next(i for n, i in enumerate(order) if now[8 * n : 8 * n + 8] != before[8 * n : 8 * n + 8])
+    where = f" from t={last_step[0][0]:.17g}" if last_step else ""
+    return ReplayError(
+        f"Replaying the step{where} would not repeat the forward pass: {shown(captured.names[i])}, of shape "
+        f"{tuple(inputs[i].shape)}, on which func depends, has changed since. Causes: it was written to through "
+        ".data, or its memory was reused for the next batch. Change it after the backward pass, give func a copy, "
+        'or use gradient="direct", which does not replay.'
+    )

@@ -1,0 +1,277 @@
+"""One solve of engine="compiled", forward and back: its programs, its tensors, and its loop over the steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.inputs import addresses_of, changed_input_error, contents_of
+from aca_ext.engines.compiled.plans import Plan, Specification
+from aca_ext.engines.compiled.side_effects import Counting
+from aca_ext.engines.compiled.step_graphs import Layout
+from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
+from aca_ext.engines.compiled.undisturbed import unchanged
+from aca_ext.engines.compiled.verification import inputs_by_kind
+from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
+from aca_ext.gradients.aca import differentiable_backward
+from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
+from aca_ext.kernels.fused import compiled_loop
+from aca_ext.problem.admission import looks_readable
+from aca_ext.problem.problem import Problem
+from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
+from aca_ext.solver.failures import NO_TOLERANCE, failure_of
+from aca_ext.solver.loop import Stats
+from aca_ext.solver.runge_kutta import scheme_of
+from aca_ext.vector_field.field import AutocastState
+
+# The time that func is traced with: one that requires grad, for functions that ask it to.
+_CPU = torch.device("cpu")
+_DTYPES = (torch.float32, torch.float64)
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device=_CPU).requires_grad_() for dtype in _DTYPES}
+_MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
+
+
+def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> Result:
+    """Solves ``problem`` with gradient="aca" by compiled programs; ``task`` is for what the eager engine does better.
+
+    Raises:
+        CompileError: func cannot be compiled.
+    """
+    run = _Run(problem, params, task)
+    if torch.is_grad_enabled() and (problem.y0.requires_grad or True in run.wants_gradient):
+        states = Blocks(run.y0)
+        run.prepare_backward(states)
+        ys = with_graph(run.forward(states), run, states.blocks, problem.y0, run.learnt)
+    else:
+        ys = run.forward(None)
+    return Result(ys, run.record, run.stats)
+
+
+class _Run:
+    """One solve: its programs, its tensors, its loop."""
+
+    def __init__(self, problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> None:
+        self.problem, self.task = problem, task
+        self.stats = Stats(backend="compiled")
+        self.y0 = problem.y0.detach()
+        self.specification = self._find()
+        self.inputs = self.used
+        if params is not None:
+            named = {id(x) for x in (*params, *problem.args)}
+            self.inputs = [x if id(x) in named else x.detach() for x in self.used]
+        self.loop = compiled_loop(self.specification.loop)
+        self.record = _LoopRecord(self.loop)
+
+    def _find(self) -> Specification:
+        problem, y0 = self.problem, self.y0
+        start = time.perf_counter()
+        try:
+            captured, self.used = capture(problem.func, _ZEROS[y0.dtype], y0, problem.packing, problem.args)
+        except CompileError:
+            if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+                raise CompileError(
+                    "func is scripted, traced or frozen (torch.jit), whose code cannot be traced once more; give the "
+                    'module or function that it was made of, or use engine="eager".'
+                ) from None
+            self._evaluate_once()  # where func itself is at fault, its own error says more
+            raise
+        self.captured, self.addresses = captured, addresses_of(self.used)
+        self.wants_gradient = captured.wants_gradient
+        self.counting = None
+        if captured.counters:
+            self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))
+        found: Specification | None = captured.solves.get(problem.settings)
+        if found is None:
+            if len(captured.solves) >= _MAX_SPECIFICATIONS:
+                del captured.solves[next(iter(captured.solves))]
+            plan = self._plan(captured, start)
+            try:
+                found = captured.solves[problem.settings] = Specification(self, plan)
+            except CompileError:
+                if not captured.lifted:
+                    raise
+                specialise(problem.func)  # perhaps it needs as numbers what it reads: without tensors for them
+                return self._find()
+        return found
+
+    def _evaluate_once(self) -> None:
+        """Lets func, evaluated for its errors alone, show them."""
+        with unchanged(self.problem.func, self.problem.args):
+            self.task().first_slope(self.y0)
+
+    def _plan(self, captured: Captured, start: float) -> Plan:
+        problem, tolerance, y0 = self.problem, self.problem.tolerance, self.y0
+        each = isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor)
+        key = problem.tableau, problem.adaptive, problem.packing, y0.stride(), each, torch.get_num_threads()
+        plan = captured.plans.get(key)
+        if plan is None:
+            self._evaluate_once()  # checks what func returns
+            layout = Layout(y0, problem.packing, scheme_of(problem.tableau, problem.adaptive), tolerance)
+            plan = captured.plans[key] = Plan(captured, layout)
+            self.stats.compile_seconds += time.perf_counter() - start
+        return plan
+
+    def forward(self, checkpoints: Blocks | None) -> Tensor:
+        specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
+        ys = self._rows()
+        memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device=_CPU)
+        outcome = loop.solve(
+            memory.data_ptr(),
+            self.addresses,
+            y0.data_ptr(),
+            ys.data_ptr(),
+            None if checkpoints is None else checkpoints.add,
+        )
+        stats.n_steps, stats.n_accepted, stats.n_rejected = loop.n_steps, loop.n_accepted, loop.n_rejected
+        stats.n_f_evals = loop.n_f_evals
+        if self.counting is not None:
+            self.counting.count(loop.n_f_evals)
+        if outcome != 0:
+            self._fail(outcome)
+        return ys
+
+    def _rows(self) -> Tensor:
+        """Memory for a state, or a cotangent, at every time."""
+        shape, stride = self.specification.rows_shape, self.specification.rows_stride
+        return torch.empty_strided(shape, stride, dtype=self.y0.dtype, device=_CPU)
+
+    def _fail(self, outcome: int) -> None:
+        loop = self.loop
+        kind = (StepLimitError, StepSizeError, NonFiniteError, NonFiniteError)[outcome - 1]
+        message = None
+        if not self.problem.adaptive:
+            message = (
+                "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
+            )
+        elif loop.error_ratio == math.inf and self.problem.tolerance.forbids_error():
+            kind, message = StepSizeError, NO_TOLERANCE
+        elif outcome == 4:
+            message = f"func returned NaN or infinity at t={loop.t:.17g}, or the state is so there; look at func there."
+        raise failure_of(
+            self.problem,
+            kind,
+            message,
+            t=loop.t,
+            h=loop.h,
+            error_ratio=loop.error_ratio,
+            n_accepted=loop.n_accepted,
+            n_rejected=loop.n_rejected,
+            n_f_evals=loop.n_f_evals,
+        )
+
+    def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
+        if [block.data_ptr() for block in states] != self._addresses_of_states:
+            # Hooks on saved tensors moved the states, which the loop knows by their addresses.
+            y0 = self.y0.detach().requires_grad_() if self.problem.y0.requires_grad else None
+            with torch.enable_grad():
+                found = self.differentiable_gradients(grad_ys, y0, states, inputs)
+            return [None if g is None else g.detach() for g in found]
+        grad_y0, grads = self._transposed(grad_ys, self._completed(inputs))
+        return grad_y0, *(g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt)
+
+    def _completed(self, learnt: Sequence[Tensor]) -> Sequence[Tensor]:
+        """All inputs of func, given those that require grad as autograd saved them."""
+        if len(learnt) == len(self.inputs):
+            return learnt
+        following = iter(learnt)
+        return [next(following) if is_it else x for x, is_it in zip(self.inputs, self._is_learnt, strict=True)]
+
+    def _transposed(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """The cotangent of y0 and those of func's inputs."""
+        specification, loop, y0 = self.specification, self.loop, self.y0
+        is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
+        if not is_laid_out_alike or not looks_readable(grad_ys):
+            grad_ys = self._rows().copy_(grad_ys)
+        addresses = addresses_of(inputs)
+        contents = contents_of(self.captured, inputs, addresses)
+        if contents != self._before:
+            raise self._changed(inputs, contents)
+        grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
+        g, g_next = torch.empty_like(y0), torch.empty_like(y0)
+        n_inside = loop.n_inside
+        end_only, inside, n_bytes = specification.backward(self.stats, loop.n_accepted - n_inside, n_inside)
+        memory = torch.empty(n_bytes, dtype=torch.uint8, device=_CPU)
+        result = loop.transpose(
+            end_only,
+            inside,
+            memory.data_ptr(),
+            [*(x.data_ptr() for x in grads if x is not None), *addresses],
+            grad_ys.data_ptr(),
+            g.data_ptr(),
+            g_next.data_ptr(),
+        )
+        if self.counting is not None:
+            self.counting.count(self.stats.n_f_evals_backward or 0)
+        return g if result == g.data_ptr() else g_next, grads
+
+    def differentiable_gradients(
+        self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Gradients:
+        """By the eager engine, over the same accepted steps."""
+        self.check_func()
+        task, inputs = self.task(), self._completed(inputs)
+        of_params, of_args = inputs_by_kind(task.field.args, self.inputs)
+        forward = ForwardPass(task, self.record, self.stats, AutocastState(self.y0.device.type), len(of_params))
+        given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
+        grad_y0, *found = differentiable_backward(forward, grad_ys, self.y0 if y0 is None else y0, {}, given)
+        grads: list[Tensor | None] = [None] * len(inputs)
+        for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
+            if i is not None:
+                grads[i] = grad
+        return grad_y0, *(g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt)
+
+    def prepare_backward(self, states: Blocks) -> None:
+        """Notes what the backward pass needs of the forward pass besides its states, which ``states`` are to hold."""
+        self.specification.plan.expect_gradients(self)
+        self._before = contents_of(self.captured, self.used, self.addresses)
+        self._is_learnt = [x.requires_grad for x in self.inputs]
+        # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
+        self.learnt = [x for x, is_learnt in zip(self.inputs, self._is_learnt, strict=True) if is_learnt]
+        self._addresses_of_states = states.addresses
+
+    def check_func(self) -> None:
+        """Raises ReplayError where func, evaluated once more, would not be what it was in the forward pass."""
+        problem = self.problem
+        try:
+            captured, used = capture(problem.func, _ZEROS[self.y0.dtype], self.y0, problem.packing, problem.args)
+        except CompileError:
+            captured, used = None, []
+        # Numbers that became tensors are made anew each time.
+        if captured is not self.captured or not all(
+            one is other or (captured.lifted and one.dim() == 0 and torch.equal(one, other))
+            for one, other in zip(used, self.used, strict=True)
+        ):
+            raise ReplayError(
+                "func is not what it was in the forward pass: it depends on other tensors, numbers or modules now. "
+                "With create_graph=True the backward pass evaluates it again. Change it after the backward pass, or "
+                'use gradient="direct", which does not replay.'
+            )
+        contents = contents_of(self.captured, used, addresses_of(used))
+        if contents != self._before:
+            raise self._changed(used, contents)
+
+    def _changed(self, inputs: Sequence[Tensor], contents: bytes) -> ReplayError:
+        return changed_input_error(self.captured, inputs, self._before, contents, self.loop.accepted_steps()[-1:])
+
+
+class _LoopRecord(StepRecord):
+    """The accepted steps of a compiled loop, as objects only when they are asked for."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+
+    @property
+    def steps(self) -> list[AcceptedStep]:  # type: ignore[override]
+        return [AcceptedStep(t, h, t_next, outputs) for t, h, t_next, outputs in self._loop.accepted_steps()]
+
+    def bounds(self) -> Tensor:
+        if self._loop.n_accepted == 0:
+            return torch.empty(0, 2, dtype=torch.float64)
+        return torch.frombuffer(self._loop.bounds(), dtype=torch.float64).view(-1, 2)

@@ -24,14 +24,13 @@ else:
 
     from aca_ext import errors
     from aca_ext.gradients import GRADIENTS
-    from aca_ext.kernels.fused import config, show_config
+    from aca_ext.kernels.extension import config, show_config
     from aca_ext.neural_ode import NeuralODE
     from aca_ext.numerics.methods import METHODS
     from aca_ext.odeint import odeint, solve
     from aca_ext.progress import Step
     from aca_ext.solution import Solution
-    from aca_ext.solver.batch_loop import BatchStats
-    from aca_ext.solver.loop import Stats
+    from aca_ext.solver.stats import BatchStats, Stats
 
     __version__ = config()["aca_ext"]
 

@@ -17,9 +17,8 @@ from aca_ext.kernels.layout import stack_rows
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State, like_tuple
-from aca_ext.solver.batch_loop import BatchStats
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.loop import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 
 
 @dataclass(frozen=True)

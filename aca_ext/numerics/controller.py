@@ -66,7 +66,7 @@ class Controller:
                 factor = self.ifactor  # no error: grow as much as is allowed
                 break
             factor = factor * _power(ratio, exponent)
-        # Under I control alone, an error within tolerance is no reason to shrink.
+        # With I control alone, an accepted step never shrinks the next one: its error was within tolerance.
         lowest = self.dfactor if self.has_memory else 1.0
         return self.limit(h * min(self.ifactor, max(lowest, to_single(factor))))
 

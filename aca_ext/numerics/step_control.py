@@ -57,8 +57,8 @@ class StepControl:
         self.due = (0, 0)
         self.n_steps = self.n_accepted = 0
         self._next_output, self._next_stop, self._is_cut = 1, 0, False
-        self._h_now: Number = 0.0  # the size of the trial
-        self._start: Number = self.t  # of the last accepted step
+        self._h_now: Number = 0.0  # size of the trial, positive
+        self._start: Number = self.t  # start of the last accepted step
 
     def propose(self) -> None:
         """Sets ``h_trial`` and ``t_next`` of the next trial, or the status that says why there is none.

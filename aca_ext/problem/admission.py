@@ -16,7 +16,7 @@ from torch import Tensor
 from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.problem.recorders import recorder
 
-_SURELY_MEMORY = 1 << 40  # larger than any offset into a storage, so a larger address is no offset from 0
+_SURELY_MEMORY = 1 << 40  # without memory, an address is only the offset into the storage, which is smaller
 _PLAIN = (Tensor, torch.nn.Parameter)
 # The __torch_dispatch__ of a subclass that does not override it. Private to torch, so it may be absent.
 _NO_DISPATCH = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
@@ -74,7 +74,7 @@ def _obstacle(x: Tensor) -> str | None:
     if x.is_quantized:
         return "a quantized tensor; give one of a floating dtype, .dequantize()."
     if _is_zeros(x):
-        return None  # a copy has memory
+        return None  # a zero tensor has no memory, but a copy of it has
     size, storage = _extent(x), x.untyped_storage()
     held = storage.nbytes()
     if size > held or (size and not has_memory(x)):

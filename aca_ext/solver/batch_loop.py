@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.fused import STATUSES, Array, RowOperations, batch_control_for
+from aca_ext.kernels.extension import STATUSES, batch_control_for
+from aca_ext.kernels.fused import Array, RowOperations
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.progress import Step
 from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
+from aca_ext.solver.stats import BatchStats
 from aca_ext.vector_field.field import VectorField
 
 _RUNNING, _STEP_LIMIT, _STEP_SIZE, _NOT_FINITE = map(
@@ -29,38 +31,6 @@ _RUNNING, _STEP_LIMIT, _STEP_SIZE, _NOT_FINITE = map(
 
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
-
-
-@dataclass(repr=False)
-class BatchStats:
-    """Counts of a solve with independent samples (option ``batch="independent"``).
-
-    Attributes:
-        n_f_evals: calls of func in the forward pass; each evaluates the whole batch.
-        n_f_rows: evaluations of single samples, n_f_evals times the batch size.
-        n_steps: (batch,) int64 on the CPU; trial steps of each sample, the same as in a solve of that sample alone.
-        n_accepted: (batch,) int64 on the CPU; trial steps that became part of the solution.
-        n_rejected: (batch,) int64 on the CPU; trial steps whose error was too large, n_steps - n_accepted.
-        backend: implementation of the arithmetic: "cpu" or "cuda" (fused kernels), or "reference" (plain PyTorch).
-        n_f_evals_backward: calls of func in the backward pass; None until it has run.
-    """
-
-    n_steps: Tensor
-    n_accepted: Tensor
-    n_rejected: Tensor
-    n_f_evals: int = 0
-    n_f_rows: int = 0
-    backend: str = ""
-    n_f_evals_backward: int | None = None
-
-    def __repr__(self) -> str:
-        """Shows each per-sample count as its range over the batch."""
-        parts = [f"n_f_evals={self.n_f_evals}", f"n_f_rows={self.n_f_rows}"]
-        for name in ("n_steps", "n_accepted", "n_rejected"):
-            count = getattr(self, name)
-            parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
-        parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
-        return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.fused import TorchOperations, empty_rows, step_control_for
+from aca_ext.kernels.extension import step_control_for
+from aca_ext.kernels.fused import TorchOperations, empty_rows
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
@@ -33,35 +33,10 @@ from aca_ext.solver.runge_kutta import (
     stage_times,
     stepper,
 )
+from aca_ext.solver.stats import Stats
 from aca_ext.vector_field.field import RandomState, VectorField
 
 AnyStepControl = Any  # StepControl, or its C++ counterpart
-
-
-@dataclass
-class Stats:
-    """Counts of one solve.
-
-    Attributes:
-        n_f_evals: evaluations of func in the forward pass. With engine="graph", evaluations in steps that were launched
-            ahead and not needed, and in the test for a changed func, are not counted.
-        n_steps: trial steps, n_accepted + n_rejected.
-        n_accepted: trial steps that became part of the solution.
-        n_rejected: trial steps whose error was too large.
-        backend: implementation of the arithmetic: "cpu" or "cuda" (fused kernels), "reference" (plain PyTorch),
-            "compiled" or "graph" (the engine of that name).
-        n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
-        compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
-            0 if the caches held everything.
-    """
-
-    n_f_evals: int = 0
-    n_steps: int = 0
-    n_accepted: int = 0
-    n_rejected: int = 0
-    backend: str = ""
-    n_f_evals_backward: int | None = None
-    compile_seconds: float = 0.0
 
 
 class Solver:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.kernels.fused import KernelOperations, TorchOperations, own_result
+from aca_ext.kernels.extension import own_result
+from aca_ext.kernels.fused import KernelOperations, TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction

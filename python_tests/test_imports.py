@@ -49,7 +49,11 @@ UNREACHABLE = {
     "aca_ext.engines.cuda_graph": ("aca_ext.engines.compiled",),
 }
 # Modules that import the compiled extension.
-IMPORT_THE_EXTENSION = ["aca_ext.engines.cuda_graph.control_block", "aca_ext.kernels.extension", "aca_ext.kernels.fused"]
+IMPORT_THE_EXTENSION = [
+    "aca_ext.engines.cuda_graph.control_block",
+    "aca_ext.kernels.extension",
+    "aca_ext.kernels.fused",
+]
 # Patterns of includes, and of the only files in csrc that may have them.
 INCLUDES = {
     r"(torch|ATen|c10)\b.*|Python\.h": r"(?!)",

@@ -107,8 +107,8 @@ _ENTRIES = (
     ),
     # Tsitouras chose c_2, c_3, c_4 and b_2 rational. The order conditions then end in a quadratic,
     # sum_i b_i (sum_j a_ij c_j - c_i^2/2)^2 = 0, with irrational roots: the other coefficients are given to
-    # 36 decimals. His dense output has about 17 correct digits, but its b_2(theta) is exact. The other polynomials
-    # follow from b_2(theta) by the order conditions, here to 36 decimals.
+    # 36 decimals. His dense output has about 17 correct digits, but its b_2(theta) is exact; the other
+    # polynomials here are computed from it.
     Tableau.parse(
         "tsit5",
         order=5,

@@ -34,47 +34,47 @@ class AcaError(Exception):
 
 
 class ArgumentTypeError(AcaError, TypeError):
-    """An argument has a type that is not accepted, for example an integer state."""
+    """Argument of a type that is not accepted, for example an integer state."""
 
 
 class ArgumentValueError(AcaError, ValueError):
-    """An argument has the right type and a value that is not accepted."""
+    """Argument of an accepted type with a value that is not accepted."""
 
 
 class UnknownNameError(ArgumentValueError):
-    """The name of a method, gradient, engine, option or keyword argument that does not exist."""
+    """Unknown name of a method, gradient, engine, option or keyword argument."""
 
 
 class OptionError(ArgumentValueError):
-    """An entry of ``options`` has a value that is not accepted, or does not fit the other arguments."""
+    """Entry of ``options`` with a value that is not accepted, or that does not fit the other arguments."""
 
 
 class TimeError(ArgumentValueError):
-    """``t`` is no sequence of real numbers, empty, of the wrong rank, not finite, or not strictly monotonic."""
+    """Times ``t`` that are no real numbers, empty, of the wrong rank, not finite, or not strictly monotonic."""
 
 
 class ToleranceError(ArgumentValueError):
-    """``rtol`` or ``atol`` is negative, not finite, too small everywhere, or does not broadcast to the state."""
+    """Tolerance that is negative, not finite, too small everywhere, or does not broadcast to the state."""
 
 
 class SlopeError(AcaError, TypeError, ValueError):
-    """``func`` changed its state in place, or returned something that is not like y in shape, dtype and device."""
+    """Result of ``func`` unlike y in shape, dtype or device; also a ``func`` that changes y in place."""
 
 
 class ReplayError(AcaError, RuntimeError):
-    """The backward pass did not reproduce the forward pass, so the gradient would be wrong."""
+    """Backward pass that does not reproduce the forward pass, so that its gradient would be wrong."""
 
 
 class CompileError(AcaError, RuntimeError):
-    """``engine="compiled"`` cannot compile ``func``, or does not support an argument of this solve."""
+    """``func`` that ``engine="compiled"`` cannot compile, or an argument that it does not support."""
 
 
 class GraphError(AcaError, RuntimeError):
-    """``engine="graph"`` cannot capture ``func`` as a CUDA graph, or does not support an argument of this solve."""
+    """``func`` that ``engine="graph"`` cannot capture as a CUDA graph, or an argument that it does not support."""
 
 
 class SolveError(AcaError, RuntimeError):
-    """A solve did not reach its last time.
+    """Solve that did not reach its last time.
 
     Attributes:
         t: float, the time reached, in the unit of ``t``.
@@ -118,36 +118,36 @@ def _restored(kind: type[SolveError], args: tuple[Any, ...], attributes: dict[st
 
 
 class NonFiniteError(SolveError):
-    """``func`` or the solution is NaN or infinite, and a smaller step does not help."""
+    """NaN or infinity in ``func`` or in the solution, which a smaller step does not avoid."""
 
 
 class StepSizeError(SolveError):
-    """The step fell below ``min_step`` or the spacing of floats: the problem is too stiff or singular here."""
+    """Step below ``min_step`` or the spacing of floats, since the problem is too stiff or singular there."""
 
 
 class StepLimitError(SolveError):
-    """The solve did not reach its last time within ``max_num_steps`` trial steps."""
+    """Solve that did not reach its last time within ``max_num_steps`` trial steps."""
 
 
 class KeptTensorWarning(UserWarning):
-    """``func`` stores tensors that depend on the state; they have the right values, but no autograd graph."""
+    """Tensors that ``func`` stores and that depend on the state; they have the right values, but no autograd graph."""
 
 
 class NotInstalledError(AcaError, ImportError):
-    """An optional package that an argument needs is not installed."""
+    """Missing optional package that an argument needs."""
 
 
 class NotCompiledError(ImportError):
-    """The package was imported from its source folder, which holds no compiled extension."""
+    """Import of the package from its source folder, which holds no compiled extension."""
 
 
 class TimeResolutionWarning(UserWarning):
-    """The state's dtype, in which func receives times, is too coarse for them; shift ``t`` to start near zero."""
+    """Times too fine for the state's dtype, in which func receives them; shift ``t`` to start near zero."""
 
 
 class BatchStatisticsWarning(UserWarning):
-    """Batch normalisation inside func averages its running statistics over all times of the solve."""
+    """Batch normalisation inside func, whose running statistics average over all times of the solve."""
 
 
 class UnregisteredParameterWarning(UserWarning):
-    """A ``NeuralODE`` uses parameters that it does not own, so its ``parameters()`` and state dict lack them."""
+    """Parameters that a ``NeuralODE`` uses but does not own; its ``parameters()`` and state dict lack them."""

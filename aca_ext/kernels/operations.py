@@ -55,7 +55,7 @@ class TorchOperations:
         return torch.empty_like(self.like).copy_(x)
 
     def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
-        """base + h·Σ_j w[j]·x[j], without base h·Σ_j w[j]·x[j]; written into ``out`` if it is given."""
+        """base + h·Σ_j w[j]·x[j], with 0 for a base of None; written into ``out`` if it is given."""
         result = reference.weighted_sum(base, h, x, w)
         if result.requires_grad:
             # A backward pass inside func may write the gradient of every stage into one buffer; each needs its copy.
@@ -69,7 +69,7 @@ class TorchOperations:
         return self.weighted_sum(y, h, k, b, out), reference.weighted_sum(None, h, k, error_weight)
 
     def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Number:
-        """The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)); of ``partial`` alone without k."""
+        """The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)), with 0 for a k of None."""
         tolerance = self.tolerance
         if tolerance.norm is not None:
             if isinstance(w, Tensor):

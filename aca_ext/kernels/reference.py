@@ -18,7 +18,7 @@ Number = Any
 
 
 def weighted_sum(base: Tensor | None, h: Number, x: Sequence[Tensor], w: Sequence[float]) -> Tensor:
-    """base + h·Σ_j w[j]·x[j], without base h·Σ_j w[j]·x[j]. A tensor h of shape (batch, 1, ...) is one per sample."""
+    """base + h·Σ_j w[j]·x[j], with 0 for a base of None; h is a number, or (batch, 1, ...), one per sample."""
     total: Tensor = x[0] * w[0]
     for x_j, w_j in zip(x[1:], w[1:], strict=True):
         total = total + x_j * w_j

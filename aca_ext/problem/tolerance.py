@@ -99,7 +99,7 @@ def _tolerance_of_tuple(name: str, value: Sequence[Any], y0: Tensor, packing: Pa
 
 
 def check_within_reach(tolerance: Tolerance, dtype: torch.dtype) -> None:
-    """Raises ToleranceError if only steps of size 0, or steps below the rounding of ``dtype``, meet the tolerance."""
+    """Raises ToleranceError if the tolerance is zero everywhere, or below the rounding of a 16-bit ``dtype``."""
     rtol, atol = tolerance.rtol, tolerance.atol
     # Steps that small round to no change: the solution would stay constant without an error. float32 is fine enough.
     rounding = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0

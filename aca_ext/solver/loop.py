@@ -144,7 +144,7 @@ class Solver:
         return y
 
     def _run_compiled(self, compiled: Any, control: AnyStepControl, y: Tensor) -> Tensor:
-        """``_run`` in compiled code, which returns here only after a step with an output inside it."""
+        """``_run`` in C++, in calls that end at an output inside a step or when the status changes."""
         rows = tuple(self._rows or ())
         while control.status == "running":
             found = compiled.run_steps(self.field.fastest, control, *self._keep, y, self._k, rows)

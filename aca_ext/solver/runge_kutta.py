@@ -116,7 +116,7 @@ class Trial:
 def stage_times(
     scheme: Scheme, t: Number, h: Number, t_next: Number, jumps: frozenset[float], dtype: torch.dtype
 ) -> list[Number]:
-    """Times of all stages. Stages at the end of the step get exactly ``t_next``, from which t + h differs by rounding.
+    """Times of all stages. Stages at the end of the step get exactly ``t_next``, from which t + h may differ.
 
     If f jumps at one end of the step, the stages there get the adjacent number of ``dtype`` inside the step.
     """

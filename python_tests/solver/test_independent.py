@@ -309,7 +309,7 @@ class TestRefusals:
             ({"options": INDEPENDENT | {"step_size": 0.1}}, errors.UnknownNameError, "batch"),
             ({"options": INDEPENDENT, "y0": torch.ones(())}, errors.ArgumentValueError, "first dimension"),
             ({"options": INDEPENDENT, "y0": torch.ones(()) * 1j}, errors.ArgumentValueError, "first dimension"),
-            ({"options": INDEPENDENT, "y0": (torch.ones(2), torch.ones(3))}, errors.ArgumentValueError, "first dimensions are equal"),
+            ({"options": INDEPENDENT, "y0": (torch.ones(2), torch.ones(3))}, errors.ArgumentValueError, "are equal"),
             ({"options": INDEPENDENT, "t": torch.zeros(3, 2)}, errors.TimeError, "not repeat|t\\[0\\]"),
             ({"options": INDEPENDENT, "t": torch.tensor([[0.0, 1.0]])}, errors.TimeError, "batch of 2"),
             ({"options": INDEPENDENT, "t": torch.tensor([[0.0, 1.0, 2.0], [0, 2, 1]])}, errors.TimeError, r"t\[1\]"),

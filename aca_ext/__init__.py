@@ -28,8 +28,9 @@ else:
     from aca_ext.neural_ode import NeuralODE
     from aca_ext.numerics.methods import METHODS
     from aca_ext.odeint import odeint, solve
+    from aca_ext.problem.events import Event
     from aca_ext.progress import Step
-    from aca_ext.solution import Solution
+    from aca_ext.solution import EventRecord, Solution
     from aca_ext.solver.stats import BatchStats, Stats
 
     __version__ = config()["aca_ext"]
@@ -38,6 +39,8 @@ else:
         "GRADIENTS",
         "METHODS",
         "BatchStats",
+        "Event",
+        "EventRecord",
         "NeuralODE",
         "Solution",
         "Stats",

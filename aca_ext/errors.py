@@ -61,6 +61,10 @@ class SlopeError(AcaError, TypeError, ValueError):
     """Result of ``func`` unlike y in shape, dtype or device; also a ``func`` that changes y in place."""
 
 
+class EventError(AcaError, ValueError):
+    """An event function, or a reset, returned something that cannot be used; or no event occurred; or too many did."""
+
+
 class ReplayError(AcaError, RuntimeError):
     """Backward pass that does not reproduce the forward pass, so that its gradient would be wrong."""
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments, takes
 from aca_ext.engines.dispatch import run, run_compiled_again
+from aca_ext.engines.event_segments import solve_with_events, to_event
 from aca_ext.errors import ArgumentValueError
+from aca_ext.problem.events import Event
 from aca_ext.problem.options import refuse_to_stop
 from aca_ext.problem.state import State
 from aca_ext.solution import Solution
@@ -16,11 +22,11 @@ from aca_ext.solution import Solution
 class _OdeintArguments(Arguments):
     """Those of ``solve``, and torchdiffeq's ``event_fn``."""
 
-    event_fn: None = field(default=None, kw_only=True)
+    event_fn: Callable[[Tensor, Any], Tensor] | None = field(default=None, kw_only=True)
 
 
 @takes(_OdeintArguments)
-def odeint(arguments: _OdeintArguments) -> State:
+def odeint(arguments: _OdeintArguments) -> State | tuple[Tensor, State]:
     """Solves dy/dt = func(t, y, \\*args) from y(t[0]) = y0 and returns y at the times t.
 
     Args:
@@ -106,11 +112,15 @@ def odeint(arguments: _OdeintArguments) -> State:
 
     Adaptive steps follow Hairer, Nørsett & Wanner, Solving ODEs I, II.4; the gradient Zhuang et al., ICML 2020.
     """
-    if arguments.event_fn is not None:
-        raise ArgumentValueError(
-            "event_fn is given, but events are not there. Solve to given times and look for the event between them."
-        )
     refuse_to_stop("odeint", arguments.options)
+    if arguments.event_fn is not None:
+        return to_event(arguments, arguments.event_fn)
+    for i, event in enumerate(arguments.events):
+        if isinstance(event, Event) and event.terminal:
+            raise ArgumentValueError(
+                f"events[{i}] is terminal and may end the solve before its last time, which the result of odeint could "
+                "not show. Use aca_ext.solve, or event_fn=."
+            )
     return _solution(arguments).y
 
 
@@ -124,5 +134,7 @@ def solve(arguments: Arguments) -> Solution:
 
 
 def _solution(arguments: Arguments) -> Solution:
+    if arguments.events:
+        return solve_with_events(arguments)
     solution = run_compiled_again(arguments) if arguments.engine == "compiled" else None
     return run(arguments) if solution is None else solution

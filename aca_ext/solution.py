@@ -16,7 +16,7 @@ from aca_ext.gradients.base import Record
 from aca_ext.kernels.layout import stack_rows
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
-from aca_ext.problem.state import State, like_tuple
+from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.solver.stats import BatchStats, Stats
 
@@ -38,6 +38,21 @@ class Continuation:
     again: Callable[..., Solution]
 
 
+@dataclass(frozen=True)
+class EventRecord:
+    """Occurrences of one event, in their order.
+
+    Attributes:
+        t: their times, (n,), of the dtype and device of the requested times if these are a floating-point tensor, else
+            float64 on the CPU. Differentiable, once.
+        y: the states there, before a reset, (n, \\*y0.shape), or a tuple of such for a tuple state. Differentiable,
+            once.
+    """
+
+    t: Tensor
+    y: State
+
+
 @dataclass(frozen=True, repr=False)
 class Solution:
     """Result of ``solve``.
@@ -51,6 +66,8 @@ class Solution:
         stats: counts of evaluations and steps, and the backend; a ``BatchStats`` for independent samples.
         is_complete: True if all requested times were reached; False only with option ``on_step_limit="stop"``.
         continuation: data for ``resume``; None without option ``on_step_limit="stop"``.
+        events: one ``EventRecord`` per event, in the order in which the events were given.
+        ended_by: index of the terminal event that ended the solve; None if it reached its last time.
     """
 
     t: Tensor
@@ -59,6 +76,8 @@ class Solution:
     stats: Stats | BatchStats
     is_complete: bool = True
     continuation: Continuation | None = field(default=None, repr=False, compare=False)
+    events: tuple[EventRecord, ...] = ()
+    ended_by: int | None = None
 
     def __repr__(self) -> str:
         """Shows shapes and counts instead of values."""
@@ -66,7 +85,9 @@ class Solution:
         states = _form(y) if isinstance(y, Tensor) else f"({', '.join(map(_form, y))})"
         ends = f", {t[0].item():.6g} to {t[-1].item():.6g}" if t.dim() == 1 and len(t) else ""
         is_complete = "" if self.is_complete else ", is_complete=False"
-        return f"{type(self).__name__}(t: {_form(t)}{ends}, y: {states},\n  {self.stats!r}{is_complete})"
+        counts = ", ".join(str(len(record.t)) for record in self.events)
+        events = f", events: {counts}" if self.events else ""
+        return f"{type(self).__name__}(t: {_form(t)}{ends}, y: {states},\n  {self.stats!r}{is_complete}{events})"
 
     @property
     def t_reached(self) -> float:
@@ -136,11 +157,7 @@ class Solution:
         return self.continuation
 
     def _joined(self, rest: Solution) -> Solution:
-        if isinstance(self.y, Tensor):
-            assert isinstance(rest.y, Tensor)
-            y: State = _stacked(self.y, rest.y)
-        else:
-            y = like_tuple(type(self.y), (_stacked(one, other) for one, other in zip(self.y, rest.y, strict=True)))
+        y = followed_by(self.y, rest.y)
         assert isinstance(self.steps, Tensor)
         assert isinstance(rest.steps, Tensor)
         return replace(
@@ -150,6 +167,43 @@ class Solution:
             steps=torch.cat([self.steps, rest.steps]),
             stats=_sum(self.stats, rest.stats),
         )
+
+
+def event_record(found: Sequence[tuple[Tensor, Tensor]], times: Tensor, ys: Tensor, packing: Packing) -> EventRecord:
+    """The record of an event from times and packed states; ``times`` and ``ys`` are those of the solve."""
+    t = torch.stack([t for t, _ in found]) if found else torch.empty(0, dtype=torch.float64)
+    y = torch.stack([y for _, y in found]) if found else ys[:0]
+    return EventRecord(t.to(times) if times.is_floating_point() else t, packing.unpack_rows(y))
+
+
+def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
+    """One solution to ``times`` of parts that follow one another, each from a reset of the one before it."""
+    if len(parts) == 1:
+        return parts[0]
+    y, stats = parts[0].y, parts[0].stats
+    for part in parts[1:]:
+        y, stats = followed_by(y, part.y), _sum(stats, part.stats)
+    events = tuple(_all_of(records) for records in zip(*(part.events for part in parts), strict=True))
+    steps = torch.cat([part.steps for part in parts])  # type: ignore[misc]
+    n = sum(len(part.t) for part in parts) - len(parts) + 1
+    return replace(parts[-1], t=times[:n], y=y, steps=steps, stats=stats, events=events, is_complete=n == len(times))
+
+
+def _all_of(records: Sequence[EventRecord]) -> EventRecord:
+    states = [record.y for record in records]
+    if isinstance(states[0], Tensor):
+        y: State = torch.cat(states)  # type: ignore[arg-type]
+    else:
+        y = like_tuple(type(states[0]), map(torch.cat, zip(*states, strict=True)))
+    return EventRecord(torch.cat([record.t for record in records]), y)
+
+
+def followed_by(y: State, rest: State) -> State:
+    """The rows of two parts of a solve, without the first of the second part, where the first part ended."""
+    if isinstance(y, Tensor):
+        assert isinstance(rest, Tensor)
+        return _stacked(y, rest)
+    return like_tuple(type(y), (_stacked(one, other) for one, other in zip(y, rest, strict=True)))
 
 
 def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Callable[..., Solution]) -> Solution:

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from aca_ext.problem.events import Event
 from aca_ext.problem.state import State
 from aca_ext.progress import Callback
 
@@ -39,6 +40,7 @@ class Arguments:
     atol: float | Tensor = 1e-9
     method: str | None = None
     options: Mapping[str, Any] | None = None
+    events: Sequence[Event] = ()
     gradient: str = "aca"
     checkpoints: int | str | None = None
     engine: str = "eager"
@@ -74,6 +76,7 @@ def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callabl
                 raise TypeError(_as_of(function.__name__, str(error))) from None
             return function(given)
 
+        call.__name__ = call.__qualname__ = function.__name__  # for errors of torch.compile
         kept_out = torch.compiler.disable(call, **_REASON)
 
         @wraps(function)
@@ -93,4 +96,4 @@ def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callabl
 def _as_of(name: str, message: str) -> str:
     """Python's message about the arguments of a constructor, as it were about those of the function ``name``."""
     without_self = re.sub(r"\d+(?= positional| were given)", lambda count: str(int(count[0]) - 1), message)
-    return re.sub(r"^\S+__init__\(\)", f"{name}()", without_self)
+    return re.sub(r"^\S*__init__\(\)", f"{name}()", without_self)

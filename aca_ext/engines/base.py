@@ -98,6 +98,7 @@ def obstacle_but_to_eager(engine: str, request: Request) -> str | None:
         ("checkpoints", request.checkpoints is not None),
         ("progress", request.progress),
         ("callback", request.callback is not None),
+        ("events", len(problem.events) > 0),
         ("options", request.is_batch or problem.stops_at_limit),
     )
     for name, is_given in given:

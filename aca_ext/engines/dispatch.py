@@ -16,6 +16,7 @@ from aca_ext.engines.base import Engine, Request
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
+from aca_ext.gradients.at_events import at_event
 from aca_ext.gradients.base import AdjointOptions, Result
 from aca_ext.gradients.dependencies import checked_params
 from aca_ext.problem.arguments import lookup
@@ -27,12 +28,15 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solution import LazySolution, Solution, stopped
+from aca_ext.solution import LazySolution, Solution, event_record, stopped
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
 
 
-def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
-    """``solve``, or the part of one from where another part stopped."""
+def run(arguments: Arguments, resumed: SolverState | None = None, touched: tuple[int, ...] = ()) -> Solution:
+    """``solve``, or the part of one from where another part stopped.
+
+    ``touched`` are the indices of the events whose resets this part starts from.
+    """
     policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
     adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
     for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
@@ -42,13 +46,13 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
     if recording is not None:
         _check_recorded(recording, arguments)
         return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
-    problem = _problem_of(arguments, resumed)
+    problem = _problem_of(arguments, resumed, touched)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
     request = Request(
         problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint
     )
     _check_together(request)
-    if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
+    if problem.y0.dtype != torch.float64 and resumed is None and not touched and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
     result = _result(ENGINES[lookup("engine", arguments.engine, ENGINES)], request)
     return _solution(arguments, request, result)
@@ -84,13 +88,33 @@ def _result(engine: Engine, request: Request) -> Result:
     return engine.solve(request)
 
 
-def _problem_of(arguments: Arguments, resumed: SolverState | None) -> Problem:
-    """The problem, from its start or from where another solve stopped."""
+def _problem_of(arguments: Arguments, resumed: SolverState | None, touched: tuple[int, ...]) -> Problem:
+    """The problem, from its start or from where another part of the solve ended."""
     make: Callable[..., Problem] = batch_problem_of if is_independent(arguments.options) else problem_of
     problem = make(arguments.func, arguments.y0, arguments.t, **arguments.of_problem)
+    if arguments.events:
+        return _with_events(problem, arguments, touched)
     if resumed is None:
         return problem
     return replace(problem, resumed=resumed, jumps=problem.jumps | _jump_at(resumed.t, arguments.options or {}))
+
+
+def _with_events(problem: Problem, arguments: Arguments, touched: tuple[int, ...]) -> Problem:
+    """The problem with a method that has a dense output, on which events are found.
+
+    Raises:
+        ArgumentValueError: another argument does not go with events.
+    """
+    obstacles = {
+        f'gradient="{arguments.gradient}"': arguments.gradient not in ("aca", "direct", "naive"),
+        'option batch="independent"': is_independent(arguments.options),
+        'option on_step_limit="stop"': problem.stops_at_limit,
+    }
+    for what, is_given in obstacles.items():
+        if is_given:
+            raise ArgumentValueError(f"events are given, which {what} does not take; leave one of them out.")
+    tableau = problem.tableau if problem.tableau.dense is not None else problem.tableau.with_hermite_output()
+    return replace(problem, events=tuple(arguments.events), touched=touched, tableau=tableau)
 
 
 def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
@@ -100,6 +124,9 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     y, record = problem.packing.unpack_rows(result.ys), result.record
     if result.is_on_device:
         return LazySolution.of(times, y, record, result.stats)
+    if problem.events:
+        assert isinstance(record, StepRecord)
+        return _solution_with_events(problem, times, record, result)
     solution = Solution(times, y, record.bounds(), result.stats)
     if not problem.stops_at_limit:
         return solution
@@ -107,6 +134,26 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     # Neither state nor times are kept, and params may have been an iterator, which is at its end.
     kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
     return stopped(solution, problem, record, partial(_resumed, kept))
+
+
+def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, result: Result) -> Solution:
+    packing, ys = problem.packing, result.ys
+    n_reached = len(ys) - len(record.events)
+    found = [(one.event, *at_event(problem.events[one.event], one, ys, packing)) for one in record.events]
+    records = tuple(
+        event_record([(t, y) for event, t, y in found if event == i], times, ys, packing)
+        for i in range(len(problem.events))
+    )
+    y = packing.unpack_rows(ys[:n_reached])
+    return Solution(
+        times[:n_reached],
+        y,
+        record.bounds(),
+        result.stats,
+        n_reached == len(times),
+        events=records,
+        ended_by=record.ended_by,
+    )
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:
@@ -118,6 +165,7 @@ def _check_recorded(recording: str, arguments: Arguments) -> None:
         "callback": arguments.callback is not None,
         "progress": arguments.progress,
         'option batch="independent"': is_batch,
+        "events": len(arguments.events) > 0,
     }
     for name, is_given in what.items():
         if is_given:
@@ -128,7 +176,13 @@ def run_compiled_again(given: Arguments) -> Solution | None:
     """``run`` for engine="compiled" without most of its checks; None unless they were made before."""
     if given.gradient != "aca" or given.checkpoints is not None or given.params is not None:
         return None
-    if given.adjoint_params is not None or given.callback is not None or given.progress or recorder() is not None:
+    if (
+        given.events
+        or given.adjoint_params is not None
+        or given.callback is not None
+        or given.progress
+        or recorder() is not None
+    ):
         return None
     func, y0, t = given.func, given.y0, given.t
     refuse_transforms("y0", y0)

@@ -79,9 +79,11 @@ def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints 
     with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
         ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
-        n_outputs = len(solver.run(y0))
-        if problem.stops_at_limit:
-            ys = ys[:n_outputs].clone()
+        outputs = solver.run(y0)
+        if problem.events:
+            ys = stack_rows(outputs, y0)
+        elif problem.stops_at_limit:
+            ys = ys[: len(outputs)].clone()
     return Result(ys, solver.record, solver.stats)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aca_ext.gradients.base import Result, Task
 from aca_ext.kernels.layout import stack_rows
+from aca_ext.solver.checkpoints import StepRecord
 
 
 def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
@@ -30,6 +31,8 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
     start = move(times[0], like, now[0] - times[0])
     result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
     solved = field.n_evals
-    moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, len(times))]
+    n_events = len(result.record.events) if isinstance(result.record, StepRecord) else 0
+    n_reached = len(result.ys) - n_events  # of the times; an event may have ended the solve before the others
+    moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, n_reached)]
     result.stats.n_f_evals += field.n_evals - solved
-    return replace(result, ys=stack_rows([like, *moved], like))
+    return replace(result, ys=stack_rows([like, *moved, *result.ys[n_reached:].unbind(0)], like))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -202,6 +202,40 @@ class Tableau:
                 weight = (weight + coefficient) * theta
             weights.append(weight)
         return weights
+
+    def dense_derivative_weights(self, theta: float) -> list[float]:
+        """Derivatives of ``dense_weights`` with respect to theta: dy/dt of the dense output is Σ b_i'(theta)·k_i.
+
+        Raises:
+            ValueError: the method has no dense output.
+        """
+        weights: list[float] = []
+        for row in self.dense_coefficients:
+            weight = 0.0
+            for power, coefficient in zip(range(len(row), 0, -1), row, strict=True):
+                weight = weight * theta + power * coefficient
+            weights.append(weight)
+        return weights
+
+    def with_hermite_output(self) -> Tableau:
+        """The same method with the cubic Hermite interpolant of its steps as dense output, of order 3 at most.
+
+        The interpolant needs the slope at the end of the step. It becomes a last stage, which is the first of the next
+        step, so that the method takes as many evaluations as before.
+
+        Source: Hairer, Nørsett & Wanner, Solving ODEs I, II.6, eq. (6.7).
+        """
+        if self.fsal:
+            c, a, b, error = self.c, self.a, self.b, self.error
+        else:
+            c, a, b = (*self.c, Fraction(1)), (*self.a, self.b), (*self.b, Fraction(0))
+            error = None if self.error is None else (*self.error, Fraction(0))
+        # With h_01 = 3 theta^2 - 2 theta^3 the weight of y1 - y = h Σ b_i k_i, and those of h k_1 and h k_s.
+        rows = [[Fraction(0), 3 * weight, -2 * weight] for weight in b]
+        for row, added in ((rows[0], (1, -2, 1)), (rows[-1], (0, -1, 1))):
+            row[:] = [one + other for one, other in zip(row, added, strict=True)]
+        dense, order = tuple(map(tuple, rows)), min(self.order, 3)
+        return replace(self, c=c, a=a, b=b, error=error, dense=dense, dense_order=order)
 
 
 def _below_diagonal(what: str, entries: Row, stages: int) -> tuple[Row, ...]:

@@ -15,6 +15,7 @@ from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
+from aca_ext.problem.events import Event
 from aca_ext.problem.grid import grid_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
@@ -56,6 +57,8 @@ class Problem:
         stops_at_limit: at that limit, the solve returns what it reached instead of raising.
         resumed: state of the solver from which a resumed solve continues, else None.
         on_step: called after every trial step.
+        events: conditions whose sign changes the solve locates.
+        touched: indices of the events on whose surface the solve starts, if its start is a reset.
         settings: shared by problems that differ only in func, args and the values of y0.
     """
 
@@ -74,6 +77,8 @@ class Problem:
     stops_at_limit: bool = False
     resumed: SolverState | None = None
     on_step: Callback | None = None
+    events: tuple[Event, ...] = ()
+    touched: tuple[int, ...] = ()
     settings: Settings = field(default_factory=Settings)
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.kernels.fused import empty_rows
 from aca_ext.problem.resumption import SolverState
+from aca_ext.solver.event_search import Occurrence
 
 # Policy of ``checkpoints``: None keeps every state, an int at most so many, "cpu" every state in host memory.
 Policy = int | str | None
@@ -48,11 +49,16 @@ class AcceptedStep(NamedTuple):
 class StepRecord:
     """The accepted steps of one solve, in order.
 
-    ``end`` is the solver's state where the solve stopped; set only with option ``on_step_limit="stop"``.
+    Attributes:
+        end: state of the solver where the solve stopped; None without option ``on_step_limit="stop"``.
+        events: the events found, in the order of time.
+        ended_by: index of the event that ended the solve: a terminal one, or else the first reset.
     """
 
     steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
     end: SolverState | None = None
+    events: list[Occurrence] = field(default_factory=lambda: list[Occurrence]())
+    ended_by: int | None = None
 
     def bounds(self) -> Tensor:
         """Start and end of every accepted step, (n_accepted, 2) float64 on the CPU."""

@@ -19,10 +19,12 @@ from aca_ext.kernels.fused import TorchOperations, empty_rows
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
+from aca_ext.problem.events import Event
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
+from aca_ext.solver.event_search import EventSearch, Occurrence
 from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
 from aca_ext.solver.runge_kutta import (
     Trial,
@@ -74,6 +76,8 @@ class Solver:
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
         self._outputs: list[Tensor] = []
+        self._search = EventSearch(problem.events, self._event_value, problem.touched) if problem.events else None
+        self._event_states: list[Tensor] = []
         # States of the random generators before the first slope of the next step; None if func draws no numbers.
         self._first_random_state: RandomState | None = field.random_trail[-1] if field.random_trail else None
         resumed = problem.resumed
@@ -83,7 +87,7 @@ class Solver:
             self._k, self._first_random_state = resumed.k, resumed.random_state
 
     def run(self, y0: Tensor) -> list[Tensor]:
-        """Solves from the packed state ``y0`` and returns the outputs, one for each requested time.
+        """Solves from the packed state ``y0``; returns one output per requested time, then one per event.
 
         A solve that may stop at its step limit returns the outputs reached, then the state where it stopped.
 
@@ -99,10 +103,13 @@ class Solver:
         control = kind(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
         if control.status == "running":
             self._start(control, y0)
+            if self._search is not None:
+                self._search.start(_float(control.t), y0)
             y = self._run(control, y0) if compiled is None else self._run_compiled(compiled, control, y0)
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
             self._finish(control, y)
+        self._append_events()
         stats.n_f_evals = self.field.n_evals
         return self._outputs
 
@@ -168,6 +175,8 @@ class Solver:
     def _finish(self, control: AnyStepControl, y: Tensor) -> None:
         """Records where the solve ended, or raises the error of a solve that did not reach its end."""
         problem, status = self.problem, control.status
+        if status == "event":
+            return
         if status == "done":
             if problem.stops_at_limit:
                 self.record.end = self._state(control, is_complete=True)
@@ -223,7 +232,7 @@ class Solver:
         """The C++ stepper that makes many steps per call; None if each step needs Python, as with a callback."""
         problem, field = self.problem, self.field
         is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
-        is_watched = is_watched or problem.on_step is not None
+        is_watched = is_watched or problem.on_step is not None or self._search is not None
         return None if is_watched or problem.tolerance.norm is not None else self._compiled
 
     @property
@@ -242,6 +251,9 @@ class Solver:
         """Adds a trial to the solution: outputs, record, checkpoint, and the first slope of the next step."""
         t_next = control.t
         due = [(i, control.position(i)) for i in range(*control.due)]
+        if self._search is not None:
+            end = self._look_for_events(self._search, control, t, y, h, trial)
+            due = [(i, theta) for i, theta in due if theta <= end]
         for i, theta in due:
             out = None if self._rows is None else self._rows[i]
             if theta != 1.0:
@@ -256,6 +268,43 @@ class Solver:
         reusable = self.scheme.fsal and t_next not in self.problem.jumps
         self._k = trial.k[-1] if reusable else None
         self._first_random_state = random_states[-1] if reusable and random_states else None
+
+    def _look_for_events(
+        self, search: EventSearch, control: AnyStepControl, t: Number, y: Tensor, h: Number, trial: Trial
+    ) -> float:
+        """Records the events within an accepted step; returns the position where the solution ends, or infinity."""
+        tableau, start, end = self.problem.tableau, _float(t), _float(control.t)
+
+        def state_at(theta: float) -> Tensor:
+            if theta in (0.0, 1.0):
+                return trial.y1 if theta else y
+            return interpolate(self.ops, tableau, y, h, trial.k, theta)
+
+        with torch.no_grad():
+            found, last = search.within(start, end, state_at)
+        for theta, event, element in found:
+            with torch.no_grad():
+                slopes = zip(tableau.dense_derivative_weights(theta), trial.k, strict=True)
+                derivative = torch.stack([weight * k for weight, k in slopes if weight != 0]).sum(0)
+            time = end if theta == 1.0 else start + theta * (end - start)
+            step = len(self.record.steps)
+            self.record.events.append(Occurrence(event, element, time, theta, step, derivative))
+            self._event_states.append(state_at(theta))
+        if last <= 1:
+            control.status = "event"
+            ending = [event for theta, event, _ in found if theta == last and self.problem.events[event].ends_segment]
+            self.record.ended_by = min(ending, key=lambda event: not self.problem.events[event].terminal)
+        return last
+
+    def _append_events(self) -> None:
+        """Makes the states at events further outputs of their steps."""
+        for occurrence, state in zip(self.record.events, self._event_states, strict=True):
+            occurrence.row = len(self._outputs)
+            self._outputs.append(state)
+            self.record.steps[occurrence.step].outputs.append((occurrence.row, occurrence.theta))
+
+    def _event_value(self, event: Event, t: float, y: Tensor) -> Tensor:
+        return event.fn(self.ops.scalars([t])[0], self.problem.packing.unpack(y.detach()))
 
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
         """Discards a trial, but keeps its first slope: the next trial starts from the same state."""

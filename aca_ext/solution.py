@@ -169,33 +169,32 @@ class Solution:
         )
 
 
-def event_record(found: Sequence[tuple[Tensor, Tensor]], times: Tensor, ys: Tensor, packing: Packing) -> EventRecord:
-    """The record of an event from times and packed states; ``times`` and ``ys`` are those of the solve."""
+def event_record(found: Sequence[tuple[Tensor, Tensor]], ys: Tensor, packing: Packing) -> EventRecord:
+    """The record of an event from float64 times and packed states; ``ys`` are the outputs of the solve."""
     t = torch.stack([t for t, _ in found]) if found else torch.empty(0, dtype=torch.float64)
     y = torch.stack([y for _, y in found]) if found else ys[:0]
-    return EventRecord(t.to(times) if times.is_floating_point() else t, packing.unpack_rows(y))
+    return EventRecord(t, packing.unpack_rows(y))
 
 
 def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
     """One solution to ``times`` of parts that follow one another, each from a reset of the one before it."""
-    if len(parts) == 1:
-        return parts[0]
     y, stats = parts[0].y, parts[0].stats
     for part in parts[1:]:
         y, stats = followed_by(y, part.y), _sum(stats, part.stats)
-    events = tuple(_all_of(records) for records in zip(*(part.events for part in parts), strict=True))
+    events = tuple(_all_of(records, times) for records in zip(*(part.events for part in parts), strict=True))
     steps = torch.cat([part.steps for part in parts])  # type: ignore[misc]
     n = sum(len(part.t) for part in parts) - len(parts) + 1
     return replace(parts[-1], t=times[:n], y=y, steps=steps, stats=stats, events=events, is_complete=n == len(times))
 
 
-def _all_of(records: Sequence[EventRecord]) -> EventRecord:
+def _all_of(records: Sequence[EventRecord], times: Tensor) -> EventRecord:
     states = [record.y for record in records]
     if isinstance(states[0], Tensor):
         y: State = torch.cat(states)  # type: ignore[arg-type]
     else:
         y = like_tuple(type(states[0]), map(torch.cat, zip(*states, strict=True)))
-    return EventRecord(torch.cat([record.t for record in records]), y)
+    t = torch.cat([record.t for record in records])
+    return EventRecord(t.to(times) if times.is_floating_point() else t, y)
 
 
 def followed_by(y: State, rest: State) -> State:

@@ -32,11 +32,8 @@ from aca_ext.solution import LazySolution, Solution, event_record, stopped
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
 
 
-def run(arguments: Arguments, resumed: SolverState | None = None, touched: tuple[int, ...] = ()) -> Solution:
-    """``solve``, or the part of one from where another part stopped.
-
-    ``touched`` are the indices of the events whose resets this part starts from.
-    """
+def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
+    """``solve``, or the part of one from where another part stopped."""
     policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
     adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
     for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
@@ -46,13 +43,13 @@ def run(arguments: Arguments, resumed: SolverState | None = None, touched: tuple
     if recording is not None:
         _check_recorded(recording, arguments)
         return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
-    problem = _problem_of(arguments, resumed, touched)
+    problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
     request = Request(
         problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint
     )
     _check_together(request)
-    if problem.y0.dtype != torch.float64 and resumed is None and not touched and len(problem.times) > 1:
+    if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
     result = _result(ENGINES[lookup("engine", arguments.engine, ENGINES)], request)
     return _solution(arguments, request, result)
@@ -88,18 +85,18 @@ def _result(engine: Engine, request: Request) -> Result:
     return engine.solve(request)
 
 
-def _problem_of(arguments: Arguments, resumed: SolverState | None, touched: tuple[int, ...]) -> Problem:
+def _problem_of(arguments: Arguments, resumed: SolverState | None) -> Problem:
     """The problem, from its start or from where another part of the solve ended."""
     make: Callable[..., Problem] = batch_problem_of if is_independent(arguments.options) else problem_of
     problem = make(arguments.func, arguments.y0, arguments.t, **arguments.of_problem)
     if arguments.events:
-        return _with_events(problem, arguments, touched)
+        return _with_events(problem, arguments)
     if resumed is None:
         return problem
     return replace(problem, resumed=resumed, jumps=problem.jumps | _jump_at(resumed.t, arguments.options or {}))
 
 
-def _with_events(problem: Problem, arguments: Arguments, touched: tuple[int, ...]) -> Problem:
+def _with_events(problem: Problem, arguments: Arguments) -> Problem:
     """The problem with a method that has a dense output, on which events are found.
 
     Raises:
@@ -114,7 +111,7 @@ def _with_events(problem: Problem, arguments: Arguments, touched: tuple[int, ...
         if is_given:
             raise ArgumentValueError(f"events are given, which {what} does not take; leave one of them out.")
     tableau = problem.tableau if problem.tableau.dense is not None else problem.tableau.with_hermite_output()
-    return replace(problem, events=tuple(arguments.events), touched=touched, tableau=tableau)
+    return replace(problem, events=tuple(arguments.events), tableau=tableau)
 
 
 def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
@@ -141,19 +138,11 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
     n_reached = len(ys) - len(record.events)
     found = [(one.event, *at_event(problem.events[one.event], one, ys, packing)) for one in record.events]
     records = tuple(
-        event_record([(t, y) for event, t, y in found if event == i], times, ys, packing)
-        for i in range(len(problem.events))
+        event_record([(t, y) for event, t, y in found if event == i], ys, packing) for i in range(len(problem.events))
     )
-    y = packing.unpack_rows(ys[:n_reached])
-    return Solution(
-        times[:n_reached],
-        y,
-        record.bounds(),
-        result.stats,
-        n_reached == len(times),
-        events=records,
-        ended_by=record.ended_by,
-    )
+    y, is_complete = packing.unpack_rows(ys[:n_reached]), n_reached == len(times)
+    solution = Solution(times[:n_reached], y, record.bounds(), result.stats, is_complete)
+    return replace(solution, events=records, ended_by=record.ended_by)
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:

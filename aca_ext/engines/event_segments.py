@@ -33,10 +33,16 @@ def solve_with_events(arguments: Arguments) -> Solution:
         EventError: resets follow one another without end, or a reset returned something that is no state.
         Those of ``run``.
     """
-    events = _checked(arguments)
-    solution = run(replace(arguments, events=events))
+    events, given = _checked(arguments), arguments.t
+    times = times_of(given)
+    # Times of events are float64 between the parts, whatever dtype the given times have.
+    if isinstance(given, Tensor):
+        precise = given.double().cpu()
+    else:
+        precise = torch.tensor(times, dtype=torch.float64, device="cpu")
+    arguments = replace(arguments, events=events, t=precise)
+    solution = run(arguments)
     parts, start = [solution], torch.zeros((), dtype=torch.float64, device="cpu")
-    times = times_of(arguments.t)
     while (index := solution.ended_by) is not None and not events[index].terminal:
         time = solution.events[index].t[-1]
         _check_progress(index, len(parts), time.item(), start.item(), times)
@@ -46,14 +52,12 @@ def solve_with_events(arguments: Arguments) -> Solution:
             parts[-1] = solution
             break
         together = [i for i, record in enumerate(solution.events) if len(record.t) and record.t[-1] == time]
-        touched = tuple(i for i in together if events[i].reset is not None)
         y, start = _last(solution.events[index].y), time
-        for i in touched:
+        for i in (i for i in together if events[i].reset is not None):
             y = _after_reset(events[i], i, time, y, arguments.y0)
-        solution = _in_absolute_time(run(_segment(arguments, events, start, y, n_left), touched=touched), start)
+        solution = _in_absolute_time(run(_segment(arguments, events, start, y, n_left)), start)
         parts.append(solution)
-    t = arguments.t
-    return joined(parts, t if isinstance(t, Tensor) else torch.tensor(times, dtype=torch.float64, device="cpu"))
+    return joined(parts, given if isinstance(given, Tensor) else precise)
 
 
 def _checked(arguments: Arguments) -> tuple[Event, ...]:
@@ -103,7 +107,8 @@ def _after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) ->
 
 def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: State, n_left: int) -> Arguments:
     """The solve from a reset at ``start`` on, in the time since then."""
-    times = torch.as_tensor(arguments.t, device="cpu").double()
+    times = arguments.t
+    assert isinstance(times, Tensor)
     sign = 1.0 if times[-1] > times[0] else -1.0
     since = times[-n_left:] - start
     # A requested time may be that of the event up to rounding; then it lies just behind it.

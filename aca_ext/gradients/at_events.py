@@ -18,7 +18,7 @@ from torch import Tensor
 from aca_ext.errors import EventError
 from aca_ext.problem.events import Event
 from aca_ext.problem.state import Packing
-from aca_ext.solver.event_search import Occurrence
+from aca_ext.solver.event_search import Occurrence, change_along
 
 
 def at_event(event: Event, occurrence: Occurrence, ys: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -30,27 +30,12 @@ def at_event(event: Event, occurrence: Occurrence, ys: Tensor, packing: Packing)
     y = ys[occurrence.row]
     if not torch.is_grad_enabled():
         return time, y
-    value = _value(event, occurrence.element, time.to(y), packing, y)
+    value = event.fn(time.to(y), packing.unpack(y)).reshape(-1)[occurrence.element]
     if not (value.requires_grad or y.requires_grad or time.requires_grad):
         return time, y
-    t_event, y_event = _AtEvent.apply(occurrence, _rate(event, occurrence, time, y, packing), time, value, y)
+    rate, _ = change_along(event, occurrence.element, time.to(y), y, occurrence.derivative, packing)
+    t_event, y_event = _AtEvent.apply(occurrence, rate, time, value, y)
     return t_event, y_event
-
-
-def _value(event: Event, element: int, t: Tensor, packing: Packing, y: Tensor) -> Tensor:
-    return event.fn(t, packing.unpack(y)).reshape(-1)[element]
-
-
-def _rate(event: Event, occurrence: Occurrence, time: Tensor, y: Tensor, packing: Packing) -> float:
-    """Total derivative of the event function along the dense output."""
-    with torch.enable_grad():
-        t_leaf, y_leaf = time.detach().to(y).requires_grad_(), y.detach().requires_grad_()
-        value = _value(event, occurrence.element, t_leaf, packing, y_leaf)
-        if not value.requires_grad:
-            return 0.0
-        of_t, of_y = torch.autograd.grad(value, (t_leaf, y_leaf), allow_unused=True)
-    rate = 0.0 if of_t is None else float(of_t)
-    return rate if of_y is None else rate + float((of_y * occurrence.derivative).sum())
 
 
 class _AtEvent(torch.autograd.Function):

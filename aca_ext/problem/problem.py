@@ -58,7 +58,6 @@ class Problem:
         resumed: state of the solver from which a resumed solve continues, else None.
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
-        touched: indices of the events on whose surface the solve starts, if its start is a reset.
         settings: shared by problems that differ only in func, args and the values of y0.
     """
 
@@ -78,7 +77,6 @@ class Problem:
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
-    touched: tuple[int, ...] = ()
     settings: Settings = field(default_factory=Settings)
 
     @property

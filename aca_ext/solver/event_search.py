@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import EventError
+from aca_ext.kernels.reference import Number
 from aca_ext.numerics.root import bracketed_root
 from aca_ext.problem.events import Event
+from aca_ext.problem.state import Packing
 
 Array = NDArray[np.float64]
 
 _LAST_BIT = 2.0**-52  # of a position in a step
-# Positions shortly after a start on the surface, where the sign is looked up. The first is far above rounding.
-_DEPARTURES = (2.0**-20, 2.0**-10, 2.0**-5, 2.0**-2)
+_ON_SURFACE = 64.0  # roundings of its terms within which the value of an event function counts as zero
+# Positions shortly after a start on the surface, where the side is looked up, and behind which the next change lies.
+_DEPARTURES = (2.0**-5, 2.0**-10, 2.0**-20, 2.0**-30, 2.0**-40)
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Occurrence:
     Attributes:
         event: its index among the events of the solve.
         element: index of the element, of the flattened value of the event function, that changed its sign.
-        t: its time, in float64.
+        t: its time: a number, or a float64 tensor where step sizes have a graph.
         theta: its position in the accepted step that holds it, whose number is ``step``.
         derivative: dy/dt of the dense output there, packed.
         row: index of its state among the outputs of the solve.
@@ -37,7 +40,7 @@ class Occurrence:
 
     event: int
     element: int
-    t: float
+    t: Number
     theta: float
     step: int
     derivative: Tensor
@@ -56,23 +59,28 @@ class EventSearch:
     """Signs of the event functions along a solve.
 
     Args:
-        call: evaluates an event function at a time and a packed state, both as the solver has them.
-        touched: indices of the events that ended the part of the solve before this one, which starts on their surface.
+        packing: turns a packed state into the form that event functions take.
+        scalar: a number as a 0-d tensor of the state's dtype and device.
     """
 
-    def __init__(
-        self, events: Sequence[Event], call: Callable[[Event, float, Tensor], Tensor], touched: Sequence[int] = ()
-    ) -> None:
-        self._events, self._call, self._touched = events, call, touched
+    def __init__(self, events: Sequence[Event], packing: Packing, scalar: Callable[[float], Tensor]) -> None:
+        self._events, self._packing, self._scalar = events, packing, scalar
         self._signs: list[Array] = []  # of each element of each event, as last seen; 0 where it is not known yet
-        self._start: list[Array] = []
 
-    def start(self, t: float, y: Tensor) -> None:
-        """Looks up the signs at the start of the solve."""
-        self._start = [self._values(i, t, y) for i in range(len(self._events))]
-        self._signs = [np.sign(values) for values in self._start]
-        for i in self._touched:
-            self._signs[i][:] = 0.0
+    def start(self, t: float, y: Tensor, slope: Tensor | None, length: float) -> None:
+        """Looks up the signs at the start of a solve, which has the slope ``slope`` and takes the time ``length``.
+
+        On the surface, the sign is that of the side to which the solution goes.
+        """
+        for i, event in enumerate(self._events):
+            values = self._values(i, t, y)
+            signs = np.sign(values)
+            for j in range(len(values)):
+                rate, scale = change_along(event, j, self._scalar(t), y, slope, self._packing)
+                rounding = torch.finfo(y.dtype).eps * (scale + abs(rate) * length)
+                if abs(values[j]) <= _ON_SURFACE * rounding:
+                    signs[j] = np.sign(rate)
+            self._signs.append(signs)
 
     def within(self, t: float, t_next: float, state_at: Callable[[float], Tensor]) -> tuple[list[Found], float]:
         """Occurrences within an accepted step, in their order.
@@ -95,32 +103,22 @@ class EventSearch:
                 if event.direction * now[j] >= 0:
                     found.append(Found(self._root(values_at, int(j), before[j], now[j]), i, int(j)))
             self._signs[i] = np.where(now != 0, np.sign(now), before)
-        self._start = []
         found.sort()
         end = min((one.theta for one in found if self._events[one.event].ends_segment), default=np.inf)
         return [one for one in found if one.theta <= end], end
 
     def _signs_before(self, i: int, values_at: Callable[[float], Array]) -> Array:
-        """Signs at the start of a step. Where the solve started on the surface, those shortly after."""
+        """Signs at the start of a step, those shortly after where they are not known."""
         signs = self._signs[i]
-        unknown = signs == 0
-        if not unknown.any() or not self._start:
-            return signs
-        start = self._start[i]
-        signs = signs.copy()
-        for theta in _DEPARTURES:
-            values = values_at(theta)
-            is_clear = unknown & (np.abs(values) > 4 * np.abs(start))
-            signs[is_clear] = np.sign(values[is_clear])
-            unknown &= ~is_clear
-            if not unknown.any():
-                return signs
-        signs[unknown] = np.sign(start[unknown])  # far from the surface after all
+        for theta in reversed(_DEPARTURES):
+            if signs.all():
+                break
+            signs = np.where(signs == 0, np.sign(values_at(theta)), signs)
         return signs
 
     def _root(self, values_at: Callable[[float], Array], j: int, before: float, now: float) -> float:
         low, first = 0.0, float(values_at(0.0)[j])
-        if first * before <= 0:  # the step starts on the surface: the change is there, or behind the first clear sign
+        if first * before <= 0:  # on the surface: the change is there, or behind a position on the first side
             low = next((theta for theta in _DEPARTURES if values_at(theta)[j] * before > 0), 0.0)
             if low == 0:
                 return 0.0
@@ -129,7 +127,7 @@ class EventSearch:
 
     def _values(self, i: int, t: float, y: Tensor) -> Array:
         with torch.no_grad():
-            values: Any = self._call(self._events[i], t, y)
+            values: Any = self._events[i].fn(self._scalar(t), self._packing.unpack(y.detach()))
         if not isinstance(values, Tensor) or values.is_complex():
             kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise EventError(f"the function of event {i} returned {kind}; it returns a real tensor.")
@@ -137,3 +135,25 @@ class EventSearch:
         if not np.isfinite(found).all():
             raise EventError(f"the function of event {i} returned NaN or infinity at t={t:.17g}; look at it there.")
         return found
+
+
+def change_along(
+    event: Event, element: int, t: Tensor, y: Tensor, slope: Tensor | None, packing: Packing
+) -> tuple[float, float]:
+    """Derivative of an event function along a solution with the given slope, and the size of its terms.
+
+    Both are 0 for a function that has no gradient with respect to t and y.
+    """
+    with torch.enable_grad():
+        t_leaf, y_leaf = t.detach().requires_grad_(), y.detach().requires_grad_()
+        value = event.fn(t_leaf, packing.unpack(y_leaf)).reshape(-1)[element]
+        if not value.requires_grad:
+            return 0.0, 0.0
+        of_t, of_y = torch.autograd.grad(value, (t_leaf, y_leaf), allow_unused=True)
+    rate = scale = 0.0
+    if of_t is not None:
+        rate, scale = of_t.item(), (of_t * t).abs().item()
+    if of_y is not None:
+        scale += (of_y * y).abs().sum().item()
+        rate += 0.0 if slope is None else (of_y * slope).sum().item()
+    return rate, scale

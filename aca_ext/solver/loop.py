@@ -19,7 +19,6 @@ from aca_ext.kernels.fused import TorchOperations, empty_rows
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
-from aca_ext.problem.events import Event
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
@@ -76,7 +75,7 @@ class Solver:
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
         self._outputs: list[Tensor] = []
-        self._search = EventSearch(problem.events, self._event_value, problem.touched) if problem.events else None
+        self._search = EventSearch(problem.events, problem.packing, self._scalar) if problem.events else None
         self._event_states: list[Tensor] = []
         # States of the random generators before the first slope of the next step; None if func draws no numbers.
         self._first_random_state: RandomState | None = field.random_trail[-1] if field.random_trail else None
@@ -104,7 +103,7 @@ class Solver:
         if control.status == "running":
             self._start(control, y0)
             if self._search is not None:
-                self._search.start(_float(control.t), y0)
+                self._search.start(_float(control.t), y0.detach(), self._k, problem.length)
             y = self._run(control, y0) if compiled is None else self._run_compiled(compiled, control, y0)
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
@@ -286,7 +285,7 @@ class Solver:
             with torch.no_grad():
                 slopes = zip(tableau.dense_derivative_weights(theta), trial.k, strict=True)
                 derivative = torch.stack([weight * k for weight, k in slopes if weight != 0]).sum(0)
-            time = end if theta == 1.0 else start + theta * (end - start)
+            time = control.t if theta == 1.0 else t + theta * (control.t - t)
             step = len(self.record.steps)
             self.record.events.append(Occurrence(event, element, time, theta, step, derivative))
             self._event_states.append(state_at(theta))
@@ -303,8 +302,8 @@ class Solver:
             self._outputs.append(state)
             self.record.steps[occurrence.step].outputs.append((occurrence.row, occurrence.theta))
 
-    def _event_value(self, event: Event, t: float, y: Tensor) -> Tensor:
-        return event.fn(self.ops.scalars([t])[0], self.problem.packing.unpack(y.detach()))
+    def _scalar(self, number: float) -> Tensor:
+        return self.ops.scalars([number])[0]
 
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
         """Discards a trial, but keeps its first slope: the next trial starts from the same state."""

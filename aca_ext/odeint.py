@@ -30,87 +30,115 @@ def odeint(arguments: _OdeintArguments) -> State | tuple[Tensor, State]:
     """Solves dy/dt = func(t, y, \\*args) from y(t[0]) = y0 and returns y at the times t.
 
     Args:
-        func: callable or nn.Module. Receives t as a 0-d tensor of the state's real dtype and device, and y like y0;
-            returns the derivative, of y's shape, dtype and device. Must not change y in place. One that names its
-            arguments (y, t), in this order, is refused. Batch normalisation inside it trains, but averages its running
-            statistics over all times, and so computes something else in evaluation mode: a BatchStatisticsWarning.
-        y0: initial state, a tensor of any shape or a tuple of tensors; float32, float64, complex64 or complex128. Of a
-            namedtuple, func receives one of its class, and the result is one.
-        t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in whatever unit func uses. With
-            ``batch="independent"`` also (batch, T), times for every sample. The solver keeps time in float64, but func
-            receives it in the state's dtype: a TimeResolutionWarning where that is too coarse (unix time in float32).
-        rtol, atol: relative and absolute tolerance per step, a number or a tensor that broadcasts to y0 (for a tuple
-            state also a tuple of one for each). A step is accepted if the norm of
+        func: callable or nn.Module. It receives t as a 0-d tensor of the state's real dtype and device, and y like y0.
+            It returns the derivative, with y's shape, dtype and device, and must not change y in place. The order of
+            arguments is (t, y); a func whose parameters are named (y, t) is refused. Batch normalisation inside func
+            trains, but its running statistics average over all times, so that evaluation mode is another model: a
+            BatchStatisticsWarning says so.
+        y0: initial state, a tensor of any shape, or a tuple or namedtuple of tensors; float32, float64, complex64 or
+            complex128. func receives, and the result has, the same structure.
+        t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in the unit that func uses. With
+            option ``batch="independent"`` also (batch, T): times for each sample. The solver keeps time in float64, but
+            func receives it in the state's dtype; a TimeResolutionWarning says if that is too coarse (unix time in
+            float32).
+        rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tuple state
+            also a tuple with one for each component. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
-        method: "dopri5" (default) or another key of ``aca_ext.METHODS``.
-        options: of adaptive steps ``first_step, min_step, max_step, max_num_steps`` (100 000), ``safety`` (0.9),
-            ``ifactor`` (10), ``dfactor`` (0.2), the PID coefficients ``pcoeff`` (0), ``icoeff`` (1), ``dcoeff`` (0),
-            ``step_t`` and ``jump_t`` (times to land on, and where func jumps), ``norm`` (a function of a tensor like
-            the state; default RMS, for a tuple the largest of its components') and ``on_step_limit`` ("raise"; with
-            "stop", which ``solve`` alone takes, it returns what it reached in max_num_steps steps, and its
-            ``Solution.resume`` goes on; of gradients "aca" and "direct"). ``step_size`` or
-            ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point, and
-            rounding of t's dtype makes no steps. A fixed-step solve on a GPU returns what it finds, NaN included:
-            looking would stop the host.
-            ``batch="independent"``: every sample of the first dimension (of all components of a tuple) has its own
-            steps and takes those that it would take alone. func is then called on the whole batch with t of shape
-            (batch, 1, ..., 1), of as many dimensions as y has (as its largest component has), so that what is
-            written for a number t works; ``t.flatten()`` is (batch,). Samples must not depend on one another, and one
-            that has reached its end is still evaluated, there, until all have. Adaptive steps, gradients "aca" and
-            "direct", without ``norm``, ``step_t`` and ``jump_t``.
-        event_fn: torchdiffeq's; None alone, as there are no events here.
-        gradient: how the backward pass works. "aca" (default): exact gradient of the discrete solution, from
-            checkpoints of the accepted steps. "direct": the same gradient from a stored graph. "naive": also
-            differentiates the search for the step size. "adjoint": the continuous adjoint, approximate.
-        checkpoints: which states gradient="aca" keeps for the backward pass, which computes the same gradient, bit for
-            bit, from any choice. None: that of every accepted step. An int K: at most K, chosen while the solve runs,
-            besides the two of the step at hand; the others are computed again, r times at most where the steps are no
-            more than C(K + r, r) (with create_graph=True, the backward pass holds the graph of all steps anyway).
-            "cpu": that of every step in the host's memory, pinned where the solve runs on a GPU.
-        engine: "eager" (default) calls func at every stage. "compiled" traces a whole step, and its transpose, with
-            torch's compiler and runs all steps in compiled code: the same steps and gradient up to rounding, many times
-            faster where func is small. Compiling takes seconds, once for each func, shape and method
-            (``stats.compile_seconds``); what is compiled is used again, whatever values parameters, times and
-            tolerances have. For real float32 and float64 states on the CPU and gradient="aca", every state kept; second
-            derivatives come from the eager engine. func must be one that ``torch.compile(fullgraph=True)`` can trace,
-            out of pointwise operations, reductions, matrix products, and derivatives of such (torch.func,
-            torch.autograd.grad), without random numbers or an autograd.Function of its own. Of the state that it
-            changes, counters of its evaluations are kept up; whatever else it records is refused. Programs are checked
-            against func itself before they are used. Needs torch 2.13 or newer.
-            "graph" (experimental: it has not run on a GPU yet) captures a trial step and its transpose as CUDA graphs
-            and repeats them on the device, which decides by itself on step sizes, acceptance, outputs and checkpoints:
-            the steps of the eager engine, without the host between them. For states on a CUDA device and
-            gradient="aca", every state kept, tolerances as numbers; second derivatives come from the eager engine. func
-            is captured anew where its operations, the tensors it holds, shapes, dtypes, tolerances, autocast or
-            training mode differ; parameters updated in place need none. It must not draw random numbers, change what
-            it holds, or decide on the host by what a tensor holds.
+        method: a key of ``aca_ext.METHODS``; default "dopri5".
+        options: a dict, for adaptive steps of
+
+            * ``first_step``: size of the first trial step; default chosen by Hairer's rule.
+            * ``min_step``: steps below it raise StepSizeError; default 0.
+            * ``max_step``: upper limit of the step size; default none.
+            * ``max_num_steps``: trial steps before StepLimitError; default 100 000.
+            * ``safety``: factor on the predicted step size; default 0.9.
+            * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2.
+            * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
+            * ``step_t``: times that a step must end at.
+            * ``jump_t``: times at which func is discontinuous; steps end there and start anew.
+            * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
+              tuple state the largest RMS norm of its components.
+            * ``on_step_limit``: "raise" (default), or "stop", for ``solve`` alone: return the states reached within
+              max_num_steps; ``Solution.resume`` continues. For gradients "aca" and "direct".
+            * ``batch``: "independent" gives each sample, along the first dimension of y0 (of all its components), its
+              own adaptive steps, the same that it takes alone. func is called on the whole batch with t of shape
+              (batch, 1, ..., 1), with as many dimensions as y (as its largest component), so that formulas for a
+              number t remain valid; ``t.flatten()`` is (batch,). Samples must not depend on one another. Finished
+              samples are still evaluated, at their end, until the slowest one ends. For gradients "aca" and "direct",
+              without ``norm``, ``step_t`` and ``jump_t``.
+
+            and for fixed steps of any method one of
+
+            * ``step_size``: size of the steps; the last one before each time in t is shorter.
+            * ``grid_constructor``: function of (func, y0, t) that returns the grid, a tensor that contains t.
+
+            Fixed steps on a GPU do not check for NaN, which would synchronise.
+        events: list of ``aca_ext.Event``. A reset changes the state at its event, and the solve goes on. Terminal
+            events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. For
+            engine="eager", gradients "aca", "direct" and "naive", and samples that share their steps.
+        event_fn: torchdiffeq's form of a single terminal event: a function g(t, y) that returns a tensor. ``odeint``
+            returns (event_t, y), with y at t[0] and at the first sign change of an element of g. t then holds the start
+            and the end of the search, which raises EventError if there is no sign change.
+        gradient: how the backward pass works.
+
+            * "aca" (default): exact gradient of the discrete solution, from checkpoints of the accepted steps.
+            * "direct": the same gradient, from the stored autograd graph of all steps.
+            * "naive": in addition differentiates the search for the step size.
+            * "adjoint": the continuous adjoint, whose gradient is approximate.
+        checkpoints: states that gradient="aca" keeps for the backward pass; the gradient is the same, bit for bit.
+
+            * None (default): the state of every accepted step.
+            * an int K: at most K states, chosen while the solve runs, and two of the step at hand. The others are
+              computed again, at most r times if there are no more than C(K + r, r) steps. With create_graph=True the
+              backward pass holds the graph of all steps anyway.
+            * "cpu": the state of every step in host memory, pinned if the solve runs on a GPU.
+        engine: program that runs the solve.
+
+            * "eager" (default): calls func at every stage.
+            * "compiled": traces a whole step and its transpose with torch's compiler and runs all steps in compiled
+              code. The same steps and gradient up to rounding, many times faster for a small func. Compiling takes
+              seconds, once per func, shape and method (``stats.compile_seconds``); new values of parameters, times and
+              tolerances need no new compilation. For real float32 and float64 states on the CPU, gradient="aca" and
+              checkpoints=None; second derivatives come from the eager engine. func must be traceable by
+              ``torch.compile(fullgraph=True)`` and consist of pointwise operations, reductions, matrix products and
+              derivatives of such (torch.func, torch.autograd.grad), without random numbers or autograd.Functions of its
+              own. Counters of evaluations in func are kept up; a func that records anything else is refused. Programs
+              are compared with func before use. Needs torch 2.13 or newer.
+            * "graph" (experimental: it has not run on a GPU yet): captures a trial step and its transpose as CUDA
+              graphs, which the device repeats and controls without the host. The steps of the eager engine. For states
+              on a CUDA device, gradient="aca", checkpoints=None and numbers as tolerances; second derivatives come from
+              the eager engine. func is captured again if its operations, the tensors it holds, shapes, dtypes,
+              tolerances, autocast or training mode change, but not for parameters updated in place. It must not draw
+              random numbers, change what it holds, or decide on the host by the value of a tensor.
         args: further arguments of func; tensors among them receive gradients.
-        params: tensors that func depends on by itself. Default: func.parameters() of a module, and whatever else
-            it uses or holds where its code can reach it; a tensor found nowhere is a ReplayError when it is used.
-        progress: show a bar of the time that the solve has reached (needs tqdm).
-        callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts. What it
-            raises ends the solve. The steps of a solve that is watched run in Python.
-        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: how gradient="adjoint" solves backward; by default
-            as forward; adjoint_options={"norm": "seminorm"} leaves the parameters out of its error norm. The other
-            gradients solve nothing backward and have no use for them.
+        params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
+            tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
+        progress: show a bar of the time reached (needs tqdm).
+        callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts. An exception
+            that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: settings of the backward solve of
+            gradient="adjoint"; by default those of the forward solve. adjoint_options={"norm": "seminorm"} leaves the
+            parameters out of its error norm. Other gradients have no backward solve and ignore them.
         adjoint_params: torchdiffeq's name for ``params``.
 
     Returns:
         (T, \\*y0.shape), or for a tuple state a tuple of such; the first row is y0. Differentiable with respect to y0,
-        args, what func depends on, and t; in "aca", "direct" and "naive" to second order and beyond.
+        args, params and t: "aca", "direct" and "naive" to any order, "adjoint" once.
 
     Raises:
-        aca_ext.errors.ArgumentTypeError, ArgumentValueError: an argument is not accepted (with TimeError,
-            ToleranceError, OptionError and UnknownNameError among them).
-        aca_ext.errors.SlopeError: func returned something that is no derivative of the state.
+        aca_ext.errors.ArgumentTypeError, ArgumentValueError: an argument is not accepted (among them TimeError,
+            ToleranceError, OptionError and UnknownNameError).
+        aca_ext.errors.SlopeError: func returned something that is not a derivative of the state.
+        aca_ext.errors.EventError: an event function or a reset returned something unusable, or event_fn has no event.
         aca_ext.errors.CompileError, GraphError: engine="compiled" or "graph" cannot take func or an argument.
         aca_ext.errors.SolveError: the end could not be reached (NonFiniteError, StepSizeError, StepLimitError).
-        aca_ext.errors.ReplayError: in the backward pass, where func did not repeat its forward pass.
+        aca_ext.errors.ReplayError: in the backward pass, if func did not repeat its forward pass.
 
-    torch.jit.trace and torch.export (with strict=False) record fixed steps, in plain PyTorch, of which the gradient is
-    that of the steps whatever ``gradient`` says; adaptive steps would be those of the example and are refused.
+    torch.jit.trace and torch.export (with strict=False) record solves with fixed steps, in plain PyTorch; the gradient
+    is then that of the steps, whatever ``gradient`` says. Adaptive steps would be those of the example and are refused.
 
-    Adaptive steps follow Hairer, Nørsett & Wanner, Solving ODEs I, II.4; the gradient Zhuang et al., ICML 2020.
+    Sources: adaptive steps as in Hairer, Nørsett & Wanner, Solving ODEs I, II.4; gradient "aca" in Zhuang et al., ICML
+    2020; gradients of events in Chen, Amos & Nickel, ICLR 2021; thinned checkpoints as in Griewank & Walther's revolve.
     """
     refuse_to_stop("odeint", arguments.options)
     if arguments.event_fn is not None:

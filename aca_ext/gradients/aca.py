@@ -38,7 +38,6 @@ from aca_ext.solver.runge_kutta import (
     stepper,
     transposed_stepper,
 )
-from aca_ext.vector_field.field import AutocastState
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -52,24 +51,10 @@ def solve(task: Task) -> Result:
     with first.watch():
         solved = solve_without_graph(task, first.k, checkpoints)
     first.settle()
-    forward = forward_pass(task, first, solved)
+    backward = _EagerBackward(ForwardPass.of(task, first, solved), checkpoints)
     used = [*first.params, *args]
-    backward = _EagerBackward(forward, checkpoints)
     ys = with_graph(solved.ys, backward, checkpoints.blocks, task.problem.y0, used, first.found)
     return Result(ys, solved.record, solved.stats)
-
-
-def forward_pass(task: Task, first: FirstEvaluation, solved: Result) -> ForwardPass:
-    """The solve that ran, for its replay."""
-    return ForwardPass(
-        task,
-        solved.record,
-        solved.stats,
-        AutocastState(task.problem.y0.device.type),
-        len(first.params),
-        first.leaves,
-        first.found,
-    )
 
 
 def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:

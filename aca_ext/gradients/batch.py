@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError
-from aca_ext.gradients.aca import Gate, forward_pass
+from aca_ext.gradients.aca import Gate
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation, first_slope_with_graph
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
@@ -93,7 +93,7 @@ def _aca(task: Task) -> Result:
     first.settle()
     if field.has_drawn_since(random_state):
         raise _random_numbers_error()
-    backward = _BatchBackward(forward_pass(task, first, solved))
+    backward = _BatchBackward(ForwardPass.of(task, first, solved))
     ys = with_graph(solved.ys, backward, states, task.problem.y0, [*first.params, *args], first.found)
     return Result(ys, solved.record, solved.stats)
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from aca_ext.gradients.base import Record, Task
+from aca_ext.gradients.base import Record, Result, Task
+from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.transforms import refuse_transforms
 from aca_ext.solver.stats import BatchStats, Stats
@@ -42,6 +43,12 @@ class ForwardPass:
     n_params: int
     leaves: Sequence[int] = ()
     found: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(cls, task: Task, first: FirstEvaluation, solved: Result) -> ForwardPass:
+        """The solve that began with the evaluation ``first``."""
+        autocast = AutocastState(task.problem.y0.device.type)
+        return cls(task, solved.record, solved.stats, autocast, len(first.params), first.leaves, first.found)
 
     def replay(
         self, inputs: Sequence[Tensor], cut: Callable[[Tensor], Tensor] | None = None, y0: Tensor | None = None

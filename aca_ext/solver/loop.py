@@ -23,7 +23,6 @@ from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
-from aca_ext.solver.event_search import EventSearch, Occurrence
 from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
 from aca_ext.solver.runge_kutta import (
     Trial,
@@ -35,6 +34,7 @@ from aca_ext.solver.runge_kutta import (
     stepper,
 )
 from aca_ext.solver.stats import Stats
+from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
 
 AnyStepControl = Any  # StepControl, or its C++ counterpart
@@ -75,8 +75,7 @@ class Solver:
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
         self._outputs: list[Tensor] = []
-        self._search = EventSearch(problem.events, problem.packing, self._scalar) if problem.events else None
-        self._event_states: list[Tensor] = []
+        self._events = StepEvents(problem, ops, self.record) if problem.events else None
         # States of the random generators before the first slope of the next step; None if func draws no numbers.
         self._first_random_state: RandomState | None = field.random_trail[-1] if field.random_trail else None
         resumed = problem.resumed
@@ -102,13 +101,14 @@ class Solver:
         control = kind(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
         if control.status == "running":
             self._start(control, y0)
-            if self._search is not None:
-                self._search.start(_float(control.t), y0.detach(), self._k, problem.length)
+            if self._events is not None:
+                self._events.start(control.t, y0, self._k)
             y = self._run(control, y0) if compiled is None else self._run_compiled(compiled, control, y0)
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
             self._finish(control, y)
-        self._append_events()
+        if self._events is not None:
+            self._events.append_to(self._outputs)
         stats.n_f_evals = self.field.n_evals
         return self._outputs
 
@@ -231,7 +231,7 @@ class Solver:
         """The C++ stepper that makes many steps per call; None if each step needs Python, as with a callback."""
         problem, field = self.problem, self.field
         is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
-        is_watched = is_watched or problem.on_step is not None or self._search is not None
+        is_watched = is_watched or problem.on_step is not None or self._events is not None
         return None if is_watched or problem.tolerance.norm is not None else self._compiled
 
     @property
@@ -250,9 +250,10 @@ class Solver:
         """Adds a trial to the solution: outputs, record, checkpoint, and the first slope of the next step."""
         t_next = control.t
         due = [(i, control.position(i)) for i in range(*control.due)]
-        if self._search is not None:
-            end = self._look_for_events(self._search, control, t, y, h, trial)
+        if self._events is not None:
+            end = self._events.find(t, t_next, y, h, trial)
             due = [(i, theta) for i, theta in due if theta <= end]
+            control.status = "event" if end <= 1 else control.status
         for i, theta in due:
             out = None if self._rows is None else self._rows[i]
             if theta != 1.0:
@@ -267,43 +268,6 @@ class Solver:
         reusable = self.scheme.fsal and t_next not in self.problem.jumps
         self._k = trial.k[-1] if reusable else None
         self._first_random_state = random_states[-1] if reusable and random_states else None
-
-    def _look_for_events(
-        self, search: EventSearch, control: AnyStepControl, t: Number, y: Tensor, h: Number, trial: Trial
-    ) -> float:
-        """Records the events within an accepted step; returns the position where the solution ends, or infinity."""
-        tableau, start, end = self.problem.tableau, _float(t), _float(control.t)
-
-        def state_at(theta: float) -> Tensor:
-            if theta in (0.0, 1.0):
-                return trial.y1 if theta else y
-            return interpolate(self.ops, tableau, y, h, trial.k, theta)
-
-        with torch.no_grad():
-            found, last = search.within(start, end, state_at)
-        for theta, event, element in found:
-            with torch.no_grad():
-                slopes = zip(tableau.dense_derivative_weights(theta), trial.k, strict=True)
-                derivative = torch.stack([weight * k for weight, k in slopes if weight != 0]).sum(0)
-            time = control.t if theta == 1.0 else t + theta * (control.t - t)
-            step = len(self.record.steps)
-            self.record.events.append(Occurrence(event, element, time, theta, step, derivative))
-            self._event_states.append(state_at(theta))
-        if last <= 1:
-            control.status = "event"
-            ending = [event for theta, event, _ in found if theta == last and self.problem.events[event].ends_segment]
-            self.record.ended_by = min(ending, key=lambda event: not self.problem.events[event].terminal)
-        return last
-
-    def _append_events(self) -> None:
-        """Makes the states at events further outputs of their steps."""
-        for occurrence, state in zip(self.record.events, self._event_states, strict=True):
-            occurrence.row = len(self._outputs)
-            self._outputs.append(state)
-            self.record.steps[occurrence.step].outputs.append((occurrence.row, occurrence.theta))
-
-    def _scalar(self, number: float) -> Tensor:
-        return self.ops.scalars([number])[0]
 
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
         """Discards a trial, but keeps its first slope: the next trial starts from the same state."""

@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentValueError",
     "BatchStatisticsWarning",
     "CompileError",
+    "EventError",
     "GraphError",
     "KeptTensorWarning",
     "NonFiniteError",
@@ -62,7 +63,7 @@ class SlopeError(AcaError, TypeError, ValueError):
 
 
 class EventError(AcaError, ValueError):
-    """An event function, or a reset, returned something that cannot be used; or no event occurred; or too many did."""
+    """Unacceptable result of an event function or a reset; also a missing event, or resets without end."""
 
 
 class ReplayError(AcaError, RuntimeError):

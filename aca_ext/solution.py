@@ -40,13 +40,13 @@ class Continuation:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """Occurrences of one event, in their order.
+    """Occurrences of one event, in the order of the solve.
 
     Attributes:
-        t: their times, (n,), of the dtype and device of the requested times if these are a floating-point tensor, else
-            float64 on the CPU. Differentiable, once.
-        y: the states there, before a reset, (n, \\*y0.shape), or a tuple of such for a tuple state. Differentiable,
-            once.
+        t: (n,) times of the occurrences, in the unit of t. dtype and device are those of the requested times if these
+            are a floating-point tensor, else float64 on the CPU. Differentiable, once.
+        y: (n, \\*y0.shape) states at these times, before a reset; for a tuple state a tuple of such tensors.
+            Differentiable, once.
     """
 
     t: Tensor

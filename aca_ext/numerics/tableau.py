@@ -218,10 +218,10 @@ class Tableau:
         return weights
 
     def with_hermite_output(self) -> Tableau:
-        """The same method with the cubic Hermite interpolant of its steps as dense output, of order 3 at most.
+        """The same method with cubic Hermite interpolation as dense output, of order 3 at most.
 
-        The interpolant needs the slope at the end of the step. It becomes a last stage, which is the first of the next
-        step, so that the method takes as many evaluations as before.
+        The interpolant needs the slope at the end of the step. That slope becomes the last stage and is the first slope
+        of the next step, so the method needs as many evaluations as before.
 
         Source: Hairer, Nørsett & Wanner, Solving ODEs I, II.6, eq. (6.7).
         """
@@ -230,7 +230,7 @@ class Tableau:
         else:
             c, a, b = (*self.c, Fraction(1)), (*self.a, self.b), (*self.b, Fraction(0))
             error = None if self.error is None else (*self.error, Fraction(0))
-        # With h_01 = 3 theta^2 - 2 theta^3 the weight of y1 - y = h Σ b_i k_i, and those of h k_1 and h k_s.
+        # Weight 3 theta^2 - 2 theta^3 for y1 - y = h Σ b_i k_i; then the weights of h k_1 and h k_s are added.
         rows = [[Fraction(0), 3 * weight, -2 * weight] for weight in b]
         for row, added in ((rows[0], (1, -2, 1)), (rows[-1], (0, -1, 1))):
             row[:] = [one + other for one, other in zip(row, added, strict=True)]

@@ -32,6 +32,7 @@ BUILTIN = {
     errors.TimeError: ValueError,
     errors.ToleranceError: ValueError,
     errors.SlopeError: (TypeError, ValueError),
+    errors.EventError: ValueError,
     errors.ReplayError: RuntimeError,
     errors.CompileError: RuntimeError,
     errors.GraphError: RuntimeError,
@@ -232,12 +233,6 @@ def test_bad_argument(case: str) -> None:
 def test_a_norm_returns_one_number_of_at_least_0(returned: Any) -> None:
     with pytest.raises(errors.OptionError, match="norm returned"):
         call(options={"norm": lambda ratio: returned})
-
-
-def test_there_are_no_events() -> None:
-    aca_ext.odeint(decay, torch.ones(3), T, event_fn=None)
-    with pytest.raises(errors.ArgumentValueError, match="event_fn"):
-        aca_ext.odeint(decay, torch.ones(3), T, event_fn=lambda t, y: y)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [numpy.float32, numpy.float64, lambda x: torch.tensor(x, requires_grad=True)])

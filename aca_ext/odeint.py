@@ -26,7 +26,7 @@ class _OdeintArguments(Arguments):
 
 
 @takes(_OdeintArguments)
-def odeint(arguments: _OdeintArguments) -> State | tuple[Tensor, State]:
+def odeint(arguments: _OdeintArguments) -> State:
     """Solves dy/dt = func(t, y, \\*args) from y(t[0]) = y0 and returns y at the times t.
 
     Args:

@@ -160,7 +160,7 @@ def _in_absolute_time(solution: Solution, start: Tensor) -> Solution:
     return replace(solution, steps=solution.steps + start.item(), events=events)  # type: ignore[operator]
 
 
-def to_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tensor]) -> tuple[Tensor, State]:
+def to_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tensor]) -> Any:
     """``odeint`` with torchdiffeq's ``event_fn``: the time of the first event, and the states at the start and there.
 
     Raises:

@@ -6,33 +6,32 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 if importlib.util.find_spec("aca_ext._C") is None:
-    # This is the source folder, found first because Python was started in the repository's root: hand over to the
-    # installed package, whole, if there is one.
+    # Python was started in the repository's root, so it found the source folder first. Import the installed package in
+    # its place, if there is one: the source has no compiled extension.
     here = Path(__file__).resolve().parent.parent
     spec = PathFinder.find_spec("aca_ext", [p for p in sys.path if Path(p).resolve() != here])
     if spec is None or spec.loader is None or PathFinder.find_spec("_C", spec.submodule_search_locations) is None:
         from aca_ext.errors import NotCompiledError
 
         raise NotCompiledError(
-            f"{Path(__file__).parent} is the source of aca_ext; its compiled extension aca_ext._C is missing and no "
+            f"{Path(__file__).parent} is the source of aca_ext without its compiled extension aca_ext._C, and no "
             "installed aca_ext was found. Install it: run `pip install .` in the repository's root."
         )
     sys.modules["aca_ext"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 else:
-    import torch as _torch  # noqa: F401  loads the OpenMP runtime that the kernels then share
+    import torch as _torch  # noqa: F401  loads the OpenMP runtime, which the kernels then share
 
     from aca_ext import errors
     from aca_ext.gradients import GRADIENTS
-    from aca_ext.kernels.fused import config, show_config
+    from aca_ext.kernels.extension import config, show_config
     from aca_ext.neural_ode import NeuralODE
     from aca_ext.numerics.methods import METHODS
     from aca_ext.odeint import odeint, solve
     from aca_ext.problem.events import Event
     from aca_ext.progress import Step
     from aca_ext.solution import EventRecord, Solution
-    from aca_ext.solver.batch_loop import BatchStats
-    from aca_ext.solver.loop import Stats
+    from aca_ext.solver.stats import BatchStats, Stats
 
     __version__ = config()["aca_ext"]
 
@@ -55,5 +54,5 @@ else:
     ]
 
     def __dir__() -> list[str]:
-        """The public names alone, for completion and help."""
+        """Lists only the public names, for completion and help."""
         return sorted(__all__)

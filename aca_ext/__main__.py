@@ -11,6 +11,7 @@ from aca_ext.demo import add_arguments, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status; ``argv`` defaults to that of the process."""
     parser = argparse.ArgumentParser(prog="aca-ext", description="Neural ODEs in PyTorch with exact gradients.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(

@@ -1,4 +1,4 @@
-"""The demo: a neural-ODE image classifier trained on real data with each gradient method, and what that cost."""
+"""The demo: trains a neural-ODE image classifier with each gradient method; compares accuracy, time and memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from aca_ext.tensor_memory import TensorMemory
 
 _COMPARED = ("aca", "adjoint", "naive")
 _BATCH = 64
-_TOLERANCE = 1e-2  # of the paper's image classifiers
+_TOLERANCE = 1e-2  # as for the image classifiers of Zhuang et al., ICML 2020
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the demo to its command-line parser."""
     adaptive = [name for name, tableau in METHODS.items() if tableau.adaptive]
     parser.add_argument("--gradient", nargs="+", choices=list(GRADIENTS), default=list(_COMPARED), metavar="NAME",
-                        help=f"gradient methods to compare, of {', '.join(GRADIENTS)}")  # fmt: skip
+                        help=f"gradient methods to compare, from {', '.join(GRADIENTS)}")  # fmt: skip
     parser.add_argument("--method", choices=[*adaptive, *ALIASES], default="heun_euler", metavar="NAME",
-                        help=f"solver, one of {', '.join([*adaptive, *ALIASES])}")  # fmt: skip
+                        help=f"Runge-Kutta method, one of {', '.join([*adaptive, *ALIASES])}")  # fmt: skip
     parser.add_argument("--epochs", type=_positive, default=20, metavar="N", help="passes over the training images")
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1"')
     parser.add_argument("--output", type=Path, default=Path("aca_demo.png"), metavar="FILE", help="PNG to write")
@@ -44,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         import tqdm  # noqa: F401
     except ImportError as missing:
         print(
-            f"The demo needs {missing.name}: pip install 'aca_ext[demo]', or '.[demo]' in the source folder.",
+            f"The demo needs the package {missing.name}, which is not installed. Run pip install 'aca_ext[demo]', or "
+            "pip install '.[demo]' in the source folder.",
             file=sys.stderr,
         )
         return 1
@@ -52,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
         device = torch.device(arguments.device)
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
-        print(f"--device {arguments.device} cannot be used here: {error}", file=sys.stderr)
+        print(f"--device {arguments.device} is not available here: {error}", file=sys.stderr)
         return 1
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.open("ab").close()  # now, not after the training
+        arguments.output.open("ab").close()  # fail before the training, not after it
     except OSError as error:
         print(f"--output {arguments.output} cannot be written: {error}", file=sys.stderr)
         return 1
@@ -77,7 +79,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class Run:
-    """Result and cost of one gradient method."""
+    """Result and cost of training with one gradient method.
+
+    Attributes:
+        accuracy: fraction of correct test images after the last epoch.
+        seconds: time spent on training.
+        n_f_evals: evaluations of func in all forward and backward passes.
+        peak_memory: largest memory of tensors in one training step, in bytes.
+        gradient_error: relative error of the gradient, see ``_gradient_error``.
+        failure: message of the error that ended the training; empty without one.
+        curve: pairs (seconds, accuracy), one per epoch.
+    """
 
     gradient: str
     accuracy: float = 0.0
@@ -86,11 +98,11 @@ class Run:
     peak_memory: int = 0
     gradient_error: float = 0.0
     failure: str = ""
-    curve: list[tuple[float, float]] = field(default_factory=lambda: list[tuple[float, float]]())  # (s, accuracy)
+    curve: list[tuple[float, float]] = field(default_factory=lambda: list[tuple[float, float]]())
 
 
 class _Slope(nn.Module):
-    """f(t, y): two convolutions that see the time as one more channel."""
+    """f(t, y): two convolutions with the time as an additional channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -173,9 +185,9 @@ def _gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _gradient_error(model: nn.Module, ode: NeuralODE, batch: tuple[Tensor, Tensor]) -> float:
-    """Relative distance of the gradient from the exact one of the accepted steps, by backpropagation through them.
+    """Relative error of the gradient; the reference is backpropagation through the accepted steps, which is exact.
 
-    Measured in float64 for the trained weights, so that rounding does not hide the method's own error.
+    Computed in float64 with the trained weights, so that rounding does not hide the error of the method.
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     own = ode.settings["gradient"]
@@ -208,8 +220,9 @@ def _table(runs: list[Run]) -> str:
             f"{r.peak_memory / 2**20:7.1f} MiB   {r.gradient_error:14.1e}"
         )
     lines.append(
-        "f evaluations: forward and backward (naive has none in backward: it keeps every graph). Peak memory: tensors "
-        "of one\ntraining step. Gradient error: relative to backpropagation through the accepted steps, in float64."
+        "f evaluations: forward and backward passes (naive has none in backward: it stores the autograd graph).\n"
+        "Peak memory: tensors of one training step. Gradient error: relative to backpropagation through the accepted\n"
+        "steps, in float64."
     )
     return "\n".join(lines)
 
@@ -226,7 +239,7 @@ def _draw(runs: list[Run], arguments: argparse.Namespace) -> None:
     for r in done:
         over_time.plot(*zip(*r.curve, strict=True), marker="o", markersize=3, label=r.gradient)
     over_time.set(xlabel="training time [s]", ylabel="test accuracy", title=f"Handwritten digits, {arguments.method}")
-    over_time.yaxis.set_major_formatter(PercentFormatter(1.0))  # with as many digits as tell the ticks apart
+    over_time.yaxis.set_major_formatter(PercentFormatter(1.0))  # chooses the number of digits by the ticks
     over_time.grid(alpha=0.3)
     if done:
         over_time.legend()
@@ -242,5 +255,5 @@ def _draw(runs: list[Run], arguments: argparse.Namespace) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1; give one, such as 20")
     return int(text)

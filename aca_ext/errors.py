@@ -35,58 +35,60 @@ class AcaError(Exception):
 
 
 class ArgumentTypeError(AcaError, TypeError):
-    """An argument has a type that is not accepted, for example an integer state."""
+    """Argument of a type that is not accepted, for example an integer state."""
 
 
 class ArgumentValueError(AcaError, ValueError):
-    """An argument has the right type and a value that is not accepted."""
+    """Argument of an accepted type with a value that is not accepted."""
 
 
 class UnknownNameError(ArgumentValueError):
-    """A method, gradient or option that does not exist."""
+    """Unknown name of a method, gradient, engine, option or keyword argument."""
 
 
 class OptionError(ArgumentValueError):
-    """An entry of ``options`` with a value that is not accepted."""
+    """Entry of ``options`` with a value that is not accepted, or that does not fit the other arguments."""
 
 
 class TimeError(ArgumentValueError):
-    """``t`` is empty, of the wrong rank, not finite, or not strictly monotonic."""
+    """Times ``t`` that are no real numbers, empty, of the wrong rank, not finite, or not strictly monotonic."""
 
 
 class ToleranceError(ArgumentValueError):
-    """``rtol`` or ``atol`` is negative, not finite, zero everywhere, or does not broadcast to the state."""
+    """Tolerance that is negative, not finite, too small everywhere, or does not broadcast to the state."""
 
 
 class SlopeError(AcaError, TypeError, ValueError):
-    """``func`` returned something that is not the derivative of the state it was given."""
+    """Result of ``func`` unlike y in shape, dtype or device; also a ``func`` that changes y in place."""
 
 
 class EventError(AcaError, ValueError):
-    """An event function, or a reset, returned something that cannot be used; or no event occurred; or too many did."""
+    """Unacceptable result of an event function or a reset; also a missing event, or resets without end."""
 
 
 class ReplayError(AcaError, RuntimeError):
-    """The backward pass could not repeat the forward pass, so its gradient would be wrong."""
+    """Backward pass that does not reproduce the forward pass, so that its gradient would be wrong."""
 
 
 class CompileError(AcaError, RuntimeError):
-    """``engine="compiled"`` cannot compile ``func``, or not for this kind of solve."""
+    """``func`` that ``engine="compiled"`` cannot compile, or an argument that it does not support."""
 
 
 class GraphError(AcaError, RuntimeError):
-    """``engine="graph"`` cannot capture ``func``, or not for this kind of solve."""
+    """``func`` that ``engine="graph"`` cannot capture as a CUDA graph, or an argument that it does not support."""
 
 
 class SolveError(AcaError, RuntimeError):
-    """A solve that could not reach its end.
+    """Solve that did not reach its last time.
 
     Attributes:
-        t: time that was reached.
-        h: step size of the last trial.
-        error_ratio: error norm of the last trial in units of the tolerance (accepted where at most 1).
-        n_accepted, n_rejected, n_f_evals: counts up to there.
-        sample: which sample of a batch of independent ones, else None.
+        t: float, the time reached, in the unit of ``t``.
+        h: float, the size of the trial step that failed or was next; NaN if none was chosen yet.
+        error_ratio: float, error norm of the last trial in units of the tolerance; a trial is accepted up to 1.
+        n_accepted: int, accepted steps so far.
+        n_rejected: int, rejected steps so far.
+        n_f_evals: int, evaluations of func so far.
+        sample: int, index of the first sample that failed, in a batch of independent samples; None otherwise.
     """
 
     def __init__(
@@ -114,43 +116,43 @@ class SolveError(AcaError, RuntimeError):
 
 
 def _restored(kind: type[SolveError], args: tuple[Any, ...], attributes: dict[str, Any]) -> SolveError:
-    """A pickled error, without its constructor, which would word the message again."""
+    """Rebuilds a pickled error without its constructor, which would append the numbers to the message again."""
     error = kind.__new__(kind, *args)
     vars(error).update(attributes)
     return error
 
 
 class NonFiniteError(SolveError):
-    """``func`` or the solution became NaN or infinite and stayed so however small the step."""
+    """NaN or infinity in ``func`` or in the solution, which a smaller step does not avoid."""
 
 
 class StepSizeError(SolveError):
-    """The step fell below ``min_step`` or the spacing of floats: the problem is too stiff, or singular."""
+    """Step below ``min_step`` or the spacing of floats, since the problem is too stiff or singular there."""
 
 
 class StepLimitError(SolveError):
-    """``max_num_steps`` trial steps were not enough."""
+    """Solve that did not reach its last time within ``max_num_steps`` trial steps."""
 
 
 class KeptTensorWarning(UserWarning):
-    """``func`` keeps tensors of its evaluations, which have no graph."""
+    """Tensors that ``func`` stores and that depend on the state; they have the right values, but no autograd graph."""
 
 
 class NotInstalledError(AcaError, ImportError):
-    """An optional package that was asked for is missing."""
+    """Missing optional package that an argument needs."""
 
 
 class NotCompiledError(ImportError):
-    """The package was imported from a source folder that holds no compiled extension."""
+    """Import of the package from its source folder, which holds no compiled extension."""
 
 
 class TimeResolutionWarning(UserWarning):
-    """The state's dtype cannot tell apart the times that func is called with; shift them to start near zero."""
+    """Times too fine for the state's dtype, in which func receives them; shift ``t`` to start near zero."""
 
 
 class BatchStatisticsWarning(UserWarning):
-    """Batch normalisation inside func averages its running statistics over all times of the solve."""
+    """Batch normalisation inside func, whose running statistics average over all times of the solve."""
 
 
 class UnregisteredParameterWarning(UserWarning):
-    """A ``NeuralODE`` uses parameters that are not among its own, so its optimizer and state dict miss them."""
+    """Parameters that a ``NeuralODE`` uses but does not own; its ``parameters()`` and state dict lack them."""

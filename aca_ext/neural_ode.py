@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from aca_ext.engines.arguments import Arguments
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, UnknownNameError, UnregisteredParameterWarning
-from aca_ext.kernels.fused import known_tensors
+from aca_ext.kernels.extension import known_tensors
 from aca_ext.odeint import solve
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.options import option_names, refuse_to_stop
 from aca_ext.problem.state import State, like_tuple, tensors_in
 from aca_ext.problem.suggestions import meant_by
 from aca_ext.problem.times import times_of
-from aca_ext.solver.batch_loop import BatchStats
-from aca_ext.solver.loop import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.user_warnings import warn_user
 
 

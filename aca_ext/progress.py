@@ -1,4 +1,4 @@
-"""Watching a solve while it runs: what a callback is told after every trial step, and a progress bar in time units."""
+"""Observation of a running solve: the ``Step`` that callbacks receive, and a progress bar."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from aca_ext.errors import NotInstalledError
 
 
 class Step(NamedTuple):
-    """One trial step from ``t`` to ``t_next``, and the counts up to it.
+    """One trial step and the counts up to it, as a callback receives them.
 
-    In a batch of independent samples, the first four are float64 tensors and ``is_accepted`` a bool tensor of (batch,),
-    and the counts but n_f_evals int64 ones; a sample that is done has t_next = t.
+    Types in brackets are those of a common step, then those of independent samples: tensors (batch,) on the CPU.
 
     Attributes:
-        h: size of the step, with the sign of its direction.
-        error_ratio: error in units of the tolerance, accepted where at most 1; NaN on a fixed grid.
-        is_accepted: whether the step became part of the solution.
+        t: start of the trial, in the unit of t [float; float64].
+        t_next: end of the trial; independent samples: the time reached, t if rejected or finished [float; float64].
+        h: signed step size [float; float64].
+        error_ratio: error norm in units of the tolerance, accepted up to 1; NaN on a fixed grid [float; float64].
+        is_accepted: True if the trial became part of the solution [bool; bool].
+        n_steps: trial steps so far [int; int64].
+        n_accepted: accepted trial steps so far [int; int64].
+        n_rejected: rejected trial steps so far [int; int64].
+        n_f_evals: evaluations of func so far; of independent samples each is of the whole batch [int; int].
     """
 
     t: Any
@@ -36,7 +41,7 @@ Callback = Callable[[Step], object]
 
 
 def both(one: Callback | None, other: Callback | None) -> Callback | None:
-    """One callback for two."""
+    """A callback that calls both, or the one that is given."""
     if one is None or other is None:
         return one or other
 
@@ -49,7 +54,10 @@ def both(one: Callback | None, other: Callback | None) -> Callback | None:
 
 @contextmanager
 def progress_bar(length: float) -> Iterator[Callback]:
-    """A bar that fills over a solve of this ``length`` (of a batch, the mean of its samples').
+    """Shows a bar of the time that a solve has reached; yields the callback that advances it.
+
+    Args:
+        length: length of the solve in the unit of t; of independent samples the mean.
 
     Raises:
         NotInstalledError: tqdm is missing.
@@ -58,7 +66,7 @@ def progress_bar(length: float) -> Iterator[Callback]:
         from tqdm import tqdm
     except ImportError:
         raise NotInstalledError(
-            "progress=True shows a bar by tqdm, which is not installed. Run `pip install tqdm`, or leave progress out."
+            "progress=True needs the package tqdm, which is not installed. Run `pip install tqdm`, or omit progress."
         ) from None
     form = "{percentage:3.0f}%|{bar}| t: {n:.4g}/{total:.4g} [{elapsed}<{remaining}{postfix}]"
     with tqdm(total=length, bar_format=form) as bar:
@@ -67,7 +75,7 @@ def progress_bar(length: float) -> Iterator[Callback]:
             advance = abs(step.t_next - step.t) * step.is_accepted
             bar.set_postfix(steps=_number(step.n_steps), rejected=_number(step.n_rejected), refresh=False)
             advance = advance if isinstance(advance, float) else float(advance.mean())
-            bar.update(min(advance, length - bar.n))  # the sum of the steps is rounded
+            bar.update(min(advance, length - bar.n))  # the rounded sum of steps may exceed the length
 
         yield show
 

@@ -1,4 +1,4 @@
-"""``Solution``, the result of ``solve``, and the continuation of a solve that stopped."""
+"""``Solution``, the result of ``solve``, and the means to resume a solve that stopped early."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from aca_ext.kernels.layout import stack_rows
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import Packing, State, like_tuple
-from aca_ext.solver.batch_loop import BatchStats
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.loop import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Continuation of a solve that stopped: states of the solver and of the ODE, times left, and the call to make."""
+    """Everything needed to resume a solve.
+
+    Attributes:
+        state: state of the solver where it stopped.
+        y: state of the ODE there.
+        times_left: requested times that were not reached.
+        again: solves on, called as ``again(y, times, state, max_num_steps=..., is_beyond=...)``.
+    """
 
     state: SolverState
     y: State
@@ -34,13 +40,13 @@ class Continuation:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """Occurrences of one event, in their order.
+    """Occurrences of one event, in the order of the solve.
 
     Attributes:
-        t: their times, (n,), of the dtype and device of the requested times if these are a floating-point tensor, else
-            float64 on the CPU. Differentiable, once.
-        y: the states there, before a reset, (n, \\*y0.shape), or a tuple of such for a tuple state. Differentiable,
-            once.
+        t: (n,) times of the occurrences, in the unit of t. dtype and device are those of the requested times if these
+            are a floating-point tensor, else float64 on the CPU. Differentiable, once.
+        y: (n, \\*y0.shape) states at these times, before a reset; for a tuple state a tuple of such tensors.
+            Differentiable, once.
     """
 
     t: Tensor
@@ -52,15 +58,16 @@ class Solution:
     """Result of ``solve``.
 
     Attributes:
-        t: the requested times as given, (T,), or (batch, T) where the samples are independent; those reached where the
-            solve stopped at its step limit.
-        y: the state at them, (T, \\*y0.shape), or a tuple of such for a tuple state. Differentiable.
-        steps: start and end of every accepted step, (n_accepted, 2), float64 on the CPU; of independent samples a tuple
-            with such a tensor for each.
-        stats: counts of evaluations and steps, and the backend that ran; of independent samples a ``BatchStats``.
-        events: an ``EventRecord`` for each event of the solve, in the order in which they were given.
-        ended_by: index of the terminal event that ended the solve, None where it reached its last time.
-        is_complete: whether all requested times were reached: always, but for option ``on_step_limit="stop"``.
+        t: (T,) requested times as given; (batch, T) for independent samples with times of their own. After a stop at
+            the step limit, only the times that were reached.
+        y: state at these times, (T, \\*y0.shape); for a tuple state a tuple of such tensors. Differentiable.
+        steps: (n_accepted, 2) float64 on the CPU, start and end of every accepted step, in the unit of t; for
+            independent samples a tuple with one such tensor per sample.
+        stats: counts of evaluations and steps, and the backend; a ``BatchStats`` for independent samples.
+        is_complete: True if all requested times were reached; False only with option ``on_step_limit="stop"``.
+        continuation: data for ``resume``; None without option ``on_step_limit="stop"``.
+        events: one ``EventRecord`` per event, in the order in which the events were given.
+        ended_by: index of the terminal event that ended the solve; None if it reached its last time.
     """
 
     t: Tensor
@@ -73,7 +80,7 @@ class Solution:
     ended_by: int | None = None
 
     def __repr__(self) -> str:
-        """Shapes and counts; the values are in the attributes."""
+        """Shows shapes and counts instead of values."""
         t, y = self.t, self.y
         states = _form(y) if isinstance(y, Tensor) else f"({', '.join(map(_form, y))})"
         ends = f", {t[0].item():.6g} to {t[-1].item():.6g}" if t.dim() == 1 and len(t) else ""
@@ -84,50 +91,59 @@ class Solution:
 
     @property
     def t_reached(self) -> float:
-        """The time up to which the solve came, in the unit of t.
+        """The last time that the solve reached, in the unit of t.
 
         Raises:
-            ArgumentValueError: as ``resume``.
+            ArgumentValueError: the solve was made without option ``on_step_limit="stop"``.
         """
         return float(self._continuation().state.t)
 
     @property
     def y_reached(self) -> State:
-        """The state there, like y0. Differentiable. Raises as ``t_reached``."""
+        """The state at ``t_reached``, shaped like y0. Differentiable.
+
+        Raises:
+            ArgumentValueError: the solve was made without option ``on_step_limit="stop"``.
+        """
         return self._continuation().y
 
     def resume(self, t: Tensor | Sequence[float] = (), *, max_num_steps: int | None = None) -> Solution:
-        """The solution from the start to the requested times not reached yet, and on to further ones.
+        """Continues the solve to the requested times that were not reached, and then to further times.
 
-        It goes on with the step size and slope that it stopped with, so that it takes the steps that it would have
-        taken without the stop, bit for bit, and its gradient is exact for all of them. A solve that reached its end can
-        go on from there as well, as if its end had been a time to land on (option ``step_t``).
+        The solver keeps its step size and first slope. It takes the same steps, bit for bit, as a solve without the
+        stop, and the gradient is exact for all of them. A complete solve can be resumed too: its steps are those of a
+        solve that had to land on its last time (option ``step_t``).
 
         Args:
-            t: (N,) further times, beyond those requested before, in the same direction.
-            max_num_steps: trial steps for this part of the solve. Default as before, but at least 100 000 where this
-                solution is complete: the limit was for the solve to its end, and one call goes on to the further times.
+            t: (N,) further times in the unit of t, beyond those requested before, in the same direction. They have no
+                gradient.
+            max_num_steps: limit on the trial steps of this call. Default: the limit of the solve, but at least 100 000
+                if this solution is complete.
 
         Returns:
-            The whole solution, with the counts of all its parts but for ``n_f_evals_backward``. Func is evaluated once
-            more to see what it depends on.
+            The whole solution from the first time on. Its stats are the sums over all parts, except
+            ``n_f_evals_backward``. Each part evaluates func once more, to find the tensors that it depends on.
 
         Raises:
+            ArgumentTypeError: ``t`` requires grad.
             ArgumentValueError: the solve was made without option ``on_step_limit="stop"``, or no time is left.
-            TimeError: the further times do not go on in the direction of the solve.
-            Those of ``solve``.
+            TimeError: the further times do not continue in the direction of the solve.
+            SolveError, SlopeError, ReplayError: as in ``solve``.
         """
         part = self._continuation()
         if isinstance(t, Tensor) and t.requires_grad:
-            raise ArgumentTypeError("t requires grad; a solve that stops and resumes has no gradient of its times.")
+            raise ArgumentTypeError(
+                "t requires grad, but a resumed solve has no gradient with respect to times. Give t.detach()."
+            )
         further = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach().reshape(-1).tolist()
         times = [*part.times_left, *further]
         if not times:
-            raise ArgumentValueError(f"the solve reached its end, t={part.state.t!r}; give further times.")
+            raise ArgumentValueError(f"the solve reached its last time, t={part.state.t!r}; give further times.")
         for one, other in pairwise([part.state.t, *times]):
             if part.state.sign * (other - one) <= 0:
                 raise TimeError(
-                    f"further times must go on from t={one!r} in the direction of the solve; given was {other!r}."
+                    f"after t={one!r} comes t={other!r}; further times must continue in the direction of the solve. "
+                    f"Give times {'above' if part.state.sign > 0 else 'below'} {one!r}."
                 )
         start = torch.tensor([part.state.t, *times], dtype=torch.float64, device="cpu")
         is_beyond = self.is_complete
@@ -136,7 +152,7 @@ class Solution:
     def _continuation(self) -> Continuation:
         if self.continuation is None:
             raise ArgumentValueError(
-                'this solve does not know where it stopped; make it with options={"on_step_limit": "stop"}.'
+                'this solution cannot be resumed; solve with options={"on_step_limit": "stop"} to make one that can.'
             )
         return self.continuation
 
@@ -190,9 +206,9 @@ def followed_by(y: State, rest: State) -> State:
 
 
 def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Callable[..., Solution]) -> Solution:
-    """The solution of a solve that may go on: without the state where it stopped among its outputs."""
+    """The solution of a solve that can be resumed; the state where it stopped is moved out of its outputs."""
     end = record.end
-    if end is None:  # one time: nothing was solved
+    if end is None:  # a single time, so there was no step
         return solution
     packing = problem.packing
     parts = solution.y if isinstance(solution.y, tuple) else (solution.y,)
@@ -210,7 +226,7 @@ def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Cal
 
 
 class LazySolution(Solution):
-    """A solution that makes ``steps`` when it is asked for them."""
+    """A solution that computes ``steps`` at first access, since an engine may have to copy them from the device."""
 
     @classmethod
     def of(cls, t: Tensor, y: State, record: Record, stats: Stats | BatchStats) -> LazySolution:
@@ -232,7 +248,7 @@ def _form(x: Tensor) -> str:
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:
-    """The rows of both but for the first of the other, where one stopped; each laid out in memory as before."""
+    """The outputs of both parts without the first of ``other``, which is the start of that part; keeps the strides."""
     return stack_rows([*one.unbind(0), *other[1:].unbind(0)], one[0])
 
 

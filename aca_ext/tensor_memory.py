@@ -1,4 +1,4 @@
-"""Peak memory of tensors, counted as they are allocated and freed: works on any device, the CPU included."""
+"""Measurement of the peak memory of tensors on any device, by counting allocations and releases."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from aca_ext.problem.state import tensors_in
 
 
 class TensorMemory(TorchDispatchMode):
-    """Context manager that counts the bytes of tensors allocated inside it and still alive.
+    """Context manager that counts the bytes of storages allocated inside it.
+
+    Storages that existed before are not counted. Every operation becomes slower, so do not measure time inside.
 
     Attributes:
-        current: bytes alive now.
-        peak: most bytes alive at once.
-
-    Storages that existed before do not count. It slows every operation down: do not measure time inside.
+        current: bytes that are allocated now.
+        peak: largest value of ``current`` so far.
     """
 
     def __init__(self) -> None:

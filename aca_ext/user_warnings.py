@@ -1,4 +1,4 @@
-"""Warnings that point at the user's call, however many frames of the package and of torch lie in between."""
+"""Warnings that point at the user's line of code, across any number of frames of the package and of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTERNAL = tuple(f"{Path(path).resolve().parent}/" for path in (__file__, torch
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
-    """Gives a warning with the first line outside the package and torch as its place."""
+    """Issues a warning whose location is the innermost frame outside the package and torch."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
         level, frame = level + 1, frame.f_back

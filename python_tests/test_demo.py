@@ -80,4 +80,6 @@ def test_bad_options(arguments: list[str], words: str, capsys: pytest.CaptureFix
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert main(["demo"]) == 1
-    assert "needs sklearn: pip install 'aca_ext[demo]'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "needs the package sklearn" in message
+    assert "pip install 'aca_ext[demo]'" in message

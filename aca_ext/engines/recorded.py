@@ -26,8 +26,8 @@ from aca_ext.problem.recorders import JIT
 from aca_ext.problem.state import State
 from aca_ext.solution import LazySolution, Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
-from aca_ext.solver.loop import Stats
 from aca_ext.solver.runge_kutta import scheme_of, stage_times, step
+from aca_ext.solver.stats import Stats
 from aca_ext.vector_field.slope_check import SlopeCheck
 
 _value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch

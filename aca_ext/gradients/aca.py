@@ -24,17 +24,9 @@ from aca_ext.kernels.fused import TorchOperations, empty_rows, operations_for, r
 from aca_ext.kernels.layout import stack_rows
 from aca_ext.kernels.pool import pool_for
 from aca_ext.problem.problem import Problem
-from aca_ext.solver.checkpoints import (
-    AcceptedStep,
-    Checkpoints,
-    StepRecord,
-    brought_to,
-    checkpoints_for,
-    distances,
-    reversed_states,
-    rows,
-)
+from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, rows
 from aca_ext.solver.loop import Solver
+from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
 from aca_ext.solver.runge_kutta import (
     Scheme,
     compiled_stepper,

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from aca_ext.problem.problem import Problem
-from aca_ext.solver.batch_loop import BatchStats
 from aca_ext.solver.checkpoints import Policy
-from aca_ext.solver.loop import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.vector_field.field import VectorField
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.gradients.base import Task
-from aca_ext.kernels.fused import known_tensors
+from aca_ext.kernels.extension import known_tensors
 from aca_ext.kernels.references import OF_A_VARIABLE, is_held
 from aca_ext.problem.state import tensors_in
 from aca_ext.vector_field.kept import Keepsake, is_lost, keepsakes_of, settle_late

@@ -17,8 +17,7 @@ from aca_ext.gradients.base import Record, Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solver.batch_loop import BatchStats
-from aca_ext.solver.loop import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.vector_field.field import AutocastState
 from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.replay import Replay

@@ -1,1 +1,1 @@
-"""Operations of a Runge-Kutta step on tensors: by the fused kernels, or by plain torch."""
+"""The operations of a Runge-Kutta step on tensors: by fused kernels, or in plain PyTorch."""

@@ -1,4 +1,4 @@
-"""Operations whose results have a graph where what computes them makes none: the kernels inside autograd."""
+"""The kernels wrapped as autograd Functions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from aca_ext.kernels.reference import Number
 
 
 class DifferentiableOperations(TorchOperations):
-    """The operations of the class beside it in a list of bases, bitwise their results, with a graph.
+    """Mixin that gives the results of the operations after it in the list of bases an autograd graph.
 
-    Differentiable to any order in the states and slopes. The step size is a constant, and so is the error estimate.
-    Results with a graph go into tensors of their own.
+    The values stay the same, bit for bit. They are differentiable to any order with respect to states and slopes; the
+    step size and the error estimate are constants. With gradients enabled, ``out`` is ignored: autograd needs results
+    in tensors of their own.
     """
 
     def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
@@ -33,7 +34,7 @@ class DifferentiableOperations(TorchOperations):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """base + h·Σ w·x with the kernel as its forward; the backward is plain torch, so it differentiates again."""
+    """base + h·Σ w·x by the kernel; the backward pass is plain PyTorch, so it can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Any, h: float, w: Floats, base: Tensor | None, *x: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _SolutionAndError(torch.autograd.Function):
-    """The solution like ``_WeightedSum``; the error estimate carries no gradient."""
+    """Solution and error estimate by the kernel; the solution is differentiable, the error estimate is not."""
 
     @staticmethod
     def forward(
@@ -70,7 +71,7 @@ class _SolutionAndError(torch.autograd.Function):
 
 
 def _own(g: Tensor) -> Tensor:
-    """A copy: a backward pass of func may write the gradients of all stages into one buffer, and ``g`` be that."""
+    """A copy of ``g``: it may be a buffer into which a backward pass inside func writes the gradient of every stage."""
     return g.clone()
 
 

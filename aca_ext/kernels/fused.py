@@ -1,13 +1,14 @@
-"""The operations of a Runge-Kutta step by the kernels: addresses and streams. The only module that imports ``_C``.
+"""The operations of a Runge-Kutta step by the fused kernels of the compiled extension ``_C``.
 
-Whoever solves asks ``operations_for`` once and gets an object bound to one layout (shape, strides, dtype, device).
-Only tensors that the object allocated or admitted reach a kernel, so addresses are always of memory laid out alike.
+A solve calls ``operations_for`` once and gets an object bound to one layout (shape, strides, dtype, device). Kernels
+take raw addresses. They receive only tensors that this object allocated or admitted, so every address belongs to memory
+of this layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,14 @@ from torch import Tensor
 
 from aca_ext import _C
 from aca_ext.kernels.autograd import DifferentiableOperations
+from aca_ext.kernels.extension import controller_for
 from aca_ext.kernels.layout import aligned_rows, empty_rows, rows_like, scalars
 from aca_ext.kernels.operations import Array, Floats, RowOperations, Tensors, TorchOperations
 from aca_ext.kernels.reference import Number
-from aca_ext.kernels.references import OF_A_LEAF_OF_A_GRAPH
 from aca_ext.problem.admission import is_plain
 from aca_ext.problem.tolerance import Norm, Tolerance
 
 __all__ = [
-    "STATUSES",
     "Array",
     "DifferentiableKernels",
     "DifferentiableRowKernels",
@@ -33,46 +33,21 @@ __all__ = [
     "RowOperations",
     "Tolerance",
     "TorchOperations",
-    "batch_control_for",
-    "checksums_of",
-    "compiled_loop",
-    "config",
-    "controller_for",
     "empty_rows",
     "has_kernels",
     "operations_for",
-    "own_result",
     "row_operations_for",
     "rows_like",
-    "show_config",
-    "slope_function",
-    "step_control_for",
     "target_for",
 ]
 
-STATUSES: tuple[str, ...] = _C.STATUSES  # of step controls, by their numbers
-
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-_THREADS_FROM = 1 << 15  # elements; below, waking threads costs more than they save
-_SHARED_BYTES = 1 << 15  # stage states below this size share allocations up to it
-
-# For fixed steps, which ask no controller.
-_COEFFICIENTS = (
-    "order", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff", "min_step", "max_step",
-)  # fmt: skip
-
-# Newer versions of torch let compiled code see a tensor without Python.
-_C.use_torch(
-    Tensor,
-    torch.nn.Parameter,
-    getattr(Tensor, "__dlpack_c_exchange_api__", None),
-    getattr(torch._C, "_storage_Use_Count", None),
-    (torch.empty(1, device="cpu"), torch.empty(2, device="cpu")[:1]),
-)
+_THREADS_FROM = 1 << 15  # elements; in smaller states, waking threads costs more than they save
+_SHARED_BYTES = 1 << 15  # largest allocation that the stage states of small problems share
 
 
 class KernelOperations(TorchOperations):
-    """The operations by the fused kernels, on the CPU or a CUDA device, outside autograd."""
+    """The operations by the fused kernels, on the CPU or a CUDA device; results have no autograd graph."""
 
     def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
         super().__init__(like, tolerance)
@@ -81,7 +56,7 @@ class KernelOperations(TorchOperations):
         self._n = like.numel()
         self._itemsize = like.element_size()
         self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
-        self.steppers: dict[Any, _C.Stepper] = {}  # those made so far, by their schemes
+        self.steppers: dict[Any, _C.Stepper] = {}  # cache, by scheme
         if device.type == "cuda":
             self._workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
             self._on = target_for(like, self._workspace)
@@ -106,7 +81,7 @@ class KernelOperations(TorchOperations):
         x_address = [x_j.data_ptr() for x_j in x]
         if len(x_address) <= _C.MAX_TERMS:
             _C.weighted_sum(self._on, self._n, address, start, h, x_address, w)
-        else:  # more terms than one launch takes: continue on the sum so far
+        else:  # more terms than one launch takes: the next launch adds to the sum so far
             if len(w) != len(x_address):
                 raise ValueError("x and w differ in length")
             for j in range(0, len(x_address), _C.MAX_TERMS):
@@ -147,7 +122,10 @@ class KernelOperations(TorchOperations):
         return self.tolerance.norm_of_sums(self._sums.tolist())
 
     def stepper(self, c: Any, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
-        """A whole step, its transpose, or many steps in one call; ``runge_kutta`` and ``solver`` say what they do."""
+        """The C++ object for a whole step, its transpose, or many steps per call.
+
+        The arguments are parts of a ``runge_kutta.Scheme``; see ``runge_kutta.compiled_stepper``.
+        """
         like, tolerance, stages = self.like, self.tolerance, len(c)
         states = partial(aligned_rows, max(1, min(8, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
         times = partial(scalars, max(stages, 2), like)
@@ -157,7 +135,7 @@ class KernelOperations(TorchOperations):
         return _C.Stepper(self._on, self._n, c, rows, solution, fsal, states, times, norm)
 
     def compiled_specification(self, problem: Any, slope: Any, step: Any) -> _C.CompiledSpecification:
-        """A ``Problem`` for the loop over these compiled programs."""
+        """The description of a ``Problem`` for the C++ loop over the compiled programs ``slope`` and ``step``."""
         tableau, control = problem.tableau, problem.controller
         return _C.CompiledSpecification(
             self._on,
@@ -185,9 +163,10 @@ class KernelOperations(TorchOperations):
 
 
 class RowKernels(RowOperations, KernelOperations):
-    """The same by the kernels: every row sees the arithmetic that it would see by itself, on a CPU bit for bit.
+    """``RowOperations`` by the fused kernels, where a row is a sample.
 
-    A GPU adds up the error norms of many rows in another order than that of a single one.
+    On the CPU a sample gets the same bits as in a solve by itself. A GPU sums the error norms of a batch in another
+    order than that of a single sample, so they may differ by rounding.
     """
 
     def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
@@ -229,7 +208,7 @@ class RowKernels(RowOperations, KernelOperations):
         if not isinstance(w, Tensor):
             w = torch.full(self.row_shape, w, dtype=torch.float64, device=self.like.device)
         segments, limit = self.tolerance.segments, _C.MAX_SEGMENTS
-        if len(segments) - 1 > limit:  # more than one launch takes
+        if len(segments) - 1 > limit:  # more segments than one launch takes
             return super()._squared_error_ratios(partial, k, w, y0, y1)
         _C.squared_error_ratio_rows(
             self._on,
@@ -247,15 +226,15 @@ class RowKernels(RowOperations, KernelOperations):
 
 
 class DifferentiableKernels(DifferentiableOperations, KernelOperations):
-    """The kernels on states with a graph."""
+    """The kernels on states, with an autograd graph."""
 
 
 class DifferentiableRowKernels(DifferentiableKernels, RowKernels):
-    """The kernels on rows with a graph."""
+    """The kernels on batches of independent samples, with an autograd graph."""
 
 
 def target_for(like: Tensor, workspace: Tensor | None = None) -> _C.Target:
-    """The target of operations on states laid out like ``like``: on a GPU, the stream that is current now."""
+    """The device, dtype and threads for kernels on states laid out like ``like``; on a GPU the current stream too."""
     device = like.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     threads = torch.get_num_threads() if like.numel() >= _THREADS_FROM else 1
@@ -278,84 +257,7 @@ def operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool =
 
 
 def row_operations_for(like: Tensor, tolerance: Tolerance, *, differentiable: bool = False) -> RowOperations:
-    """The same for batches whose rows are independent; the elements of a row of ``like`` are neighbours in memory."""
+    """The fastest operations for a batch of independent samples; each sample of ``like`` fills one block of memory."""
     if not has_kernels(like):
         return RowOperations(like, tolerance)
     return (DifferentiableRowKernels if differentiable else RowKernels)(like, tolerance)
-
-
-@lru_cache(maxsize=64)
-def controller_for(controller: Any) -> _C.Controller:
-    """A ``Controller`` for steps that do not go through Python; for fixed steps, which have none, any."""
-    return _C.Controller(**(dict.fromkeys(_COEFFICIENTS, 1) if controller is None else controller.coefficients))
-
-
-def step_control_for(
-    controller: Any, max_num_steps: int, times: Sequence[float], stops: Sequence[float]
-) -> _C.SolveControl:
-    """The step control of one solve for loops in compiled code; arguments and behaviour of ``StepControl``."""
-    return _C.SolveControl(controller_for(controller), controller is not None, max_num_steps, times, stops)
-
-
-def batch_control_for(controller: Any, max_num_steps: int, times: Array) -> _C.BatchControl:
-    """The step controls of independent solves, one for each row of ``times``; attributes are arrays over the rows."""
-    return _C.BatchControl(controller_for(controller), controller.first_step or 0.0, max_num_steps, times)
-
-
-def slope_function(
-    func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, checked: Any, changed: Any, versioned: bool
-) -> _C.Slope:
-    """f(t, y) = func(t, y, \\*args) with its result checked, which the kernels call without Python in between.
-
-    A result laid out unlike ``like`` becomes ``checked(result)``. If ``versioned``, ``changed()`` is called where func
-    changed its state in place. The result has a graph only where gradients are enabled. ``n_evals`` counts.
-    """
-    return _C.Slope(func, args, like, checked, changed, torch.is_grad_enabled, versioned)
-
-
-def own_result(function: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
-    """The result of ``function``, copied if anybody else holds it or its memory and could change it later."""
-    return _C.own_result(function, args)
-
-
-def module_walk(atoms: Iterable[type], names: frozenset[str]) -> _C.ModuleWalk:
-    """The walk over trees of modules: ``atoms`` are types of what holds nothing, ``names`` what every module has."""
-    return _C.ModuleWalk(atoms, names)
-
-
-def contents(missing: object) -> _C.Contents:
-    """An empty snapshot of the contents of places; ``missing`` stands for what is not there."""
-    return _C.Contents(missing)
-
-
-def known_tensors(tensors: Iterable[Tensor]) -> _C.KnownTensors:
-    """Tensors at which a walk through a graph ends, to find the leaves that are not among them."""
-    return _C.KnownTensors(tensors, OF_A_LEAF_OF_A_GRAPH)
-
-
-def compiled_loop(specification: _C.CompiledSpecification) -> _C.CompiledLoop:
-    """The loop for one solve."""
-    return _C.CompiledLoop(specification)
-
-
-def checksums_of(sizes: Sequence[int]) -> _C.Checksums:
-    """Called with the addresses of blocks of so many bytes, returns eight bytes for each that tell its contents."""
-    return _C.Checksums(sizes)
-
-
-def config() -> dict[str, str]:
-    """Versions and build options, as a dict."""
-    cuda = f"built for {_C.CUDA_ARCHITECTURES}; {_C.cuda_device_count()} device(s) here" if _C.HAS_CUDA else "not built"
-    threads = f"{torch.get_num_threads()}" if _C.HAS_OPENMP else "1 (built without OpenMP)"
-    return {
-        "aca_ext": _C.VERSION,
-        "torch": torch.__version__,
-        "cpu kernels": f"{_C.cpu_instruction_set()}, {threads} thread(s)",
-        "cuda kernels": cuda,
-    }
-
-
-def show_config() -> None:
-    """Prints ``config()``."""
-    for name, value in config().items():
-        print(f"{name:13} {value}")

@@ -1,4 +1,4 @@
-"""Memory laid out like a state."""
+"""Allocation and copies of tensors with the memory layout (strides) of a state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _ALIGNMENT = 64  # bytes
 
 
 def empty_rows(count: int, like: Tensor) -> Tensor:
-    """Uninitialised (count, \\*like.shape), each row laid out in memory like ``like``."""
+    """An uninitialised tensor (count, \\*like.shape) whose rows have the strides of ``like``."""
     return torch.empty_strided(
         (count, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
     )
 
 
 def rows_like(like: Tensor, rows: Tensor) -> Tensor:
-    """``rows`` of states laid out like ``like``; a copy only where they are not: hooks on saved tensors make others."""
+    """``rows`` if they have the strides of ``like``, else a copy: hooks on saved tensors may change the strides."""
     if rows.stride()[1:] == like.stride() and rows.stride(0) == like.numel():
         return rows
     strides = like.numel(), *like.stride()
@@ -27,7 +27,7 @@ def rows_like(like: Tensor, rows: Tensor) -> Tensor:
 
 
 def aligned_rows(count: int, like: Tensor) -> Sequence[Tensor]:
-    """``count`` uninitialised tensors laid out in memory like ``like``, each aligned like an allocation of its own."""
+    """``count`` uninitialised tensors with the strides of ``like``, each aligned to 64 bytes like an allocation."""
     if count == 1:
         return (torch.empty_like(like),)
     alignment = _ALIGNMENT // like.element_size()
@@ -42,7 +42,7 @@ def scalars(count: int, like: Tensor) -> Sequence[Tensor]:
 
 
 def stack_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """torch.stack that keeps the memory format of ``like`` in every row; differentiable."""
+    """``torch.stack`` whose rows keep the order of strides of ``like``; differentiable."""
     if like.numel() == 0:
         return torch.stack(list(rows))
     stride = like.stride()
@@ -55,7 +55,7 @@ def stack_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 class Relayout(torch.autograd.Function):
-    """A copy of ``x`` laid out in memory like ``like``."""
+    """A differentiable copy of ``x`` with the strides of ``like``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""The operations of a Runge-Kutta step in plain PyTorch, with one step size or one per row; all others extend them."""
+"""The operations of a Runge-Kutta step in plain PyTorch, with one step size or one per sample.
+
+The fused kernels extend these classes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,12 @@ Floats = Sequence[float]
 
 
 class TorchOperations:
-    """The operations by ``reference``: on any device, differentiable in all operands and in the step size."""
+    """The operations by ``reference``: on any device, differentiable in all operands and in the step size.
+
+    Args:
+        like: a tensor with the layout of the states: shape, strides, dtype, device.
+        tolerance: tolerances and norm of ``error_norm``.
+    """
 
     backend = "reference"
 
@@ -31,10 +39,10 @@ class TorchOperations:
         self.stride = like.stride()
 
     def admit(self, x: Tensor, what: str = "a tensor") -> Tensor:
-        """``x``, called ``what``, a copy only where its elements do not lie in memory like the state's.
+        """``x`` itself if it has the layout of the states, else a copy that has; ``what`` names it in errors.
 
         Raises:
-            ArgumentTypeError: they do not lie in memory at all.
+            ArgumentTypeError: the elements of ``x`` cannot be read, for example on the meta device.
         """
         is_like = has_memory(x) if type(x) is Tensor else type(x) is type(self.like)
         if is_like and x.stride() == self.stride and not x.is_neg():
@@ -47,21 +55,21 @@ class TorchOperations:
         return torch.empty_like(self.like).copy_(x)
 
     def weighted_sum(self, base: Tensor | None, h: Number, x: Tensors, w: Floats, out: Tensor | None = None) -> Tensor:
-        """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]; into ``out`` where given."""
+        """base + h·Σ_j w[j]·x[j], with 0 for a base of None; written into ``out`` if it is given."""
         result = reference.weighted_sum(base, h, x, w)
         if result.requires_grad:
-            # A backward pass of func may write the gradients of all stages into one buffer.
+            # A backward pass inside func may write the gradient of every stage into one buffer; each needs its copy.
             result.register_hook(torch.clone)
         return result if out is None else out.copy_(result)
 
     def solution_and_error(
         self, y: Tensor, h: Number, k: Tensors, b: Floats, error_weight: Floats, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """y + h·Σ_j b[j]·k[j] and h·Σ_j error_weight[j]·k[j]."""
+        """The solution y + h·Σ_j b[j]·k[j] (in ``out`` if given) and the error h·Σ_j error_weight[j]·k[j]."""
         return self.weighted_sum(y, h, k, b, out), reference.weighted_sum(None, h, k, error_weight)
 
     def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Number:
-        """The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|))."""
+        """The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)), with 0 for a k of None."""
         tolerance = self.tolerance
         if tolerance.norm is not None:
             if isinstance(w, Tensor):
@@ -83,7 +91,7 @@ class TorchOperations:
         return float(norm)
 
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
-        """Numbers as 0-d tensors of the state's dtype and device."""
+        """The numbers as 0-d tensors of the state's dtype and device."""
         if any(isinstance(v, Tensor) for v in values):
             numbers = [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]
             return torch.stack(numbers).to(self.like).unbind(0)
@@ -91,10 +99,10 @@ class TorchOperations:
 
 
 class RowOperations(TorchOperations):
-    """The operations on a batch of independent samples, the rows of the first dimension, each with its own h and t.
+    """The operations on a batch of independent samples, one per row of the first dimension, each with its own h and t.
 
-    A step size is a float64 tensor (rows, 1, ...) as ``steps`` makes it, a norm an array (rows,), a time one of
-    ``scalars``, (rows, 1, ...) too.
+    Step sizes are a float64 tensor (batch, 1, ...), made by ``steps``. Times are tensors (batch, 1, ...), made by
+    ``scalars``. Norms are a float64 array (batch,).
     """
 
     def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
@@ -103,7 +111,7 @@ class RowOperations(TorchOperations):
         self.row_shape = (self.n_rows, *(1,) * (like.dim() - 1))
 
     def steps(self, h: Array) -> Tensor:
-        """The step sizes of all rows where the operations read them."""
+        """The step sizes (batch,) as a float64 tensor (batch, 1, ...) on the state's device."""
         return torch.from_numpy(h).view(self.row_shape).to(self.like.device)
 
     def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
@@ -111,7 +119,7 @@ class RowOperations(TorchOperations):
         return stacked.view(len(values), *self.row_shape).unbind(0)
 
     def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Array:
-        """For each row the norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)), w a number or by row."""
+        """The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)) per sample; w is a number or one per sample."""
         sums = self._squared_error_ratios(partial, k, w, y0, y1)
         sizes = np.array(self.tolerance.sizes)
         if not sizes.any():

@@ -1,5 +1,8 @@
-"""The operations of a Runge-Kutta step in plain PyTorch: the specification of the kernels, their fallback on devices
-that have none, and, being differentiable in every operand, what the naive gradient is made of."""
+"""The operations of a Runge-Kutta step in plain PyTorch.
+
+They specify the kernels, replace them for dtypes and devices without kernels, and serve the naive gradient, since they
+are differentiable in every operand.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A float, or a 0-d tensor where the step size is differentiated.
+# A float, or a 0-d tensor if the step size is differentiated.
 Number = Any
 
 
 def weighted_sum(base: Tensor | None, h: Number, x: Sequence[Tensor], w: Sequence[float]) -> Tensor:
-    """base + h·Σ_j w[j]·x[j], or without base h·Σ_j w[j]·x[j]. A step size for each row is a tensor (rows, 1, ...)."""
+    """base + h·Σ_j w[j]·x[j], with 0 for a base of None; h is a number, or (batch, 1, ...), one per sample."""
     total: Tensor = x[0] * w[0]
     for x_j, w_j in zip(x[1:], w[1:], strict=True):
         total = total + x_j * w_j
@@ -34,9 +37,9 @@ def squared_error_ratios(
     atol: float | Tensor,
     segments: Sequence[int],
 ) -> Tensor:
-    """Per segment the float64 sum of ((partial + w·k) / (atol + rtol·max(|y0|, |y1|)))².
+    """The float64 sum of ((partial + w·k) / (atol + rtol·max(|y0|, |y1|)))² over each segment, shape (segments,).
 
-    An element without error counts 0 even where its tolerance is 0; a y1 that is not finite makes the sum NaN.
+    An element without error adds 0 even if its tolerance is 0. An element of y1 that is not finite makes the sum NaN.
     """
     squares = _squared_error_ratio(partial, k, w, y0, y1, rtol, atol)
     flat = squares.reshape(-1) if len(segments) == 2 else squares
@@ -53,7 +56,7 @@ def squared_error_ratios_of_rows(
     atol: float | Tensor,
     segments: Sequence[int],
 ) -> Tensor:
-    """The same for each row (first dimension), (rows, segments): ``segments`` are bounds within a row, w is by row."""
+    """``squared_error_ratios`` per sample, (batch, segments); ``segments`` are bounds within one flattened sample."""
     rows = _squared_error_ratio(partial, k, w, y0, y1, rtol, atol).reshape(len(y0), segments[-1])
     return torch.stack([rows[:, lo:hi].sum(1) for lo, hi in pairwise(segments)], 1)
 

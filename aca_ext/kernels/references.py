@@ -1,6 +1,7 @@
-"""References to a tensor from Python, told by its reference count.
+"""Test for other references to a tensor, by its Python reference count.
 
-Graphs refer to tensors in C++. Torch counts that in Python too, from some version on: what it adds is measured here.
+An autograd graph refers to its tensors in C++. Newer versions of torch add these references to the Python count, so the
+contributions of a graph, and of a variable, are measured at import.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from torch import Tensor
 
 
 def is_held(count: int, x: Tensor, n_known: int) -> bool:
-    """Tells whether something holds ``x`` besides graphs, one variable or attribute, and ``n_known`` references more.
+    """Tells whether anything refers to ``x`` besides autograd graphs, a variable or attribute, and ``n_known`` others.
 
-    ``count`` is ``sys.getrefcount(x)``, taken by the caller: what a call adds depends on how the interpreter makes it.
+    ``count`` is ``sys.getrefcount(x)`` in the caller: a call from here would add its own references, whose number
+    depends on the version of Python.
     """
     from_graphs = _OF_GRAPHS if _OF_GRAPHS and x._use_count() > 1 else 0  # type: ignore[attr-defined]
     return count - OF_A_VARIABLE - from_graphs > n_known
 
 
 def _measured() -> tuple[int, int, int]:
-    """References that are counted for a variable, for graphs, and for a leaf that a graph alone holds."""
+    """Reference counts of a variable, of autograd graphs, and of a leaf that only an autograd graph refers to."""
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros((), device="cpu", requires_grad=True)
         of_a_variable = sys.getrefcount(x)

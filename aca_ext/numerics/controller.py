@@ -1,7 +1,7 @@
 """Step-size control on plain numbers: the first step and the next one. Knows neither tensors nor tableaus.
 
-Written with Python's operators alone, so that 0-d tensors pass through it as well as floats: that is how the naive
-gradient differentiates the search for the step size.
+It uses only Python's operators, so that it accepts floats and 0-d tensors. With tensors, the naive gradient
+differentiates the choice of the step size. The C++ counterpart is csrc/control/controller.h.
 """
 
 from __future__ import annotations
@@ -12,17 +12,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# A float, or where the search itself is differentiated a 0-d float64 tensor.
+# A float, or a 0-d float64 tensor if the choice of the step size is differentiated.
 Number = Any
 
 
 @dataclass(frozen=True)
 class Controller:
-    """PID control of the error per step (Söderlind 2003; Hairer, Nørsett & Wanner, Solving ODEs I, II.4).
+    """PID control of the error per step (Söderlind, ACM Trans. Math. Softw. 29, 2003; Hairer, Nørsett & Wanner, II.4).
 
-    With E_n the error ratio of step n and k the order of the error's leading term, an accepted step is followed by one
-    larger by safety · E_n^(-(p+i+d)/k) · E_{n-1}^((p+2d)/k) · E_{n-2}^(-d/k), between 1 and ``ifactor`` for the default
-    coefficients (i = 1, p = d = 0), and a rejected step by one smaller by safety · E_n^(-1/k), at least ``dfactor``.
+    E_n is the error ratio of accepted step n, k is ``order``. After an accepted step, the next size is h times
+    safety · E_n^(-(p+i+d)/k) · E_{n-1}^((p+2d)/k) · E_{n-2}^(-d/k). This factor is at most ``ifactor``, and at least 1
+    for p = d = 0 (the default), else at least ``dfactor``. After a rejected step, the factor is safety · E_n^(-1/k), at
+    least ``dfactor``.
+
+    Attributes:
+        order: order of the error's leading term.
+        safety: factor of at most 1 that makes the next step likely to be accepted.
+        ifactor, dfactor: largest and smallest ratio of a step size to the one before it.
+        pcoeff, icoeff, dcoeff: the coefficients p, i and d.
+        min_step, max_step: bounds on the step size, in the unit of t.
+        first_step: first step size; None for Hairer's rule.
     """
 
     order: int
@@ -38,7 +47,7 @@ class Controller:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The numbers that ``grow`` and ``shrink`` depend on."""
+        """The arguments of the C++ controller: every attribute except ``first_step``."""
         return {name: value for name, value in vars(self).items() if name != "first_step"}
 
     @property
@@ -46,7 +55,7 @@ class Controller:
         return self.pcoeff != 0 or self.dcoeff != 0
 
     def grow(self, h: Number, ratios: list[Number]) -> Number:
-        """The step after an accepted one of size ``h``; ``ratios`` belong to the last ones, newest first."""
+        """Size of the step after an accepted one of size ``h``; ``ratios`` of the last accepted steps, newest first."""
         p, i, d, k = self.pcoeff, self.icoeff, self.dcoeff, self.order
         exponents = (-(p + i + d) / k, (p + 2 * d) / k, -d / k) if self.has_memory else (-i / k,)
         factor = self.safety
@@ -54,16 +63,16 @@ class Controller:
             if exponent == 0:
                 continue
             if ratio == 0:
-                factor = self.ifactor  # no error at all: nothing to learn from its size
+                factor = self.ifactor  # no error: grow as much as is allowed
                 break
             factor = factor * _power(ratio, exponent)
-        # Under I control alone, an error within tolerance is no reason to shrink.
+        # With I control alone, an accepted step never shrinks the next one: its error was within tolerance.
         lowest = self.dfactor if self.has_memory else 1.0
         return self.limit(h * min(self.ifactor, max(lowest, to_single(factor))))
 
     def shrink(self, h: Number, ratio: Number) -> Number:
-        """Size of the next trial after a rejected one of size ``h``, at least ``min_step`` where ``h`` is above it."""
-        if not ratio < math.inf:  # NaN or infinite: the size of the error tells nothing
+        """Size of the trial after a rejected one of size ``h``; not below ``min_step`` if ``h`` is above it."""
+        if not ratio < math.inf:  # NaN or infinite: the ratio says nothing about the right size
             smaller = h * self.dfactor
         else:
             smaller = h * max(self.dfactor, to_single(self.safety * _power(ratio, -1 / self.order)))
@@ -79,14 +88,15 @@ class Controller:
         norm_f: float,
         change_of_slope: Callable[[float], float],
     ) -> float:
-        """The first step for an interval of this ``length``, by Hairer's rule (Solving ODEs I, II.4).
+        """First step for an interval of this ``length``, by Hairer's rule (Solving ODEs I, II.4).
 
-        ``norm_y`` and ``norm_f`` are the norms of y0 and f(t0, y0) over the tolerance; ``change_of_slope(h)`` returns
-        that of f(t0+h, y0+h·f0) - f(t0, y0).
+        Args:
+            norm_y, norm_f: norms of y0 and f(t0, y0) in units of the tolerance.
+            change_of_slope: h -> norm of f(t0+h, y0+h·f0) - f(t0, y0) in units of the tolerance.
         """
         if self.first_step is not None:
             return self.first_step
-        if not math.isfinite(norm_f):  # a tolerance of 0 somewhere: only the trial can tell
+        if not math.isfinite(norm_f):  # an element has tolerance 0: start small and let the trial decide
             return self.limit(min(1e-6, length))
         small = norm_y < 1e-5 or norm_f < 1e-5
         h0 = min(1e-6 if small else 0.01 * norm_y / norm_f, length)
@@ -99,10 +109,10 @@ class Controller:
 
 
 def to_single(x: Number) -> Number:
-    """``x`` rounded to single precision; the derivative of a tensor passes unrounded.
+    """``x`` rounded to single precision; the derivative of a tensor is that of the identity.
 
-    Powers differ in their last bits from one mathematical library to the next. Rounded like this they agree, and a
-    solve takes the same steps on every machine and on a GPU.
+    Mathematical libraries disagree in the last bits of a power. After this rounding they agree, so a solve takes the
+    same steps on every machine and on a GPU.
     """
     if isinstance(x, float):
         return ctypes.c_float(x).value
@@ -113,5 +123,5 @@ def to_single(x: Number) -> Number:
 def _power(base: Number, exponent: float) -> Number:
     try:
         return base**exponent
-    except OverflowError:  # an error of 1e-320, say: limited like any other
+    except OverflowError:  # for example an error of 1e-320; the caller limits the factor
         return math.inf

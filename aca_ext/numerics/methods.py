@@ -1,6 +1,6 @@
-"""METHODS: every Runge-Kutta method of the package, one entry each, as exact rationals with their source.
+"""METHODS: every Runge-Kutta method of the package, as exact rationals with their source.
 
-A new explicit method is one more entry; its order is proven by the tests, which run over the whole registry.
+To add an explicit method, add one entry. The tests prove the order of every entry by the order conditions.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ _ENTRIES = (
     ),
     # Tsitouras chose c_2, c_3, c_4 and b_2 rational. The order conditions then end in a quadratic,
     # sum_i b_i (sum_j a_ij c_j - c_i^2/2)^2 = 0, with irrational roots: the other coefficients are given to
-    # 36 decimals. His dense output has about 17 correct digits; its b_2(theta), exact, gives all others anew.
+    # 36 decimals. His dense output has about 17 correct digits, but its b_2(theta) is exact; the other
+    # polynomials here are computed from it.
     Tableau.parse(
         "tsit5",
         order=5,
@@ -253,7 +254,7 @@ _ENTRIES = (
 
 
 class _Methods(dict[str, Tableau]):
-    """The methods by name; printed as a list of names."""
+    """The methods by name; repr lists the names instead of the coefficients."""
 
     def __repr__(self) -> str:
         fixed = ", ".join(name for name, method in self.items() if not method.adaptive)
@@ -261,6 +262,7 @@ class _Methods(dict[str, Tableau]):
         return f"<methods of fixed steps: {fixed};\n adaptive: {adaptive}>"
 
 
+# Methods by the name that ``odeint`` takes as ``method``; see ``Tableau`` for their attributes.
 METHODS: dict[str, Tableau] = _Methods((method.name, method) for method in _ENTRIES)
 
 ALIASES: dict[str, str] = {"heun_euler": "adaptive_heun"}

@@ -1,8 +1,9 @@
-"""Step control: the state of a solve between two steps and the decisions about it, as in csrc/control/step_control.h.
+"""Step control: the state of a solve between two steps, and the decisions on the next one.
 
-The twin of the C++ code in Python's operators alone, so that 0-d tensors pass through it as well as floats: that is how
-the naive gradient differentiates the search for the step size. It serves, too, the solves that run step by step in
-Python. A loop over steps, whoever runs it, is: propose the trial, make the step, measure its error, judge it.
+The Python counterpart of csrc/control/step_control.h, equal to it bit for bit. It uses only Python's operators, so that
+it accepts floats and 0-d tensors; with tensors, the naive gradient differentiates the choice of the step size. Solves
+whose steps run in Python use it too. Every loop over steps is: propose a trial, make the step, measure its error, judge
+it.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ class StepControl:
     """The decisions between the steps of one solve.
 
     Args:
-        controller: chooses the step sizes; None: each trial ends at the next stop and is accepted.
-        max_num_steps: trial steps before the solve stops.
+        controller: chooses the step sizes. With None, each trial ends at the next stop and is accepted.
+        max_num_steps: limit on the trial steps.
         times: the requested times, strictly monotonic; the first is the start.
-        stops: times at which a step must end, in the direction of the solve, the last of ``times`` among them.
+        stops: times at which a step must end, in the direction of the solve; the last one is the last of ``times``.
 
     Attributes:
         status: "running", "done", "step_limit", "step_size" (the step became too small) or "not_finite" (the error of
-            the last trial was not finite: the caller looks whether a smaller step can help).
-        t, h: the time reached, and the size of the next trial without its sign.
-        sign, length: direction, 1 or -1, and length of the solve.
-        ratio: error ratio of the last trial; ``ratios`` those of the last three accepted ones, newest first.
-        h_trial, t_next: the signed step of the trial that was proposed, and its end.
-        is_accepted: the trial just judged was accepted.
+            the last trial was not finite; the caller decides if a smaller step can help).
+        t: the time reached.
+        h: size of the next trial, positive.
+        sign: direction of the solve, 1 or -1.
+        length: length of the solve, positive.
+        ratio: error ratio of the last trial.
+        ratios: error ratios of the last three accepted trials, newest first.
+        h_trial: signed step size of the proposed trial.
+        t_next: end of the proposed trial.
+        is_accepted: True if the last trial was accepted.
         due: range of the indices of requested times that the last accepted step reached.
-        n_steps, n_accepted: counts of trials and of accepted ones.
+        n_steps, n_accepted: counts of all trials and of accepted ones.
     """
 
     def __init__(
@@ -52,13 +57,13 @@ class StepControl:
         self.due = (0, 0)
         self.n_steps = self.n_accepted = 0
         self._next_output, self._next_stop, self._is_cut = 1, 0, False
-        self._h_now: Number = 0.0  # the size of the trial
-        self._start: Number = self.t  # of the last accepted step
+        self._h_now: Number = 0.0  # size of the trial, positive
+        self._start: Number = self.t  # start of the last accepted step
 
     def propose(self) -> None:
-        """Sets the trial to come, or the status that says why there is none.
+        """Sets ``h_trial`` and ``t_next`` of the next trial, or the status that says why there is none.
 
-        A trial that would pass a stop, or all but reach it, ends there.
+        A trial that would pass the next stop, or almost reach it, is cut or stretched to end there.
         """
         self.status = "running"
         t, h, sign, stop = self.t, self.h, self.sign, self._stops[self._next_stop]
@@ -75,7 +80,7 @@ class StepControl:
             self.status, self.ratio = "step_size", self._last_ratio
 
     def judge(self, ratio: Number) -> None:
-        """Accepts the trial if its error ``ratio`` is at most 1, and chooses the size of the next one."""
+        """Accepts the trial if its error ``ratio`` is at most 1, and chooses the size of the next trial."""
         self.n_steps += 1
         self.is_accepted = False
         controller = self._controller
@@ -86,7 +91,7 @@ class StepControl:
             self._accept()
             self.ratios = [ratio, *self.ratios[:2]]
             grown = controller.grow(self._h_now, self.ratios)
-            # A step cut short says little about the size to come.
+            # The error of a step that was cut says little about the next size, so it never lowers it.
             self.h = max(grown, self.h) if self._is_cut else grown
             return None
         self.h = controller.shrink(self._h_now, ratio)
@@ -97,12 +102,12 @@ class StepControl:
         return None
 
     def resume(self) -> None:
-        """Lets the solve go on after a look at a trial whose error was not finite."""
+        """Sets the status back to "running" after a trial whose error was not finite."""
         self.status = "running"
 
     @property
     def can_shrink(self) -> bool:
-        """A smaller trial is possible: it is not below ``min_step``, and time moves."""
+        """True if a smaller trial is possible: it is not below ``min_step``, and adding it changes the time."""
         assert self._controller is not None
         return bool(self.h >= self._controller.min_step and self.t + self.sign * self.h * 0.5 != self.t)
 

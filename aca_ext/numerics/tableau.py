@@ -8,8 +8,8 @@ from functools import cached_property
 
 Row = tuple[Fraction, ...]
 
-# Published rationals may stand for irrational numbers: those of dopri8 miss their row sums by up to 1.04e-17.
-# What is exact beyond this is for the order conditions in the tests to show.
+# Published rationals may approximate irrational numbers: those of dopri8 miss their row sums by up to 1.04e-17. The
+# tests check the order conditions, which are stricter.
 _ROUNDING = Fraction(1, 10**16)
 
 
@@ -25,9 +25,9 @@ def _differ(left: Fraction, right: Fraction | int) -> bool:
     return abs(left - right) > _ROUNDING
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # compared and hashed by identity: there is one of each
+@dataclass(frozen=True, eq=False, repr=False)  # compared and hashed by identity: each method has one tableau
 class Tableau:
-    """An explicit Runge-Kutta method with s stages, in the notation of Hairer, Norsett & Wanner, vol. I.
+    """An explicit Runge-Kutta method with s stages, in the notation of Hairer, Nørsett & Wanner, vol. I.
 
     ``k_i = f(t + c_i h, y + h sum_{j<i} a_ij k_j)``, ``y_new = y + h sum_i b_i k_i``, error estimate
     ``h sum_i error_i k_i`` and, for theta in [0, 1], ``y(t + theta h) ~ y + h sum_i b_i(theta) k_i``.
@@ -38,14 +38,15 @@ class Tableau:
         c: s nodes; the first is 0.
         a: s rows; row i has i entries.
         b: s solution weights.
-        error: s weights ``b - b_hat``; None where the method has no error estimate (fixed steps only).
-        embedded_order: order of ``b_hat``; None exactly where ``error`` is.
-        dense: s rows; row i holds the coefficients of theta, theta^2, ... in b_i(theta); None: fixed steps.
-        dense_order: order of b(theta) for every theta; None exactly where ``dense`` is.
-        source: where the coefficients were published.
+        error: s weights ``b - b_hat``; None if the method has no error estimate (fixed steps only).
+        embedded_order: order of ``b_hat``; None if ``error`` is None.
+        dense: s rows; row i holds the coefficients of theta, theta^2, ... in b_i(theta). None if the method has no
+            dense output (fixed steps only).
+        dense_order: order of b(theta) for every theta; None if ``dense`` is None.
+        source: publication of the coefficients.
 
     Raises:
-        ValueError: the parts do not fit together (shapes, or a sum that every consistent method must have).
+        ValueError: the parts do not fit together: a shape, an order, or a sum that every consistent method must have.
     """
 
     name: str
@@ -78,16 +79,16 @@ class Tableau:
         dense: str | None = None,
         dense_order: int | None = None,
     ) -> Tableau:
-        """Build a tableau from whitespace-separated rationals; how they are broken into lines is free.
+        """Builds a tableau from rationals separated by any whitespace.
 
         Args:
             a: rows 2 to s below the diagonal, one after the other: a_21, a_31, a_32, a_41, ...
-            b: None makes the last stage the first of the next step: b is the last row of ``a``, then 0.
+            b: None for a method whose last stage is the first of the next step: b is the last row of ``a``, then 0.
             b_hat: weights of the embedded solution; stored as ``error = b - b_hat``.
             dense: the coefficients of theta, theta^2, ... in b_1(theta), then those in b_2(theta), and so on.
 
         Raises:
-            ValueError: an entry is no rational, or a count is wrong, or the parts do not fit together.
+            ValueError: an entry is no rational, a count is wrong, or the parts do not fit together.
         """
         what = f"tableau {name}:"
         nodes = _parse_row(f"{what} c", c)
@@ -182,14 +183,14 @@ class Tableau:
 
     @cached_property
     def dense_coefficients(self) -> tuple[tuple[float, ...], ...]:
-        """Of each b_i(theta), the highest power first."""
+        """Coefficients of each b_i(theta) as floats, highest power first; empty if they are all zero."""
         if self.dense is None:
-            raise ValueError(f"{self.name} has no dense output: end a step at each time asked for")
-        # A stage that dense output never uses has no coefficients here, and costs nothing in dense_weights.
+            raise ValueError(f"{self.name} has no dense output: use fixed steps that end at each requested time")
+        # Stages that dense output does not use get no coefficients, so that dense_weights skips them.
         return tuple(tuple(float(p) for p in reversed(row)) if any(row) else () for row in self.dense)
 
     def dense_weights(self, theta: float) -> list[float]:
-        """b_1(theta), ..., b_s(theta) in float64, at the position ``theta`` in [0, 1] of a step.
+        """The weights b_1(theta), ..., b_s(theta) in float64, at position ``theta`` in [0, 1] of a step.
 
         Raises:
             ValueError: the method has no dense output.
@@ -217,10 +218,10 @@ class Tableau:
         return weights
 
     def with_hermite_output(self) -> Tableau:
-        """The same method with the cubic Hermite interpolant of its steps as dense output, of order 3 at most.
+        """The same method with cubic Hermite interpolation as dense output, of order 3 at most.
 
-        The interpolant needs the slope at the end of the step. It becomes a last stage, which is the first of the next
-        step, so that the method takes as many evaluations as before.
+        The interpolant needs the slope at the end of the step. That slope becomes the last stage and is the first slope
+        of the next step, so the method needs as many evaluations as before.
 
         Source: Hairer, Nørsett & Wanner, Solving ODEs I, II.6, eq. (6.7).
         """
@@ -229,7 +230,7 @@ class Tableau:
         else:
             c, a, b = (*self.c, Fraction(1)), (*self.a, self.b), (*self.b, Fraction(0))
             error = None if self.error is None else (*self.error, Fraction(0))
-        # With h_01 = 3 theta^2 - 2 theta^3 the weight of y1 - y = h Σ b_i k_i, and those of h k_1 and h k_s.
+        # Weight 3 theta^2 - 2 theta^3 for y1 - y = h Σ b_i k_i; then the weights of h k_1 and h k_s are added.
         rows = [[Fraction(0), 3 * weight, -2 * weight] for weight in b]
         for row, added in ((rows[0], (1, -2, 1)), (rows[-1], (0, -1, 1))):
             row[:] = [one + other for one, other in zip(row, added, strict=True)]

@@ -1,1 +1,1 @@
-"""Description of a solve: its arguments, checked, and the state packed into one tensor."""
+"""Description of a solve: its validated arguments, and the state packed into one tensor."""

@@ -1,8 +1,8 @@
-"""Tensors whose elements can be read, and the reasons why those of others cannot.
+"""Validation of tensors from outside: only tensors whose elements can be read from memory are accepted.
 
-The kernels take addresses on trust, and so do many operations of PyTorch. A tensor that comes from outside (a state, a
-slope, a gradient, a tolerance, times) passes one of these checks before anything reads it. The twin for slopes that are
-laid out like the state is csrc/python/admission.h.
+Kernels, like many operations of PyTorch, do not validate the addresses that they get. So every tensor from outside (a
+state, slope, gradient, tolerance, or times) passes one of these checks first. csrc/python/admission.h is the
+counterpart for slopes that have the layout of the state.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.problem.recorders import recorder
 
-_SURELY_MEMORY = 1 << 40  # an address further from 0 than any tensor from the start of its storage
+_SURELY_MEMORY = 1 << 40  # without memory, an address is only the offset into the storage, which is smaller
 _PLAIN = (Tensor, torch.nn.Parameter)
-# What a subclass has as __torch_dispatch__ that leaves everything to PyTorch; private, so perhaps not in each version.
+# The __torch_dispatch__ of a subclass that does not override it. Private to torch, so it may be absent.
 _NO_DISPATCH = getattr(torch._C, "_disabled_torch_dispatch_impl", None)
 _is_functional: Callable[[Tensor], bool] = getattr(torch, "_is_functional_tensor", lambda x: False)
 _is_zeros: Callable[[Tensor], bool] = getattr(torch, "_is_zerotensor", lambda x: False)
 
 
 def is_plain(x: object) -> bool:
-    """Tells whether ``x`` is a tensor or parameter of no subclass: a subclass may hold its elements elsewhere."""
+    """Tells whether ``x`` is exactly a Tensor or Parameter; a subclass may hold its elements elsewhere."""
     return type(x) in _PLAIN
 
 
 def has_memory(x: Tensor) -> bool:
-    """Tells whether a plain strided tensor has an address, or no elements: a first look that costs little.
+    """Tells whether a plain strided tensor has memory or needs none; cheap in the common case.
 
-    Without memory, its address is as far from 0 as the tensor from the start of its storage.
+    The address of a tensor without memory is its offset into its storage, which is small.
     """
     return x.data_ptr() > _SURELY_MEMORY or x.numel() == 0 or _has_storage(x)
 
@@ -45,14 +45,14 @@ def _has_storage(x: Tensor) -> bool:
 
 
 def looks_readable(x: Tensor) -> bool:
-    """False where ``check_readable`` is to look closer."""
+    """Cheap test for plain dense tensors with memory; False means that ``check_readable`` must decide."""
     return type(x) is Tensor and x.layout is torch.strided and not x.is_nested and has_memory(x)
 
 
 def check_readable(what: str, x: Any, error: type[AcaError] = ArgumentTypeError) -> None:
-    """Raises ``error`` where ``x``, called ``what``, is a tensor whose elements nobody can read."""
+    """Raises ``error`` if ``x`` is a tensor whose elements cannot be read; ``what`` names it in the message."""
     obstacle = _obstacle(x) if isinstance(x, Tensor) else None
-    if obstacle is not None and recorder() is None:  # what is recorded is read when it runs
+    if obstacle is not None and recorder() is None:  # a recorder's tensors have no elements yet
         raise error(f"{what} is {obstacle}")
 
 
@@ -60,13 +60,13 @@ def _obstacle(x: Tensor) -> str | None:
     kind = type(x)
     if kind not in _PLAIN and getattr(kind, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH:
         return (
-            f"a {kind.__name__}, a subclass that only wraps tensors or stands for one (as FakeTensor and DTensor do); "
-            "a solve works on plain tensors. Give it the tensor inside, of a DTensor that of .to_local()."
+            f"a {kind.__name__}, a subclass that wraps a tensor or stands for one (as DTensor and FakeTensor do); a "
+            "solve takes plain tensors. Give the tensor inside, which .to_local() returns for a DTensor."
         )
     if x.is_meta:
-        return 'on the device "meta", which holds no values; a solve has to compute some. Move it to a real device.'
+        return 'on the device "meta", which holds no values; a solve needs values. Give a tensor on a real device.'
     if _is_functional(x):
-        return "a functional tensor, which stands for a value while functions are traced; a solve cannot be traced."
+        return "a functional tensor, which stands for a value in a function trace; a solve needs values, not a trace."
     if x.is_nested:
         return "a nested tensor; give a dense one, padded, or a tuple of tensors."
     if x.layout is not torch.strided:
@@ -74,13 +74,13 @@ def _obstacle(x: Tensor) -> str | None:
     if x.is_quantized:
         return "a quantized tensor; give one of a floating dtype, .dequantize()."
     if _is_zeros(x):
-        return None  # a copy has memory
+        return None  # a zero tensor has no memory, but a copy of it has
     size, storage = _extent(x), x.untyped_storage()
     held = storage.nbytes()
     if size > held or (size and not has_memory(x)):
         return (
-            f"a tensor whose memory is gone: its storage holds {held} bytes of the {size} that it needs. It was freed "
-            "or resized, as untyped_storage().resize_() and FSDP do; give a tensor that keeps its memory, or a copy."
+            f"a tensor without its memory: its storage holds {held} of the {size} bytes that it needs. It was freed "
+            "or resized, for example by untyped_storage().resize_() or FSDP. Give a copy made before that."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Checks shared by several arguments: names to look up, numbers, tensors with a gradient."""
+"""Validation shared by several arguments: names, numbers, tensors that require grad."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from aca_ext.problem.suggestions import is_implicit, meant_by
 
 
 def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
-    """``name`` if it is one of ``allowed``.
+    """Returns ``name`` if it is one of ``allowed``; ``kind`` names the argument in the message.
 
     Raises:
-        UnknownNameError: it is not; the message lists them and names the closest.
+        UnknownNameError: it is not; the message lists the allowed names and suggests the closest.
     """
     allowed = list(allowed)
     if isinstance(name, str) and name in allowed:
@@ -26,12 +26,12 @@ def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
     meant = meant_by(name, allowed)
     hint = f" Did you mean {meant!r}?" if meant is not None else ""
     if kind == "method" and is_implicit(name):
-        hint = " All are explicit Runge-Kutta methods."
+        hint = " All of them are explicit Runge-Kutta methods; there are no implicit or multistep methods."
     raise UnknownNameError(f"unknown {kind} {name!r}; there are {', '.join(allowed)}.{hint}")
 
 
 def number_in(value: object) -> float | None:
-    """A number of Python's, NumPy's or in a tensor of one element; None for anything else."""
+    """The float in a Python or NumPy number or a tensor of one element; None for anything else, bools included."""
     if isinstance(value, Tensor) and value.numel() == 1:
         check_readable("a number", value)
         value = value.detach().item()
@@ -39,5 +39,5 @@ def number_in(value: object) -> float | None:
 
 
 def holds_grad(x: Any) -> bool:
-    """Tells whether a tensor in ``x``, however deep, requires grad."""
+    """Tells whether a tensor in ``x``, or in tuples, lists and dicts nested in it, requires grad."""
     return any(tensor.requires_grad for tensor in tensors_in(x))

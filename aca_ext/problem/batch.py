@@ -1,4 +1,4 @@
-"""A batch of independent problems: its arguments checked, its state packed sample by sample."""
+"""A batch of independent samples: validated arguments, and the state packed with one row per sample."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ _UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
 
 
 def is_independent(options: object) -> bool:
-    """Tells whether option ``batch`` asks for independent samples.
+    """Tells whether option ``batch`` is "independent".
 
     Raises:
-        OptionError: it is something else than "independent", "common" or None.
+        OptionError: it is none of "independent", "common" and None.
     """
     batch = options.get("batch") if isinstance(options, Mapping) else None
     if batch not in (None, "common", "independent"):
         raise OptionError(
-            f'option batch is {batch!r}; it is "common" (one step for all, the default) or "independent" (every sample '
-            "of the first dimension has its own)."
+            f'option batch is {batch!r}; give "common" (one step size for the whole state, the default) or '
+            '"independent" (each sample, along the first dimension, has its own steps).'
         )
     return batch == "independent"
 
 
 class RowPacking(Packing):
-    """A user's state as a tensor whose rows are the samples: components side by side within each row."""
+    """Conversion between a user's state and one real tensor with a row per sample.
+
+    A row holds the flattened components of a tuple state one after the other.
+    """
 
     @property
     def n_rows(self) -> int:
@@ -47,12 +50,12 @@ class RowPacking(Packing):
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Elements of each component in a row."""
+        """Number of elements of each component in one sample."""
         return [shape[1:].numel() for shape in self.shapes]
 
     @property
     def time_shape(self) -> tuple[int, ...]:
-        """Of the times that func is called with: they broadcast to every component like a number."""
+        """Shape (batch, 1, ..., 1) of the times that func receives; it broadcasts to every component."""
         rank = max(len(shape) for shape in self.shapes) - self.is_complex
         return (self.n_rows, *(1,) * (rank - 1))
 
@@ -80,7 +83,7 @@ class BatchProblem(Problem):
     """``Problem`` for a batch of independent samples.
 
     Attributes:
-        times_of_rows: (batch, T) requested times; ``times`` are those of the first sample.
+        times_of_rows: (batch, T) float64, requested times of each sample; ``times`` are those of the first sample.
     """
 
     packing: RowPacking
@@ -114,15 +117,16 @@ class BatchProblem(Problem):
 def batch_problem_of(
     func: Callable[..., State], y0: State, t: object, *, options: Mapping[str, Any], **settings: Any
 ) -> BatchProblem:
-    """Checks the arguments of ``odeint`` with option ``batch="independent"``; raises as ``problem_of`` does."""
+    """Validates the arguments of ``odeint`` with option ``batch="independent"``; raises like ``problem_of``."""
     for name in _UNAVAILABLE:
         if options.get(name) is not None:
-            raise OptionError(f'option {name} is not available with batch="independent"; leave one of them out.')
+            raise OptionError(f'option {name} is not available with batch="independent"; remove one of the two.')
     t, first = _times_and_first(t)
     problem = problem_of(func, y0, first, options=options, **settings)
     if problem.controller is None:
         raise OptionError(
-            'option batch="independent" belongs to adaptive steps; on a fixed grid every sample has the same steps.'
+            'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '
+            "every sample anyway. Remove the option, or use an adaptive method without step_size and grid_constructor."
         )
     flat = problem.packing
     packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
@@ -137,18 +141,19 @@ def _n_rows(packing: RowPacking) -> int:
     for shape in packing.shapes:
         if len(shape) - packing.is_complex < 1:
             raise ArgumentValueError(
-                f'option batch="independent" takes states whose first dimension is the batch; y0 is '
+                f'option batch="independent" needs a state whose first dimension is the batch; y0 is '
                 f"{packing.describe()}. Use y0.unsqueeze(0) for a batch of one."
             )
         if shape[0] != packing.n_rows:
             raise ArgumentValueError(
-                f'option batch="independent" takes components of one batch size; y0 is {packing.describe()}.'
+                f'option batch="independent" needs components whose first dimensions are equal; y0 is '
+                f"{packing.describe()}."
             )
     return packing.n_rows
 
 
 def _with_neighbours(packed: Tensor) -> Tensor:
-    """A batch each of whose rows fills one block of memory, in the order of the rows."""
+    """``packed`` if each sample fills one block of memory and the blocks follow one another, else such a copy."""
     if packed.numel() == 0 or (packed.stride(0) == packed[0].numel() and not packed.is_neg()):
         row = packed[0] if len(packed) else packed
         if torch.empty_like(row, device="meta").stride() == row.stride():
@@ -157,7 +162,7 @@ def _with_neighbours(packed: Tensor) -> Tensor:
 
 
 def _tolerance(problem: Problem, packing: RowPacking) -> Tolerance:
-    """Tolerances given by element, in the order of the packed rows."""
+    """The tolerances of the problem, with tensors reordered like the packed samples."""
 
     def by_row(value: float | Tensor) -> float | Tensor:
         if not packing.is_tuple or not isinstance(value, Tensor):
@@ -169,19 +174,19 @@ def _tolerance(problem: Problem, packing: RowPacking) -> Tolerance:
 
 
 def _times_and_first(given: Any) -> tuple[Array, Any]:
-    """All times as float64, (T,) or (batch, T), and those of the first sample as they were given.
+    """All times as a float64 array, (T,) or (batch, T), and the times of the first sample as they were given.
 
     Raises:
-        TimeError: a sample's times are wrong; the message names it.
+        TimeError: the times of a sample are not accepted; the message names the sample.
     """
     try:
         times = as_float64(given)
     except TimeError:
         times = np.zeros(0)
     if times.ndim != 2 or (isinstance(given, Tensor) and (given.is_complex() or given.dtype == torch.bool)):
-        return times, given  # for problem_of to say what is wrong
+        return times, given  # problem_of validates them, and its message fits
     if len(times) == 0:
-        raise TimeError(f"t has shape {times.shape}; give times for every sample, (batch, T), or (T,) for all.")
+        raise TimeError(f"t has shape {times.shape}; give (batch, T) times, or (T,) times for all samples.")
     gaps = np.diff(times, axis=1)
     wrong = ~np.isfinite(times).all(1) | ~((gaps > 0).all(1) | (gaps < 0).all(1))
     if wrong.any():
@@ -199,6 +204,7 @@ def _times_of_rows(times: Array, n_rows: int) -> Array:
         return np.broadcast_to(times, (n_rows, len(times)))
     if len(times) != n_rows:
         raise TimeError(
-            f"t has shape {times.shape} and y0 a batch of {n_rows}; give t of shape (batch, T), or (T,) for all."
+            f"t has shape {times.shape}, but y0 is a batch of {n_rows}; give t of shape ({n_rows}, T), or (T,) for all "
+            "samples."
         )
     return times

@@ -1,4 +1,4 @@
-"""``Event``: a condition on time and state whose sign changes a solve looks for."""
+"""``Event``: a condition on time and state that a solve locates."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from aca_ext.problem.state import State
 
 @dataclass(frozen=True)
 class Event:
-    """A condition whose sign changes are found during a solve.
+    """A condition that a solve locates: a sign change of a function of time and state.
+
+    Signs are compared at the ends of accepted steps. Two sign changes within one step therefore remain undetected; a
+    small ``max_step`` avoids that. A zero without a sign change is no event. A solve that starts at a zero waits for
+    the next sign change.
 
     Attributes:
-        fn: called as fn(t, y) with t a 0-d tensor and y like y0. Returns a real tensor of any shape; the event occurs
-            where one of its elements changes its sign. Must be continuous in t and y between two occurrences.
-        direction: 1 for changes from negative to positive only, -1 for the opposite, 0 for both. "From" and "to" follow
-            the direction of the solve.
-        terminal: the solve ends at the first occurrence.
-        reset: called as reset(t, y) at every occurrence; the solve goes on from the state that it returns, like y0. Not
-            together with ``terminal``.
+        fn: function (t, y) with t a 0-d tensor and y like y0. Returns a real tensor of any shape, continuous in t and y
+            between two events. The event occurs at a sign change of any element.
+        direction: 1 for changes from negative to positive, -1 for the opposite, 0 for both; along the direction of the
+            solve.
+        terminal: True ends the solve at the first occurrence.
+        reset: function (t, y) called at every occurrence. The solve continues from the state that it returns, which is
+            like y0. Not together with ``terminal``.
 
-    A touch without a change of sign does not count. A solve that starts on the surface fn = 0 waits for the next
-    change. Signs are compared at the ends of accepted steps: two changes within one step go unseen, unless ``max_step``
-    bounds the steps.
+    Raises:
+        ArgumentTypeError: fn or reset is not callable, or terminal is no bool.
+        ArgumentValueError: direction is not -1, 0 or 1, or terminal and reset are both given.
     """
 
     fn: Callable[[Tensor, Any], Tensor]
@@ -39,15 +43,17 @@ class Event:
         if not callable(self.fn):
             raise ArgumentTypeError(f"Event.fn is of type {type(self.fn).__name__}; give a function of (t, y).")
         if self.direction not in (-1, 0, 1):
-            raise ArgumentValueError(f"Event.direction is {self.direction!r}; it is -1, 0 or 1.")
+            raise ArgumentValueError(f"Event.direction is {self.direction!r}; give -1, 0 or 1.")
         if not isinstance(self.terminal, bool):
-            raise ArgumentTypeError(f"Event.terminal is {self.terminal!r}; it is True or False.")
+            raise ArgumentTypeError(f"Event.terminal is {self.terminal!r}; give True or False.")
         if self.reset is not None and not callable(self.reset):
             raise ArgumentTypeError(f"Event.reset is of type {type(self.reset).__name__}; give a function of (t, y).")
         if self.terminal and self.reset is not None:
-            raise ArgumentValueError("an Event is either terminal, which ends the solve, or has a reset; give one.")
+            raise ArgumentValueError(
+                "the Event is terminal, which ends the solve, and has a reset, which continues it; give only one."
+            )
 
     @property
     def ends_segment(self) -> bool:
-        """Tells whether the smooth part of the solution ends at an occurrence."""
+        """Tells whether an occurrence ends the smooth part of the solution: the event is terminal or has a reset."""
         return self.terminal or self.reset is not None

@@ -1,4 +1,4 @@
-"""The nodes of fixed steps, by the options step_size and grid_constructor."""
+"""The grid of fixed steps, from the options step_size and grid_constructor."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from aca_ext.problem.times import resolution_of, times_of
 
 
 def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], resolution: float) -> tuple[float, ...]:
-    """The nodes that the options ask for, each of the requested ``times`` among them.
+    """The nodes of the grid; every one of the requested ``times`` is a node.
 
-    ``resolution`` is the relative spacing of the numbers that ``times`` were given as: what is less is rounding, and
-    makes no step of its own.
+    ``resolution`` is the relative spacing of the dtype in which ``times`` were given. A remainder below it is rounding
+    and does not become a step of its own.
+
+    Raises:
+        OptionError: an option is not accepted, or both are given.
     """
     step_size, constructor = given.get("step_size"), given.get("grid_constructor")
     if step_size is not None and constructor is not None:
-        raise OptionError("options step_size and grid_constructor exclude each other; give one.")
+        raise OptionError("options step_size and grid_constructor are both given; give only one of them.")
     if constructor is not None:
         return _constructed_grid(constructor, func, y0, times, resolution)
     if step_size is None:
@@ -39,36 +42,42 @@ def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], reso
 
 
 def _nodes_between(start: float, end: float, step: float, rounding: float, step_rounding: float) -> list[float]:
-    """The nodes after ``start``, up to ``end``; ``rounding`` is that of their distance, relative for the step."""
+    """The nodes after ``start``, up to ``end``.
+
+    ``rounding`` is the absolute error of ``end - start``, ``step_rounding`` the relative error of ``step``.
+    """
     steps = abs(end - start) / step
-    # Never more than half a step: coarse times, as of bfloat16, may be rounded by many.
+    # At most half a step: coarse times, for example in bfloat16, may be wrong by many steps.
     slack = min(0.5, max(1e-9, rounding / step + steps * step_rounding))
     count = max(1, math.ceil(steps - slack))
     signed = math.copysign(step, end - start)
     if steps > count + 1e-9:
-        signed = (end - start) / count  # the rounding spread over the steps, instead of all of it in the last
+        signed = (end - start) / count  # spreads the rounding over all steps
     return [*(start + i * signed for i in range(1, count)), end]
 
 
 def _constructed_grid(
     constructor: Any, func: Any, y0: State, times: tuple[float, ...], resolution: float
 ) -> tuple[float, ...]:
-    """The user's grid with the requested times among its nodes."""
+    """The grid of ``constructor``, with the requested times added to its nodes."""
     if not callable(constructor):
-        raise OptionError("option grid_constructor is no function; give one of (func, y0, t) that returns a 1-d grid.")
+        raise OptionError(
+            f"option grid_constructor is of type {type(constructor).__name__}; give a function of (func, y0, t) that "
+            "returns a 1-d tensor of times."
+        )
     grid = constructor(func, y0, torch.tensor(times, dtype=torch.float64, device="cpu"))
     try:
         nodes = times_of(grid)
     except TimeError as error:
-        raise OptionError(f"the grid of option grid_constructor is no grid: {error}") from None
+        raise OptionError(f"option grid_constructor must return increasing or decreasing times, but {error}") from None
     reach = abs(times[-1] - times[0])
     rounding = max(resolution, resolution_of(grid)) * max(abs(times[0]), abs(times[-1]))
     if max(abs(nodes[0] - times[0]), abs(nodes[-1] - times[-1])) > max(1e-9 * reach, rounding):
         raise OptionError(
-            f"the grid of option grid_constructor runs from {nodes[0]!r} to {nodes[-1]!r}; it must run from t[0] = "
+            f"option grid_constructor returned a grid from {nodes[0]!r} to {nodes[-1]!r}; it must run from t[0] = "
             f"{times[0]!r} to t[-1] = {times[-1]!r}."
         )
-    # A node within rounding of a requested time is that time; but where nodes lie closer to one another, all are meant.
+    # A node within rounding of a requested time is that time, unless the nodes are closer to one another than that.
     closest = min((abs(other - one) for one, other in pairwise(nodes)), default=0.0)
     near = max(1e-12 * reach, min(rounding, closest / 2))
     apart = [n for n in nodes if min(abs(n - time) for time in times) > near]

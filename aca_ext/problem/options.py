@@ -1,4 +1,4 @@
-"""The options of a solve, checked one by one; those that make a fixed grid are in grid.py."""
+"""Validation of ``options``, one by one; ``grid.py`` validates step_size and grid_constructor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Options = Mapping[str, Any]
 
 
 def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None:
-    """Raises UnknownNameError where a name is no option, or none of the steps that the others ask for."""
+    """Raises UnknownNameError if a name is no option, or an option of adaptive steps in a solve with fixed steps."""
     allowed = (*FIXED_OPTIONS,) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
     for name in given:
         if name in allowed:
@@ -36,8 +36,8 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
         if name in _ADAPTIVE_OPTIONS:
             why = "has no error estimate" if not tableau.adaptive else "was given step_size or grid_constructor"
             raise UnknownNameError(
-                f"option {name!r} belongs to adaptive steps, but method {tableau.name!r} {why}: its steps are fixed. "
-                f"Fixed steps take {', '.join(FIXED_OPTIONS)}."
+                f"option {name!r} is for adaptive steps, but method {tableau.name!r} {why}, so its steps are fixed. "
+                f"Remove the option; fixed steps take {', '.join(FIXED_OPTIONS)}."
             )
         if name in _ARGUMENTS:
             raise UnknownNameError(f"{name!r} is no option but an argument of its own: give {name}=... beside options.")
@@ -45,7 +45,11 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
 
 
 def controller_of(given: Options, tableau: Tableau) -> Controller:
-    """The controller of adaptive steps. Raises OptionError if one of its options is out of range."""
+    """The controller of adaptive steps.
+
+    Raises:
+        OptionError: an option is no number or out of range.
+    """
     values: dict[str, float] = {}
     for name in _CONTROLLER_OPTIONS:
         value = given.get(name)
@@ -53,7 +57,7 @@ def controller_of(given: Options, tableau: Tableau) -> Controller:
             continue
         number = number_in(value)
         if number is None or math.isnan(number):
-            raise OptionError(f"option {name} is {value!r}; it must be a number.")
+            raise OptionError(f"option {name} is {value!r}; give a number.")
         values[name] = number
     checks = (
         *((name, math.isfinite, "finite") for name in ("pcoeff", "icoeff", "dcoeff")),
@@ -68,19 +72,26 @@ def controller_of(given: Options, tableau: Tableau) -> Controller:
         if name in values and not is_allowed(values[name]):
             raise OptionError(f"option {name} is {values[name]}; it must be {allowed}.")
     if values.get("min_step", 0.0) > values.get("max_step", math.inf):
-        raise OptionError(f"option min_step {values['min_step']} exceeds max_step {values['max_step']}.")
+        raise OptionError(
+            f"option min_step is {values['min_step']}, above max_step, {values['max_step']}; lower min_step or raise "
+            "max_step."
+        )
     return Controller(order=tableau.order, **values)
 
 
 def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[float, ...]:
-    """The given times strictly inside the solve."""
+    """The times of option ``name`` that lie strictly inside the solve; times outside are ignored.
+
+    Raises:
+        OptionError: they are no finite numbers.
+    """
     if given is None:
         return ()
     check_readable(f"option {name}", given, OptionError)
     try:
         inner = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach().reshape(-1).tolist()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"option {name} is no sequence of times ({error}).") from None
+        raise OptionError(f"option {name} is no sequence of times ({error}); give a 1-d tensor of times.") from None
     low, high = min(times), max(times)
     for time in inner:
         if not math.isfinite(time):
@@ -89,7 +100,7 @@ def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[flo
 
 
 def norm_of(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:
-    """The user's norm for packed states, with its result checked."""
+    """The user's norm as a function of packed states that validates its result; None for None."""
     if norm is None:
         return None
     if not callable(norm):
@@ -99,41 +110,41 @@ def norm_of(norm: object, packing: Packing) -> Callable[[Tensor], Any] | None:
         value = norm(packing.unpack(ratio))
         number = number_in(value)
         if number is None or number < 0:
-            raise OptionError(f"the function of option norm returned {value!r}; it must return one number, at least 0.")
+            raise OptionError(f"the function of option norm returned {value!r}; it must return a number of at least 0.")
         return value.reshape(()) if isinstance(value, Tensor) else value
 
     return checked
 
 
 def max_num_steps_of(value: object) -> int:
-    """The limit on trial steps, within 64 bits."""
+    """The limit on trial steps as an int that fits into 64 bits."""
     if value is None:
         return DEFAULT_MAX_NUM_STEPS
     number = number_in(value)
     if number is None or number < 1 or (number % 1 != 0 and number != math.inf):
         raise OptionError(f"option max_num_steps is {value!r}; it must be an integer of at least 1.")
-    return int(min(number, 2**62))  # beyond what a solve can reach
+    return int(min(number, 2**62))  # more steps than any solve can make
 
 
 def stops_at_limit(value: object) -> bool:
-    """Tells whether a solve at its limit returns, instead of raising StepLimitError."""
+    """Tells whether a solve at its step limit returns what it reached instead of raising StepLimitError."""
     if value not in (None, "raise", "stop"):
         raise OptionError(
-            f'option on_step_limit is {value!r}; it is "raise" (StepLimitError after max_num_steps trial steps, the '
-            'default) or "stop" (return what was reached, for Solution.resume to continue).'
+            f'option on_step_limit is {value!r}; give "raise" (the default: StepLimitError after max_num_steps trial '
+            'steps) or "stop" (return the outputs reached; Solution.resume continues).'
         )
     return value == "stop"
 
 
 def option_names() -> tuple[str, ...]:
-    """All that ``options`` may hold, of one method or another."""
+    """Names of all options, of adaptive and of fixed steps."""
     return (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
 
 
 def refuse_to_stop(caller: str, options: object) -> None:
-    """Raises OptionError where a solve that may stop early is asked of a caller that returns the state alone."""
+    """Raises OptionError if ``caller``, which returns only the state, is given ``on_step_limit="stop"``."""
     if isinstance(options, Mapping) and options.get("on_step_limit") == "stop":
         raise OptionError(
-            f'option on_step_limit="stop" ends a solve before its last time, which the result of {caller} could not '
-            "show. Use aca_ext.solve, whose Solution knows how far it came and goes on by resume()."
+            f'option on_step_limit="stop" may end a solve before its last time, and the result of {caller} does not '
+            "show where. Use aca_ext.solve: its Solution has t_reached and resume()."
         )

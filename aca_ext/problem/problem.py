@@ -1,4 +1,4 @@
-"""The arguments of a solve, validated once into one frozen object."""
+"""The arguments of a solve, validated once and stored in one frozen object."""
 
 from __future__ import annotations
 
@@ -38,26 +38,27 @@ _PLAIN = (torch.float32, torch.float64)
 
 
 class Settings:
-    """Identity of problems that differ in func, args and the values of y0 alone: the key of what they share."""
+    """Identity shared by problems that differ only in func, args and the values of y0; a key for caches."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Description of a solve, with its arguments checked.
+    """Description of a solve, with validated arguments.
 
     Attributes:
-        y0: the packed initial state, one dense real tensor, with its graph.
-        times: the requested times, strictly monotonic; the first is the start.
-        controller: chooses the steps, or None where ``grid`` holds them.
-        grid: nodes of a fixed grid that contains ``times``.
-        stops: further times that an adaptive step must land on.
-        jumps: those of them where func jumps, so that the slope after them is evaluated anew.
-        max_num_steps: trial steps before an adaptive solve gives up.
-        stops_at_limit: it stops there instead, to be resumed.
-        resumed: where it goes on, if it does.
+        y0: packed initial state: one dense real tensor, with its autograd graph.
+        packing: conversion between the user's state and the packed one.
+        times: requested times, strictly monotonic; the first is the start.
+        controller: controller of adaptive steps; None for fixed steps.
+        grid: nodes of fixed steps, which include ``times``; None for adaptive steps.
+        stops: times inside the solve at which an adaptive step must end (options step_t and jump_t), sorted.
+        jumps: the stops at which func jumps (option jump_t); the slope is evaluated again there.
+        max_num_steps: limit on the trial steps of an adaptive solve.
+        stops_at_limit: at that limit, the solve returns what it reached instead of raising.
+        resumed: state of the solver from which a resumed solve continues, else None.
         on_step: called after every trial step.
-        events: conditions whose sign changes are looked for.
-        settings: the same object for problems that are known to differ in func, args and the values of y0 alone.
+        events: conditions whose sign changes the solve locates.
+        settings: shared by problems that differ only in func, args and the values of y0.
     """
 
     func: Callable[..., State]
@@ -84,37 +85,37 @@ class Problem:
 
     @property
     def step_ends(self) -> tuple[float, ...]:
-        """Times at which a step must end, the end of the solve last: the nodes of a fixed grid, or the stops."""
+        """Times at which a step must end: the nodes of the grid or the stops; the last one ends the solve."""
         return (*self.stops, self.times[-1]) if self.grid is None else self.grid[1:]
 
     @property
     def length(self) -> float:
-        """Of the solve, in time; of a batch the mean of its samples'."""
+        """Length of the solve in time; of independent samples the mean."""
         return abs(self.times[-1] - self.times[0])
 
     @property
     def span(self) -> tuple[float, float]:
-        """First and last time; of a batch those of the sample whose times its dtype resolves worst."""
+        """First and last time; of independent samples those of the sample with the worst resolution of times."""
         return self.times[0], self.times[-1]
 
     def start_time(self, like: Tensor) -> Tensor:
-        """The first time as func receives it."""
+        """The first time as a tensor, as func receives it."""
         return torch.full((), self.times[0], dtype=like.dtype, device=like.device)
 
     def spread_times(self, t: Tensor) -> Tensor:
-        """The times ``t`` as func receives them, one after the other in the first dimension; differentiable."""
+        """The times ``t`` as func receives them, stacked along the first dimension; differentiable."""
         return t.to(self.y0)
 
     def of(self, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> Problem:
-        """The same problem for another func, and for a y0 laid out alike."""
-        other = object.__new__(Problem)  # a third of what dataclasses.replace takes
+        """The same problem with another func, other args, and a y0 of the same layout."""
+        other = object.__new__(Problem)  # takes a third of the time of dataclasses.replace
         vars(other).update(vars(self), func=func, args=args, y0=y0)
         return other
 
 
 _MAX_KNOWN = 64
 _LONGEST_KNOWN_GRID = 10_000
-_known: dict[tuple[Any, ...] | None, Problem] = {}  # problems checked before, without their func, args and y0
+_known: dict[tuple[Any, ...] | None, Problem] = {}  # cache of validated problems, without func, args and y0
 
 
 def problem_of(
@@ -128,10 +129,12 @@ def problem_of(
     options: Options | None,
     args: Sequence[Any],
 ) -> Problem:
-    """Checks the arguments of ``odeint``, in a common case by finding that they were checked before.
+    """Validates the arguments of ``odeint``, or finds them in the cache of arguments validated before.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError, TimeError, ToleranceError, OptionError, UnknownNameError: whichever fits.
+        ArgumentTypeError: func, y0, options or args has a type that is not accepted.
+        ArgumentValueError: an argument has a value that is not accepted (also as TimeError, ToleranceError, OptionError
+            or UnknownNameError).
     """
     if not callable(func):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
@@ -159,7 +162,7 @@ def known_problem(
     options: Options | None,
     args: Sequence[Any],
 ) -> Problem | None:
-    """``problem_of`` for arguments like ones that were checked before; None if they were not."""
+    """``problem_of`` for arguments in the cache; None if they are not in it, or args are given."""
     known = _known.get(_key(y0, t, rtol, atol, method, options))
     if known is None or args != () or not callable(func):
         return None
@@ -168,7 +171,7 @@ def known_problem(
 
 
 def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tuple[Any, ...] | None:
-    """Key of the checked arguments besides func, args and the values of y0; None unless they are plain values."""
+    """Cache key of all arguments except func, args and the values of y0; None if an argument is not a plain value."""
     numbers = _numbers_in(options)
     is_known_kind = type(rtol) is type(atol) is float and (method is None or type(method) is str)
     if not (is_known_kind and numbers is not None and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
@@ -178,11 +181,11 @@ def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tu
 
 
 def _nothing() -> Tensor:
-    raise AssertionError("stands where func was")
+    raise AssertionError("func of a cached problem was called; replace it with Problem.of")
 
 
 def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
-    """The options where they are numbers and nothing else."""
+    """The options as pairs if all values are plain numbers, else None."""
     if not options:
         return ()
     if type(options) is not dict or any(type(value) not in (int, float) for value in options.values()):
@@ -191,7 +194,7 @@ def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
 
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
-    """A tensor on the CPU of a floating dtype that means what its elements say."""
+    """Tells whether ``x`` is a plain float32 or float64 tensor on the CPU with readable, unnegated elements."""
     return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and looks_readable(x)
 
 
@@ -205,7 +208,7 @@ def checked_problem(
     options: Options | None,
     args: Sequence[Any],
 ) -> Problem:
-    """``problem_of`` for arguments that are not known."""
+    """``problem_of`` without the cache."""
     packing = Packing.of(y0)
     packed = dense(packing.pack(y0))
     times = times_of(t)
@@ -253,7 +256,7 @@ def _args(args: object) -> tuple[Any, ...]:
     for i, arg in enumerate(args):
         if not isinstance(arg, Tensor) and holds_grad(arg):
             raise ArgumentValueError(
-                f"args[{i}] is a {type(arg).__name__} holding a tensor that requires grad, which would be lost; "
-                "pass each such tensor as an argument of its own."
+                f"args[{i}] is a {type(arg).__name__} holding a tensor that requires grad, whose gradient would be "
+                "lost; pass each such tensor as an entry of args."
             )
     return tuple(args)

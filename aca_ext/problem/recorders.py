@@ -1,4 +1,4 @@
-"""Recorders of operations: torch.jit.trace, torch.export, make_fx. Their tensors may stand for values to come."""
+"""Detection of recorders of operations: torch.jit.trace, torch.export, make_fx. Their tensors may have no values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 JIT = "torch.jit.trace"
-# Dispatch modes, private to torch: where a version has none, its own errors take the place of those here.
+# Dispatch modes are private to torch. Without them, recorders go undetected here, and torch raises its own errors.
 _count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _mode: Callable[[Any], object] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 _keys = getattr(torch._C, "_TorchDispatchModeKey", None)
@@ -17,7 +17,7 @@ _RECORDING_MODES = [key for name in ("PROXY", "FUNCTIONAL") if (key := getattr(_
 
 
 def recorder() -> str | None:
-    """Name of the recorder of this thread's operations, None where there is none."""
+    """Name of the recorder that is active in this thread; None if there is none."""
     if torch._C._get_tracing_state() is not None:
         return JIT
     if _is_exporting():

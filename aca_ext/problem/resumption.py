@@ -1,4 +1,4 @@
-"""State of the solver from which a solve goes on exactly where another one stopped."""
+"""State of the solver where a solve stopped, from which another solve continues with the same steps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SolverState:
-    """The solver between two steps, but for the state of the ODE.
+    """State of the solver between two steps, without the state of the ODE.
 
     Attributes:
-        t, h: time, and size of the next trial step.
+        t: time reached.
+        h: size of the next trial step.
         sign: direction of the solve, 1 or -1.
         ratios: error ratios of the last accepted steps, newest first.
-        k: slope at t where it is known, else None.
-        random_state: random generators' states behind k, where func draws random numbers.
-        is_complete: the end of the solve was reached.
+        k: slope at t; None if it has to be evaluated.
+        random_state: states of the random generators before k was evaluated; None if func draws no random numbers.
+        is_complete: True if the solve reached its last time.
     """
 
     t: Any

@@ -1,11 +1,11 @@
-"""The name that was meant by an unknown one: names of other libraries, other spellings, typing errors."""
+"""Suggestions for unknown names: names from other libraries, other spellings, typing errors."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# From scipy, diffrax, torchode, torchdyn, DifferentialEquations.jl and MATLAB; without case and separators.
+# Names from scipy, diffrax, torchode, torchdyn, DifferentialEquations.jl and MATLAB, in lower case, without separators.
 _FOREIGN = {
     "dopri5": "rk45 ode45 dopri dopri45 dormandprince runge_kutta45",
     "bosh3": "rk23 ode23 bs3 bosh bogackishampine",
@@ -45,7 +45,7 @@ _IMPLICIT = (
 
 
 def meant_by(name: object, allowed: Iterable[str]) -> str | None:
-    """The one of ``allowed`` that is likeliest meant by ``name``."""
+    """The most similar name among ``allowed``; None if none is similar."""
     plain = _plain(str(name))
     spelled = {_plain(known): known for known in allowed}
     if plain in spelled:
@@ -58,7 +58,7 @@ def meant_by(name: object, allowed: Iterable[str]) -> str | None:
 
 
 def is_implicit(name: object) -> bool:
-    """Tells whether the name is that of an implicit or multistep method, of which there are none here."""
+    """Tells whether ``name`` looks like an implicit or multistep method; the package has none."""
     return any(part in _plain(str(name)) for part in _IMPLICIT)
 
 

@@ -1,4 +1,4 @@
-"""The requested times, checked, and how finely their dtypes resolve them."""
+"""Validation of the requested times, and the resolution of the dtypes that hold them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from aca_ext.user_warnings import warn_user
 
 
 def as_float64(t: Any) -> Any:
-    """The times in a tensor, a sequence, or an array or pandas Series in its order, as an array of NumPy.
+    """The numbers in a tensor, a sequence, an array or a pandas Series (by position) as a float64 NumPy array.
 
     Raises:
-        TimeError: they are no numbers.
+        TimeError: they are no real numbers.
     """
     try:
         if isinstance(t, Tensor) or (isinstance(t, (tuple, list)) and any(isinstance(item, Tensor) for item in t)):
@@ -30,7 +30,7 @@ def as_float64(t: Any) -> Any:
             t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
             return torch.empty(t.shape, dtype=torch.float64, device="cpu").copy_(t).numpy()
         array = np.asarray(t)
-        if array.dtype.kind not in "biufO":  # NumPy would drop imaginary parts, and make numbers of dates and strings
+        if array.dtype.kind not in "biufO":  # astype would drop imaginary parts and convert dates and strings
             raise TypeError(f"it holds {array.dtype}")
         return array.astype(np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -38,7 +38,7 @@ def as_float64(t: Any) -> Any:
 
 
 def resolution_of(x: object) -> float:
-    """The relative spacing of the numbers in ``x``, that of the coarsest dtype among them; 0 for integers."""
+    """Relative spacing (eps) of the coarsest dtype among the numbers in ``x``; 0 for integers."""
     dtype = getattr(x, "dtype", None)
     if isinstance(dtype, torch.dtype):
         return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
@@ -54,11 +54,11 @@ _FAR, _COARSE, _COARSE_BETWEEN = 8.0, 1e-3, 0.05
 
 
 def warn_where_time_stands_still(start: float, end: float, n_gaps: int, dtype: torch.dtype) -> None:
-    """Warns where ``dtype``, in which func receives times, resolves the solve poorly and would do better from zero.
+    """Warns if ``dtype``, in which func receives times, is too coarse for this solve and a shift to 0 would help.
 
-    ``n_gaps`` counts the steps of a fixed grid, or the gaps between the requested times of an adaptive solve. A spacing
-    of more than a thousandth of the solve, or a twentieth of a gap, is no longer small. Shifting helps times that are
-    far from zero, compared with the length of the solve.
+    A spacing of ``dtype`` counts as coarse above a thousandth of the solve, or a twentieth of an average gap. A shift
+    helps if the times are far from zero, compared with the length of the solve. ``n_gaps`` is the number of steps of a
+    fixed grid, or of gaps between the requested times of an adaptive solve.
     """
     length, far = abs(end - start), max(abs(start), abs(end))
     if far < _FAR * length:
@@ -68,28 +68,28 @@ def warn_where_time_stands_still(start: float, end: float, n_gaps: int, dtype: t
         return
     warn_user(
         f"func receives times as {dtype}, whose spacing near t={far:.10g} is about {spacing:.3g}; the solve from "
-        f"t={start:.10g} to {end:.10g} is only {length:.6g} long, so that for func time moves in leaps or stands "
-        "still. Shift t to start at 0, t - t[0] (func adds the offset where it needs it), or use a float64 state.",
+        f"t={start:.10g} to {end:.10g} is only {length:.6g} long, so func sees the time jump or stand still. Shift t "
+        "to start at 0, t - t[0], and add the offset inside func if it needs it, or use a float64 state.",
         TimeResolutionWarning,
     )
 
 
 def times_of(t: object) -> tuple[float, ...]:
-    """The times in ``t``, a 1-d tensor or a sequence of numbers.
+    """The times in ``t``, a 1-d tensor or a sequence of numbers, as floats.
 
     Raises:
-        TimeError: ``t`` is empty, unsorted, of another rank, not finite, or would lose a gradient.
+        TimeError: ``t`` is empty, not sorted, not 1-d, not finite, or a sequence of tensors that require grad.
     """
     if not isinstance(t, Tensor):
         if isinstance(t, str) or not (isinstance(t, Sequence) or hasattr(t, "__array__")):
             raise TimeError(f"t is of type {type(t).__name__}; give a 1-d tensor of times, torch.tensor([0., 1.]).")
         if holds_grad(t):
             raise TimeError(
-                f"t is a {type(t).__name__} holding a tensor that requires grad, which would be lost; give one 1-d "
-                "tensor of times, torch.stack(t)."
+                f"t is a {type(t).__name__} holding a tensor that requires grad, whose gradient would be lost; give "
+                "one 1-d tensor of times, torch.stack(t)."
             )
     elif t.is_complex() or t.dtype == torch.bool:
-        raise TimeError(f"t has dtype {t.dtype}; times are real numbers.")
+        raise TimeError(f"t has dtype {t.dtype}; times must be real numbers. Give a float64 tensor.")
     array = as_float64(t)
     if array.ndim != 1:
         raise TimeError(
@@ -109,6 +109,6 @@ def times_of(t: object) -> tuple[float, ...]:
         if sign * (other - one) < 0:
             raise TimeError(
                 f"t is not sorted: t[{i}] = {one!r}, t[{i + 1}] = {other!r}; times must strictly increase or strictly "
-                "decrease. Sort them, and the result back."
+                "decrease. Sort them, and reorder the result."
             )
     return tuple(times)

@@ -1,4 +1,4 @@
-"""Tolerances of a solve: rtol and atol, checked, and the norm that errors are measured in."""
+"""Validation of rtol and atol, and the norm of the error."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from aca_ext.problem.admission import check_readable
 from aca_ext.problem.arguments import number_in
 from aca_ext.problem.state import Packing
 
-# Norm of an error ratio given by the user: tensor in, number out.
+# A norm given by the user: from error / tolerance, a tensor like the packed state, to a number.
 Norm = Callable[[Tensor], Any]
 
 
 class Tolerance:
-    """rtol, atol and the norm that an error is measured with."""
+    """Tolerances of a packed state, and the norm of the error in units of them.
+
+    Attributes:
+        rtol, atol: a number, or a tensor of the packed state's shape.
+        norm: the user's norm of packed error ratios; None for the largest RMS over the segments.
+        segments: bounds of the components in the packed state; of one sample in a batch of independent samples.
+        sizes: number of elements of each component.
+    """
 
     def __init__(
         self, rtol: float | Tensor, atol: float | Tensor, segments: Sequence[int], norm: Norm | None = None
@@ -30,12 +37,12 @@ class Tolerance:
         self.sizes = [hi - lo for lo, hi in pairwise(segments)]
 
     def forbids_error(self) -> bool:
-        """Tells whether some element may have no error at all: its rtol and atol are both zero."""
+        """Tells whether rtol and atol are both zero in some element, so that any error there is too large."""
         total = self.rtol + self.atol
         return bool((total == 0).any()) if isinstance(total, Tensor) else total == 0
 
     def norm_of_sums(self, sums: Sequence[float]) -> float:
-        """The largest RMS over the segments; NaN where any is."""
+        """The largest RMS over the segments, from their sums of squares; NaN if a sum is NaN."""
         if len(sums) == 1 and self.sizes[0]:
             return math.sqrt(sums[0] / self.sizes[0])
         if math.isnan(sum(sums)):
@@ -44,12 +51,16 @@ class Tolerance:
 
 
 def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) -> float | Tensor:
-    """A number, or a tensor of the packed state's shape, dtype and device."""
+    """Validates ``rtol`` or ``atol``: returns a number, or a tensor of the packed state's shape, dtype and device.
+
+    Raises:
+        ToleranceError: it is negative, not finite, or does not broadcast to the state.
+    """
     check_readable(name, value, ToleranceError)
     number = number_in(value)
     if number is not None:
         if not math.isfinite(number) or number < 0:
-            raise ToleranceError(f"{name} is {number:g}; it must be a finite number, at least 0.")
+            raise ToleranceError(f"{name} is {number:g}; it must be a finite number of at least 0.")
         return number
     if isinstance(value, (tuple, list)) and packing.is_tuple:
         return _tolerance_of_tuple(name, value, y0, packing)
@@ -61,7 +72,7 @@ def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) ->
     value = value.detach().to(device=y0.device, dtype=y0.dtype) if is_real else value
     if not is_real or not bool(((value >= 0) & torch.isfinite(value)).all()):
         raise ToleranceError(
-            f"{name} has entries that are negative or not finite; each must be a number of at least 0."
+            f"{name} has entries that are negative, not finite or complex; each must be a real number of at least 0."
         )
     if packing.is_complex:
         value = value.unsqueeze(-1)  # one tolerance for the real and the imaginary part
@@ -70,12 +81,13 @@ def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) ->
         return value.expand(shape)
     except RuntimeError:
         raise ToleranceError(
-            f"{name} has shape {tuple(value.shape)}, which does not broadcast to y0 ({packing.describe()})."
+            f"{name} has shape {tuple(value.shape)}, which does not broadcast to y0 ({packing.describe()}). Give a "
+            "number or a tensor that does."
         ) from None
 
 
 def _tolerance_of_tuple(name: str, value: Sequence[Any], y0: Tensor, packing: Packing) -> Tensor:
-    """One tolerance per component of a tuple state, spread over the packed state."""
+    """One tolerance per component of a tuple state, expanded to the shape of the packed state."""
     if len(value) != len(packing.shapes):
         raise ToleranceError(f"{name} has {len(value)} entries; y0 is {packing.describe()}. Give one for each.")
     parts: list[Tensor] = []
@@ -87,9 +99,9 @@ def _tolerance_of_tuple(name: str, value: Sequence[Any], y0: Tensor, packing: Pa
 
 
 def check_within_reach(tolerance: Tolerance, dtype: torch.dtype) -> None:
-    """Raises ToleranceError where no step can meet the tolerance, or none that ``dtype`` can tell from nothing."""
+    """Raises ToleranceError if the tolerance is zero everywhere, or below the rounding of a 16-bit ``dtype``."""
     rtol, atol = tolerance.rtol, tolerance.atol
-    # Steps that small would round to nothing, and the solution stand still without an error. float32 has room enough.
+    # Steps that small round to no change: the solution would stay constant without an error. float32 is fine enough.
     rounding = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
     if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and 0 < max(rtol, atol) < rounding:
         raise ToleranceError(
@@ -99,4 +111,4 @@ def check_within_reach(tolerance: Tolerance, dtype: torch.dtype) -> None:
     total = rtol + atol
     if bool((total > 0).any()) or total.numel() == 0 if isinstance(total, Tensor) else total > 0:
         return
-    raise ToleranceError("rtol and atol are both zero, which no step can meet; make one of them positive.")
+    raise ToleranceError("rtol and atol are both zero, and no step is that accurate; make one of them positive.")

@@ -1,4 +1,4 @@
-"""Function transforms (torch.func, vmap, forward-mode derivatives) that cannot reach into a solve, refused by name."""
+"""Rejection of function transforms (torch.func, vmap, forward-mode derivatives), which a solve does not support."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.autograd import forward_ad
 
 from aca_ext.errors import ArgumentTypeError
 
-# Private to torch; where a version has one no more, torch's own errors take their place.
+# Private to torch. In a version without them, transforms go undetected here and torch raises its own error.
 _FUNCTORCH = getattr(torch._C, "_functorch", None)
 _is_wrapped = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", lambda x: False)
 _is_batched = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda x: False)
 
 
 def refuse_transforms(what: str, x: object) -> None:
-    """Raises ArgumentTypeError where ``x`` is a tensor of a transform, whose values or derivatives would be lost."""
+    """Raises ArgumentTypeError if ``x`` is a tensor inside a transform; ``what`` names it in the message."""
     if not isinstance(x, Tensor):
         return
     if _is_wrapped(x) or _is_batched(x):

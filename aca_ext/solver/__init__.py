@@ -1,1 +1,1 @@
-"""Steps of a solve, common or for each sample, and the checkpoints that it keeps."""
+"""The solver: loops over steps, one Runge-Kutta step and its transpose, checkpoints, failure messages."""

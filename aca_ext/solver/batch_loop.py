@@ -1,6 +1,7 @@
-"""The adaptive loop of a batch whose samples are independent. Knows nothing of gradients.
+"""The adaptive loop over a batch of independent samples. Knows nothing of gradients.
 
-As ``aca_ext.solver.loop`` with an array entry, or a row of a tensor, for each sample.
+Like ``aca_ext.solver.loop``, but each sample has its own time, step size and error: one entry of an array, or one row
+of a tensor. In this module a row is a sample.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.fused import STATUSES, Array, RowOperations, batch_control_for
+from aca_ext.kernels.extension import STATUSES, batch_control_for
+from aca_ext.kernels.fused import Array, RowOperations
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.progress import Step
 from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
+from aca_ext.solver.stats import BatchStats
 from aca_ext.vector_field.field import VectorField
 
 _RUNNING, _STEP_LIMIT, _STEP_SIZE, _NOT_FINITE = map(
@@ -30,40 +33,15 @@ Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
 
 
-@dataclass(repr=False)
-class BatchStats:
-    """Counts of a solve whose samples are independent.
-
-    Attributes:
-        n_f_evals: how often func was called; every call is on the whole batch.
-        n_f_rows: samples that func was evaluated on, n_f_evals times the batch.
-        n_steps: (batch,) int64, trial steps of each sample, as many as it takes by itself.
-        n_accepted, n_rejected: (batch,) int64, those that became part of its solution, and those that did not.
-        backend: what did the arithmetic: "cpu" or "cuda" kernels, or "reference", plain PyTorch.
-        n_f_evals_backward: calls of func in the backward pass; None until it has run.
-    """
-
-    n_steps: Tensor
-    n_accepted: Tensor
-    n_rejected: Tensor
-    n_f_evals: int = 0
-    n_f_rows: int = 0
-    backend: str = ""
-    n_f_evals_backward: int | None = None
-
-    def __repr__(self) -> str:
-        """Counts by sample as their range."""
-        parts = [f"n_f_evals={self.n_f_evals}", f"n_f_rows={self.n_f_rows}"]
-        for name in ("n_steps", "n_accepted", "n_rejected"):
-            count = getattr(self, name)
-            parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
-        parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
-        return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"
-
-
 @dataclass(frozen=True)
 class OutputRows:
-    """Outputs inside a step: of which samples, which of their times, and where in their steps."""
+    """Outputs that fall into one step of the batch; one entry per output.
+
+    Attributes:
+        rows: index of the sample.
+        index: index of the requested time among the times of that sample.
+        theta: position of that time in the step of that sample, in (0, 1].
+    """
 
     rows: Index
     index: Index
@@ -75,7 +53,14 @@ class OutputRows:
 
 @dataclass(frozen=True)
 class AcceptedRows:
-    """The steps that some samples, ``rows``, took at once; ``h`` with the sign of their direction."""
+    """Steps that several samples took in the same iteration of the loop; one entry per sample.
+
+    Attributes:
+        rows: indices of the samples whose step was accepted.
+        t, t_next: start and end of the step.
+        h: signed step size.
+        outputs: outputs that fall into these steps.
+    """
 
     rows: Index
     t: Array
@@ -92,7 +77,7 @@ class BatchRecord:
     steps: list[AcceptedRows] = field(default_factory=lambda: list[AcceptedRows]())
 
     def bounds(self) -> tuple[Tensor, ...]:
-        """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
+        """Start and end of every accepted step: per sample an (n_accepted, 2) float64 tensor on the CPU."""
         if not self.steps:
             return tuple(torch.zeros(0, 2, dtype=torch.float64, device="cpu") for _ in range(self.n_rows))
         rows = np.concatenate([s.rows for s in self.steps])
@@ -106,14 +91,14 @@ class BatchSolver:
     """One solve of a batch with the given operations.
 
     Args:
-        k0: the first slopes, f(t0, y0).
-        keep_states: keep the states that accepted steps start from, for a replay.
+        k0: first slopes, f(t0, y0); None if the solve has no step.
+        keep_states: store the states at which accepted steps start, so that a backward pass can replay the steps.
 
     Attributes:
-        record: the accepted steps.
-        states: for each entry of the record the states of its rows before, where they are kept.
-        y: the states of all samples at their ends.
-        stats: the counts.
+        record: accepted steps.
+        states: for each entry of the record, the states of its samples before the step; empty without ``keep_states``.
+        y: states of all samples, each at its own last time.
+        stats: counts of the solve.
     """
 
     def __init__(
@@ -133,10 +118,10 @@ class BatchSolver:
         self._outputs: list[tuple[Index, Index, Tensor]] = []
 
     def run(self, y: Tensor) -> Tensor:
-        """Solves from ``y`` and returns the outputs, (T, \\*packed shape).
+        """Solves from the packed state ``y`` and returns the outputs, (T, \\*packed shape).
 
         Raises:
-            SolveError: a sample could not reach its end; the message names it.
+            SolveError: a sample did not reach its last time; the message names the sample.
         """
         n = self.ops.n_rows
         self._outputs = [(np.arange(n), np.zeros(n, dtype=np.int64), y)]
@@ -181,7 +166,7 @@ class BatchSolver:
             self.problem.on_step(Step._make((*(torch.from_numpy(x.copy()) for x in arrays), self.field.n_evals)))
 
     def _choose_first_steps(self, y: Tensor) -> None:
-        """Hairer's first steps; the evaluation that they take is no part of the solution."""
+        """Chooses the first step of each sample by Hairer's rule; its evaluation is not part of the solution."""
         problem, ops, k, control = self.problem, self.ops, self._k, self._control
         assert problem.controller is not None
         assert k is not None
@@ -205,7 +190,7 @@ class BatchSolver:
         self._outputs += outputs_of_step(outputs, self._scheme, y, self.ops.steps(h), trial)
 
     def _outputs_due(self, rows: Index) -> OutputRows:
-        """The requested times that the steps just accepted reached; theta is exactly 1 at the end of a step."""
+        """The requested times inside the steps just accepted; theta is exactly 1 at the end of a step."""
         control, times = self._control, self.problem.times_of_rows
         first = control.first_due[rows]
         counts = control.end_due[rows] - first
@@ -215,7 +200,7 @@ class BatchSolver:
         return OutputRows(of_rows, index, np.where(time == end, 1.0, (time - start) / (end - start)))
 
     def _next_slopes(self, accepted: Mask, others: Mask, trial: Trial) -> Tensor | None:
-        """First slopes of the next step: those at the solution for samples that go on, the same again for others."""
+        """First slopes of the next step: the last slope after an accepted step, the old first slope otherwise."""
         if not accepted.any():
             return trial.k[0]
         if not self._scheme.fsal:
@@ -226,7 +211,7 @@ class BatchSolver:
         return torch.from_numpy(rows).view(self.ops.row_shape).to(self.ops.like.device)
 
     def _check_progress(self, y: Tensor, k: Tensor) -> None:
-        """Raises where a smaller step cannot help."""
+        """Raises if a sample failed and a smaller step cannot help."""
         control = self._control
         self._check(control.status == _STEP_SIZE, StepSizeError)
         doubtful = control.status == _NOT_FINITE
@@ -263,7 +248,7 @@ class BatchSolver:
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {self.problem.tableau.name} "
             f"stopped: {reason}",
             t=float(control.t[row]),
-            h=float(control.h[row]) or math.nan,  # 0: none was chosen yet
+            h=float(control.h[row]) or math.nan,  # NaN until a step is chosen
             error_ratio=float((control.ratio if ratio is None else ratio)[row]),
             n_accepted=int(control.n_accepted[row]),
             n_rejected=int(control.n_steps[row] - control.n_accepted[row]),
@@ -283,7 +268,7 @@ def index_of(rows: Index, like: Tensor) -> Tensor:
 def outputs_of_step(
     outputs: OutputRows, scheme: Scheme, y: Tensor, h: Tensor, trial: Trial
 ) -> list[tuple[Index, Index, Tensor]]:
-    """(rows, index, states) of the outputs at the ends of the samples' steps, and of those inside."""
+    """Tuples (samples, indices of their times, states): first outputs at step ends, then outputs by dense output."""
     found: list[tuple[Index, Index, Tensor]] = []
     at_end = outputs.where(outputs.theta == 1.0)
     if len(at_end.rows):
@@ -303,7 +288,7 @@ def outputs_of_step(
 
 
 def assemble(outputs: Sequence[tuple[Index, Index, Tensor]], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """The states of all samples at all their times, (T, \\*packed shape); differentiable."""
+    """Arranges outputs by time and sample into one tensor, (T, \\*packed shape); differentiable."""
     n_rows, n_times = shape
     places = np.concatenate([index * n_rows + rows for rows, index, _ in outputs])
     order = index_of(np.argsort(places), like).view(n_times, n_rows)

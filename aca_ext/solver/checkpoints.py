@@ -1,16 +1,14 @@
-"""Storage of accepted steps: (t, h) of each always, and where a replay is to come the states that they started from.
+"""Storage of accepted steps, and of the states that a backward pass replays them from.
 
-All of them, at most a given number, or all in the host's memory; ``reversed_states`` hands them out, last to first, and
-has those computed again that were not kept.
+Three policies: keep every state, keep at most a given number, or keep every state in host memory. States and the rows
+of blocks that hold them are numbered; state n is the start of step n.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -22,20 +20,22 @@ from aca_ext.kernels.fused import empty_rows
 from aca_ext.problem.resumption import SolverState
 from aca_ext.solver.event_search import Occurrence
 
-# All states, at most so many, or "cpu".
+# Policy of ``checkpoints``: None keeps every state, an int at most so many, "cpu" every state in host memory.
 Policy = int | str | None
-ReversedStates = Iterator[tuple[int, Tensor, Tensor | None]]
 
-_BLOCK_BYTES = 1 << 20  # small states share blocks up to this size; it bounds what is allocated and not used
+_BLOCK_BYTES = 1 << 20  # largest block that small states share; bounds the memory that is allocated and not used
 _BLOCK_ROWS = 64
-_ROWS_AT_ONCE = 16  # a view of every row takes longer than a short solve has
+_ROWS_AT_ONCE = 16  # rows that become views at once; views of a whole block would cost a short solve too much time
 
 
 class AcceptedStep(NamedTuple):
     """One accepted step from ``t`` to ``t_next`` and the outputs inside it.
 
-    ``h`` is what the step was computed with; ``t_next`` is t + h, or exactly the time the step was cut to land on.
-    ``random_states`` holds the random generators' states before each stage where func draws random numbers, else None.
+    Attributes:
+        h: signed step size that the step was computed with.
+        t_next: t + h, or exactly the time at which the step was cut.
+        outputs: pairs (index of a requested time, its position in the step, in (0, 1]).
+        random_states: states of the random generators before each stage; None if func draws no random numbers.
     """
 
     t: float
@@ -47,27 +47,34 @@ class AcceptedStep(NamedTuple):
 
 @dataclass(slots=True)
 class StepRecord:
-    """The accepted steps of one solve, in order."""
+    """The accepted steps of one solve, in order.
+
+    Attributes:
+        end: state of the solver where the solve stopped; None without option ``on_step_limit="stop"``.
+        events: the events found, in the order of time.
+        ended_by: index of the event that ended the solve: a terminal one, or else the first reset.
+    """
 
     steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
-    end: SolverState | None = None  # where the solve may go on
+    end: SolverState | None = None
     events: list[Occurrence] = field(default_factory=lambda: list[Occurrence]())
-    ended_by: int | None = None  # index of the event that ended the solve: a terminal one, or else the first reset
+    ended_by: int | None = None
 
     def bounds(self) -> Tensor:
-        """(n_accepted, 2) float64: start and end of every accepted step."""
+        """Start and end of every accepted step, (n_accepted, 2) float64 on the CPU."""
         return torch.from_numpy(np.array([(s.t, s.t_next) for s in self.steps], dtype=np.float64).reshape(-1, 2))
 
 
 class Checkpoints:
-    """States at the start of every accepted step and at the end, in blocks that the solution is written into.
+    """Storage that keeps every state: the start of every accepted step and the end of the last one.
 
-    A rejected trial leaves its slot to the next one, so accepting costs no copy.
+    A step writes its solution straight into a row of a block. After a rejected trial, the next trial gets the same row;
+    so accepting a step costs no copy.
 
     Attributes:
-        blocks: the memory, a first dimension of rows that hold a state each.
-        count: states so far.
-        capacity: how many states are kept at most, besides the last one.
+        blocks: tensors (rows, \\*state shape); each row holds one state.
+        count: number of states so far, kept or not.
+        capacity: largest number of states kept, besides the last one.
     """
 
     capacity: float = math.inf
@@ -75,7 +82,7 @@ class Checkpoints:
     def __init__(self, y0: Tensor) -> None:
         self._rows_per_block = int(min(_rows_per_block(y0), self.capacity + 2))
         self._like = y0
-        self._free: list[tuple[int, Tensor]] = []  # rows and their numbers
+        self._free: list[tuple[int, Tensor]] = []  # free rows, each with its number
         self._n_rows = 0
         self.blocks: list[Tensor] = []
         self.count = 0
@@ -94,7 +101,7 @@ class Checkpoints:
         return self._free[-1][1]
 
     def accept(self) -> None:
-        """Keeps what stands in the current slot."""
+        """Keeps the state in the current slot."""
         self._free.pop()
         self.count += 1
 
@@ -102,29 +109,29 @@ class Checkpoints:
         return empty_rows(self._rows_per_block, self._like)
 
     def numbers(self) -> Sequence[int]:
-        """Number of the state in each row of the blocks, -1 for none; rows that are not listed hold none."""
+        """Number of the state in each row of the blocks, -1 for a free row; rows beyond the list are free."""
         return range(self.count)
 
 
 class ThinnedCheckpoints(Checkpoints):
-    """At most ``capacity`` states and the last, chosen while the solve runs, before its number of steps is known.
+    """Storage for at most ``capacity`` states and the last one, while the number of steps is not known yet.
 
-    A new state has level 0 and takes the place of one that is dispensable: one with a state of a higher level behind
-    it. Where there is none, it takes the place of the newest, one level above it (Wang, Moin & Iaccarino, SIAM J. Sci.
-    Comput. 31, 2009). Then no step is computed again more often than if the number of steps had been known beforehand:
-    r times, where N steps are at most C(capacity + r, r).
+    Online checkpointing by Wang, Moin & Iaccarino, SIAM J. Sci. Comput. 31 (2009). A new state has level 0. It replaces
+    a dispensable state: one that a later state of a higher level follows. If there is none, it replaces the newest
+    state and gets a level one above it. No step is then recomputed more often than if the number N of steps had been
+    known beforehand: at most r times for N ≤ C(capacity + r, r).
     """
 
     def __init__(self, y0: Tensor, capacity: int) -> None:
         self.capacity = capacity
-        self._kept: dict[int, tuple[int, Tensor]] = {}  # rows by the number of the state, in the order of time
+        self._kept: dict[int, tuple[int, Tensor]] = {}  # state number -> numbered row, in the order of time
         self._level: dict[int, float] = {}
         self._dispensable: list[int] = []
         self._current: tuple[int, Tensor] | None = None
         super().__init__(y0)
 
     def accept(self) -> None:
-        # The state in the slot becomes the current one; what is decided on is the one that the step started from.
+        # The state in the slot becomes the current one. The start of the step is now placed or dropped.
         row, self._current = self._current, self._free[-1]
         super().accept()
         if row is not None:
@@ -163,10 +170,10 @@ class ThinnedCheckpoints(Checkpoints):
 
 
 class HostCheckpoints(Checkpoints):
-    """Every state, in the host's memory: pinned where the solve runs on a GPU, so that no copy is waited for."""
+    """Storage that keeps every state in host memory, pinned for a solve on a GPU so that copies are asynchronous."""
 
     def __init__(self, y0: Tensor) -> None:
-        self._of_step = [torch.empty_like(y0) for _ in range(2)]  # its start and its trial, in turn
+        self._of_step = [torch.empty_like(y0) for _ in range(2)]  # start and trial of a step, which swap roles
         super().__init__(y0)
 
     def slot(self) -> Tensor:
@@ -184,12 +191,15 @@ class HostCheckpoints(Checkpoints):
 
 
 def checked_policy(policy: object) -> Policy:
-    """The ``checkpoints`` argument of ``odeint``.
+    """Validates the ``checkpoints`` argument of ``odeint``.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: it is no policy.
+        ArgumentTypeError: it is neither None, an int nor a string.
+        ArgumentValueError: it is an int below 1, or a string other than "cpu".
     """
-    allowed = 'it is None (keep every state), an int of at least 1 (keep at most so many) or "cpu" (keep them there).'
+    allowed = (
+        'give None (keep every state), an int of at least 1 (keep at most so many) or "cpu" (keep all in host memory).'
+    )
     if isinstance(policy, str) or policy is None:
         if policy in (None, "cpu"):
             return policy
@@ -202,13 +212,14 @@ def checked_policy(policy: object) -> Policy:
 
 
 def checkpoints_for(policy: Policy, y0: Tensor) -> Checkpoints:
+    """The storage of this policy, with ``y0`` as its first state."""
     if policy is None:
         return Checkpoints(y0)
     return ThinnedCheckpoints(y0, policy) if isinstance(policy, int) else HostCheckpoints(y0)
 
 
 class Blocks:
-    """The blocks alone, for a loop that fills them by itself."""
+    """Blocks of rows without bookkeeping, for a C++ loop that fills them in order."""
 
     def __init__(self, like: Tensor) -> None:
         self._like, self._rows = like, _rows_per_block(like)
@@ -228,80 +239,7 @@ def _rows_per_block(like: Tensor) -> int:
 
 
 def rows(blocks: Sequence[Tensor], count: int) -> Iterator[Tensor]:
-    """The first ``count`` states of ``blocks``, in order."""
+    """The first ``count`` rows of ``blocks``, in order."""
     for block in blocks:
         yield from block[:count].unbind(0)
         count = max(0, count - len(block))
-
-
-def reversed_states(
-    held: Sequence[tuple[int, Tensor]],
-    n_steps: int,
-    capacity: float,
-    advance: Callable[[int, Tensor, Tensor], Tensor],
-) -> ReversedStates:
-    """(n, state n, state n + 1) for every step, last to first; state ``n_steps`` is None where it was not kept.
-
-    ``held`` are numbers of states and the rows that hold them, with -1 for rows that are free. ``advance(n, y, out)``
-    computes state n + 1 from state n into ``out``, for states that were not kept. Rows are written over as soon as the
-    states in them have been handed out: there are never more than ``capacity`` states beside those of the step at hand
-    and the last one. The first and the last are never written over, so that a replay can be repeated and compared.
-    """
-    kept = sorted(((n, row) for n, row in held if n >= 0), key=lambda entry: entry[0])
-    free = [row for n, row in held if n < 0]
-
-    def run(y: Tensor, first: int, last: int) -> Tensor:
-        for n in range(first, last):
-            y_next = advance(n, y, free.pop() if free else torch.empty_like(y))
-            if n > first:
-                free.append(y)
-            y = y_next
-        return y
-
-    y_next = kept.pop()[1] if kept and kept[-1][0] == n_steps else None
-    for n in reversed(range(n_steps)):
-        start, y = kept[-1]
-        while start < n:
-            room = capacity - len(kept)
-            goal = start + revolve(n - start + 1, int(room) + 1) if room else n
-            y = run(y, start, goal)
-            start = goal
-            if room:
-                kept.append((start, y))
-        if kept[-1][0] == n:
-            kept.pop()
-        yield n, y, y_next
-        if y_next is not None and n + 1 < n_steps:
-            free.append(y_next)
-        y_next = y
-
-
-def brought_to(device: torch.device, states: ReversedStates) -> ReversedStates:
-    """The same on ``device``; a state that is the start of one step and the end of another comes over once."""
-    brought: Tensor | None = None
-    for n, y, y_next in states:
-        if y.device == device:
-            yield n, y, y_next
-            continue
-        if brought is None and y_next is not None:
-            brought = y_next.to(device, non_blocking=True)
-        start = y.to(device, non_blocking=True)
-        yield n, start, brought
-        brought = start
-
-
-def distances(numbers: Sequence[int]) -> dict[int, int]:
-    """For each state that was kept, how many steps after the one kept before it; ``numbers`` has -1 for free rows."""
-    return {end: end - start for start, end in pairwise(sorted(n for n in numbers if n >= 0))}
-
-
-def revolve(n_steps: int, capacity: int) -> int:
-    """Number of steps to take, from the first of ``n_steps`` to be reversed, before the next state is kept.
-
-    With room for ``capacity`` states, the first one's included, this makes the fewest steps possible: r·n - C(capacity
-    + r, r - 1) for the smallest r with n ≤ C(capacity + r, r) (Griewank & Walther, ACM Trans. Math. Softw. 26, 2000).
-    """
-    r = 1
-    while comb(capacity + r, r) < n_steps:
-        r += 1
-    return min(comb(capacity + r - 1, r - 1), n_steps - comb(capacity + r - 2, r - 1))

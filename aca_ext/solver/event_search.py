@@ -30,12 +30,13 @@ class Occurrence:
     """One occurrence of an event.
 
     Attributes:
-        event: its index among the events of the solve.
-        element: index of the element, of the flattened value of the event function, that changed its sign.
-        t: its time: a number, or a float64 tensor where step sizes have a graph.
-        theta: its position in the accepted step that holds it, whose number is ``step``.
-        derivative: dy/dt of the dense output there, packed.
-        row: index of its state among the outputs of the solve.
+        event: index of the event among those of the solve.
+        element: index of the element that changed its sign, in the flattened value of the event function.
+        t: time: a number, or a float64 tensor if step sizes have an autograd graph.
+        theta: position in the accepted step.
+        step: number of that step.
+        derivative: dy/dt of the dense output at that time, packed.
+        row: index of the state at that time among the outputs of the solve; -1 until it is one.
     """
 
     event: int
@@ -59,18 +60,18 @@ class EventSearch:
     """Signs of the event functions along a solve.
 
     Args:
-        packing: turns a packed state into the form that event functions take.
-        scalar: a number as a 0-d tensor of the state's dtype and device.
+        packing: converts a packed state into the user's form, which event functions take.
+        scalar: converts a number into a 0-d tensor of the state's dtype and device.
     """
 
     def __init__(self, events: Sequence[Event], packing: Packing, scalar: Callable[[float], Tensor]) -> None:
         self._events, self._packing, self._scalar = events, packing, scalar
-        self._signs: list[Array] = []  # of each element of each event, as last seen; 0 where it is not known yet
+        self._signs: list[Array] = []  # last non-zero sign of each element of each event; 0 if unknown
 
     def start(self, t: float, y: Tensor, slope: Tensor | None, length: float) -> None:
-        """Looks up the signs at the start of a solve, which has the slope ``slope`` and takes the time ``length``.
+        """Computes the signs at the start of a solve of this ``length``; ``slope`` is dy/dt there.
 
-        On the surface, the sign is that of the side to which the solution goes.
+        At a zero of an event function, up to rounding, the sign is that of the side to which the solution goes.
         """
         for i, event in enumerate(self._events):
             values = self._values(i, t, y)
@@ -83,14 +84,14 @@ class EventSearch:
             self._signs.append(signs)
 
     def within(self, t: float, t_next: float, state_at: Callable[[float], Tensor]) -> tuple[list[Found], float]:
-        """Occurrences within an accepted step, in their order.
+        """Occurrences within an accepted step, in the order of the solve.
 
         Args:
-            state_at: the dense output at a position in the step, from 0 to 1.
+            state_at: dense output at a position in the step, from 0 to 1.
 
         Returns:
-            The occurrences, and the position where the smooth part of the solution ends: that of the first terminal
-            event or reset, infinity if there is none.
+            The occurrences, and the position of the first terminal event or reset, which ends the smooth part of the
+            solution; infinity if there is none.
         """
         found: list[Found] = []
         for i, event in enumerate(self._events):
@@ -108,7 +109,7 @@ class EventSearch:
         return [one for one in found if one.theta <= end], end
 
     def _signs_before(self, i: int, values_at: Callable[[float], Array]) -> Array:
-        """Signs at the start of a step, those shortly after where they are not known."""
+        """Signs at the start of a step; an unknown sign is taken from a position shortly after the start."""
         signs = self._signs[i]
         for theta in reversed(_DEPARTURES):
             if signs.all():
@@ -118,7 +119,7 @@ class EventSearch:
 
     def _root(self, values_at: Callable[[float], Array], j: int, before: float, now: float) -> float:
         low, first = 0.0, float(values_at(0.0)[j])
-        if first * before <= 0:  # on the surface: the change is there, or behind a position on the first side
+        if first * before <= 0:  # a zero at the start: the change is there, or after a position with the first sign
             low = next((theta for theta in _DEPARTURES if values_at(theta)[j] * before > 0), 0.0)
             if low == 0:
                 return 0.0
@@ -130,17 +131,17 @@ class EventSearch:
             values: Any = self._events[i].fn(self._scalar(t), self._packing.unpack(y.detach()))
         if not isinstance(values, Tensor) or values.is_complex():
             kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise EventError(f"the function of event {i} returned {kind}; it returns a real tensor.")
+            raise EventError(f"the function of event {i} returned {kind}; it must return a real tensor.")
         found = values.detach().double().reshape(-1).cpu().numpy().copy()
         if not np.isfinite(found).all():
-            raise EventError(f"the function of event {i} returned NaN or infinity at t={t:.17g}; look at it there.")
+            raise EventError(f"the function of event {i} returned NaN or infinity at t={t:.17g}; check it there.")
         return found
 
 
 def change_along(
     event: Event, element: int, t: Tensor, y: Tensor, slope: Tensor | None, packing: Packing
 ) -> tuple[float, float]:
-    """Derivative of an event function along a solution with the given slope, and the size of its terms.
+    """Derivative of an event function along a solution with this slope, and the size of the function's terms.
 
     Both are 0 for a function that has no gradient with respect to t and y.
     """

@@ -15,7 +15,7 @@ NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Mak
 
 
 def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **numbers: Any) -> SolveError:
-    """The error for a solve that stopped: the reason, by default that of ``kind``, and the progress made."""
+    """The error of a solve that stopped early; ``message`` is the reason, by default that of ``kind``."""
     if kind is NonFiniteError:
         message = fault_of_start(problem.y0) or message
     reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
@@ -23,7 +23,7 @@ def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **
 
 
 def fault_of_start(y0: Tensor) -> str | None:
-    """A message that blames y0, where it was not finite before func had anything to do with it."""
+    """The reason for a solve that stopped because y0 is not finite; None if y0 is finite."""
     wrong = ~torch.isfinite(y0.detach())
     if not wrong.any():
         return None
@@ -32,7 +32,7 @@ def fault_of_start(y0: Tensor) -> str | None:
 
 
 def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:
-    """Why a solve to t = ``end`` stopped, and what to do about it."""
+    """The reason for an error of this kind in a solve to t = ``end``, with advice."""
     return {
         StepLimitError: f"the {max_num_steps} trial steps of option max_num_steps did not reach t={end:.17g}. Raise "
         "max_num_steps, loosen rtol or atol, or look for stiffness or blow-up.",

@@ -1,21 +1,21 @@
 """The loop of a solve: adaptive, or over a fixed grid. Knows nothing of gradients.
 
-Storage is in checkpoints, arithmetic in the step, decisions in the controller, where outputs fall in outputs; what is
-left here is their order.
+Each iteration proposes a trial, makes the step, measures the error and judges it. The parts live elsewhere: decisions
+in ``aca_ext.numerics.step_control``, arithmetic in ``runge_kutta``, storage in ``checkpoints``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.fused import TorchOperations, empty_rows, step_control_for
+from aca_ext.kernels.extension import step_control_for
+from aca_ext.kernels.fused import TorchOperations, empty_rows
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
@@ -33,49 +33,26 @@ from aca_ext.solver.runge_kutta import (
     stage_times,
     stepper,
 )
+from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
 
 AnyStepControl = Any  # StepControl, or its C++ counterpart
 
 
-@dataclass
-class Stats:
-    """Counts of one solve.
-
-    Attributes:
-        n_f_evals: evaluations of func in the forward pass, of which engine="graph" makes more than it counts: steps
-            launched ahead in vain, and a look at whether func has changed.
-        n_steps: trial steps, n_accepted + n_rejected.
-        n_accepted: steps that became part of the solution.
-        n_rejected: steps whose error was too large.
-        backend: what did the arithmetic: "cpu" or "cuda" kernels, "reference", plain PyTorch, "compiled" or "graph".
-        n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
-        compile_seconds: time that engine="compiled" took to trace and compile, or engine="graph" to capture; 0 where
-            they found all they needed.
-    """
-
-    n_f_evals: int = 0
-    n_steps: int = 0
-    n_accepted: int = 0
-    n_rejected: int = 0
-    backend: str = ""
-    n_f_evals_backward: int | None = None
-    compile_seconds: float = 0.0
-
-
 class Solver:
     """One solve of a problem with the given operations.
 
     Args:
-        k0: the first slope where it is known, f(t0, y0) as ``field.first`` returned it.
-        rows: tensors to write the outputs into, or None to return tensors with whatever graph the operations make.
-        checkpoints: storage for the states of accepted steps, or None where no replay is to come.
-        differentiable_steps: make the step size a tensor, so that the graph reaches through the controller.
+        k0: the first slope, f(t0, y0), as ``field.first`` returned it; None if the solve has no step.
+        rows: tensors that receive the outputs, one per requested time. None returns new tensors, with an autograd graph
+            if ``ops`` make one.
+        checkpoints: storage for the states of accepted steps; None if no backward pass will replay them.
+        differentiable_steps: makes the step size a tensor, so that the autograd graph includes the controller.
 
     Attributes:
-        record: the accepted steps.
-        stats: the counts.
+        record: accepted steps.
+        stats: counts of the solve.
     """
 
     def __init__(
@@ -99,7 +76,7 @@ class Solver:
         self._differentiable_steps = differentiable_steps
         self._outputs: list[Tensor] = []
         self._events = StepEvents(problem, ops, self.record) if problem.events else None
-        # Random states behind the first slope of the step to come, where func draws random numbers.
+        # States of the random generators before the first slope of the next step; None if func draws no numbers.
         self._first_random_state: RandomState | None = field.random_trail[-1] if field.random_trail else None
         resumed = problem.resumed
         if resumed is not None and problem.times[0] in problem.jumps:
@@ -108,10 +85,12 @@ class Solver:
             self._k, self._first_random_state = resumed.k, resumed.random_state
 
     def run(self, y0: Tensor) -> list[Tensor]:
-        """Solves from ``y0`` and returns the outputs: one for each requested time, then one for each event.
+        """Solves from the packed state ``y0``; returns one output per requested time, then one per event.
+
+        A solve that may stop at its step limit returns the outputs reached, then the state where it stopped.
 
         Raises:
-            SolveError: the end could not be reached.
+            SolveError: the solve did not reach its last time.
         """
         problem, stats = self.problem, self.stats
         compiled = self._runs_of_steps()
@@ -134,7 +113,7 @@ class Solver:
         return self._outputs
 
     def _start(self, control: AnyStepControl, y: Tensor) -> None:
-        """Sets the size of the first trial, or that with which a solve goes on."""
+        """Sets the size of the first trial; a resumed solve continues with the size that it had."""
         controller, resumed = self.problem.controller, self.problem.resumed
         if controller is None:
             return
@@ -148,7 +127,7 @@ class Solver:
             control.h = torch.tensor(control.h, dtype=torch.float64, device="cpu")
 
     def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
-        """Steps until the solve is done or stops; returns the state reached."""
+        """Steps until the solve ends or stops; returns the state reached."""
         while control.status == "running":
             control.propose()
             if control.status != "running":
@@ -167,11 +146,11 @@ class Solver:
                 y = trial.y1
             elif control.status == "not_finite":
                 self._look(control, y)
-            del trial  # its slopes are not to live beside those of the next
+            del trial  # frees its slopes before the next step allocates its own
         return y
 
     def _run_compiled(self, compiled: Any, control: AnyStepControl, y: Tensor) -> Tensor:
-        """As ``_run``, in compiled code up to the next output inside a step."""
+        """``_run`` in C++, in calls that end at an output inside a step or when the status changes."""
         rows = tuple(self._rows or ())
         while control.status == "running":
             found = compiled.run_steps(self.field.fastest, control, *self._keep, y, self._k, rows)
@@ -193,14 +172,14 @@ class Solver:
         return y
 
     def _finish(self, control: AnyStepControl, y: Tensor) -> None:
-        """Notes where the solve ended, or raises why it did not reach its end."""
+        """Records where the solve ended, or raises the error of a solve that did not reach its end."""
         problem, status = self.problem, control.status
         if status == "event":
             return
         if status == "done":
             if problem.stops_at_limit:
                 self.record.end = self._state(control, is_complete=True)
-            # One look at the end of a fixed grid, and only where it costs no wait for a device.
+            # A fixed grid is checked for NaN once, at its end, and only on the CPU: on a GPU it would synchronise.
             if not problem.adaptive and y.device.type == "cpu" and not _is_finite(y):
                 raise self._failure(NonFiniteError, control, NOT_FINITE_ON_GRID)
         elif status == "step_limit" and problem.stops_at_limit:
@@ -209,7 +188,7 @@ class Solver:
             raise self._failure(StepLimitError if status == "step_limit" else StepSizeError, control)
 
     def _stop(self, control: AnyStepControl, y: Tensor) -> None:
-        """Makes the state reached so far one more output, unless it is still the first, and notes how to go on."""
+        """Appends the state reached as a last output, if a step was accepted, and records the solver's state."""
         i, steps = len(self._outputs), self.record.steps
         if steps:
             self._outputs.append(y if self._rows is None else self._rows[i].copy_(y))
@@ -228,7 +207,7 @@ class Solver:
             self.problem.on_step(Step._make((*times, _float(ratio), control.is_accepted, *counts)))
 
     def _choose_first_step(self, controller: Controller, control: AnyStepControl, y: Tensor) -> None:
-        """Hairer's first step; an evaluation that it takes is no part of the solution."""
+        """Chooses the first step by Hairer's rule; its evaluation of func is not part of the solution."""
         field, ops, k, t, sign = self.field, self.ops, self._k, control.t, control.sign
         assert k is not None
         compiled = self._runs_of_steps()
@@ -249,7 +228,7 @@ class Solver:
             control.h = controller.initial(control.length, norm_y, norm_f, change_of_slope)
 
     def _runs_of_steps(self) -> Any | None:
-        """Compiled code for several steps at a time; None where something has to happen at each of them."""
+        """The C++ stepper that makes many steps per call; None if each step needs Python, as with a callback."""
         problem, field = self.problem, self.field
         is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
         is_watched = is_watched or problem.on_step is not None or self._events is not None
@@ -257,7 +236,7 @@ class Solver:
 
     @property
     def _keep(self) -> tuple[Callable[[], Tensor] | None, Callable[[], None] | None]:
-        """Functions that return the memory for the solution of a step, and that keep it."""
+        """Functions that return the buffer of a trial's solution, and that keep it; None without checkpoints."""
         checkpoints = self._checkpoints
         return (None, None) if checkpoints is None else (checkpoints.slot, checkpoints.accept)
 
@@ -268,7 +247,7 @@ class Solver:
         return self._step(times, y, h, self._k, out)
 
     def _accept(self, control: AnyStepControl, t: Number, y: Tensor, h: Number, trial: Trial) -> None:
-        """Makes a trial part of the solution: outputs, record, checkpoint, and the first slope of the next step."""
+        """Adds a trial to the solution: outputs, record, checkpoint, and the first slope of the next step."""
         t_next = control.t
         due = [(i, control.position(i)) for i in range(*control.due)]
         if self._events is not None:
@@ -291,19 +270,19 @@ class Solver:
         self._first_random_state = random_states[-1] if reusable and random_states else None
 
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
-        """Leaves no trace of a trial but its first slope, which the next one shares."""
+        """Discards a trial, but keeps its first slope: the next trial starts from the same state."""
         self.field.restore_buffers(buffers)
         random_states = self._random_states()
         self._k = trial.k[0]
         self._first_random_state = random_states[0] if random_states else None
 
     def _random_states(self) -> Sequence[RandomState] | None:
-        """The random states behind each stage of the last trial, where func draws random numbers."""
+        """States of the random generators before each stage of the last trial; None if func draws no numbers."""
         trail, first = self.field.random_trail, self._first_random_state
         return (trail if first is None else [first, *trail]) or None
 
     def _look(self, control: AnyStepControl, y: Tensor) -> None:
-        """Goes on after a trial whose error was not finite, or raises where a smaller step cannot help."""
+        """Continues after a trial whose error was not finite, or raises if a smaller step cannot help."""
         if self._k is not None:
             self._check_finite(control, y, self._k, control.ratio)
         if control.can_shrink:
@@ -330,7 +309,7 @@ class Solver:
             kind,
             message,
             t=_float(control.t),
-            h=_float(control.h if self.problem.adaptive else control.h_trial) or math.nan,  # 0: none was chosen yet
+            h=_float(control.h if self.problem.adaptive else control.h_trial) or math.nan,  # NaN until a step is chosen
             error_ratio=_float(control.ratio if ratio is None else ratio),
             n_accepted=n_accepted,
             n_rejected=n_steps - n_accepted,
@@ -339,7 +318,7 @@ class Solver:
 
 
 def _is_finite(x: Tensor) -> bool:
-    # A finite sum says so at a third of the time.
+    # If the sum is finite, so is every element; the sum takes a third of the time of isfinite.
     return math.isfinite(x.detach().sum()) or bool(torch.isfinite(x).all())
 
 

@@ -1,12 +1,12 @@
 """One explicit Runge-Kutta step and its transpose, side by side.
 
-Symbols, Hairer's: t time, h step size, y state, k_i slope of stage i, a b c the tableau, theta position in a step
-(0..1), g cotangent of a state, grad_k cotangent of a slope.
+Symbols, as in Hairer, Nørsett & Wanner: t time, h step size, y state, k_i slope of stage i, a b c the tableau, theta
+the position in a step (0..1); further g, the cotangent of a state, and grad_k, the cotangent of a slope.
 
     k_i = f(t + c_i·h, y + h·Σ_j a_ij·k_j)        y1 = y + h·Σ_i b_i·k_i        y(theta) = y + h·Σ_i b_i(theta)·k_i
 
-The transpose of a step is the transposed tableau. Every output inside the step, its end included, is a pair of weights
-w and a cotangent g, and with v_i = (∂f/∂y at stage i)ᵀ·grad_k_i,
+The transpose of a step uses the transposed tableau. Each output inside the step, its end included, is a pair: weights w
+and a cotangent g. With v_i = (∂f/∂y at stage i)ᵀ·grad_k_i,
 
     grad_k_i = h·(Σ_outputs w_i·g + Σ_{j>i} a_ji·v_j)        grad_y = Σ_outputs g + Σ_i v_i
 """
@@ -22,34 +22,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.kernels.fused import KernelOperations, TorchOperations, own_result
+from aca_ext.kernels.extension import own_result
+from aca_ext.kernels.fused import KernelOperations, TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction
 
 _PULLED = "the gradient that a backward pass inside func returned"
 
-Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes that count, and their weights
+Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes with non-zero weight, and the weights
 
 
-# Called with the end of a replayed step and its slopes, to compare them with the forward pass.
+# Compares the end of a replayed step and its slopes with those of the forward pass.
 Compare = Callable[[Tensor, Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as tableaus are
 class Scheme:
-    """A tableau as floats, without its zeros, in the order in which a step uses them."""
+    """A tableau as floats, without its zeros, in the order in which a step uses them.
+
+    Attributes:
+        fsal: the last slope is f at the solution, so it is the first slope of the next step.
+        a: all coefficients of the stages, zeros included.
+        stages: the non-zero entries of each row of ``a``.
+        solution: all of the weights b, zeros included.
+        indices: slopes that the solution or the error needs, without the slope at the solution.
+        b: weights of these slopes in the solution.
+        error: weights of these slopes in the error; None if the error is not estimated.
+        error_last: weight in the error of the slope at the solution; 0 unless ``fsal``.
+    """
 
     tableau: Tableau
     fsal: bool
     c: tuple[float, ...]
     a: tuple[tuple[float, ...], ...]
-    stages: tuple[Weights, ...]  # rows of a
-    solution: tuple[float, ...]  # all of b
-    indices: tuple[int, ...]  # slopes known before the solution is, that it or the error needs
-    b: tuple[float, ...]  # their weights in the solution
-    error: tuple[float, ...] | None  # and in the error; None: not estimated
-    error_last: float  # weight in the error of the slope at the solution (fsal)
+    stages: tuple[Weights, ...]
+    solution: tuple[float, ...]
+    indices: tuple[int, ...]
+    b: tuple[float, ...]
+    error: tuple[float, ...] | None
+    error_last: float
 
 
 @lru_cache(maxsize=64)
@@ -74,7 +86,7 @@ def scheme_of(tableau: Tableau, estimate_error: bool) -> Scheme:
 
 
 def solution_only(scheme: Scheme) -> Scheme:
-    """The same step, its solution bit for bit, without the error and without the slope at its end."""
+    """The scheme that computes the same solution, bit for bit, without the error and the slope at its end."""
     count = 1 + max(scheme.indices)
     return replace(scheme, fsal=False, c=scheme.c[:count], stages=scheme.stages[:count], error=None, error_last=0.0)
 
@@ -86,9 +98,13 @@ def _nonzero(weights: Sequence[float]) -> Weights:
 
 @dataclass(slots=True)
 class Trial:
-    """A computed step, not yet accepted: the solution at its end, all slopes, and the error but for its last slope.
+    """A computed step, not yet accepted.
 
-    ``error_norm`` is known where the step took it along.
+    Attributes:
+        y1: the solution at its end.
+        k: the slopes of all stages.
+        partial_error: the error estimate without the term of the slope at the solution; None if not estimated.
+        error_norm: norm of the error in units of the tolerance; None if the step did not compute it.
     """
 
     y1: Tensor
@@ -100,9 +116,9 @@ class Trial:
 def stage_times(
     scheme: Scheme, t: Number, h: Number, t_next: Number, jumps: frozenset[float], dtype: torch.dtype
 ) -> list[Number]:
-    """Times of all stages; those at the end of the step are ``t_next`` exactly, which rounding may keep from t + h.
+    """Times of all stages. Stages at the end of the step get exactly ``t_next``, from which t + h may differ.
 
-    Where f jumps at an end of the step, its stages there see the next number of ``dtype`` inside the step.
+    If f jumps at one end of the step, the stages there get the adjacent number of ``dtype`` inside the step.
     """
     times = [t_next if c == 1 else t + c * h for c in scheme.c]
     if t in jumps:
@@ -128,9 +144,9 @@ def step(
     k_first: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Trial:
-    """Advances ``y`` by h, with the ``times`` of the stages.
+    """Advances ``y`` by h; ``times`` are those of the stages.
 
-    Reuses ``k_first`` = f(t, y) and writes the solution into ``out`` where they are given.
+    ``k_first`` is f(t, y) if it is known. The solution is written into ``out`` if it is given.
     """
     t = ops.scalars(times)
     k = [f(t[0], y) if k_first is None else k_first]
@@ -148,7 +164,7 @@ def step(
 
 
 def compiled_stepper(ops: TorchOperations, scheme: Scheme) -> Any | None:
-    """The object that calls f and forms the sums of a step in compiled code; None if they run in Python."""
+    """The cached C++ object that makes steps with the kernels of ``ops``; None if steps run in Python."""
     if type(ops) is not KernelOperations:
         return None
     known = ops.steppers.get(scheme)
@@ -159,7 +175,7 @@ def compiled_stepper(ops: TorchOperations, scheme: Scheme) -> Any | None:
 
 
 def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme, compiled: Any | None) -> Callable[..., Trial]:
-    """``step`` with its first three arguments given, in compiled code where there is."""
+    """``step`` with its first three arguments bound, in C++ if ``compiled`` is given."""
     if compiled is None:
         return partial(step, f, ops, scheme)
 
@@ -172,7 +188,7 @@ def stepper(f: SlopeFunction, ops: TorchOperations, scheme: Scheme, compiled: An
 
 
 def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) -> Callable[..., Tensor]:
-    """``step_vjp`` with its first three arguments given, in compiled code where there is."""
+    """``step_vjp`` with its first three arguments bound, in C++ if ``ops`` are kernels."""
     compiled = compiled_stepper(ops, scheme)
     if compiled is None:
         return partial(step_vjp, f, ops, scheme)
@@ -193,7 +209,7 @@ def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) 
 
 
 def error_norm(ops: TorchOperations, scheme: Scheme, y: Tensor, h: Number, trial: Trial) -> Number:
-    """The error of a trial in units of the tolerance."""
+    """The norm of a trial's error in units of the tolerance."""
     if trial.error_norm is not None:
         return trial.error_norm
     assert trial.partial_error is not None
@@ -227,20 +243,23 @@ def step_vjp(
     y_next: Tensor | None = None,
     inside: tuple[Tensor, Sequence[Tensor]] | None = None,
 ) -> Tensor:
-    """Replays a step from ``y`` and pulls the cotangents of its outputs back to ``y``.
+    """Replays a step from ``y`` and returns the cotangent of ``y``.
 
-    ``outputs`` are pairs (w, g): g is the cotangent of y + h·Σ_i w[i]·k_i, so the end of the step is (b, g) and dense
-    output is (b(theta), g). Only the stages that some output needs are evaluated. Cotangents of whatever else f
-    depends on are left with ``f.pull_back``. ``compare`` is called with the end of the step and its slopes, where these
-    are evaluated; in compiled code on the CPU only if the end is not that of ``y_next``, bit for bit. ``inside`` is
-    what further outputs contribute, summed up: the sum of g, and for each i that of w[i]·g.
+    ``f.pull_back`` collects the cotangents of everything else that f depends on.
+
+    Args:
+        outputs: pairs (w, g); g is the cotangent of y + h·Σ_i w[i]·k_i. The end of the step is (b, g), dense output is
+            (b(theta), g). Only stages that an output needs are evaluated.
+        compare: receives the end of the step and its slopes, if all slopes of the solution are evaluated. The C++ code
+            on the CPU calls it only if the end differs from ``y_next`` in a bit.
+        inside: sums over further outputs: Σ g, and for each stage i Σ w[i]·g.
     """
     count = 1 + max(i for w, _ in outputs for i, w_i in enumerate(w) if w_i != 0)
     if inside is not None:
         count = len(scheme.stages)
     t = ops.scalars(times[:count])
     states: list[Tensor] = []
-    slopes: list[Tensor] = []  # with their graphs
+    slopes: list[Tensor] = []  # with their autograd graphs
     k: list[Tensor] = []
     for i in range(count):
         indices, weights = scheme.stages[i]
@@ -251,7 +270,7 @@ def step_vjp(
     if compare is not None and count > max(scheme.indices):
         compare(ops.weighted_sum(y, h, [k[i] for i in scheme.indices], scheme.b), k)
 
-    pulled: dict[int, Tensor] = {}  # v_i, stages that y does not reach left out
+    pulled: dict[int, Tensor] = {}  # v_i of the stages whose slope depends on y
     a = scheme.a
     for i in reversed(range(count)):
         terms = [(w[i], g) for w, g in outputs if w[i] != 0]

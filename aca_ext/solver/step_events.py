@@ -1,4 +1,4 @@
-"""Events of one solve: found in each accepted step, recorded, and made outputs of the solve."""
+"""Events of one solve: located in each accepted step, recorded, and appended to its outputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from aca_ext.solver.runge_kutta import Trial, interpolate
 
 
 class StepEvents:
-    """Events of a solve, found in each accepted step, whose states become further outputs of the step.
+    """The events of one solve.
 
     Args:
-        record: receives the occurrences.
+        record: record of the solve, to which the occurrences are appended.
     """
 
     def __init__(self, problem: Problem, ops: TorchOperations, record: StepRecord) -> None:
@@ -26,11 +26,11 @@ class StepEvents:
         self._states: list[Tensor] = []
 
     def start(self, t: Number, y: Tensor, slope: Tensor | None) -> None:
-        """Looks up the signs at the start of the solve."""
+        """Computes the signs of the event functions at the start of the solve."""
         self._search.start(_float(t), y.detach(), slope, self._problem.length)
 
     def find(self, t: Number, t_next: Number, y: Tensor, h: Number, trial: Trial) -> float:
-        """Records the events within an accepted step; returns the position where the solution ends, or infinity."""
+        """Records the events within an accepted step; returns the position at which they end the solve, or infinity."""
         tableau, ops, events = self._problem.tableau, self._ops, self._problem.events
 
         def state_at(theta: float) -> Tensor:
@@ -54,7 +54,7 @@ class StepEvents:
         return last
 
     def append_to(self, outputs: list[Tensor]) -> None:
-        """Makes the states at events further outputs of the solve."""
+        """Appends the states at the events to the outputs of the solve, and to the record of their steps."""
         for occurrence, state in zip(self._record.events, self._states, strict=True):
             occurrence.row = len(outputs)
             outputs.append(state)

@@ -155,8 +155,8 @@ class Environment:
 def overwritten_message(x: Tensor) -> str:
     return (
         f"A tensor of shape {tuple(x.shape)} and {x.dtype}, which func reads, was written to between the forward and "
-        "the backward pass, so that a replay would not repeat the forward pass. Write to it after the backward pass, put a "
-        'new tensor in its place, or use gradient="direct", which does not replay.'
+        "the backward pass, so that a replay would not repeat the forward pass. Write to it after the backward pass, "
+        'put a new tensor in its place, or use gradient="direct", which does not replay.'
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aca_ext.kernels.fused import contents, module_walk
+from aca_ext.kernels.extension import contents, module_walk
 from aca_ext.vector_field.code_names import BY_NAME, OF_CLASSES, globals_named_by, is_library, leads_nowhere, slots_of
 from aca_ext.vector_field.contents import MISSING, get, put
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
-from aca_ext.kernels.fused import known_tensors
+from aca_ext.kernels.extension import known_tensors
 from aca_ext.problem.state import tensors_in
 from aca_ext.vector_field.environment import overwritten_message
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField

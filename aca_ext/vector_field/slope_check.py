@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import SlopeError
-from aca_ext.kernels.fused import TorchOperations, slope_function
+from aca_ext.kernels.extension import slope_function
+from aca_ext.kernels.fused import TorchOperations
 from aca_ext.problem.admission import check_readable, looks_readable
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.transforms import refuse_transforms

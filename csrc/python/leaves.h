@@ -1,4 +1,4 @@
-// The leaf tensors of an autograd graph, found through the attributes that its nodes have in Python.
+// Search for leaf tensors in an autograd graph, through the Python attributes of its nodes.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -12,10 +12,10 @@
 
 namespace aca {
 
-// Tensors at which a walk through a graph ends: leaves, and others with the history that lies behind them.
+// Tensors at which a walk through an autograd graph ends. The graph behind a known tensor that is no leaf is skipped.
 class KnownTensors {
   public:
-    // `alone` is the reference count of a leaf that only a graph holds.
+    // `alone` is the Python reference count of a leaf to which only an autograd graph refers.
     KnownTensors(const py::iterable& tensors, Py_ssize_t alone) : alone_(alone) {
         for (py::handle x : tensors) add(x.ptr());
     }
@@ -25,8 +25,9 @@ class KnownTensors {
         remember(node.is_none() ? py::reinterpret_borrow<py::object>(x) : std::move(node));
     }
 
-    // Leaves in the graphs of `roots`, a tensor or several, that are neither known nor `state`; None where there is
-    // none. A leaf that only the graph holds was made by the evaluation itself and does not count.
+    // Returns a list of the leaves in the autograd graphs of `roots`, a tensor or a tuple of tensors, that are neither
+    // known nor `state`; None if there are none. Leaves to which only the graph refers are omitted: the evaluation made
+    // them itself.
     py::object others(PyObject* roots, PyObject* state) {
         py::object found = py::none();
         walk(roots, [&](py::object& leaf) {
@@ -37,7 +38,7 @@ class KnownTensors {
         return found;
     }
 
-    // Whether the graphs of `roots` meet any of them.
+    // Returns true if a known tensor is in the autograd graphs of `roots`.
     bool are_met_by(PyObject* roots) {
         return walk(roots, [](py::object&) {});
     }
@@ -61,7 +62,7 @@ class KnownTensors {
         return all;
     }
 
-    // A set of addresses: most graphs of one evaluation are short, where looking through a list is fastest.
+    // A set of addresses. The autograd graph of one evaluation is usually short; a list is then fastest to search.
     class Addresses {
       public:
         bool insert(PyObject* x) {
@@ -90,7 +91,7 @@ class KnownTensors {
     }
 
     static bool is_leaf(PyObject* node) {
-        static PyTypeObject* type = nullptr;  // of the nodes of leaves
+        static PyTypeObject* type = nullptr;  // class of the nodes of leaves, once one was found
         if (Py_TYPE(node) == type) return true;
         if (type || std::string(Py_TYPE(node)->tp_name) != "AccumulateGrad") return false;
         Py_INCREF(Py_TYPE(node));
@@ -98,13 +99,12 @@ class KnownTensors {
         return true;
     }
 
-    // Calls `on_leaf` for each leaf that is not known, and returns whether any that is known was met.
+    // Calls `on_leaf` for each leaf that is not known; returns true if a known tensor was met.
     template <typename F>
     bool walk(PyObject* roots, F&& on_leaf) {
         bool met = false;
         Addresses visited;
-        std::vector<py::object>
-            nodes;  // their objects live as long as the walk, so that each has an address of its own
+        std::vector<py::object> nodes;  // keeps the Python objects alive, so that no address is used twice
         nodes.reserve(32);
         const auto enter = [&](PyObject* node) {
             if (node == Py_None) return;
@@ -129,7 +129,7 @@ class KnownTensors {
                 py::object leaf = names().variable.of(node.ptr());
                 if (known_.contains(leaf.ptr())) {
                     met = true;
-                    remember(node);  // spares the look at the leaf from now on
+                    remember(node);  // later walks stop at the node and need not get its leaf
                 } else {
                     on_leaf(leaf);
                 }

@@ -1,4 +1,4 @@
-// The part of a walk over what func holds that takes longest in Python: trees of modules, with all their attributes.
+// Walk over trees of modules and their attributes, the slowest part in Python of the search for what func holds.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -14,14 +14,16 @@ namespace aca {
 
 class ModuleWalk {
   public:
-    // `atoms` are types whose objects hold nothing, `names` the attributes that every module has.
+    // `atoms` are types whose objects hold no tensors. `names` are attributes that every module has; they are skipped.
     ModuleWalk(const py::iterable& atoms, py::frozenset names) : names_(std::move(names)) {
         for (py::handle type : atoms) atoms_.push_back(py::reinterpret_borrow<py::object>(type));
     }
 
-    // Visits `module` and those inside it whose ids are not in `seen`. Adds them to `modules`, their classes to
-    // `kinds`, parameters that require grad to `places` as (tensor, dict, name, True), to `others` (object, dict, name)
-    // for attributes that may hold more, and for hooks, and to `contents` the dicts of their attributes.
+    // Visits `module` and the modules inside it, except those whose ids are in `seen`. Adds
+    //   the modules to `modules` and their classes to `kinds`,
+    //   parameters that require grad to `places`, as (tensor, dict, name, True),
+    //   hooks and attributes that may hold tensors to `others`, as (object, dict, name),
+    //   snapshots of their dicts of attributes, parameters, buffers, children and hooks to `contents`.
     void visit(py::object module, py::set seen, py::list modules, py::list places, py::set kinds, py::list others,
                Contents& contents) const {
         std::vector<py::object> todo{std::move(module)};

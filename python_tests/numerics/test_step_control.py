@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aca_ext.kernels.fused import STATUSES, batch_control_for, step_control_for
+from aca_ext.kernels.extension import STATUSES, batch_control_for, step_control_for
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
 

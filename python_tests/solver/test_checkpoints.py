@@ -17,17 +17,8 @@ from torch.autograd.graph import save_on_cpu
 
 import aca_ext
 from aca_ext import errors
-from aca_ext.solver.checkpoints import (
-    AcceptedStep,
-    Checkpoints,
-    HostCheckpoints,
-    StepRecord,
-    ThinnedCheckpoints,
-    brought_to,
-    reversed_states,
-    revolve,
-    rows,
-)
+from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, HostCheckpoints, StepRecord, ThinnedCheckpoints, rows
+from aca_ext.solver.reversed_states import brought_to, reversed_states, revolve
 from aca_ext.tensor_memory import TensorMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")

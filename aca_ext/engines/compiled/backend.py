@@ -16,7 +16,7 @@ from aca_ext.engines.compiled.method_guards import code_in_trace
 from aca_ext.engines.compiled.places import Place
 from aca_ext.engines.compiled.side_effects import Counter, counters_of, name_of, name_of_input
 from aca_ext.errors import CompileError
-from aca_ext.kernels.fused import checksums_of
+from aca_ext.kernels.extension import checksums_of
 
 HINT = 'Use engine="eager", or change func.'
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.places import shown
 from aca_ext.errors import CompileError, ReplayError
-from aca_ext.kernels.fused import checksums_of
+from aca_ext.kernels.extension import checksums_of
 
 
 def addresses_of(inputs: Sequence[Tensor]) -> list[int]:

@@ -18,8 +18,8 @@ from aca_ext.errors import AcaError, CompileError
 from aca_ext.gradients.base import Task
 from aca_ext.kernels.fused import KernelOperations, operations_for
 from aca_ext.problem.problem import Problem
-from aca_ext.solver.loop import Stats
 from aca_ext.solver.runge_kutta import scheme_of
+from aca_ext.solver.stats import Stats
 
 
 class Run(Protocol):

@@ -22,13 +22,13 @@ from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitE
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
-from aca_ext.kernels.fused import compiled_loop
+from aca_ext.kernels.extension import compiled_loop
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
 from aca_ext.solver.failures import NO_TOLERANCE, failure_of
-from aca_ext.solver.loop import Stats
 from aca_ext.solver.runge_kutta import scheme_of
+from aca_ext.solver.stats import Stats
 from aca_ext.vector_field.field import AutocastState
 
 # The time that func is traced with: one that requires grad, for functions that ask it to.

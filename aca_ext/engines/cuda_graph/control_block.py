@@ -1,5 +1,5 @@
 """The control block of a solve in the memory of its device, and the operations of a step that read from it when and how
-far to go. With ``aca_ext.kernels.fused`` the only module that imports ``_C``.
+far to go. Besides ``aca_ext.kernels``, the only module that imports ``_C``.
 
 ``csrc/control/control_block.h`` says what the block holds. A decision about it, by one thread of the device, is all
 that happens between two steps: whoever launches them need not know how far they have come.
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from aca_ext import _C
-from aca_ext.kernels.fused import RowKernels, controller_for, target_for
+from aca_ext.kernels.extension import controller_for
+from aca_ext.kernels.fused import RowKernels, target_for
 from aca_ext.kernels.layout import empty_rows
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.tolerance import Tolerance

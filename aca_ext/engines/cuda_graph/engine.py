@@ -33,7 +33,7 @@ from aca_ext.kernels.operations import TorchOperations
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord, rows
 from aca_ext.solver.failures import NO_TOLERANCE, failure_of
-from aca_ext.solver.loop import Stats
+from aca_ext.solver.stats import Stats
 from aca_ext.vector_field.field import AutocastState, VectorField
 
 DEVICES = ("cuda",)

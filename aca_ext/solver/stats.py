@@ -1,0 +1,65 @@
+"""Counts of a solve: ``Stats``, and ``BatchStats`` for independent samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """Counts of one solve.
+
+    Attributes:
+        n_f_evals: evaluations of func in the forward pass. With engine="graph", evaluations in steps that were launched
+            ahead and not needed, and in the test for a changed func, are not counted.
+        n_steps: trial steps, n_accepted + n_rejected.
+        n_accepted: trial steps that became part of the solution.
+        n_rejected: trial steps whose error was too large.
+        backend: implementation of the arithmetic: "cpu" or "cuda" (fused kernels), "reference" (plain PyTorch),
+            "compiled" or "graph" (the engine of that name).
+        n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
+        compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
+            0 if the caches held everything.
+    """
+
+    n_f_evals: int = 0
+    n_steps: int = 0
+    n_accepted: int = 0
+    n_rejected: int = 0
+    backend: str = ""
+    n_f_evals_backward: int | None = None
+    compile_seconds: float = 0.0
+
+
+@dataclass(repr=False)
+class BatchStats:
+    """Counts of a solve with independent samples (option ``batch="independent"``).
+
+    Attributes:
+        n_f_evals: calls of func in the forward pass; each evaluates the whole batch.
+        n_f_rows: evaluations of single samples, n_f_evals times the batch size.
+        n_steps: (batch,) int64 on the CPU; trial steps of each sample, the same as in a solve of that sample alone.
+        n_accepted: (batch,) int64 on the CPU; trial steps that became part of the solution.
+        n_rejected: (batch,) int64 on the CPU; trial steps whose error was too large, n_steps - n_accepted.
+        backend: implementation of the arithmetic: "cpu" or "cuda" (fused kernels), or "reference" (plain PyTorch).
+        n_f_evals_backward: calls of func in the backward pass; None until it has run.
+    """
+
+    n_steps: Tensor
+    n_accepted: Tensor
+    n_rejected: Tensor
+    n_f_evals: int = 0
+    n_f_rows: int = 0
+    backend: str = ""
+    n_f_evals_backward: int | None = None
+
+    def __repr__(self) -> str:
+        """Shows each per-sample count as its range over the batch."""
+        parts = [f"n_f_evals={self.n_f_evals}", f"n_f_rows={self.n_f_rows}"]
+        for name in ("n_steps", "n_accepted", "n_rejected"):
+            count = getattr(self, name)
+            parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
+        parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
+        return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"

@@ -92,17 +92,22 @@ def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
 
 def obstacle_but_to_eager(engine: str, request: Request) -> str | None:
     """The argument, if there is one, that asks for what the eager engine alone does."""
-    problem, gradient = request.problem, request.gradient
-    given = (
-        ("gradient", gradient != "aca"),
-        ("checkpoints", request.checkpoints is not None),
-        ("progress", request.progress),
-        ("callback", request.callback is not None),
-        ("events", len(problem.events) > 0),
-        ("options", request.is_batch or problem.stops_at_limit),
-    )
-    for name, is_given in given:
-        if is_given:
-            value = f" ({gradient!r})" if name == "gradient" else ""
-            return f'engine="{engine}" does not take what {name} asks for{value}. Use engine="eager" for it.'
-    return None
+    name = _for_eager(request)
+    if name is None:
+        return None
+    value = f" ({request.gradient!r})" if name == "gradient" else ""
+    return f'engine="{engine}" does not take what {name} asks for{value}. Use engine="eager" for it.'
+
+
+def _for_eager(request: Request) -> str | None:
+    if request.gradient != "aca":
+        return "gradient"
+    if request.checkpoints is not None:
+        return "checkpoints"
+    if request.progress:
+        return "progress"
+    if request.callback is not None:
+        return "callback"
+    if request.problem.events:
+        return "events"
+    return "options" if request.problem.stops_at_limit or request.is_batch else None

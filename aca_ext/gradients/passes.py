@@ -90,7 +90,7 @@ def with_graph(
 
     What func had not used yet may change before the backward pass, as long as it does not come to use it.
     """
-    result: Tensor = _Aca.apply(backward, [(ys, states, found)], y0, *used, *found)
+    result: Tensor = _Aca.apply(backward, [(ys, states, tuple(found))], y0, *used, *found)
     return result
 
 
@@ -117,7 +117,7 @@ class _Aca(torch.autograd.Function):
             return (None,) * len(needed)
         check_cotangent(grad_ys)
         saved, n_states = ctx.saved_tensors, ctx.n_states
-        states, inputs = saved[:n_states], (*saved[n_states + ctx.has_y0 :], *ctx.found)
+        states, inputs = saved[:n_states], saved[n_states + ctx.has_y0 :] + ctx.found
         if torch.is_grad_enabled():
             y0 = saved[n_states] if ctx.has_y0 else None
             grads = ctx.pass_back.differentiable_gradients(grad_ys, y0, states, inputs)

@@ -51,9 +51,18 @@ def looks_readable(x: Tensor) -> bool:
 
 def check_readable(what: str, x: Any, error: type[AcaError] = ArgumentTypeError) -> None:
     """Raises ``error`` if ``x`` is a tensor whose elements cannot be read; ``what`` names it in the message."""
-    obstacle = _obstacle(x) if isinstance(x, Tensor) else None
+    if not isinstance(x, Tensor) or _is_surely_readable(x):
+        return
+    obstacle = _obstacle(x)
     if obstacle is not None and recorder() is None:  # a recorder's tensors have no elements yet
         raise error(f"{what} is {obstacle}")
+
+
+def _is_surely_readable(x: Tensor) -> bool:
+    """True for nearly every tensor that has no obstacle, in less than half the time that it takes to find one."""
+    if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.is_quantized or not x.is_contiguous():
+        return False
+    return x.data_ptr() > _SURELY_MEMORY and x.untyped_storage().nbytes() >= _extent(x)
 
 
 def _obstacle(x: Tensor) -> str | None:

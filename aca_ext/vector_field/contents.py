@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 MISSING = object()  # stands for the contents of a place that does not exist
@@ -71,25 +71,36 @@ def _refill(holder: deque[Any] | set[Any], values: Iterable[Any]) -> None:
     holder.update(values) if isinstance(holder, set) else holder.extend(values)
 
 
-# Held while places are changed for a replay: in another thread's replay they would be wrong, and be taken for theirs.
+# Held while places are changed for a replay. The replay of another thread would find the changed contents, and would
+# take them for those to restore.
 _lock = threading.RLock()
 
 
 @contextmanager
-def put_back(changes: Sequence[Change]) -> Iterator[None]:
-    """Sets the places to their contents of before inside the context, and to those of now afterwards."""
-    with _lock if changes else nullcontext():
-        orders = {id(c.holder): (c.holder, list(c.holder)) for c in changes if isinstance(c.holder, dict)}
-        try:
-            for change in changes:
-                change.put(change.before)
-            yield
-        finally:
-            for change in changes:
-                with suppress(Exception):  # one place that cannot be written is no reason to leave others changed
-                    change.put(change.now)
-            for holder, order in orders.values():
-                _order(holder, order)
+def put_back(changes_now: Callable[[], Sequence[Change]]) -> Iterator[None]:
+    """Sets places to their contents of before inside the context, and to those of now afterwards."""
+    with _lock:
+        changes = changes_now()
+        if changes:
+            with _changed(changes):
+                yield
+            return
+    yield
+
+
+@contextmanager
+def _changed(changes: Sequence[Change]) -> Iterator[None]:
+    orders = {id(c.holder): (c.holder, list(c.holder)) for c in changes if isinstance(c.holder, dict)}
+    try:
+        for change in changes:
+            change.put(change.before)
+        yield
+    finally:
+        for change in changes:
+            with suppress(Exception):  # one place that cannot be written is no reason to leave others changed
+                change.put(change.now)
+        for holder, order in orders.values():
+            _order(holder, order)
 
 
 def restore(contents: Any) -> None:

@@ -43,7 +43,8 @@ class Environment:
         self._default_dtype = torch.get_default_dtype()
         self._set_once: set[Location] = set()  # places that the first evaluation wrote to, and no later one
         self._records: set[Location] = set()  # places that later evaluations wrote to
-        self._own_tensors: set[int] = set()
+        self._written_first: set[int] = set()  # ids of tensors that the first evaluation wrote to
+        self._own_tensors: set[int] = set()  # ids of tensors that later evaluations wrote to
         self._late: list[Change] = []
 
     def add_module(self, module: nn.Module) -> None:
@@ -56,6 +57,7 @@ class Environment:
         """Ascribes all changes so far to the first evaluation."""
         changes = [Change._make(change) for change in self._contents.update()]
         self._set_once.update(change.place for change in changes)
+        self._written_first = {id(x) for x, _, _ in self._contents.changed_tensors(True)}
         if any(may_hold_more(change.now) for change in changes):  # new containers, which the walk has not seen
             self._contents = self._holdings.again().contents
             self._contents.watch_tensors()
@@ -73,8 +75,9 @@ class Environment:
         self._records.update(change.place for change in changes)
         if n_evals == 1:  # nothing tells a counter from a value that is set once
             self._records |= self._set_once
+            self._own_tensors |= self._written_first
         self._set_once -= self._records
-        self._own_tensors = {id(x) for x, _, _ in self._contents.changed_tensors(True)}
+        self._own_tensors |= {id(x) for x, _, _ in self._contents.changed_tensors(True)}
         return self._late
 
     def settle(self) -> None:
@@ -127,14 +130,10 @@ class Environment:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Restores the contents of the forward pass inside the context, and the present ones afterwards."""
-        changes = [Change._make(change) for change in self._contents.changes()]
-        # Counters of func go on counting. A tensor that func made is that of the forward pass.
-        changes = [c for c in changes if isinstance(c.before, Tensor) or not self._is_record(c)]
-        changes += [c._replace(now=get(c.holder, c.key)) for c in self._late]
         classes = [(module, kind, type(module)) for module, kind in self._classes if type(module) is not kind]
         modes = [(module, mode) for module, mode in self._script_modes if module.training != mode]
         default_dtype = torch.get_default_dtype()
-        with put_back(changes):
+        with put_back(self._changes):
             try:
                 for module, kind, _ in classes:
                     module.__class__ = kind
@@ -150,6 +149,13 @@ class Environment:
                     module.training = not mode
                 if default_dtype != self._default_dtype:
                     torch.set_default_dtype(default_dtype)
+
+    def _changes(self) -> list[Change]:
+        """Places to put back for a replay."""
+        changes = [Change._make(change) for change in self._contents.changes()]
+        # Counters of func go on counting. A tensor that func made is that of the forward pass.
+        changes = [c for c in changes if isinstance(c.before, Tensor) or not self._is_record(c)]
+        return changes + [c._replace(now=get(c.holder, c.key)) for c in self._late]
 
 
 def overwritten_message(x: Tensor) -> str:

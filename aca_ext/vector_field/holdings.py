@@ -210,7 +210,7 @@ class Holdings:
         attributes = getattr(x, "__dict__", None)
         for holder in (x if is_a(x, dict) or is_a(x, list) else None, attributes):
             if holder is not None and is_a(holder, (dict, list)):  # type: ignore[arg-type]
-                self.contents.add(holder)
+                self.contents.add_container(holder)
                 for key, value in entries_of(holder):
                     if is_a(value, Tensor) or type(value) in (dict, list, tuple, set, deque):
                         self.look(value, holder, key, holder is attributes)
@@ -302,14 +302,16 @@ def _container(walk: Holdings, x: Any) -> None:
     entries = entries_of(x) if walk.entries_left > 0 else []
     walk.entries_left -= len(entries)
     walk.is_complete = walk.is_complete and len(entries) < _MAX_ENTRIES and walk.entries_left >= 0
-    walk.contents.add(x)
+    walk.contents.add_container(x)
     for key, value in entries:
         walk.look(value, x, key)
 
 
 def _unordered(walk: Holdings, x: Any) -> None:
-    walk.contents.add(x)
-    for _, value in entries_of(x):
+    entries = entries_of(x) if walk.entries_left > 0 else []
+    walk.entries_left -= len(entries)
+    walk.contents.add_container(x)
+    for _, value in entries:
         walk.look(value, (), "")
 
 
@@ -326,7 +328,10 @@ def _method(walk: Holdings, x: types.MethodType) -> None:
 
 
 def _namespace(walk: Holdings, x: Any) -> None:
-    walk.contents.add(vars(x))
+    if is_a(x, types.FunctionType):
+        walk.contents.add(vars(x))
+    else:
+        walk.contents.add_container(vars(x))
     for name, value in vars(x).items():
         walk.look(value, vars(x), name, True)
 

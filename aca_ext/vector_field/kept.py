@@ -107,12 +107,13 @@ class Keepsake:
 
 def settle_late(func: Any, changes: Sequence[Change], origins: Sequence[Tensor]) -> None:
     """Replaces tensors that evaluations after the first put in empty places by ones whose gradient is an error."""
+    changes = [c for c in changes if isinstance(c.now, Tensor) or (isinstance(c.now, list) and c.key is None)]
     names = sorted({_describe(change) for change in changes})
     for change in changes:
         message = _message(_describe(change))
         if isinstance(change.now, Tensor):
             change.put(_lost_where_it_has_no_graph(change.now, origins, message))
-        elif isinstance(change.now, list) and change.key is None:
+        else:
             change.put([_lost_where_it_has_no_graph(x, origins, message) for x in change.now])
     _warn_once(func, names)
 

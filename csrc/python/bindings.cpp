@@ -268,6 +268,7 @@ PYBIND11_MODULE(_C, m) {
     py::class_<Contents>(m, "Contents", py::custom_type_setup(&make_collectable<Contents>))
         .def(py::init<py::object>())
         .def("add", [](Contents& contents, py::handle holder) { contents.add(holder.ptr()); })
+        .def("add_container", [](Contents& contents, py::handle holder) { contents.add_container(holder.ptr()); })
         .def("add_named", &Contents::add_named)
         .def("update", &Contents::update)
         .def("changes", &Contents::changes)

@@ -20,6 +20,12 @@ class Contents {
         : missing_(std::move(missing)),
           forgotten_(Attribute::owned(PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type)))) {}
 
+    // Records a container, unless a tensor that was computed is in it. A container that a former solve's result is in
+    // would keep the autograd graph of that solve, and with it the container before.
+    void add_container(PyObject* holder) {
+        if (!has_history(holder)) add(holder);
+    }
+
     // Records a dict, list, tuple, deque, set or closure cell with all its contents; a large one not at all.
     void add(PyObject* holder) {
         Held held{py::reinterpret_borrow<py::object>(holder), {}, {}};

@@ -23,7 +23,6 @@ from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.extension import compiled_loop
-from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
 from aca_ext.solver.failures import NO_TOLERANCE, failure_of
@@ -173,21 +172,29 @@ class _Run:
             with torch.enable_grad():
                 found = self.differentiable_gradients(grad_ys, y0, states, inputs)
             return [None if g is None else g.detach() for g in found]
-        grad_y0, grads = self._transposed(grad_ys, self._completed(inputs))
-        return grad_y0, *(g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt)
+        if self._is_learnt is None:
+            return self._transposed(grad_ys, inputs)
+        grad_y0, *grads = self._transposed(grad_ys, self._completed(inputs))
+        return grad_y0, *self._of_learnt(grads)
 
     def _completed(self, learnt: Sequence[Tensor]) -> Sequence[Tensor]:
         """All inputs of func, given those that require grad as autograd saved them."""
-        if len(learnt) == len(self.inputs):
+        if self._is_learnt is None:
             return learnt
         following = iter(learnt)
         return [next(following) if is_it else x for x, is_it in zip(self.inputs, self._is_learnt, strict=True)]
 
-    def _transposed(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        """The cotangent of y0 and those of func's inputs."""
+    def _of_learnt(self, grads: Gradients) -> Gradients:
+        """Of the gradients of all inputs, those of inputs that require grad."""
+        if self._is_learnt is None:
+            return grads
+        return [g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt]
+
+    def _transposed(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> Gradients:
+        """The gradients of y0 and of all inputs of func."""
         specification, loop, y0 = self.specification, self.loop, self.y0
         is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
-        if not is_laid_out_alike or not looks_readable(grad_ys):
+        if not is_laid_out_alike or type(grad_ys) is not Tensor or grad_ys.data_ptr() == 0:
             grad_ys = self._rows().copy_(grad_ys)
         addresses = addresses_of(inputs)
         contents = contents_of(self.captured, inputs, addresses)
@@ -209,7 +216,7 @@ class _Run:
         )
         if self.counting is not None:
             self.counting.count(self.stats.n_f_evals_backward or 0)
-        return g if result == g.data_ptr() else g_next, grads
+        return g if result == g.data_ptr() else g_next, *grads
 
     def differentiable_gradients(
         self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
@@ -225,15 +232,16 @@ class _Run:
         for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
             if i is not None:
                 grads[i] = grad
-        return grad_y0, *(g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt)
+        return grad_y0, *self._of_learnt(grads)
 
     def prepare_backward(self, states: Blocks) -> None:
         """Notes what the backward pass needs of the forward pass besides its states, which ``states`` are to hold."""
         self.specification.plan.expect_gradients(self)
         self._before = contents_of(self.captured, self.used, self.addresses)
-        self._is_learnt = [x.requires_grad for x in self.inputs]
         # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
-        self.learnt = [x for x, is_learnt in zip(self.inputs, self._is_learnt, strict=True) if is_learnt]
+        self.learnt = [x for x in self.inputs if x.requires_grad]
+        are_all = len(self.learnt) == len(self.inputs)
+        self._is_learnt = None if are_all else [x.requires_grad for x in self.inputs]
         self._addresses_of_states = states.addresses
 
     def check_func(self) -> None:

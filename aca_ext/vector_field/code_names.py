@@ -11,8 +11,8 @@ import weakref
 
 _STANDARD = sysconfig.get_paths()["stdlib"]
 _LIBRARIES = {
-    "IPython", "PIL", "aca_ext", "jax", "matplotlib", "networkx", "numpy", "pandas", "pytest", "scipy", "sklearn",
-    "sympy", "torch", "torchdiffeq", "torchvision", "tqdm", "wandb",
+    "IPython", "PIL", "_pytest", "aca_ext", "jax", "matplotlib", "networkx", "numpy", "pandas", "pluggy", "pytest",
+    "scipy", "sklearn", "sympy", "torch", "torchdiffeq", "torchvision", "tqdm", "wandb",
 }  # fmt: skip
 BY_NAME = frozenset(
     {"__import__", "eval", "exec", "globals", "locals", "vars"}

@@ -309,6 +309,8 @@ class Contents {
             return false;
         }
         if (PyFunction_Check(x)) {
+            if (PyFunction_GET_DEFAULTS(x) && has_history(PyFunction_GET_DEFAULTS(x), depth)) return true;
+            if (PyFunction_GET_KW_DEFAULTS(x) && has_history(PyFunction_GET_KW_DEFAULTS(x), depth)) return true;
             PyObject* cells = PyFunction_GET_CLOSURE(x);
             for (Py_ssize_t i = 0; cells && i < PyTuple_GET_SIZE(cells); ++i) {
                 PyObject* value = PyCell_GET(PyTuple_GET_ITEM(cells, i));

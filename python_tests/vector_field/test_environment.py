@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,15 +284,193 @@ def test_what_is_kept_from_the_middle_of_a_solve_has_no_gradient(kind: str) -> N
         (y.sum() + kept).backward()
 
 
-def test_solutions_that_func_holds_do_not_keep_one_another() -> None:
+@pytest.mark.parametrize("form", ["tensor", "tuple", "solution", "closure"])
+def test_solutions_that_func_holds_do_not_keep_one_another(form: str) -> None:
     class Holding(Silent):
         last: Any = None
 
     func, alive = Holding(), []
     for _ in range(3):
         y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
-        func.last = aca_ext.odeint(func, y0, TIMES)
+        solution = aca_ext.solve(func, y0, TIMES)
+        y = solution.y
+        func.last = {"tensor": y, "tuple": (y,), "solution": solution, "closure": lambda y=y: y}[form]
+        del y, solution
         alive.append(weakref.ref(y0))
         del y0
     gc.collect()
     assert [ref() is not None for ref in alive] == [False, False, True]
+
+
+@pytest.mark.parametrize("form", ["object", "dict made at the start"])
+@pytest.mark.filterwarnings("ignore::aca_ext.errors.KeptTensorWarning")
+def test_a_cache_in_an_object_that_is_made_in_the_solve(form: str) -> None:
+    class Caching(Late):
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            if form != "object" and float(t) == 0:
+                self.cache = {}
+            if float(t) <= 0.5:
+                return -y
+            if form == "object":
+                self.cache = self.cache or SimpleNamespace(x=torch.exp(self.p))
+                return -self.cache.x * y
+            if "x" not in self.cache:
+                self.cache["x"] = torch.exp(self.p)
+            return -self.cache["x"] * y
+
+    found = []
+    for gradient in ("aca", "direct"):
+        func, y0 = Caching("none"), torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+        y = aca_ext.odeint(func, y0, TIMES, method="rk4", options={"step_size": 0.2}, gradient=gradient)
+        found.append(torch.autograd.grad(y.square().sum(), [y0, func.p]))
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_layer_that_func_builds_at_first_use_learns(is_late: bool) -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net: nn.Module | None = None
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            if is_late and float(t) < 0.5:
+                return -y
+            if self.net is None:
+                torch.manual_seed(0)
+                self.net = nn.Linear(3, 3, dtype=DTYPE)
+            return torch.tanh(self.net(y))
+
+    found = []
+    for gradient in ("aca", "direct"):
+        func, y0 = Lazy(), torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+        y = aca_ext.odeint(func, y0, TIMES, method="rk4", options={"step_size": 0.2}, gradient=gradient)
+        y.square().sum().backward()
+        found.append([y0.grad, *(p.grad for p in func.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+@pytest.mark.parametrize("form", ["tuple", "list", "number", "object"])
+def test_values_that_func_draws_once_for_each_solve(form: str) -> None:
+    class Noisy(Silent):
+        kept: Any = None
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            if self.kept is None:
+                u = torch.randn(3, dtype=DTYPE)
+                self.kept = {"tuple": (u,), "list": [u], "number": float(u[0]), "object": SimpleNamespace(u=u)}[form]
+            kept = self.kept
+            u = kept if form == "number" else kept.u if form == "object" else kept[0]
+            return -0.5 * y + self.out(torch.tanh(y + u))
+
+    found = []
+    for gradient in ("aca", "direct"):
+        torch.manual_seed(0)
+        func = Noisy()
+        y = torch.full((4, 3), 0.3, dtype=DTYPE)
+        for _ in range(2):
+            func.kept = None
+            y = aca_ext.odeint(func, y, TIMES, method="rk4", options={"step_size": 0.2}, gradient=gradient)[-1]
+        found.append(torch.autograd.grad(y.square().sum(), list(func.parameters())))
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+def test_two_backward_passes_in_two_threads() -> None:
+    """What one replay puts back is not taken by the other for what it has to restore."""
+    func = Silent("attribute")
+    expected = _gradients(copy.deepcopy(func), None)
+    for _ in range(5):
+        solves = []
+        for _ in range(2):
+            func.control = CONTROL
+            y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+            solves.append((y0, aca_ext.odeint(func, y0, TIMES, rtol=1e-5, atol=1e-7)))
+        func.control = OTHER
+        found: list[Any] = [None, None]
+
+        def pull_back(i: int, y0: Tensor, y: Tensor, found: list[Any] = found) -> None:
+            found[i] = torch.autograd.grad(y.square().sum(), [y0, *func.parameters()])
+
+        threads = [threading.Thread(target=pull_back, args=(i, *solve)) for i, solve in enumerate(solves)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert func.control is OTHER
+        for gradients in found:
+            for one, other in zip(gradients, expected, strict=True):
+                assert relative_error(one, other) <= 1e-12
+
+
+def test_a_failing_replay_restores_everything() -> None:
+    func = Silent("list")
+    y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+    y = aca_ext.odeint(func, y0, TIMES)
+    func.listed[:] = []
+    func.control, func.scale = OTHER, 5.0
+
+    def fails(t: Tensor, y: Tensor) -> Tensor:
+        func.listed.clear()
+        raise KeyError("of func")
+
+    func.forward = fails  # type: ignore[method-assign]
+    func.entry["new"] = 1
+    y.sum().backward()  # what func reads is put back, its forward too
+    assert func.forward is fails
+    assert (func.control is OTHER, func.scale, func.listed, "new" in func.entry) == (True, 5.0, [], True)
+
+
+class Hostile:
+    """Objects that fail, or do not end, when anybody but their owner looks at them."""
+
+    class Endless(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            while True:
+                yield 1.0
+
+    class Liar(list):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 1000
+
+    class Unequal:
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError
+
+        def __hash__(self) -> int:
+            return 1
+
+    class Closed:
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError
+
+
+def _objects() -> dict[str, Any]:
+    tensor, endless, cyclic = torch.ones(3, requires_grad=True), Hostile.Endless([1]), [1]
+    cyclic.append(cyclic)  # type: ignore[arg-type]
+    gone = weakref.proxy(Hostile.Unequal())
+    return {
+        "a proxy of a tensor": (tensor, weakref.proxy(tensor)),
+        "a proxy of nothing": gone,
+        "an endless list": endless,
+        "a list that lies": Hostile.Liar([1]),
+        "a list in itself": cyclic,
+        "a set of objects that cannot be compared": {Hostile.Unequal()},
+        "a dict of such": {Hostile.Unequal(): 1},
+        "an object without attributes": Hostile.Closed(),
+    }
+
+
+@pytest.mark.parametrize("name", _objects())
+def test_objects_that_cannot_be_looked_at(name: str) -> None:
+    held = _objects()[name]
+
+    def func(t: Tensor, y: Tensor, held: Any = held) -> Tensor:
+        return -y
+
+    y0 = torch.ones(3, requires_grad=True)
+    y = aca_ext.odeint(func, y0, [0.0, 1.0])
+    y[-1].sum().backward()
+    assert relative_error(y0.grad, torch.full((3,), 0.36787944)) <= 1e-5

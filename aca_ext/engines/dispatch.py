@@ -121,7 +121,7 @@ def run_compiled_again(
     problem = known_problem(func, y0, t, rtol, atol, method, options, args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
-    result = _compiled_engine()(problem, None, partial(_eager_task, problem, None, _NO_ADJOINT))
+    result = _compiled_engine(False)(problem, None, partial(_eager_task, problem, None, _NO_ADJOINT))
     assert isinstance(result.stats, Stats)
     return LazySolution.of(t, result.ys, result.record, result.stats)
 
@@ -239,7 +239,7 @@ def _check_not_eager(
 ) -> None:
     """Raises where an argument asks for what the other engines do not do."""
     others = {"gradient": gradient != "aca", "checkpoints": checkpoints, "progress": progress, "callback": callback,
-              "options": isinstance(problem, BatchProblem) or problem.stops_at_limit}  # fmt: skip
+              "options": (isinstance(problem, BatchProblem) and engine != "compiled") or problem.stops_at_limit}  # fmt: skip
     for name, is_given in others.items():
         if is_given:
             raise (CompileError if engine == "compiled" else GraphError)(
@@ -254,7 +254,7 @@ def _by_compiled_engine(
     task_of = partial(_eager_task, problem, params, adjoint)
     if learnt is not None:
         return with_time_gradient(task_of(), t=learnt, method_of_gradient=_compiled)
-    return _compiled_engine()(problem, params, task_of)
+    return _compiled_engine(isinstance(problem, BatchProblem))(problem, params, task_of)
 
 
 def _eager_task(problem: Problem, params: Sequence[Tensor] | None, adjoint: AdjointOptions) -> Task:
@@ -275,7 +275,11 @@ def _by_graph_engine(task: Task, learnt: Tensor | None) -> Result:
 
 
 @cache
-def _compiled_engine() -> Callable[..., Result]:
+def _compiled_engine(is_batch: bool) -> Callable[..., Result]:
+    if is_batch:
+        from aca_ext.engines.ensemble.engine import solve as solve_batch
+
+        return solve_batch
     from aca_ext.engines.compiled.engine import solve  # brings in the compiler, which takes seconds
 
     return solve
@@ -283,6 +287,6 @@ def _compiled_engine() -> Callable[..., Result]:
 
 def _compiled(task: Task) -> Result:
     n_evals = task.field.n_evals  # those for the times; what checks a program when it is made does not count
-    result = _compiled_engine()(task.problem, task.params, lambda: task)
+    result = _compiled_engine(isinstance(task.problem, BatchProblem))(task.problem, task.params, lambda: task)
     result.stats.n_f_evals += n_evals
     return result

@@ -41,6 +41,10 @@ class BatchStats:
         n_accepted, n_rejected: (batch,) int64, those that became part of its solution, and those that did not.
         backend: what did the arithmetic: "cpu" or "cuda" kernels, or "reference", plain PyTorch.
         n_f_evals_backward: calls of func in the backward pass; None until it has run.
+        compile_seconds: spent on compiling in this solve, by the engine that compiles.
+
+    That engine calls func on one sample, inside compiled code, no more often than the sample needs: ``n_f_rows`` is the
+    sum of these calls, and ``n_f_evals`` and ``n_f_evals_backward`` are the most that a sample took.
     """
 
     n_steps: Tensor
@@ -50,6 +54,7 @@ class BatchStats:
     n_f_rows: int = 0
     backend: str = ""
     n_f_evals_backward: int | None = None
+    compile_seconds: float = 0.0
 
     def __repr__(self) -> str:
         """Counts by sample as their range."""

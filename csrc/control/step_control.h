@@ -160,10 +160,14 @@ ACA_HD void judge(StepControl& s, double ratio) {
         s.status = Status::step_size;
 }
 
-// Position of the time number `output` in the accepted step, exactly 1 at its end.
+// Position of a time in a step, exactly 1 at its end.
+ACA_HD double position(double time, double start, double end) {
+    return time == end ? 1.0 : (time - start) / (end - start);
+}
+
+// That of the time number `output` in the accepted step.
 ACA_HD double position(const StepControl& s, int64_t output) {
-    const double time = at<const double>(s.times)[output];
-    return time == s.t_done ? 1.0 : (time - s.t_start) / (s.t_done - s.t_start);
+    return position(at<const double>(s.times)[output], s.t_start, s.t_done);
 }
 
 // Tells whether the proposed trial ends at the next requested time.
@@ -172,7 +176,10 @@ ACA_HD bool lands_on_output(const StepControl& s) {
 }
 
 // Time of the stage at `c`; at the end of the step t_next exactly, which rounding may keep from t + h.
-ACA_HD double stage_time(double c, double t, double h, double t_next) { return c == 1 ? t_next : t + c * h; }
+template <typename Time>
+ACA_HD Time stage_time(double c, Time t, Time h, Time t_next) {
+    return c == 1 ? t_next : t + c * h;
+}
 
 // Largest RMS over segments of `sizes` elements from their sums of squares; NaN where any is.
 template <typename Size>

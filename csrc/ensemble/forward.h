@@ -1,0 +1,299 @@
+// The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
+#pragma once
+#include <limits>
+
+#include "ensemble/task.h"
+
+namespace aca {
+
+template <typename Field, typename Method>
+class Forward {
+    static constexpr int n = Field::n, s = Method::stages;
+    static constexpr int n_by_sample = Field::n_by_sample > 0 ? Field::n_by_sample : 1;
+    static constexpr bool fsal = Method::fsal;
+    using Sum = Sums<Method>;
+
+  public:
+    Forward(const Task& task, Record& record) : task_(task), record_(record) {}
+
+    // Samples `first` to `last`, which share a chunk.
+    void run(int64_t first, int64_t last) {
+        chunk_ = first / kChunk;
+        next_ = first;
+        last_ = last;
+        int live = 0;
+        for (int l = 0; l < kLanes; ++l) live += take(l);
+        while (live > 0) {
+            attempt();
+            for (int l = 0; l < kLanes; ++l)
+                if (lane_[l].is_live) judge(l);
+            move_on();
+            for (int l = 0; l < kLanes; ++l)
+                if (lane_[l].is_live && has_ended(l)) live -= !take(l);
+        }
+    }
+
+  private:
+    struct Lane {
+        bool is_live = false;
+        int64_t sample = 0;
+        StepControl control{};
+        Failure failure = none;
+        double ratio = 0;  // that belongs to the failure
+    };
+
+    // Samples with their first slopes and steps, made for all lanes at once.
+    struct Prepared {
+        V y[n], p[n_by_sample], k[n], tolerance[2 * n];
+        Lane lane[kLanes];
+        int next = 0, count = 0;
+    };
+
+    // Puts the next sample into a lane; false where there is none.
+    bool take(int l) {
+        for (;;) {
+            if (ready_.next == ready_.count && !prepare()) {
+                lane_[l].is_live = false;
+                return false;
+            }
+            const int from = ready_.next++;
+            if (ready_.lane[from].failure != none) {
+                finish(ready_.lane[from]);
+                continue;
+            }
+            lane_[l] = ready_.lane[from];
+            for (int c = 0; c < n; ++c) y_[c][l] = ready_.y[c][from], k_[0][c][l] = ready_.k[c][from];
+            for (int i = 0; i < Field::n_by_sample; ++i) p_[i][l] = ready_.p[i][from];
+            for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
+            if (propose(l)) return true;
+            finish(lane_[l]);
+        }
+    }
+
+    // Loads as many samples as there are lanes and finds their first slopes and steps.
+    bool prepare() {
+        ready_.next = 0;
+        ready_.count = int(last_ - next_ < kLanes ? last_ - next_ : kLanes);
+        if (ready_.count == 0) return false;
+        for (int l = 0; l < kLanes; ++l) load(l, next_ + (l < ready_.count ? l : 0));
+        next_ += ready_.count;
+        R t;
+        for (int l = 0; l < kLanes; ++l) t[l] = ready_.lane[l].control.t;
+        Field::slope(__builtin_convertvector(t, V), ready_.y, ready_.p, task_.shared, ready_.k);
+        if (task_.first_step != 0) {
+            for (Lane& lane : ready_.lane) lane.control.h = task_.first_step;
+        } else {
+            choose_first_steps();
+        }
+        return true;
+    }
+
+    void load(int l, int64_t sample) {
+        Lane& lane = ready_.lane[l];
+        lane = Lane{};
+        lane.is_live = true;
+        lane.sample = sample;
+        lane.control = control::begin(task_.controller, task_.first_step, true, task_.max_num_steps);
+        const double* const times = task_.times + sample * task_.times_step;
+        const double* const end = times + task_.n_times - 1;
+        control::set_times(lane.control, times[0], *end, uintptr_t(times), task_.n_times, uintptr_t(end), 1);
+        for (int c = 0; c < n; ++c) {
+            ready_.y[c][l] = task_.y0[sample * n + c];
+            task_.outputs[sample * n + c] = task_.y0[sample * n + c];
+            ready_.tolerance[c][l] = task_.rtol_each ? task_.rtol_each[sample * n + c] : T(task_.rtol);
+            ready_.tolerance[n + c][l] = task_.atol_each ? task_.atol_each[sample * n + c] : T(task_.atol);
+        }
+        for (int i = 0; i < Field::n_by_sample; ++i) ready_.p[i][l] = task_.by_sample[sample * Field::n_by_sample + i];
+    }
+
+    void choose_first_steps() {
+        Prepared& r = ready_;
+        double norm_y[kLanes], norm_f[kLanes], norm_change[kLanes];
+        norms(norm_y, r.y, r.y, r.y, r.tolerance);
+        norms(norm_f, r.k, r.y, r.y, r.tolerance);
+        R t, h;
+        for (int l = 0; l < kLanes; ++l) {
+            Lane& lane = r.lane[l];
+            if (!control::is_finite(norm_f[l])) lane.failure = fault(r.y, r.k, l), lane.ratio = norm_f[l];
+            control::propose_euler_step(lane.control, norm_y[l], norm_f[l]);
+            h[l] = lane.control.h_trial;
+            t[l] = lane.control.t_next;
+        }
+        V euler[n], k[n];
+        const V step = __builtin_convertvector(h, V);
+        for (int c = 0; c < n; ++c) euler[c] = fma(step, r.k[c], r.y[c]);
+        Field::slope(__builtin_convertvector(t, V), euler, r.p, task_.shared, k);
+        for (int c = 0; c < n; ++c) k[c] = fma(K(-1), r.k[c], k[c]);
+        norms(norm_change, k, r.y, r.y, r.tolerance);
+        for (int l = 0; l < kLanes; ++l) {
+            control::choose_first_step(r.lane[l].control, norm_change[l]);
+            r.lane[l].control.status = Status::running;  // where the norm was not finite, the trial tells
+        }
+    }
+
+    // A trial step in every lane, of length zero where there is no sample.
+    void attempt() {
+        R t, h, t_next;
+        for (int l = 0; l < kLanes; ++l) {
+            const StepControl& control = lane_[l].control;
+            t[l] = control.t;
+            h[l] = lane_[l].is_live ? control.h_trial : 0;
+            t_next[l] = lane_[l].is_live ? control.t_next : control.t;
+        }
+        const V step = __builtin_convertvector(h, V);
+        const auto slope = [&](auto i, const V* y) {
+            const R time = control::stage_time(Method::c[i], t, h, t_next);
+            Field::slope(__builtin_convertvector(time, V), y, p_, task_.shared, k_[i]);
+        };
+        if (!fsal) slope(std::integral_constant<int, 0>(), y_);
+        for_each<s>([&](auto i) {
+            if constexpr (i > 0 && i < s - fsal) {
+                V y[n];
+                for (int c = 0; c < n; ++c)
+                    y[c] = fma(step, Sum::template of<typename Sum::template Stage<i>>([&](int j) { return k_[j][c]; }),
+                               y_[c]);
+                slope(i, y);
+            }
+        });
+        for (int c = 0; c < n; ++c) {
+            const auto k = [&](int j) { return k_[j][c]; };
+            y1_[c] = fma(step, Sum::template of<typename Sum::Solution>(k), y_[c]);
+            error_[c] = step * Sum::template of<typename Sum::Error>(k);
+        }
+        if constexpr (fsal) {
+            slope(std::integral_constant<int, s - 1>(), y1_);
+            if constexpr (Method::error[s - 1] != 0) {
+                const V w = __builtin_convertvector(Method::error[s - 1] * h, V);
+                for (int c = 0; c < n; ++c) error_[c] = fma(w, k_[s - 1][c], error_[c]);
+            }
+        }
+        norms(ratio_, error_, y_, y1_, tolerance_);
+    }
+
+    // Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
+    static void norms(double* norm, const V* x, const V* y0, const V* y1, const V* tolerance) {
+        R sums[Field::segments];
+        for (int i = 0; i < Field::segments; ++i) {
+            sums[i] = R{};
+            for (int c = Field::bounds[i]; c < Field::bounds[i + 1]; ++c) {
+                const V before = magnitude(y0[c]), after = magnitude(y1[c]);
+                const V scale = fma(tolerance[c], select(before < after, after, before), tolerance[n + c]);
+                const V ratio = x[c] / select(x[c] == K(0), K(1), scale);
+                const R r = __builtin_convertvector(ratio, R), wrong = __builtin_convertvector(y1[c] - y1[c], R);
+                sums[i] += r * r + wrong;
+            }
+        }
+        for (int l = 0; l < kLanes; ++l) {
+            double of_lane[Field::segments];
+            int sizes[Field::segments];
+            for (int i = 0; i < Field::segments; ++i)
+                of_lane[i] = sums[i][l], sizes[i] = Field::bounds[i + 1] - Field::bounds[i];
+            norm[l] = control::norm_of_sums(of_lane, sizes, Field::segments);
+        }
+    }
+
+    void judge(int l) {
+        Lane& lane = lane_[l];
+        StepControl& control = lane.control;
+        control::judge(control, ratio_[l]);
+        accepted_[l] = control.is_accepted ? -1 : 0;
+        if (control.is_accepted) return accept(l);
+        if (control.status == Status::step_size) {
+            lane.failure = step_size;
+        } else if (control.status == Status::not_finite) {
+            lane.failure = fault(y_, k_[0], l);
+            if (lane.failure == none && !control::can_shrink(control))
+                lane.failure = task_.forbids_error && ratio_[l] == std::numeric_limits<double>::infinity()
+                                   ? no_tolerance
+                                   : not_finite;
+            if (lane.failure == none) control.status = Status::running;
+        }
+        lane.ratio = control.ratio;
+    }
+
+    // Blames the state or func where one is not finite at the start of a step.
+    static Failure fault(const V* y, const V* k, int l) {
+        for (int c = 0; c < n; ++c)
+            if (!control::is_finite(double(y[c][l]))) return state_not_finite;
+        for (int c = 0; c < n; ++c)
+            if (!control::is_finite(double(k[c][l]))) return slope_not_finite;
+        return none;
+    }
+
+    // Keeps the step, and writes the outputs that it reached.
+    void accept(int l) {
+        const Lane& lane = lane_[l];
+        const StepControl& control = lane.control;
+        const size_t bytes = sizeof(Entry) + (record_.keeps_states ? n * sizeof(T) : 0);
+        Entry* const entry = record_.blocks[size_t(chunk_)].add(bytes);
+        const Entry*& last = record_.last[size_t(lane.sample)];
+        *entry = {control.t_start, control.h_done, control.t_done, control.end_due, last};
+        last = entry;
+        if (record_.keeps_states) {
+            T* const y = reinterpret_cast<T*>(entry + 1);
+            for (int c = 0; c < n; ++c) y[c] = y_[c][l];
+        }
+        for (int64_t i = control.first_due; i < control.end_due; ++i) {
+            T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
+            const double theta = control::position(control, i);
+            if (theta == 1.0) {
+                for (int c = 0; c < n; ++c) out[c] = y1_[c][l];
+            } else {
+                interpolate(out, l, theta, T(control.h_done));
+            }
+        }
+    }
+
+    void interpolate(T* out, int l, double theta, T h) const {
+        T w[s];
+        for (int i = 0; i < s; ++i) w[i] = T(dense_weight<Method>(i, theta));
+        for (int c = 0; c < n; ++c) {
+            T sum = 0;
+            for (int i = 0; i < s; ++i) sum = std::fma(w[i], k_[i][c][l], sum);
+            out[c] = std::fma(h, sum, y_[c][l]);
+        }
+    }
+
+    // States and first slopes of the next trials.
+    void move_on() {
+        for (int c = 0; c < n; ++c) {
+            y_[c] = select(accepted_, y1_[c], y_[c]);
+            if (fsal) k_[0][c] = select(accepted_, k_[s - 1][c], k_[0][c]);
+        }
+        accepted_ = never();
+    }
+
+    // Proposes the next trial of a lane, or finishes its sample.
+    bool has_ended(int l) {
+        Lane& lane = lane_[l];
+        if (lane.failure == none && lane.control.status == Status::running && propose(l)) return false;
+        finish(lane);
+        return true;
+    }
+
+    bool propose(int l) {
+        Lane& lane = lane_[l];
+        control::propose(lane.control);
+        if (lane.control.status == Status::running) return true;
+        lane.failure = lane.control.status == Status::step_limit ? step_limit : step_size;
+        lane.ratio = lane.control.ratio;
+        return false;
+    }
+
+    void finish(const Lane& lane) {
+        const StepControl& control = lane.control;
+        task_.outcomes[lane.sample] = {control.n_steps, control.n_accepted, lane.failure,
+                                       control.t,       control.h,          lane.ratio};
+    }
+
+    const Task& task_;
+    Record& record_;
+    int64_t chunk_ = 0, next_ = 0, last_ = 0;
+    Lane lane_[kLanes];
+    Prepared ready_;
+    V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};
+    double ratio_[kLanes];
+    M accepted_{};
+};
+
+}  // namespace aca

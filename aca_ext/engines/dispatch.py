@@ -83,7 +83,7 @@ def run(
         result = _by_eager_engine(problem, learnt, gradient, checkpoints, params, progress, callback, adjoint)
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y = problem.packing.unpack_rows(result.ys)
-    if engine == "graph":  # a look at its steps waits for the device
+    if engine == "graph" or (is_batch and engine == "compiled"):  # a look at the steps takes its time
         return LazySolution.of(times, y, result.record, result.stats)
     solution = Solution(times, y, result.record.bounds(), result.stats)
     if problem.stops_at_limit:
@@ -238,8 +238,9 @@ def _check_not_eager(
     engine: str, problem: Problem, gradient: str, checkpoints: Policy, progress: bool, callback: Callback | None
 ) -> None:
     """Raises where an argument asks for what the other engines do not do."""
+    is_batch = isinstance(problem, BatchProblem) and engine != "compiled"
     others = {"gradient": gradient != "aca", "checkpoints": checkpoints, "progress": progress, "callback": callback,
-              "options": (isinstance(problem, BatchProblem) and engine != "compiled") or problem.stops_at_limit}  # fmt: skip
+              "options": is_batch or problem.stops_at_limit}  # fmt: skip
     for name, is_given in others.items():
         if is_given:
             raise (CompileError if engine == "compiled" else GraphError)(

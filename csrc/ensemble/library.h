@@ -1,7 +1,5 @@
 // Functions of a compiled library: the solve of chunks of samples, its transpose, and func itself for checks.
 #pragma once
-#include <atomic>
-
 #include "ensemble/backward.h"
 #include "ensemble/contractions.h"
 #include "ensemble/forward.h"
@@ -11,15 +9,15 @@ namespace aca {
 // Runs f on chunks `first` to `last` of the batch, on so many threads; false where memory ran out.
 template <typename F>
 bool for_each_chunk(int64_t first, int64_t last, int64_t n_samples, int threads, F f) {
-    std::atomic<bool> has_failed{false};
+    int has_failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && last - first > 1)
     for (int64_t chunk = first; chunk < last; ++chunk) {
-        if (has_failed) continue;
         const int64_t start = chunk * kChunk, end = start + kChunk;
         try {
             f(start, end < n_samples ? end : n_samples);
         } catch (const std::bad_alloc&) {
-            has_failed = true;
+#pragma omp atomic write
+            has_failed = 1;
         }
     }
     return !has_failed;

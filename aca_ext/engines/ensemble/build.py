@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from functools import cache
@@ -55,7 +56,7 @@ def _compile(source: str, path: Path) -> None:
             ) from error
         if done.returncode != 0:
             raise CompileError(
-                f"The C++ compiler {command[0]} failed on the code made of func. Use engine=\"eager\". It says: "
+                f'The C++ compiler {command[0]} failed on the code made of func. Use engine="eager". It says: '
                 f"{done.stderr[-2000:]}"
             )
         os.replace(made, path)
@@ -65,21 +66,26 @@ def _compile(source: str, path: Path) -> None:
 def _command() -> tuple[str, ...]:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    sleef = _sleef()
-    define = (f"-DACA_SLEEF={sleef}",) if sleef else ()
+    define = ("-DACA_SLEEF",) if _has_vector_functions() else ()
     return (get_cpp_compiler(), *_FLAGS, *define, f"-I{_headers()}")
 
 
 def _linked() -> tuple[str, ...]:
-    return (f"-L{_torch_libraries()}", "-ltorch_cpu") if _sleef() else ()
+    return (f"-L{_torch_libraries()}", "-ltorch_cpu") if _has_vector_functions() else ()
 
 
 @cache
-def _sleef() -> str:
-    """The kind of vector in names of torch's vector functions on this machine; "" where there are none."""
-    width = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability())
-    del width
-    return ""
+def _has_vector_functions() -> bool:
+    """Tells whether torch's library has the functions of vectors (SLEEF) that csrc/ensemble/lanes.h calls."""
+    names = re.findall(
+        r"^ACA_FUNCTION2?\((?:\w+, )?(\w+), (\w+)\)", (_headers() / "ensemble" / "lanes.h").read_text(), re.M
+    )
+    try:
+        library = ctypes.CDLL(str(_torch_libraries() / "libtorch_cpu.so"))
+    except OSError:
+        return False
+    kinds = ("d8", "f16", "d4", "f8")
+    return bool(names) and all(hasattr(library, f"Sleef_{n}{kind}_{digits}") for n, digits in names for kind in kinds)
 
 
 def _torch_libraries() -> Path:

@@ -22,8 +22,7 @@ OUTCOME_WORDS = 6
 
 class _Controller(ctypes.Structure):
     _fields_ = [("order", ctypes.c_int)] + [
-        (name, _F64)
-        for name in ("safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff", "min_step", "max_step")
+        (name, _F64) for name in ("safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff", "min_step", "max_step")
     ]
 
 

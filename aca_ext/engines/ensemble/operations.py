@@ -52,12 +52,10 @@ MINIMUM = Operation(
 )
 CLAMP_BELOW = Operation("maximum({0}, {1})", ("select({0} >= {1}, {g}, K(0))", None))
 CLAMP_ABOVE = Operation("minimum({0}, {1})", ("select({0} <= {1}, {g}, K(0))", None))
-CLAMP = Operation(
-    "minimum(maximum({0}, {1}), {2})", ("select(({0} >= {1}) & ({0} <= {2}), {g}, K(0))", None, None)
-)
+CLAMP = Operation("minimum(maximum({0}, {1}), {2})", ("select(({0} >= {1}) & ({0} <= {2}), {g}, K(0))", None, None))
 REMAINDER = Operation("remainder({0}, {1})", ("{g}", "-{g} * floor({0} / {1})"))
 FMOD = Operation("fmod({0}, {1})", ("{g}", "-{g} * trunc({0} / {1})"))
-ATAN2 = Operation("atan2({0}, {1})", ("{g} * ({1} / ({0} * {0} + {1} * {1}))", "{g} * (-{0} / ({0} * {0} + {1} * {1}))"))
+ATAN2 = Operation("atan2({0}, {1})", ("{g} * {1} / ({0} * {0} + {1} * {1})", "{g} * -{0} / ({0} * {0} + {1} * {1})"))
 HYPOT = Operation("hypot({0}, {1})", ("{g} * ({0} / {r})", "{g} * ({1} / {r})"))
 HELD = Operation("{0}", (None,))  # no gradient passes
 LESS = _mask("({0} < {1})")

@@ -6,7 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from aca_ext.engines.ensemble.code import Array, Code, Contraction, Element, Gather, Largest, Map, Number, Run, Statement
+from aca_ext.engines.ensemble.code import (
+    Array,
+    Code,
+    Contraction,
+    Element,
+    Gather,
+    Largest,
+    Map,
+    Number,
+    Run,
+    Statement,
+)
 
 
 def slope_text(code: Code, slopes: Sequence[Number]) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.lowerings import decompositions
@@ -137,9 +136,7 @@ def _evaluated(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node,
     return found
 
 
-def _given(
-    graph: fx.Graph, changing: set[fx.Node], placeholders: set[fx.Node]
-) -> tuple[set[fx.Node], set[fx.Node]]:
+def _given(graph: fx.Graph, changing: set[fx.Node], placeholders: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes that do not depend on time and state, and those among them that depend on no input at all."""
     computed, given, constants = set(changing), set(), set()
     for node in graph.nodes:

@@ -77,6 +77,27 @@ class Arithmetic:
     def sum(self, rows: Numbers) -> Numbers:
         return self.code.contract(rows, np.full(rows.shape[1], 1.0, dtype=object))
 
+    def running(self, operation: Operation) -> Total:
+        """Of each row the first element, the operation on it and the second, and so on to the last."""
+
+        def total(rows: Numbers) -> Numbers:
+            found = rows[:, 0]
+            for column in rows.T[1:]:
+                found = self.code.map(operation, found, column)
+            return found
+
+        return total
+
+    def accumulated(self, x: Computed, dim: int, operation: Operation, target: object) -> Computed:
+        """Along a dimension, each element joined with all those before it."""
+        dim %= max(x.elements.ndim, 1)
+        if x.axis == dim:
+            raise MixesError(target)
+        found = np.moveaxis(self.numbers(x.elements), dim, 0).copy()
+        for i in range(1, len(found)):
+            found[i] = self.code.map(operation, found[i - 1], found[i])
+        return Computed(np.moveaxis(found, 0, dim), x.axis)
+
     def largest(self, rows: Numbers, sign: int) -> Numbers:
         found = np.empty(len(rows), dtype=object)
         for i, row in enumerate(rows):

@@ -123,12 +123,13 @@ class Code:
     w: Array
     statements: list[Statement] = field(default_factory=list)
     _known: dict[object, Array] = field(default_factory=dict)
+    _n_arrays: int = 0
 
     @classmethod
     def on(cls, n: int) -> Code:
         """Code on a state of n numbers; p and w grow as they are used."""
-        arrays = (Array(name, size, is_input=True) for name, size in (("t", 1), ("y", n), ("p", 0)))
-        return cls(*arrays, Array("w", 0, is_input=True, is_shared=True))
+        t, y, p = (Array(name, size, is_input=True) for name, size in (("t", 1), ("y", n), ("p", 0)))
+        return cls(t, y, p, Array("w", 0, is_input=True, is_shared=True))
 
     def map(self, operation: Operation, *operands: Numbers) -> Numbers:
         """The operation on each element; the operands broadcast."""
@@ -182,7 +183,8 @@ class Code:
         return Run(out, 0, 1)
 
     def _new(self, size: int, is_mask: bool = False) -> Array:
-        return Array(f"v{len(self.statements)}", size, is_mask=is_mask)
+        self._n_arrays += 1
+        return Array(f"v{self._n_arrays}", size, is_mask=is_mask)
 
 
 def elements_of(array: Array, start: int = 0, count: int | None = None) -> Numbers:

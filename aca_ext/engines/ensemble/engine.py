@@ -51,8 +51,8 @@ class _Run:
         check_supported(problem)
         self.problem, self._task = problem, task
         self.y0 = problem.y0.detach().contiguous()
-        empty = torch.zeros(3, len(self.y0), dtype=torch.int64).unbind()
-        self.stats = BatchStats(*empty, backend="compiled")
+        n_steps, n_accepted, n_rejected = torch.zeros(3, len(self.y0), dtype=torch.int64).unbind()
+        self.stats = BatchStats(n_steps, n_accepted, n_rejected, backend="compiled")
         self._held: list[Tensor] = []
         start = time.perf_counter()
         self._plan, used, is_new = self._find()

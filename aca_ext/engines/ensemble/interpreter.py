@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from aca_ext.engines.ensemble.arithmetic import Arithmetic
 from aca_ext.engines.ensemble.code import Code, Number, elements_of
-from aca_ext.engines.ensemble.rules import MOVES, RULES
+from aca_ext.engines.ensemble.rules import CALLS, MOVES, RULES
 from aca_ext.engines.ensemble.values import HINT, Computed, Given, Inputs, MixesError, Resolver, Value, moved
 from aca_ext.errors import CompileError
 
@@ -107,9 +107,14 @@ class Interpreter:
             if packet is aten.constant_pad_nd and len(args) > 2 and args[2] != 0:
                 raise CompileError(f"func pads with {args[2]}; only zeros are supported. {HINT}")
             return moved(node.target, args, _kept(kwargs), self._resolver)  # type: ignore[arg-type]
+        if packet in CALLS:
+            return moved(CALLS[packet], args, {}, self._resolver)
         if packet in (aten.index, aten.index_put) and not (len(args) > 3 and args[3]):
             indices = [self._constant_index(i, node) for i in args[1]]
             return moved(node.target, (args[0], indices, *args[2:3]), {}, self._resolver)  # type: ignore[arg-type]
+        if packet is aten.gather:
+            index = self._constant_index(args[2], node)
+            return moved(node.target, (args[0], args[1], index), {}, self._resolver)  # type: ignore[arg-type]
         rule = RULES.get(packet)
         if rule is None:
             raise CompileError(

@@ -15,6 +15,11 @@ from aca_ext.engines.ensemble.values import HINT, Computed
 from aca_ext.errors import CompileError
 
 aten = torch.ops.aten
+# x.detach() in graphs; that of torch would be taken out of them.
+_ours = torch.library.Library("aca_ext", "DEF")
+_ours.define("held(Tensor x) -> Tensor")
+_ours.impl("held", torch.clone, "CompositeExplicitAutograd")
+HELD = torch.ops.aca_ext.held.default
 Rule = Callable[..., Any]
 
 # Operations that only move elements; they are run on numbers of them.
@@ -26,6 +31,9 @@ MOVES = {
     aten.slice_scatter, aten.diagonal_scatter, aten.select_backward, aten.slice_backward, aten.diagonal_backward,
     aten.constant_pad_nd,
 }  # fmt: skip
+
+# Others that do, and calls that move elements as they do.
+CALLS: dict[Any, Callable[..., Any]] = {aten.copy: lambda to, x, *_: x.expand(to.shape)}
 
 
 def _each(operation: Operation, truths: tuple[int, ...] = ()) -> Rule:
@@ -104,6 +112,25 @@ def _mean(on: Arithmetic, target: object, x: Any, dims: Any = None, keep: bool =
     return on.pointwise(ops.DIVIDE, total, count, target=target)
 
 
+def _variance_and_mean(
+    on: Arithmetic, target: object, x: Any, dims: Any = None, *, correction: float = 1, keepdim: bool = False
+) -> tuple[Computed, Computed]:
+    mean = _mean(on, target, x, dims, True)
+    square = on.pointwise(ops.power_of(2.0), on.pointwise(ops.SUBTRACT, x, mean, target=target), target=target)
+    total = on.reduced(square, dims, keepdim, on.sum, target)
+    count = x.elements.size / max(total.elements.size, 1)
+    variance = on.pointwise(ops.DIVIDE, total, max(count - correction, 0.0), target=target)
+    return variance, mean if keepdim else _mean(on, target, x, dims)
+
+
+def _product(on: Arithmetic, target: object, x: Any, dims: Any = None, keep: bool = False, **_: Any) -> Computed:
+    return on.reduced(x, dims, keep, on.running(ops.MULTIPLY), target)
+
+
+def _running_sum(on: Arithmetic, target: object, x: Any, dim: int, **_: Any) -> Computed:
+    return on.accumulated(x, dim, ops.ADD, target)
+
+
 def _largest(sign: int) -> Rule:
     def rule(on: Arithmetic, target: object, x: Any, dims: Any = None, keep: bool = False) -> Computed:
         return on.reduced(x, dims, keep, partial(on.largest, sign=sign), target)
@@ -146,10 +173,12 @@ RULES: dict[Any, Rule] = {
     aten.bitwise_and: _each(ops.AND, (0, 1)), aten.bitwise_or: _each(ops.OR, (0, 1)),
     aten.bitwise_xor: _each(ops.XOR, (0, 1)), aten.bitwise_not: _each(ops.NOT, (0,)),
     aten.isnan: _each(ops.IS_NAN), aten.isinf: _each(ops.IS_INFINITE),
-    aten.sum: _sum, aten.mean: _mean, aten.amax: _largest(1), aten.amin: _largest(-1),
+    aten.sum: _sum, aten.mean: _mean, aten.var_mean: _variance_and_mean,
+    aten.var: lambda on, target, x, *dims, **how: _variance_and_mean(on, target, x, *dims, **how)[0],
+    aten.prod: _product, aten.cumsum: _running_sum, aten.amax: _largest(1), aten.amin: _largest(-1),
     aten.mm: lambda on, target, a, b: on.product(a, b, target),
     aten.bmm: lambda on, target, a, b: on.products(a, b, target),
     aten.addmm: _add_product, aten.baddbmm: _add_product,
     aten._to_copy: _converted, torch.ops.prims.convert_element_type: _converted,
-    aten.detach: _held,
+    torch.ops.aca_ext.held: _held,
 }  # fmt: skip

@@ -14,6 +14,7 @@ from aca_ext.engines.compiled.lowerings import decompositions
 from aca_ext.engines.compiled.places import shown
 from aca_ext.engines.ensemble.code import Code
 from aca_ext.engines.ensemble.interpreter import Interpreter, LaneCode, time_and_state
+from aca_ext.engines.ensemble.rules import HELD, MOVES, RULES
 from aca_ext.engines.ensemble.values import HINT, rows_of
 from aca_ext.errors import CompileError
 from aca_ext.problem.batch import RowPacking
@@ -24,10 +25,6 @@ _BY_SHAPE = {
     aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_ones, aten.new_full,
     aten.new_empty,
 }  # fmt: skip
-_RULES_OF_OUR_OWN = (
-    aten.addmm.default, aten.baddbmm.default, aten.softplus.default, aten.tanh.default, aten.sigmoid.default,
-    aten.leaky_relu.default, aten.select_backward.default, aten.slice_backward.default,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,21 @@ def _graph(captured: Captured, t: Tensor, parts: Sequence[Tensor]) -> fx.GraphMo
 
     _refuse_modes(captured)
     examples = [t.clone(), *(x.clone() for x in parts), *(x.clone() for x in captured.inputs)]
-    table = {op: rule for op, rule in decompositions().items() if op not in _RULES_OF_OUR_OWN}
-    with torch.set_grad_enabled(captured.differentiates):
+    ours = {*RULES, *MOVES}
+    table = {op: rule for op, rule in decompositions().items() if getattr(op, "overloadpacket", op) not in ours}
+    with torch.enable_grad():  # func may differentiate
         graph = make_fx(slope)(*examples)
+    # In a func that differentiates, autograd detaches what it keeps, through which gradients do pass.
+    keeps = captured.differentiates or _transforms(captured)
+    for node in list(graph.graph.nodes):
+        if node.target is aten.detach.default and keeps:
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.detach.default:
+            node.target = HELD
+    graph.recompile()
     with torch.no_grad():
         graph = make_fx(torch.func.functionalize(graph), decomposition_table=table)(*examples)
     _check(graph, captured, 1 + len(parts))
-    if captured.differentiates or _transforms(captured):  # what autograd held, rather than func
-        for node in list(graph.graph.nodes):
-            if node.target is aten.detach.default:
-                node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -104,6 +106,7 @@ def _refuse_modes(captured: Captured) -> None:
 
 
 def _transforms(captured: Captured) -> bool:
+    """Tells whether func uses torch.func."""
     return any("functorch" in str(getattr(node.target, "__module__", "")) for node in captured.graph.graph.nodes)
 
 
@@ -180,7 +183,7 @@ def _traced(
 def _joined(parts: Sequence[Tensor], dim: int, empty: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not parts:
         return torch.empty(empty, dtype=dtype)
-    return torch.cat(parts, dim)  # a copy also of a single one, which may change before the backward pass
+    return torch.cat(list(parts), dim)  # a copy also of a single one, which may change before the backward pass
 
 
 def _inputs_of(node: fx.Node, places: dict[fx.Node, int]) -> set[fx.Node]:
@@ -217,6 +220,10 @@ def _part(
             copies[node] = part.get_attr(f"_of_shape_{node.name}")
         elif node in needed and node not in copies:
             copies[node] = part.node_copy(node, lambda n: copies[n])
+            if node.target is HELD:
+                copies[node].target = aten.detach.default
+            if getattr(node.target, "namespace", "") == "prims":
+                raise CompileError(f"func needs {node.target} of its parameters, which has no derivative. {HINT}")
     part.output([copies[node] for node in nodes])
     return fx.GraphModule(graph, part)
 

@@ -29,7 +29,7 @@ class Arithmetic:
 
         Operands number ``truths`` are taken as true or false, the others as numbers.
         """
-        rank = max(_rank(x) for x in operands)
+        rank = max(_rank(x) for x in operands)  # one at least is computed
         found = [x for x in operands if isinstance(x, Computed)]
         places = {(x.axis + rank - x.elements.ndim, x.elements.shape[x.axis]) for x in found if x.axis is not None}
         if len(places) > 1:

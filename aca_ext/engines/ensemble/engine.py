@@ -67,7 +67,7 @@ class _Run:
 
     def _find(self) -> tuple[Plan, list[Tensor], bool]:
         problem, y0 = self.problem, self.y0
-        t = problem.start_time(y0).requires_grad_()
+        t = problem.start_time(y0).view(problem.packing.time_shape).requires_grad_()
         try:
             captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
         except CompileError:

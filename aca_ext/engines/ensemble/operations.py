@@ -34,6 +34,10 @@ SUBTRACT = Operation("{0} - {1}", ("{g}", "-{g}"))
 MULTIPLY = Operation("{0} * {1}", ("{g} * {1}", "{g} * {0}"))
 DIVIDE = Operation("{0} / {1}", ("{g} / {1}", "-{g} * ({r} / {1})"))
 MULTIPLY_ADD = Operation("fma({0}, {1}, {2})", ("{g} * {1}", "{g} * {0}", "{g}"))
+ADD_PRODUCT = Operation("{0} + {3} * ({1} * {2})", ("{g}", "{g} * ({3} * {2})", "{g} * ({3} * {1})", None))
+ADD_QUOTIENT = Operation(
+    "{0} + {3} * ({1} / {2})", ("{g}", "{g} * ({3} / {2})", "-{g} * ({3} * {1} / ({2} * {2}))", None)
+)
 NEGATE = Operation("-{0}", ("-{g}",))
 SELECT = Operation("select({0}, {1}, {2})", (None, "select({0}, {g}, K(0))", "select({0}, K(0), {g})"))
 MAXIMUM = Operation(

@@ -45,23 +45,19 @@ def _each(operation: Operation, truths: tuple[int, ...] = ()) -> Rule:
     return rule
 
 
-def _scaled(operation: Operation) -> Rule:
-    """a + alpha·b, or a - alpha·b."""
+def _scaled(operation: Operation, sign: int) -> Rule:
+    """a + sign·alpha·b"""
 
     def rule(on: Arithmetic, target: object, a: Any, b: Any, alpha: float = 1) -> Computed:
         if alpha == 1:
             return on.pointwise(operation, a, b, target=target)
-        if isinstance(b, (int, float)):
-            return on.pointwise(operation, a, b * alpha, target=target)
-        return on.pointwise(operation, a, on.pointwise(ops.MULTIPLY, b, alpha, target=target), target=target)
+        return on.pointwise(ops.MULTIPLY_ADD, b, sign * alpha, a, target=target)
 
     return rule
 
 
 def _reversed(on: Arithmetic, target: object, a: Any, b: Any, alpha: float = 1) -> Computed:
-    if alpha != 1:
-        a = on.pointwise(ops.MULTIPLY, a, alpha, target=target)
-    return on.pointwise(ops.SUBTRACT, b, a, target=target)
+    return _scaled(ops.SUBTRACT, -1)(on, target, b, a, alpha)
 
 
 def _power(on: Arithmetic, target: object, a: Any, b: Any) -> Computed:
@@ -88,9 +84,8 @@ def _leaky(on: Arithmetic, target: object, x: Any, slope: float = 0.01) -> Compu
     return on.pointwise(ops.leaky_of(float(slope)), x, target=target)
 
 
-def _multiply_add(on: Arithmetic, target: object, c: Any, a: Any, b: Any, value: float = 1) -> Computed:
-    product = on.pointwise(ops.MULTIPLY, a, b, target=target)
-    return _scaled(ops.ADD)(on, target, c, product, value)
+def _added(operation: Operation) -> Rule:
+    return lambda on, target, c, a, b, value=1: on.pointwise(operation, c, a, b, value, target=target)
 
 
 def _divide(on: Arithmetic, target: object, a: Any, b: Any, rounding_mode: str | None = None) -> Computed:
@@ -142,7 +137,7 @@ def _add_product(on: Arithmetic, target: object, c: Any, a: Any, b: Any, *, beta
     product = (on.products if target is aten.baddbmm.default else on.product)(a, b, target)
     if alpha != 1:
         product = on.pointwise(ops.MULTIPLY, product, alpha, target=target)
-    return _scaled(ops.ADD)(on, target, product, c, beta)
+    return _scaled(ops.ADD, 1)(on, target, product, c, beta)
 
 
 def _converted(on: Arithmetic, target: object, x: Any, dtype: torch.dtype | None = None, **_: Any) -> Computed:
@@ -157,14 +152,15 @@ def _held(on: Arithmetic, target: object, x: Any) -> Computed:
 
 RULES: dict[Any, Rule] = {
     **{getattr(aten, name): _each(operation) for name, operation in ops.FUNCTIONS.items()},
-    aten.add: _scaled(ops.ADD), aten.sub: _scaled(ops.SUBTRACT), aten.rsub: _reversed, aten.mul: _each(ops.MULTIPLY),
+    aten.add: _scaled(ops.ADD, 1), aten.sub: _scaled(ops.SUBTRACT, -1), aten.rsub: _reversed, aten.mul: _each(ops.MULTIPLY),
     aten.div: _divide, aten.true_divide: _divide, aten.neg: _each(ops.NEGATE), aten.pow: _power,
     aten.square: lambda on, target, x: on.pointwise(ops.power_of(2.0), x, target=target),
     aten.maximum: _each(ops.MAXIMUM), aten.minimum: _each(ops.MINIMUM), aten.remainder: _each(ops.REMAINDER),
     aten.fmod: _each(ops.FMOD), aten.atan2: _each(ops.ATAN2), aten.hypot: _each(ops.HYPOT),
     aten.clamp: _clamp, aten.clamp_min: _clamp,
     aten.clamp_max: lambda on, target, x, high: _clamp(on, target, x, None, high),
-    aten.softplus: _softplus, aten.leaky_relu: _leaky, aten.addcmul: _multiply_add,
+    aten.softplus: _softplus, aten.leaky_relu: _leaky, aten.addcmul: _added(ops.ADD_PRODUCT),
+    aten.addcdiv: _added(ops.ADD_QUOTIENT),
     aten.where: _each(ops.SELECT, (0,)),
     aten.lt: _each(ops.LESS), aten.le: _each(ops.LESS_EQUAL), aten.gt: _each(ops.GREATER),
     aten.ge: _each(ops.GREATER_EQUAL), aten.eq: _each(ops.EQUAL), aten.ne: _each(ops.NOT_EQUAL),

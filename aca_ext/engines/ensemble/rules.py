@@ -152,7 +152,8 @@ def _held(on: Arithmetic, target: object, x: Any) -> Computed:
 
 RULES: dict[Any, Rule] = {
     **{getattr(aten, name): _each(operation) for name, operation in ops.FUNCTIONS.items()},
-    aten.add: _scaled(ops.ADD, 1), aten.sub: _scaled(ops.SUBTRACT, -1), aten.rsub: _reversed, aten.mul: _each(ops.MULTIPLY),
+    aten.add: _scaled(ops.ADD, 1), aten.sub: _scaled(ops.SUBTRACT, -1), aten.rsub: _reversed,
+    aten.mul: _each(ops.MULTIPLY),
     aten.div: _divide, aten.true_divide: _divide, aten.neg: _each(ops.NEGATE), aten.pow: _power,
     aten.square: lambda on, target, x: on.pointwise(ops.power_of(2.0), x, target=target),
     aten.maximum: _each(ops.MAXIMUM), aten.minimum: _each(ops.MINIMUM), aten.remainder: _each(ops.REMAINDER),

@@ -137,7 +137,8 @@ ACA_HD void accept(StepControl& s) {
 
 // Judges the trial by its error ratio: whether it is accepted, and the size of the next one. The status
 // not_finite, for a ratio that is not, leaves it to the caller to look whether a smaller step can help.
-ACA_HD void judge(StepControl& s, double ratio) {
+template <typename PowerOf = Power>
+ACA_HD void judge(StepControl& s, double ratio, PowerOf power = PowerOf()) {
     ++s.n_steps;
     s.is_accepted = 0;
     if (!s.is_adaptive) return accept(s);
@@ -149,11 +150,11 @@ ACA_HD void judge(StepControl& s, double ratio) {
         s.ratios[1] = s.ratios[0];
         s.ratios[0] = ratio;
         if (s.n_ratios < 3) ++s.n_ratios;
-        const double grown = s.controller.grow(tried, s.ratios, s.n_ratios);
+        const double grown = s.controller.grow(tried, s.ratios, s.n_ratios, power);
         s.h = s.is_cut && s.h > grown ? s.h : grown;  // a step cut short says little about the size to come
         return;
     }
-    s.h = s.controller.shrink(tried, ratio);
+    s.h = s.controller.shrink(tried, ratio, power);
     if (!is_finite(ratio))
         s.status = Status::not_finite;
     else if (!can_shrink(s))

@@ -37,8 +37,13 @@ class Backward {
         for (int l = 0; l < kLanes; ++l) live += take(l);
         while (live > 0) {
             bool is_inside = false;
-            for (int l = 0; l < kLanes; ++l) is_inside |= lane_[l].entry ? enter(l) : leave(l);
-            is_inside ? transpose<true>() : transpose<false>();
+            for (int l = 0; l < kLanes; ++l) is_inside |= enter(l);
+            if (is_inside) {
+                transpose<true>();
+                forget_inside();
+            } else {
+                transpose<false>();
+            }
             for (int l = 0; l < kLanes; ++l)
                 if (lane_[l].entry && !(lane_[l].entry = lane_[l].entry->previous)) {
                     finish(l);
@@ -78,6 +83,11 @@ class Backward {
     // Loads the step to transpose, and the cotangents of its outputs. Tells whether some lie inside the step.
     bool enter(int l) {
         Lane& lane = lane_[l];
+        is_inside_[l] = 0;
+        if (!lane.entry) {
+            h_[l] = 0;
+            return false;
+        }
         const Entry& entry = *lane.entry;
         t_[l] = entry.t;
         h_[l] = entry.h;
@@ -93,7 +103,6 @@ class Backward {
                 for (int c = 0; c < n; ++c) g_[c][l] += g[c];
                 continue;
             }
-            if (!is_inside) leave(l);
             is_inside = true;
             for (int j = 0; j < s; ++j) {
                 const T w = T(dense_weight<Method>(j, theta));
@@ -101,21 +110,16 @@ class Backward {
             }
             for (int c = 0; c < n; ++c) inside_[c][l] += g[c];
         }
-        if (!is_inside) leave(l);
         is_inside_[l] = is_inside ? -1 : 0;
         lane.n_slopes += is_inside ? s : needed;
         return is_inside;
     }
 
-    // No cotangents of outputs inside the step.
-    bool leave(int l) {
-        if (!lane_[l].entry) h_[l] = 0;
-        is_inside_[l] = 0;
+    void forget_inside() {
         for (int c = 0; c < n; ++c) {
-            inside_[c][l] = 0;
-            for (int j = 0; j < s; ++j) slopes_[j][c][l] = 0;
+            inside_[c] = K(0);
+            for (int j = 0; j < s; ++j) slopes_[j][c] = K(0);
         }
-        return false;
     }
 
     template <bool inside>

@@ -25,6 +25,7 @@ class Forward {
         for (int l = 0; l < kLanes; ++l) live += take(l);
         while (live > 0) {
             attempt();
+            power_ = powers(ratio_, task_.controller.shrink_exponent());
             for (int l = 0; l < kLanes; ++l)
                 if (lane_[l].is_live) judge(l);
             move_on();
@@ -108,9 +109,7 @@ class Forward {
 
     void choose_first_steps() {
         Prepared& r = ready_;
-        double norm_y[kLanes], norm_f[kLanes], norm_change[kLanes];
-        norms(norm_y, r.y, r.y, r.y, r.tolerance);
-        norms(norm_f, r.k, r.y, r.y, r.tolerance);
+        const R norm_y = norms(r.y, r.y, r.y, r.tolerance), norm_f = norms(r.k, r.y, r.y, r.tolerance);
         R t, h;
         for (int l = 0; l < kLanes; ++l) {
             Lane& lane = r.lane[l];
@@ -124,7 +123,7 @@ class Forward {
         for (int c = 0; c < n; ++c) euler[c] = fma(step, r.k[c], r.y[c]);
         Field::slope(__builtin_convertvector(t, V), euler, r.p, task_.shared, k);
         for (int c = 0; c < n; ++c) k[c] = fma(K(-1), r.k[c], k[c]);
-        norms(norm_change, k, r.y, r.y, r.tolerance);
+        const R norm_change = norms(k, r.y, r.y, r.tolerance);
         for (int l = 0; l < kLanes; ++l) {
             control::choose_first_step(r.lane[l].control, norm_change[l]);
             r.lane[l].control.status = Status::running;  // where the norm was not finite, the trial tells
@@ -167,14 +166,16 @@ class Forward {
                 for (int c = 0; c < n; ++c) error_[c] = fma(w, k_[s - 1][c], error_[c]);
             }
         }
-        norms(ratio_, error_, y_, y1_, tolerance_);
+        ratio_ = norms(error_, y_, y1_, tolerance_);
     }
 
     // Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
-    static void norms(double* norm, const V* x, const V* y0, const V* y1, const V* tolerance) {
-        R sums[Field::segments];
+    static R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {
+        R sums[Field::segments], norm;
+        int sizes[Field::segments];
         for (int i = 0; i < Field::segments; ++i) {
             sums[i] = R{};
+            sizes[i] = Field::bounds[i + 1] - Field::bounds[i];
             for (int c = Field::bounds[i]; c < Field::bounds[i + 1]; ++c) {
                 const V before = magnitude(y0[c]), after = magnitude(y1[c]);
                 const V scale = fma(tolerance[c], select(before < after, after, before), tolerance[n + c]);
@@ -185,17 +186,18 @@ class Forward {
         }
         for (int l = 0; l < kLanes; ++l) {
             double of_lane[Field::segments];
-            int sizes[Field::segments];
-            for (int i = 0; i < Field::segments; ++i)
-                of_lane[i] = sums[i][l], sizes[i] = Field::bounds[i + 1] - Field::bounds[i];
+            for (int i = 0; i < Field::segments; ++i) of_lane[i] = sums[i][l];
             norm[l] = control::norm_of_sums(of_lane, sizes, Field::segments);
         }
+        return norm;
     }
 
     void judge(int l) {
         Lane& lane = lane_[l];
         StepControl& control = lane.control;
-        control::judge(control, ratio_[l]);
+        const double base = ratio_[l], known = power_[l], exponent = control.controller.shrink_exponent();
+        control::judge(control, base,
+                       [=](double x, double e) { return x == base && e == exponent ? known : std::pow(x, e); });
         accepted_[l] = control.is_accepted ? -1 : 0;
         if (control.is_accepted) return accept(l);
         if (control.status == Status::step_size) {
@@ -292,7 +294,7 @@ class Forward {
     Lane lane_[kLanes];
     Prepared ready_;
     V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};
-    double ratio_[kLanes];
+    R ratio_, power_;  // of the trials, and to the power that chooses the next steps
     M accepted_{};
 };
 

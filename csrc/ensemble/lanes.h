@@ -137,7 +137,6 @@ ACA_FUNCTION(acos, u10)
 ACA_FUNCTION(atan, u10)
 ACA_FUNCTION(sinh, u10)
 ACA_FUNCTION(cosh, u10)
-ACA_FUNCTION(tanh, u10)
 ACA_FUNCTION(asinh, u10)
 ACA_FUNCTION(acosh, u10)
 ACA_FUNCTION(atanh, u10)
@@ -146,6 +145,31 @@ ACA_FUNCTION(erfc, u15)
 ACA_FUNCTION2(power, pow, u10)
 ACA_FUNCTION2(atan2, atan2, u10)
 ACA_FUNCTION2(hypot, hypot, u05)
+
+// E / (E + 2) with E = exp(2|x|) - 1 as 2^n·(exp(r) - 1) + (2^n - 1), |r| at most ln(2) / 2, by Taylor's polynomial. A
+// third of the time of SLEEF's, for two roundings more.
+inline V tanh(V x) {
+    constexpr bool is_double = sizeof(T) == 8;
+    constexpr int kBits = is_double ? 52 : 23;
+    const V bound = K(is_double ? 20 : 10);  // beyond, the result is 1
+    V size = magnitude(x);
+    size = select(size < bound, size + size, bound + bound);
+    const V shift = K(is_double ? 6755399441055744.0 : 12582912.0);  // rounds to whole numbers, and shows their bits
+    const V shifted = fma(size, K(1.4426950408889634074), shift), whole = shifted - shift;
+    const V high = K(is_double ? 0.693147180369123816490 : 0.693359375);
+    const V low = K(is_double ? 1.90821492927058770002e-10 : -2.12194440054690582767e-4);
+    const V r = fma(-whole, low, fma(-whole, high, size));
+    constexpr int kDegree = is_double ? 13 : 7;
+    double coefficient = 1;
+    for (int i = 2; i <= kDegree; ++i) coefficient /= i;
+    V p = K(coefficient);
+    for (int i = kDegree; i > 1; --i) p = fma(p, r, K(coefficient *= i));
+    p *= r;
+    const M exponent = ((M(shifted) - M(shift)) + Truth((1 << (is_double ? 10 : 7)) - 1)) << kBits;
+    const V power = V(exponent), e = fma(power, p, power - K(1));
+    const V result = e / (e + K(2));
+    return select(x < K(0), -result, select(x > K(0), result, x));  // zero and NaN as they are
+}
 
 inline V floor(V a) {
     return each([](T x) { return std::floor(x); }, a);
@@ -168,6 +192,20 @@ inline V remainder(V a, V b) {  // with the sign of b
         return rest != 0 && (y < 0) != (rest < 0) ? rest + y : rest;
     };
     return each(modulo, a, b);
+}
+
+// x to the power of a constant, at most some roundings from that of the mathematical library.
+inline R powers(R x, double exponent) {
+#if defined(ACA_SLEEF) && defined(__FMA__)
+    constexpr int kParts = sizeof(R) / sizeof(Doubles);
+    Doubles part[kParts];
+    std::memcpy(part, &x, sizeof x);
+    for (Doubles& each : part) each = call_exp(exponent * call_log(each));
+    std::memcpy(&x, part, sizeof x);
+#else
+    for (int l = 0; l < kLanes; ++l) x[l] = std::pow(x[l], exponent);
+#endif
+    return x;
 }
 
 template <int n>

@@ -89,6 +89,7 @@ class Backward {
             return false;
         }
         const Entry& entry = *lane.entry;
+        __builtin_prefetch(entry.previous);
         t_[l] = entry.t;
         h_[l] = entry.h;
         t_next_[l] = entry.t_next;
@@ -96,7 +97,7 @@ class Backward {
         for (int c = 0; c < n; ++c) y_[c][l] = y[c];
         const double* const times = task_.times + lane.sample * task_.times_step;
         bool is_inside = false;
-        for (int64_t i = entry.previous ? entry.previous->end_due : 1; i < entry.end_due; ++i) {
+        for (int64_t i = entry.first_due; i < entry.end_due; ++i) {
             const T* const g = cotangent(i, lane.sample);
             const double theta = control::position(times[i], entry.t, entry.t_next);
             if (theta == 1.0) {

@@ -229,7 +229,7 @@ class Forward {
         const size_t bytes = sizeof(Entry) + (record_.keeps_states ? n * sizeof(T) : 0);
         Entry* const entry = record_.blocks[size_t(chunk_)].add(bytes);
         const Entry*& last = record_.last[size_t(lane.sample)];
-        *entry = {control.t_start, control.h_done, control.t_done, control.end_due, last};
+        *entry = {control.t_start, control.h_done, control.t_done, control.first_due, control.end_due, last};
         last = entry;
         if (record_.keeps_states) {
             T* const y = reinterpret_cast<T*>(entry + 1);

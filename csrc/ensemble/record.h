@@ -8,11 +8,11 @@
 
 namespace aca {
 
-// An accepted step from t to t_next, computed with h; `end_due` is one past the last output that it reached. The state
-// at its start follows it in memory where states are kept.
+// An accepted step from t to t_next, computed with h, and the outputs that it reached, `first_due` to `end_due`. The
+// state at its start follows it in memory where states are kept.
 struct Entry {
     double t, h, t_next;
-    int64_t end_due;
+    int64_t first_due, end_due;
     const Entry* previous;
 
     template <typename T>

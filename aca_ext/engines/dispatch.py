@@ -167,6 +167,8 @@ def _check_together(
         raise OptionError(
             'option on_step_limit="stop" takes gradient="aca" or "direct" and times that do not require grad.'
         )
+    if isinstance(problem, BatchProblem) and problem.nan_on_failure and learnt is not None:
+        raise OptionError('option on_failure="nan" takes times that do not require grad.')
     if callback is not None and not callable(callback):
         raise ArgumentTypeError(f"callback is of type {type(callback).__name__}; give a function of an aca_ext.Step.")
 

@@ -41,6 +41,7 @@ class BatchStats:
         n_accepted, n_rejected: (batch,) int64, those that became part of its solution, and those that did not.
         backend: what did the arithmetic: "cpu" or "cuda" kernels, or "reference", plain PyTorch.
         n_f_evals_backward: calls of func in the backward pass; None until it has run.
+        failures: with option on_failure="nan" the errors of the samples that failed.
         compile_seconds: spent on compiling in this solve, by the engine that compiles.
 
     That engine calls func on one sample, inside compiled code, no more often than the sample needs: ``n_f_rows`` is the
@@ -54,6 +55,7 @@ class BatchStats:
     n_f_rows: int = 0
     backend: str = ""
     n_f_evals_backward: int | None = None
+    failures: Sequence[SolveError] = ()
     compile_seconds: float = 0.0
 
     def __repr__(self) -> str:
@@ -63,6 +65,8 @@ class BatchStats:
             count = getattr(self, name)
             parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
         parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
+        if self.failures:
+            parts.append(f"failures of samples {', '.join(str(error.sample) for error in self.failures[:10])}")
         return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"
 
 

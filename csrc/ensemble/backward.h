@@ -60,7 +60,8 @@ class Backward {
 
     bool take(int l) {
         for (; next_ < last_; ++next_) {
-            lane_[l] = {record_.last[size_t(next_)], next_, 0};
+            const bool has_failed = task_.outcomes[next_].failure != none;
+            lane_[l] = {has_failed ? nullptr : record_.last[size_t(next_)], next_, 0};
             for (int c = 0; c < n; ++c) g_[c][l] = 0;
             for (int i = 0; i < Field::n_by_sample; ++i) {
                 p_[i][l] = task_.by_sample[next_ * Field::n_by_sample + i];

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,9 +117,11 @@ class _Run:
         self._held += [p, w]
         self._plan.library.forward(self._library_task, self.record)
         self._count()
-        failed = self._outcomes[:, 2].nonzero()
-        if len(failed):
-            self._fail(int(failed[0]), len(failed) - 1)
+        failed = self._outcomes[:, 2].nonzero().flatten()
+        if len(failed) and not problem.nan_on_failure:
+            raise self._failure(int(failed[0]), len(failed) - 1)
+        ys[:, failed] = math.nan
+        self.stats.failures = [self._failure(row, 0) for row in failed.tolist()]
         return ys
 
     def _count(self) -> None:
@@ -133,8 +135,8 @@ class _Run:
         if self._counting is not None:
             self._counting.count(stats.n_f_evals)
 
-    def _fail(self, row: int, others: int) -> NoReturn:
-        """Raises for the first sample that failed."""
+    def _failure(self, row: int, others: int) -> SolveError:
+        """The error of a sample that failed."""
         problem, stats = self.problem, self.stats
         failure = int(self._outcomes[row, 2])
         t, h, ratio = self._outcomes[row, 3:].view(torch.float64).tolist()
@@ -145,7 +147,7 @@ class _Run:
         elif failure == _OF_TOLERANCE:
             message = NO_TOLERANCE
         reason = message or reason_of(kind, problem.max_num_steps, problem.times_of_rows[row, -1])
-        raise kind(
+        return kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
             f"stopped: {reason}",
             t=t,

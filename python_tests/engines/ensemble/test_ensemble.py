@@ -296,3 +296,40 @@ class TestFailures:
         error = self.failing(errors.StepSizeError, lambda t, y: torch.cos(3 * t) * y, y0, rtol=0.0, atol=atol)
         assert error.sample == 1
         assert "rtol and atol are both zero" in str(error)
+
+    def test_samples_that_fail_as_nan(self) -> None:
+        y0 = torch.tensor([[0.1], [2.0], [0.2], [math.nan], [0.3]], dtype=torch.float64, requires_grad=True)
+        rate = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        own = torch.ones(5, 1, dtype=torch.float64, requires_grad=True)
+
+        def func(t: Tensor, y: Tensor, rate: Tensor, own: Tensor) -> Tensor:
+            return rate * own * y * y
+
+        sol = solve("compiled", func, y0, args=(rate, own), options={"on_failure": "nan"})
+        assert [error.sample for error in sol.stats.failures] == [1, 3]
+        assert [type(error) for error in sol.stats.failures] == [errors.StepSizeError, errors.NonFiniteError]
+        good = [0, 2, 4]
+        assert sol.y[:, [1, 3]].isnan().all()
+        alone = solve("compiled", func, y0[good], args=(rate, own[good]))
+        assert torch.equal(sol.y[:, good], alone.y)
+        found, expected = (
+            torch.autograd.grad(y.square().sum(), [y0, rate, own], retain_graph=True) for y in (sol.y[:, good], alone.y)
+        )
+        for grad, exact in zip(found, expected, strict=True):
+            assert torch.equal(grad, exact)
+        found = torch.autograd.grad(sol.y.square().nansum(), [y0, rate, own], allow_unused=True)
+        for grad, exact in zip(found, expected, strict=True):
+            assert torch.equal(grad, exact)
+
+    def test_the_option_for_failures(self) -> None:
+        y0 = torch.ones(2, 1, dtype=torch.float64)
+        for engine, options, match in (
+            ("eager", {"on_failure": "nan"}, 'engine="compiled"'),
+            ("compiled", {"on_failure": "none"}, '"raise"'),
+            ("compiled", {"on_failure": "nan", "batch": "common"}, 'batch="independent"'),
+        ):
+            with pytest.raises(errors.OptionError, match=match):
+                solve(engine, lambda t, y: -y, y0, options=options)
+        t = T.clone().requires_grad_()
+        with pytest.raises(errors.OptionError, match="require grad"):
+            solve("compiled", lambda t, y: -y, y0, t, options={"on_failure": "nan"})

@@ -44,10 +44,11 @@ def functions(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
 
 ONE: list[Callable[[Tensor], Tensor]] = [
     torch.exp, torch.exp2, torch.expm1, torch.log, torch.log2, torch.log10, torch.log1p, torch.sin, torch.cos,
-    lambda x: torch.tan(0.5 * x), torch.sinh, torch.cosh, torch.tanh, torch.asinh, torch.atan, torch.sqrt, torch.rsqrt, torch.reciprocal,
+    torch.sinh, torch.cosh, torch.tanh, torch.asinh, torch.atan, torch.sqrt, torch.rsqrt, torch.reciprocal,
     torch.abs, torch.sign, torch.floor, torch.ceil, torch.round, torch.trunc, torch.sigmoid, torch.relu, torch.erf,
     torch.erfc, torch.square, lambda x: torch.asin(0.3 * x), lambda x: torch.acos(0.3 * x),
-    lambda x: torch.atanh(0.3 * x), lambda x: torch.acosh(x + 1), lambda x: x**3, lambda x: x**-2, lambda x: x**2.5,
+    lambda x: torch.tan(0.5 * x), lambda x: torch.atanh(0.3 * x), lambda x: torch.acosh(x + 1),
+    lambda x: x**3, lambda x: x**-2, lambda x: x**2.5,
     lambda x: x**0.5, lambda x: x**0, lambda x: 2.0**x, lambda x: 3 - x, lambda x: x / 3, lambda x: 1 / x,
     lambda x: x.clamp(0.6, 0.9), lambda x: x.clamp(min=0.8), lambda x: x.clamp(max=0.8), functional.softplus,
     functional.gelu, functional.silu, functional.elu, functional.leaky_relu, functional.hardtanh, functional.mish,

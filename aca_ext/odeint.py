@@ -96,7 +96,8 @@ def odeint(
             (batch, 1, ..., 1), of as many dimensions as y has (as its largest component has), so that what is
             written for a number t works; ``t.flatten()`` is (batch,). Samples must not depend on one another, and one
             that has reached its end is still evaluated, there, until all have. Adaptive steps, gradients "aca" and
-            "direct", without ``norm``, ``step_t`` and ``jump_t``.
+            "direct", without ``norm``, ``step_t`` and ``jump_t``. With engine="compiled" also ``on_failure="nan"``: a
+            sample that fails is NaN in the outputs, zero in the gradients and an error in ``stats.failures``.
         event_fn: torchdiffeq's; None alone, as there are no events here.
         gradient: how the backward pass works. "aca" (default): exact gradient of the discrete solution, from
             checkpoints of the accepted steps. "direct": the same gradient from a stored graph. "naive": also

@@ -94,7 +94,7 @@ class Backward {
         t_[l] = entry.t;
         h_[l] = entry.h;
         t_next_[l] = entry.t_next;
-        const T* const y = entry.state<T>();
+        const T* const y = static_cast<const T*>(entry.state);
         for (int c = 0; c < n; ++c) y_[c][l] = y[c];
         const double* const times = task_.times + lane.sample * task_.times_step;
         bool is_inside = false;

@@ -226,15 +226,14 @@ class Forward {
     void accept(int l) {
         const Lane& lane = lane_[l];
         const StepControl& control = lane.control;
-        const size_t bytes = sizeof(Entry) + (record_.keeps_states ? n * sizeof(T) : 0);
-        Entry* const entry = record_.blocks[size_t(chunk_)].add(bytes);
-        const Entry*& last = record_.last[size_t(lane.sample)];
-        *entry = {control.t_start, control.h_done, control.t_done, control.first_due, control.end_due, last};
-        last = entry;
+        T* y = nullptr;
         if (record_.keeps_states) {
-            T* const y = reinterpret_cast<T*>(entry + 1);
+            y = static_cast<T*>(record_.states[size_t(chunk_)].add(n * sizeof(T)));
             for (int c = 0; c < n; ++c) y[c] = y_[c][l];
         }
+        const Entry*& last = record_.last[size_t(lane.sample)];
+        last = new (record_.entries[size_t(chunk_)].add(sizeof(Entry)))
+            Entry{control.t_start, control.h_done, control.t_done, control.first_due, control.end_due, y, last};
         for (int64_t i = control.first_due; i < control.end_due; ++i) {
             T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
             const double theta = control::position(control, i);

@@ -88,6 +88,7 @@ struct Library {
         return new aca::Record(samples, chunks, states);                                                               \
     }                                                                                                                  \
     ACA_EXPORT void free_record(void* record) { delete static_cast<aca::Record*>(record); }                            \
+    ACA_EXPORT void free_states(void* record) { static_cast<aca::Record*>(record)->states.clear(); }                   \
     ACA_EXPORT int forward(const aca::Task* task, void* record, int64_t first, int64_t last, int threads) {            \
         return aca::Library<Field, Method>::forward(*task, *static_cast<aca::Record*>(record), first, last, threads);  \
     }                                                                                                                  \

@@ -1,30 +1,25 @@
 // Records of accepted steps: entries in blocks of memory, each linked to the one before it of the same sample.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace aca {
 
-// An accepted step from t to t_next, computed with h, and the outputs that it reached, `first_due` to `end_due`. The
-// state at its start follows it in memory where states are kept.
+// An accepted step from t to t_next, computed with h, and the outputs that it reached, `first_due` to `end_due`.
 struct Entry {
     double t, h, t_next;
     int64_t first_due, end_due;
+    const void* state;  // at its start, where states are kept
     const Entry* previous;
-
-    template <typename T>
-    const T* state() const {
-        return reinterpret_cast<const T*>(this + 1);
-    }
 };
 
-// Entries that one thread adds.
+// Memory that one thread takes piece by piece.
 class Block {
   public:
-    Entry* add(size_t bytes) {
+    void* add(size_t bytes) {
         bytes = (bytes + sizeof(double) - 1) / sizeof(double) * sizeof(double);
         if (left_ < bytes) {
             size_t size = kBytes << (parts_.size() < 6 ? parts_.size() : 6);  // small batches stay small
@@ -33,10 +28,8 @@ class Block {
             next_ = parts_.back().get();
             left_ = size;
         }
-        Entry* const entry = reinterpret_cast<Entry*>(next_);
-        next_ += bytes;
         left_ -= bytes;
-        return entry;
+        return std::exchange(next_, next_ + bytes);
     }
 
   private:
@@ -48,12 +41,15 @@ class Block {
 
 // The accepted steps of a batch. Its chunks of samples are independent of one another.
 struct Record {
-    Record(int64_t samples, int64_t chunks, bool states)
-        : keeps_states(states), blocks(size_t(chunks)), last(size_t(samples), nullptr) {}
+    Record(int64_t samples, int64_t chunks, bool has_states)
+        : keeps_states(has_states),
+          entries(size_t(chunks)),
+          states(has_states ? size_t(chunks) : 0),
+          last(size_t(samples), nullptr) {}
 
     bool keeps_states;
-    std::vector<Block> blocks;
-    std::vector<const Entry*> last;  // of each sample
+    std::vector<Block> entries, states;  // of each chunk
+    std::vector<const Entry*> last;      // of each sample
 };
 
 }  // namespace aca

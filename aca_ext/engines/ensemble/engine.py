@@ -159,6 +159,10 @@ class _Run:
             sample=row,
         )
 
+    def states(self) -> Tensor:
+        """What the states of accepted steps live with."""
+        return self._plan.library.states_of(self.record) if hasattr(self, "record") else torch.empty(0)
+
     def backward(self, grad_ys: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The cotangents of y0, of what belongs to samples, and of what they share."""
         if not hasattr(self, "record"):
@@ -190,9 +194,10 @@ class _EnsembleAca(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, y0: Tensor, p: Tensor, w: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
+        ys = run.forward(keep_states=True)
         ctx.run = run
-        ctx.save_for_backward(p, w)
-        return run.forward(keep_states=True)
+        ctx.save_for_backward(p, w, run.states())
+        return ys
 
     @staticmethod
     def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
@@ -205,5 +210,6 @@ class _EnsembleAca(torch.autograd.Function):
             )
         refuse_transforms("the gradient of the solution", grad_ys)
         check_readable("the gradient of the solution", grad_ys)
-        grads = ctx.run.backward(grad_ys, *ctx.saved_tensors)
+        p, w, _ = ctx.saved_tensors
+        grads = ctx.run.backward(grad_ys, p, w)
         return None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[1:], strict=True))

@@ -52,7 +52,7 @@ class Library:
         f = self._functions
         f.chunk.restype = _I64
         f.new_record.restype, f.new_record.argtypes = _POINTER, [_I64, _I64, ctypes.c_int]
-        f.free_record.argtypes = [_POINTER]
+        f.free_record.argtypes = f.free_states.argtypes = [_POINTER]
         f.forward.argtypes = [_POINTER, _POINTER, _I64, _I64, ctypes.c_int]
         f.backward.argtypes = [_POINTER, _POINTER, _POINTER, _I64, _I64, ctypes.c_int]
         f.evaluate.argtypes = [_I64] + [_POINTER] * 9
@@ -68,6 +68,13 @@ class Library:
         memory = ctypes.c_void_p(address)
         weakref.finalize(memory, self._functions.free_record, address)
         return memory
+
+    def states_of(self, record: Any) -> Tensor:
+        """A tensor with whose memory the states of the record are freed: autograd says when they are needed no more."""
+        memory = (ctypes.c_byte * 1)()
+        # With the record, which is thus freed after them.
+        weakref.finalize(memory, lambda: self._functions.free_states(record))
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     def forward(self, task: _Task, record: Any) -> None:
         """Solves; raises MemoryError."""

@@ -226,14 +226,7 @@ class Forward {
     void accept(int l) {
         const Lane& lane = lane_[l];
         const StepControl& control = lane.control;
-        T* y = nullptr;
-        if (record_.keeps_states) {
-            y = static_cast<T*>(record_.states[size_t(chunk_)].add(n * sizeof(T)));
-            for (int c = 0; c < n; ++c) y[c] = y_[c][l];
-        }
-        const Entry*& last = record_.last[size_t(lane.sample)];
-        last = new (record_.entries[size_t(chunk_)].add(sizeof(Entry)))
-            Entry{control.t_start, control.h_done, control.t_done, control.first_due, control.end_due, y, last};
+        if (record_.keep != Keep::nothing) keep(l);
         for (int64_t i = control.first_due; i < control.end_due; ++i) {
             T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
             const double theta = control::position(control, i);
@@ -243,6 +236,18 @@ class Forward {
                 interpolate(out, l, theta, T(control.h_done));
             }
         }
+    }
+
+    void keep(int l) {
+        const StepControl& control = lane_[l].control;
+        T* y = nullptr;
+        if (record_.keep == Keep::states) {
+            y = static_cast<T*>(record_.states[size_t(chunk_)].add(n * sizeof(T)));
+            for (int c = 0; c < n; ++c) y[c] = y_[c][l];
+        }
+        const Entry*& last = record_.last[size_t(lane_[l].sample)];
+        last = new (record_.entries[size_t(chunk_)].add(sizeof(Entry)))
+            Entry{control.t_start, control.h_done, control.t_done, control.first_due, control.end_due, y, last};
     }
 
     void interpolate(T* out, int l, double theta, T h) const {

@@ -84,8 +84,8 @@ struct Library {
 
 #define ACA_LIBRARY(Field, Method)                                                                                     \
     ACA_EXPORT int64_t chunk() { return aca::kChunk; }                                                                 \
-    ACA_EXPORT void* new_record(int64_t samples, int64_t chunks, int states) {                                         \
-        return new aca::Record(samples, chunks, states);                                                               \
+    ACA_EXPORT void* new_record(int64_t samples, int64_t chunks, int keep) {                                           \
+        return new aca::Record(samples, chunks, aca::Keep(keep));                                                      \
     }                                                                                                                  \
     ACA_EXPORT void free_record(void* record) { delete static_cast<aca::Record*>(record); }                            \
     ACA_EXPORT void free_states(void* record) { static_cast<aca::Record*>(record)->states.clear(); }                   \

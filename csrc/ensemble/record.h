@@ -39,15 +39,17 @@ class Block {
     size_t left_ = 0;
 };
 
+enum class Keep : int { nothing, steps, states };
+
 // The accepted steps of a batch. Its chunks of samples are independent of one another.
 struct Record {
-    Record(int64_t samples, int64_t chunks, bool has_states)
-        : keeps_states(has_states),
-          entries(size_t(chunks)),
-          states(has_states ? size_t(chunks) : 0),
-          last(size_t(samples), nullptr) {}
+    Record(int64_t samples, int64_t chunks, Keep what)
+        : keep(what),
+          entries(what == Keep::nothing ? 0 : size_t(chunks)),
+          states(what == Keep::states ? size_t(chunks) : 0),
+          last(what == Keep::nothing ? 0 : size_t(samples), nullptr) {}
 
-    bool keeps_states;
+    Keep keep;
     std::vector<Block> entries, states;  // of each chunk
     std::vector<const Entry*> last;      // of each sample
 };

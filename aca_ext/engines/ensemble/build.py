@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import subprocess
 import tempfile
@@ -29,7 +30,8 @@ def load(source: str) -> Any:
     Raises:
         CompileError: there is no compiler, or it fails.
     """
-    name = hashlib.sha256("\n".join([source, *_command(), _state_of_headers()]).encode()).hexdigest()[:32]
+    parts = [source, *_command(), _state_of_headers(), _machine()]
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     if name not in _libraries:
         path = _folder() / f"{name}.so"
         if not path.exists():
@@ -68,6 +70,17 @@ def _command() -> tuple[str, ...]:
 
     define = ("-DACA_SLEEF",) if _has_vector_functions() else ()
     return (get_cpp_compiler(), *_FLAGS, *define, f"-I{_headers()}")
+
+
+@cache
+def _machine() -> str:
+    """The instructions of this processor, for which code is compiled, and the library that it is linked with."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()} {flags} {torch.__version__} {torch.__file__}"
 
 
 def _linked() -> tuple[str, ...]:

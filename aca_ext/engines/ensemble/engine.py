@@ -14,7 +14,7 @@ from aca_ext.engines.compiled.engine import _check_supported as check_supported
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.ensemble.library import OUTCOME_WORDS, cotangents_to, task_of
+from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, cotangents_to, task_of
 from aca_ext.engines.ensemble.plan import Plan
 from aca_ext.errors import CompileError, NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.gradients.base import Result, Task
@@ -40,7 +40,7 @@ def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, run.p, run.w)):
         ys = _EnsembleAca.apply(run, problem.y0, run.p, run.w)
     else:
-        ys = run.forward(keep_states=False)
+        ys = run.forward(Keep.NOTHING)
     return Result(ys, run, run.stats)
 
 
@@ -50,7 +50,7 @@ class _Run:
     def __init__(self, problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> None:
         check_supported(problem)
         self.problem, self._task = problem, task
-        self.y0 = problem.y0.detach().contiguous()
+        self.y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)  # which may be edited later
         n_steps, n_accepted, n_rejected = torch.zeros(3, len(self.y0), dtype=torch.int64).unbind()
         self.stats = BatchStats(n_steps, n_accepted, n_rejected, backend="compiled")
         self._held: list[Tensor] = []
@@ -97,7 +97,7 @@ class _Run:
         if len(self.y0):
             self._plan.check(self._task, self._used, with_gradient)
 
-    def forward(self, keep_states: bool) -> Tensor:
+    def forward(self, keep: Keep) -> Tensor:
         """The outputs, (T, \\*packed shape).
 
         Raises:
@@ -108,14 +108,13 @@ class _Run:
         ys = torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype)
         if n_times == 1 or self.y0.numel() == 0:
             return ys.copy_(self.y0)
-        if keep_states:
+        if keep is Keep.STATES:
             self._check(with_gradient=True)
         self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64)
-        self.record = self._plan.library.new_record(n, keep_states)
         p, w = self.p.detach(), self.w.detach()
-        self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
         self._held += [p, w]
-        self._plan.library.forward(self._library_task, self.record)
+        self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
+        self._record(keep)
         self._count()
         failed = self._outcomes[:, 2].nonzero().flatten()
         if len(failed) and not problem.nan_on_failure:
@@ -123,6 +122,12 @@ class _Run:
         ys[:, failed] = math.nan
         self.stats.failures = [self._failure(row, 0) for row in failed.tolist()]
         return ys
+
+    def _record(self, keep: Keep) -> None:
+        """Solves, and keeps what is asked for."""
+        library = self._plan.library
+        self.record, self._keeps = library.new_record(len(self.y0), keep), keep
+        library.forward(self._library_task, self.record)
 
     def _count(self) -> None:
         stats, tableau = self.stats, self.problem.tableau
@@ -186,6 +191,10 @@ class _Run:
         """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
         if not hasattr(self, "record"):
             return tuple(torch.zeros(0, 2, dtype=torch.float64) for _ in range(len(self.y0)))
+        if self._keeps is Keep.NOTHING:  # they are so many: few solves are asked for them
+            again = torch.empty(self.problem.times_of_rows.shape[1], *self.y0.shape, dtype=self.y0.dtype)
+            self._library_task.outputs = again.data_ptr()
+            self._record(Keep.STEPS)
         counts = self.stats.n_accepted.tolist()
         return tuple(self._plan.library.bounds(self.record, i, count) for i, count in enumerate(counts))
 
@@ -194,7 +203,7 @@ class _EnsembleAca(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, y0: Tensor, p: Tensor, w: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ys = run.forward(keep_states=True)
+        ys = run.forward(Keep.STATES)
         ctx.run = run
         ctx.save_for_backward(p, w, run.states())
         return ys

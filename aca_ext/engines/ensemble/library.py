@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ class _Cotangents(ctypes.Structure):
     _fields_ = [(name, _POINTER) for name in ("outputs", "y0", "by_sample", "shared", "most_slopes")]
 
 
+class Keep(IntEnum):
+    """What a solve keeps of its accepted steps."""
+
+    NOTHING = 0
+    STEPS = 1
+    STATES = 2  # and the steps
+
+
 class Library:
     """The functions of a compiled source.
 
@@ -62,9 +71,9 @@ class Library:
     def chunks(self, n_samples: int) -> int:
         return -(-n_samples // self._chunk)
 
-    def new_record(self, n_samples: int, states: bool) -> Any:
+    def new_record(self, n_samples: int, keep: Keep) -> Any:
         """Memory for accepted steps, freed with the object that holds it."""
-        address = self._functions.new_record(n_samples, self.chunks(n_samples), int(states))
+        address = self._functions.new_record(n_samples, self.chunks(n_samples), int(keep))
         memory = ctypes.c_void_p(address)
         weakref.finalize(memory, self._functions.free_record, address)
         return memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -248,6 +249,24 @@ class TestRepeatability:
         assert solve("compiled", func, y0, args=(p,)).stats.compile_seconds >= 0
         again = solve("compiled", func, y0 * 2, 2 * T, (p * 3,), rtol=1e-3)
         assert again.stats.compile_seconds == 0
+
+
+def test_memory_is_bounded() -> None:
+    func, y0, p = inputs_of("van_der_pol", 512)
+    kept = []
+    for i in range(60):
+        if i == 20:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sol = solve("compiled", func, y0, args=(p,))
+        weighted(sol.y).backward()
+        kept.append(sol)  # with its steps, but not the states, which go with the graph
+    n_bytes = int(sol.stats.n_accepted.sum()) * 8 * 9  # an entry and a state of two numbers
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < 40 * n_bytes
+    kept.clear()
+    for _ in range(40):
+        solve("compiled", func, y0, args=(p,))
+    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 40 * n_bytes
 
 
 def weighted_by_sample(y: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ class Backward {
     void transpose() {
         constexpr int count = inside ? s : needed;
         const V step = __builtin_convertvector(h_, V);
-        V time[s], y[s][n], k[s][n], pulled[s][n];
+        V time[s];
+        auto &y = stages_, &k = k_, &pulled = pulled_;
         for_each<count>([&](auto i) {
             time[i] = __builtin_convertvector(control::stage_time(Method::c[i], t_, h_, t_next_), V);
             for (int c = 0; c < n; ++c) {
@@ -147,7 +148,7 @@ class Backward {
         });
         for_each<count>([&](auto reversed) {
             constexpr int i = count - 1 - decltype(reversed)::value;
-            V g[n];
+            V(&g)[n] = k_[i];  // which was needed for the later stages alone
             for (int c = 0; c < n; ++c) {
                 V sum = Method::b[i] != 0 ? K(Method::b[i]) * g_[c] : K(0);
                 if constexpr (inside) sum += slopes_[i][c];
@@ -188,6 +189,7 @@ class Backward {
     R t_{}, h_{}, t_next_{};
     M is_inside_{};
     V y_[n], p_[n_by_sample]{}, g_[n]{}, inside_[n]{}, slopes_[s][n]{}, by_sample_[n_by_sample]{}, shared_[n_shared];
+    V stages_[s][n], k_[s][n], pulled_[s][n];  // of the step at hand
 };
 
 }  // namespace aca

@@ -118,7 +118,7 @@ class Forward {
             h[l] = lane.control.h_trial;
             t[l] = lane.control.t_next;
         }
-        V euler[n], k[n];
+        auto &euler = y1_, &k = error_;
         const V step = __builtin_convertvector(h, V);
         for (int c = 0; c < n; ++c) euler[c] = fma(step, r.k[c], r.y[c]);
         Field::slope(__builtin_convertvector(t, V), euler, r.p, task_.shared, k);
@@ -147,11 +147,11 @@ class Forward {
         if (!fsal) slope(std::integral_constant<int, 0>(), y_);
         for_each<s>([&](auto i) {
             if constexpr (i > 0 && i < s - fsal) {
-                V y[n];
                 for (int c = 0; c < n; ++c)
-                    y[c] = fma(step, Sum::template of<typename Sum::template Stage<i>>([&](int j) { return k_[j][c]; }),
-                               y_[c]);
-                slope(i, y);
+                    y1_[c] =
+                        fma(step, Sum::template of<typename Sum::template Stage<i>>([&](int j) { return k_[j][c]; }),
+                            y_[c]);
+                slope(i, y1_);
             }
         });
         for (int c = 0; c < n; ++c) {

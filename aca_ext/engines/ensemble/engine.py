@@ -21,7 +21,7 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solver.batch_loop import BatchStats
+from aca_ext.solver.batch_loop import BatchRecord, BatchStats
 from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
 
 _KINDS: tuple[type[SolveError], ...] = (
@@ -36,6 +36,11 @@ def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable
     Raises:
         CompileError: func cannot be compiled for one sample, or this kind of solve is not supported.
     """
+    check_supported(problem)
+    n_times = problem.times_of_rows.shape[1]
+    if n_times == 1 or problem.y0.numel() == 0:  # nothing to solve
+        stats = BatchStats(*_counts(len(problem.y0)), backend="compiled")
+        return Result(torch.stack([problem.y0] * n_times), BatchRecord(len(problem.y0)), stats)
     run = _Run(problem, params, task)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, run.p, run.w)):
         ys = _EnsembleAca.apply(run, problem.y0, run.p, run.w)
@@ -44,15 +49,18 @@ def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable
     return Result(ys, run, run.stats)
 
 
+def _counts(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    n_steps, n_accepted, n_rejected = torch.zeros(3, n, dtype=torch.int64, device="cpu").unbind()
+    return n_steps, n_accepted, n_rejected
+
+
 class _Run:
     """One solve: its library, its numbers, its record."""
 
     def __init__(self, problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> None:
-        check_supported(problem)
         self.problem, self._task = problem, task
         self.y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)  # which may be edited later
-        n_steps, n_accepted, n_rejected = torch.zeros(3, len(self.y0), dtype=torch.int64).unbind()
-        self.stats = BatchStats(n_steps, n_accepted, n_rejected, backend="compiled")
+        self.stats = BatchStats(*_counts(len(self.y0)), backend="compiled")
         self._held: list[Tensor] = []
         start = time.perf_counter()
         self._plan, used, is_new = self._find()
@@ -94,8 +102,7 @@ class _Run:
             self._task().first_slope(self.y0)
 
     def _check(self, with_gradient: bool) -> None:
-        if len(self.y0):
-            self._plan.check(self._task, self._used, with_gradient)
+        self._plan.check(self._task, self._used, with_gradient)
 
     def forward(self, keep: Keep) -> Tensor:
         """The outputs, (T, \\*packed shape).
@@ -104,13 +111,10 @@ class _Run:
             SolveError: a sample could not reach its end; the message names it.
         """
         problem, n = self.problem, len(self.y0)
-        n_times = problem.times_of_rows.shape[1]
-        ys = torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype)
-        if n_times == 1 or self.y0.numel() == 0:
-            return ys.copy_(self.y0)
+        ys = self._rows()
         if keep is Keep.STATES:
             self._check(with_gradient=True)
-        self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64)
+        self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device="cpu")
         p, w = self.p.detach(), self.w.detach()
         self._held += [p, w]
         self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
@@ -122,6 +126,11 @@ class _Run:
         ys[:, failed] = math.nan
         self.stats.failures = [self._failure(row, 0) for row in failed.tolist()]
         return ys
+
+    def _rows(self) -> Tensor:
+        """Memory for the states of all samples at all times."""
+        n_times = self.problem.times_of_rows.shape[1]
+        return torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype, device="cpu")
 
     def _record(self, keep: Keep) -> None:
         """Solves, and keeps what is asked for."""
@@ -166,18 +175,16 @@ class _Run:
 
     def states(self) -> Tensor:
         """What the states of accepted steps live with."""
-        return self._plan.library.states_of(self.record) if hasattr(self, "record") else torch.empty(0)
+        return self._plan.library.states_of(self.record)
 
     def backward(self, grad_ys: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The cotangents of y0, of what belongs to samples, and of what they share."""
-        if not hasattr(self, "record"):
-            return grad_ys.sum(0), torch.zeros_like(p), torch.zeros_like(w)
         library = self._plan.library
         n_chunks = library.chunks(len(self.y0))
         grad_ys = grad_ys.to(self.y0.dtype).resolve_neg().contiguous()
         grad_y0, grad_p = torch.empty_like(self.y0), torch.zeros_like(p)
-        grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64)
-        most_slopes = torch.zeros(n_chunks, dtype=torch.int64)
+        grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64, device="cpu")
+        most_slopes = torch.zeros(n_chunks, dtype=torch.int64, device="cpu")
         to = cotangents_to(grad_ys, grad_y0, grad_p, grad_w, most_slopes)
         self._library_task.by_sample, self._library_task.shared = p.data_ptr(), w.data_ptr()
         library.backward(self._library_task, self.record, to)
@@ -189,10 +196,8 @@ class _Run:
 
     def bounds(self) -> tuple[Tensor, ...]:
         """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
-        if not hasattr(self, "record"):
-            return tuple(torch.zeros(0, 2, dtype=torch.float64) for _ in range(len(self.y0)))
         if self._keeps is Keep.NOTHING:  # they are so many: few solves are asked for them
-            again = torch.empty(self.problem.times_of_rows.shape[1], *self.y0.shape, dtype=self.y0.dtype)
+            again = self._rows()
             self._library_task.outputs = again.data_ptr()
             self._record(Keep.STEPS)
         counts = self.stats.n_accepted.tolist()

@@ -95,7 +95,7 @@ class Interpreter:
                     return result
         if not isinstance(example, Tensor):
             return None
-        return Given(node, torch.arange(example.numel()).reshape(example.shape))
+        return Given(node, torch.arange(example.numel(), device="cpu").reshape(example.shape))
 
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = self._look_up((node.args, node.kwargs))

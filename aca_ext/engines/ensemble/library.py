@@ -104,13 +104,13 @@ class Library:
     def evaluate(self, t: Tensor, y: Tensor, p: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """func at (t, y), each with a row for each sample, and the cotangents of y, p and w for that of its result."""
         k, gy, gp = torch.empty_like(y), torch.empty_like(y), torch.empty_like(p)
-        gw = torch.zeros(self.n_learnt, dtype=torch.float64)
+        gw = torch.zeros(self.n_learnt, dtype=torch.float64, device="cpu")
         self._functions.evaluate(len(y), *(x.data_ptr() for x in (t, y, p, w, g, k, gy, gp, gw)))
         return k, gy, gp, gw
 
     def bounds(self, record: Any, sample: int, count: int) -> Tensor:
         """(count, 2) starts and ends of the accepted steps of a sample."""
-        found = torch.empty(count, 2, dtype=torch.float64)
+        found = torch.empty(count, 2, dtype=torch.float64, device="cpu")
         self._functions.bounds(record, sample, count, found.data_ptr())
         return found
 
@@ -130,7 +130,7 @@ def task_of(
 
     of_rows = problem.times_of_rows
     is_one_row = of_rows.strides[0] == 0 or len(of_rows) == 1
-    times = torch.tensor(of_rows[:1] if is_one_row else of_rows, dtype=torch.float64)
+    times = torch.tensor(of_rows[:1] if is_one_row else of_rows, dtype=torch.float64, device="cpu")
     held.append(times)
     rtol, atol = tolerance.rtol, tolerance.atol
     return _Task(

@@ -61,7 +61,7 @@ class Plan:
         assert isinstance(problem, BatchProblem)
         random = torch.Generator(device="cpu").manual_seed(0)
         y0 = problem.y0.detach()
-        noise, g = (torch.randn(y0.shape, generator=random, dtype=y0.dtype) for _ in range(2))
+        noise, g = (torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu") for _ in range(2))
         size = float(y0.square().mean().sqrt()) if y0.numel() else 0.0
         y = y0 + distance * (size or 1.0) * noise
         t = problem.start_time(y0) + distance * problem.length

@@ -8,9 +8,11 @@ import torch
 
 from aca_ext.engines.ensemble.statements import pull_text, slope_text
 from aca_ext.engines.ensemble.tracing import Traced
+from aca_ext.errors import CompileError
 from aca_ext.numerics.tableau import Tableau
 
 _INLINE_BELOW = 400  # lines; longer functions are compiled once and called
+_MAX_LINES, _MAX_NUMBERS = 20_000, 8192  # compilers take minutes for more, and the numbers lie on the stack
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -33,6 +35,12 @@ def _field(traced: Traced, segments: Sequence[int]) -> list[str]:
     of_sample, of_shared = traced.is_learnt
     slope = slope_text(lane.code, lane.slopes)
     pull = pull_text(lane.code, lane.slopes, of_sample, of_shared)
+    n_numbers = sum(statement.out.size for statement in lane.code.statements) + len(lane.slopes)
+    if len(pull) > _MAX_LINES or n_numbers > _MAX_NUMBERS:
+        raise CompileError(
+            f"func takes {len(pull)} lines of code and {n_numbers} numbers for one sample; at most {_MAX_LINES} and "
+            f'{_MAX_NUMBERS} are compiled to lanes. Use engine="eager", whose overhead is small next to such a func.'
+        )
     numbers = {
         "n": len(lane.slopes),
         "n_by_sample": inputs.n_by_sample,

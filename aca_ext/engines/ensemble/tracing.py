@@ -182,7 +182,7 @@ def _traced(
 
 def _joined(parts: Sequence[Tensor], dim: int, empty: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not parts:
-        return torch.empty(empty, dtype=dtype)
+        return torch.empty(empty, dtype=dtype, device="cpu")
     return torch.cat(list(parts), dim)  # a copy also of a single one, which may change before the backward pass
 
 

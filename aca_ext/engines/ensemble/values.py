@@ -137,7 +137,7 @@ class Resolver:
         if step < 0 or example.numel() % (step * self.batch) or block >= step:
             raise MixesError(operation)
         if node in self._constants:
-            values = example.reshape(-1)[start + step * torch.arange(self.batch)]
+            values = example.reshape(-1)[start + step * torch.arange(self.batch, device="cpu")]
             if bool((values == values[0]).all()):
                 return values[0].item() if example.dtype is torch.bool else float(values[0])
         key = node, step
@@ -194,7 +194,7 @@ class _Numbering:
         if any(isinstance(x, Computed) for x in self._values):
             return self._computed(numbers)
         used = numbers[numbers > 0]
-        owners = torch.searchsorted(torch.tensor(self._starts), used, right=True).unique() - 1
+        owners = torch.searchsorted(torch.tensor(self._starts, device="cpu"), used, right=True).unique() - 1
         if len(owners) > 1:
             return None
         owner = int(owners[0]) if len(owners) else 0
@@ -248,10 +248,10 @@ class _Numbering:
     def _numbers_of_computed(self, x: Computed) -> Tensor:
         size = x.elements.size
         self._take(x, size * self._batch)
-        numbers = torch.arange(size).reshape(x.elements.shape) + self._starts[-1]
+        numbers = torch.arange(size, device="cpu").reshape(x.elements.shape) + self._starts[-1]
         if x.axis is None:
             return numbers
-        samples = (torch.arange(self._batch) * size).reshape(-1, *(1,) * (numbers.dim() - x.axis))
+        samples = (torch.arange(self._batch, device="cpu") * size).reshape(-1, *(1,) * (numbers.dim() - x.axis))
         return (numbers.unsqueeze(x.axis) + samples).flatten(x.axis, x.axis + 1)
 
     def _take(self, x: Value, count: int) -> None:

@@ -109,7 +109,7 @@ class Forward {
 
     void choose_first_steps() {
         Prepared& r = ready_;
-        const R norm_y = norms(r.y, r.y, r.y, r.tolerance), norm_f = norms(r.k, r.y, r.y, r.tolerance);
+        const R norm_y = norms<Field>(r.y, r.y, r.y, r.tolerance), norm_f = norms<Field>(r.k, r.y, r.y, r.tolerance);
         R t, h;
         for (int l = 0; l < kLanes; ++l) {
             Lane& lane = r.lane[l];
@@ -123,7 +123,7 @@ class Forward {
         for (int c = 0; c < n; ++c) euler[c] = fma(step, r.k[c], r.y[c]);
         Field::slope(__builtin_convertvector(t, V), euler, r.p, task_.shared, k);
         for (int c = 0; c < n; ++c) k[c] = fma(K(-1), r.k[c], k[c]);
-        const R norm_change = norms(k, r.y, r.y, r.tolerance);
+        const R norm_change = norms<Field>(k, r.y, r.y, r.tolerance);
         for (int l = 0; l < kLanes; ++l) {
             control::choose_first_step(r.lane[l].control, norm_change[l]);
             r.lane[l].control.status = Status::running;  // where the norm was not finite, the trial tells
@@ -166,30 +166,7 @@ class Forward {
                 for (int c = 0; c < n; ++c) error_[c] = fma(w, k_[s - 1][c], error_[c]);
             }
         }
-        ratio_ = norms(error_, y_, y1_, tolerance_);
-    }
-
-    // Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
-    static R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {
-        R sums[Field::segments], norm;
-        int sizes[Field::segments];
-        for (int i = 0; i < Field::segments; ++i) {
-            sums[i] = R{};
-            sizes[i] = Field::bounds[i + 1] - Field::bounds[i];
-            for (int c = Field::bounds[i]; c < Field::bounds[i + 1]; ++c) {
-                const V before = magnitude(y0[c]), after = magnitude(y1[c]);
-                const V scale = fma(tolerance[c], select(before < after, after, before), tolerance[n + c]);
-                const V ratio = x[c] / select(x[c] == K(0), K(1), scale);
-                const R r = __builtin_convertvector(ratio, R), wrong = __builtin_convertvector(y1[c] - y1[c], R);
-                sums[i] += r * r + wrong;
-            }
-        }
-        for (int l = 0; l < kLanes; ++l) {
-            double of_lane[Field::segments];
-            for (int i = 0; i < Field::segments; ++i) of_lane[i] = sums[i][l];
-            norm[l] = control::norm_of_sums(of_lane, sizes, Field::segments);
-        }
-        return norm;
+        ratio_ = norms<Field>(error_, y_, y1_, tolerance_);
     }
 
     void judge(int l) {

@@ -1,4 +1,4 @@
-// A solve of a batch as Python describes it, and the sums of a step with the weights of a method.
+// A solve of a batch as Python describes it, the sums of a step with the weights of a method, and norms.
 #pragma once
 #include <utility>
 
@@ -95,6 +95,30 @@ inline double dense_weight(int i, double theta) {
     double w = 0;
     for (int p = 0; p < Method::degree; ++p) w = (w + Method::dense[i][p]) * theta;
     return w;
+}
+
+// Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
+template <typename Field>
+inline R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {
+    R sums[Field::segments], norm;
+    int sizes[Field::segments];
+    for (int i = 0; i < Field::segments; ++i) {
+        sums[i] = R{};
+        sizes[i] = Field::bounds[i + 1] - Field::bounds[i];
+        for (int c = Field::bounds[i]; c < Field::bounds[i + 1]; ++c) {
+            const V before = magnitude(y0[c]), after = magnitude(y1[c]);
+            const V scale = fma(tolerance[c], select(before < after, after, before), tolerance[Field::n + c]);
+            const V ratio = x[c] / select(x[c] == K(0), K(1), scale);
+            const R r = __builtin_convertvector(ratio, R), wrong = __builtin_convertvector(y1[c] - y1[c], R);
+            sums[i] += r * r + wrong;
+        }
+    }
+    for (int l = 0; l < kLanes; ++l) {
+        double of_lane[Field::segments];
+        for (int i = 0; i < Field::segments; ++i) of_lane[i] = sums[i][l];
+        norm[l] = control::norm_of_sums(of_lane, sizes, Field::segments);
+    }
+    return norm;
 }
 
 }  // namespace aca

@@ -112,7 +112,7 @@ class Interpreter:
         if packet in (aten.index, aten.index_put) and not (len(args) > 3 and args[3]):
             indices = [self._constant_index(i, node) for i in args[1]]
             return moved(node.target, (args[0], indices, *args[2:3]), {}, self._resolver)  # type: ignore[arg-type]
-        if packet is aten.gather:
+        if packet in (aten.gather, aten.index_select):
             index = self._constant_index(args[2], node)
             return moved(node.target, (args[0], args[1], index), {}, self._resolver)  # type: ignore[arg-type]
         rule = RULES.get(packet)

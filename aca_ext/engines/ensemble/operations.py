@@ -54,9 +54,16 @@ MINIMUM = Operation(
         "select({0} == {1}, {g} * K(0.5), select({1} > {0}, K(0), {g}))",
     ),
 )
-CLAMP_BELOW = Operation("maximum({0}, {1})", ("select({0} >= {1}, {g}, K(0))", None))
-CLAMP_ABOVE = Operation("minimum({0}, {1})", ("select({0} <= {1}, {g}, K(0))", None))
-CLAMP = Operation("minimum(maximum({0}, {1}), {2})", ("select(({0} >= {1}) & ({0} <= {2}), {g}, K(0))", None, None))
+CLAMP_BELOW = Operation("maximum({0}, {1})", ("select({0} >= {1}, {g}, K(0))", "select({0} < {1}, {g}, K(0))"))
+CLAMP_ABOVE = Operation("minimum({0}, {1})", ("select({0} <= {1}, {g}, K(0))", "select({0} > {1}, {g}, K(0))"))
+CLAMP = Operation(
+    "minimum(maximum({0}, {1}), {2})",
+    (
+        "select(({0} >= {1}) & ({0} <= {2}), {g}, K(0))",
+        "select(({1} < {2}) & ({0} < {1}), {g}, K(0))",
+        "select(({0} > {2}) | ({2} < {1}), {g}, K(0))",
+    ),
+)
 REMAINDER = Operation("remainder({0}, {1})", ("{g}", "-{g} * floor({0} / {1})"))
 FMOD = Operation("fmod({0}, {1})", ("{g}", "-{g} * trunc({0} / {1})"))
 ATAN2 = Operation("atan2({0}, {1})", ("{g} * {1} / ({0} * {0} + {1} * {1})", "{g} * -{0} / ({0} * {0} + {1} * {1})"))

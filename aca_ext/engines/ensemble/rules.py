@@ -26,7 +26,7 @@ Rule = Callable[..., Any]
 MOVES = {
     aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.permute, aten.transpose, aten.t, aten.select,
     aten.slice, aten.unbind, aten.split, aten.split_with_sizes, aten.cat, aten.stack, aten.expand, aten.squeeze,
-    aten.unsqueeze, aten.flip, aten.roll, aten.index_select, aten.diagonal, aten.unfold, aten.repeat, aten.tril,
+    aten.unsqueeze, aten.flip, aten.roll, aten.diagonal, aten.unfold, aten.repeat, aten.tril,
     aten.triu, aten.as_strided, aten.clone, aten.alias, aten.lift_fresh_copy, aten.diag_embed, aten.select_scatter,
     aten.slice_scatter, aten.diagonal_scatter, aten.select_backward, aten.slice_backward, aten.diagonal_backward,
     aten.constant_pad_nd,
@@ -67,8 +67,6 @@ def _power(on: Arithmetic, target: object, a: Any, b: Any) -> Computed:
 
 
 def _clamp(on: Arithmetic, target: object, x: Any, low: Any = None, high: Any = None) -> Computed:
-    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
-        raise CompileError(f"func calls {target} with bounds that are tensors; use torch.maximum and minimum. {HINT}")
     if low is not None and high is not None:
         return on.pointwise(ops.CLAMP, x, low, high, target=target)
     if low is not None:

@@ -59,7 +59,7 @@ def trace(captured: Captured, t: Tensor, y: Tensor, packing: RowPacking) -> Trac
     computed = dict(zip(placeholders[: 1 + len(parts)], time_and_state(code, len(y), t, parts), strict=True))
     lane = interpreter.run(graph.graph, computed)
     places = {node: i for i, node in enumerate(placeholders[1 + len(parts) :])}
-    return _traced(captured, graph, lane, places, examples, y)
+    return _traced(captured, graph, lane, places, {node: examples[node] for node in constants}, y)
 
 
 def _graph(captured: Captured, t: Tensor, parts: Sequence[Tensor]) -> fx.GraphModule:
@@ -160,24 +160,28 @@ def _traced(
     graph: fx.GraphModule,
     lane: LaneCode,
     places: dict[fx.Node, int],
-    examples: dict[fx.Node, Any],
+    constants: dict[fx.Node, Any],
     y: Tensor,
 ) -> Traced:
     """With a function that computes the numbers that the code reads from func's inputs."""
     inputs, batch, dtype = lane.inputs, len(y), y.dtype
-    nodes = list(dict.fromkeys([*inputs.shared, *(node for node, _ in inputs.by_sample)]))
-    before = _part(graph, nodes, places, examples)
+    of_samples = [*(node for node, _ in inputs.by_sample), *(node for node, _, _ in inputs.picked)]
+    nodes = list(dict.fromkeys([*inputs.shared, *of_samples]))
+    before = _part(graph, nodes, places, constants)
     position = {node: i for i, node in enumerate(nodes)}
 
     def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         found = before(*tensors)
-        rows = [rows_of(found[position[node]], step, batch).to(dtype) for node, step in inputs.by_sample]
+        rows = {place: rows_of(found[position[node]], step, batch) for (node, step), place in inputs.by_sample.items()}
+        rows |= {place: found[position[node]].reshape(-1)[index][:, None] for node, index, place in inputs.picked}
         shared = [found[position[node]].reshape(-1).to(dtype) for node in inputs.shared]
-        return _joined(rows, 1, (batch, 0), dtype), _joined(shared, 0, (0,), dtype)
+        in_order = [rows[place].to(dtype) for place in sorted(rows)]
+        return _joined(in_order, 1, (batch, 0), dtype), _joined(shared, 0, (0,), dtype)
 
     learnt = {node for node in nodes if any(captured.wants_gradient[places[n]] for n in _inputs_of(node, places))}
-    by_sample = any(node in learnt for node, _ in inputs.by_sample)
-    return Traced(lane, gather, (by_sample, any(node in learnt for node in inputs.shared)))
+    return Traced(
+        lane, gather, (any(node in learnt for node in of_samples), any(node in learnt for node in inputs.shared))
+    )
 
 
 def _joined(parts: Sequence[Tensor], dim: int, empty: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -198,9 +202,9 @@ def _inputs_of(node: fx.Node, places: dict[fx.Node, int]) -> set[fx.Node]:
 
 
 def _part(
-    graph: fx.GraphModule, nodes: Sequence[fx.Node], places: dict[fx.Node, int], examples: dict[fx.Node, Any]
+    graph: fx.GraphModule, nodes: Sequence[fx.Node], places: dict[fx.Node, int], constants: dict[fx.Node, Any]
 ) -> Callable[..., Any]:
-    """The part of a graph that computes these nodes from func's inputs."""
+    """The part of a graph that computes these nodes from func's inputs and from constants."""
     if all(node in places for node in nodes):
         chosen = [places[node] for node in nodes]
         return lambda *tensors: [tensors[i] for i in chosen]
@@ -210,20 +214,20 @@ def _part(
         node = todo.pop()
         if node not in needed:
             needed.add(node)
-            todo += [] if _is_by_shape(node) else node.all_input_nodes
+            todo += [] if node in constants else node.all_input_nodes
     part, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in places:
         copies[node] = part.placeholder(node.name)
     for node in graph.graph.nodes:
-        if node in needed and _is_by_shape(node):
-            graph.register_buffer(f"_of_shape_{node.name}", examples[node])
-            copies[node] = part.get_attr(f"_of_shape_{node.name}")
+        if node in needed and isinstance(constants.get(node), Tensor):
+            graph.register_buffer(f"_constant_{node.name}", constants[node])
+            copies[node] = part.get_attr(f"_constant_{node.name}")
         elif node in needed and node not in copies:
+            if getattr(node.target, "namespace", "") == "prims":
+                raise CompileError(f"func needs {node.target} of its parameters, which has no derivative. {HINT}")
             copies[node] = part.node_copy(node, lambda n: copies[n])
             if node.target is HELD:
                 copies[node].target = aten.detach.default
-            if getattr(node.target, "namespace", "") == "prims":
-                raise CompileError(f"func needs {node.target} of its parameters, which has no derivative. {HINT}")
     part.output([copies[node] for node in nodes])
     return fx.GraphModule(graph, part)
 

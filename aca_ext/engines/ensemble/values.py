@@ -70,11 +70,13 @@ class Inputs:
         shared: of tensors whose elements all samples share, the place of the first element in w.
         by_sample: of tensors with numbers for each sample, and the distance between those of one sample and of the
             next, the place of the first in p.
+        picked: of other tensors with numbers for each sample, where in them each sample's lies, and the place in p.
         n_shared, n_by_sample: how many numbers there are.
     """
 
     shared: dict[fx.Node, int] = field(default_factory=dict)
     by_sample: dict[tuple[fx.Node, int], int] = field(default_factory=dict)
+    picked: list[tuple[fx.Node, Tensor, int]] = field(default_factory=list)
     n_shared: int = 0
     n_by_sample: int = 0
 
@@ -97,19 +99,15 @@ class Resolver:
         """The elements of one sample, where ``axis`` is that of the batch; None: all are shared."""
         index = given.index.numpy()
         if axis is None:
-            return self._shared(given.node, index)
-        first = _split(given.index, axis, self.batch).numpy()
-        start = np.take(first, 0, axis)
-        step = np.take(first, 1, axis) - start
-        by_sample = np.arange(self.batch).reshape(-1, *(1,) * (first.ndim - 1 - axis))
-        if (first != np.expand_dims(start, axis) + by_sample * np.expand_dims(step, axis)).any():
-            raise MixesError(operation)
-        found = self._shared(given.node, np.where(step == 0, start, -1))
-        for place in zip(*np.nonzero(step), strict=True):
-            found[place] = self._of_sample(given.node, int(start[place]), int(step[place]), operation)
+            return self.shared(given.node, index)
+        by_sample = np.moveaxis(_split(given.index, axis, self.batch).numpy(), axis, 0)
+        is_shared = (by_sample == by_sample[0]).all(0)
+        found = self.shared(given.node, np.where(is_shared, by_sample[0], -1))
+        for place in zip(*np.nonzero(~is_shared), strict=True):
+            found[place] = self.of_sample(given.node, by_sample[(slice(None), *place)], operation)
         return found
 
-    def _shared(self, node: fx.Node, index: Any) -> Numbers:
+    def shared(self, node: fx.Node, index: Any) -> Numbers:
         found = np.empty(index.shape, dtype=object)
         found.fill(0.0)
         used = index >= 0
@@ -131,23 +129,32 @@ class Resolver:
         found[used] = self._truths(numbers, example)
         return found
 
-    def _of_sample(self, node: fx.Node, start: int, step: int, operation: object) -> Number:
+    def of_sample(self, node: fx.Node, index: Any, operation: object) -> Number:
+        """A number for each sample, given where each lies in a tensor."""
         example = self._tensors[node]
-        outer, block = divmod(start, step * self.batch)
-        if step < 0 or example.numel() % (step * self.batch) or block >= step:
+        if (index < 0).any():  # zero for some samples
             raise MixesError(operation)
         if node in self._constants:
-            values = example.reshape(-1)[start + step * torch.arange(self.batch, device="cpu")]
+            values = example.reshape(-1)[torch.from_numpy(index)]
             if bool((values == values[0]).all()):
                 return values[0].item() if example.dtype is torch.bool else float(values[0])
-        key = node, step
-        if key not in self.inputs.by_sample:
-            self.inputs.by_sample[key] = self.inputs.n_by_sample
-            self.inputs.n_by_sample += example.numel() // self.batch
-        place = self.inputs.by_sample[key] + outer * step + block
         numbers = np.empty(1, dtype=object)
-        numbers[0] = Element(self.code.p, place)
+        numbers[0] = Element(self.code.p, self._place(node, example.numel(), index))
         return self._truths(numbers, example)[0]
+
+    def _place(self, node: fx.Node, size: int, index: Any) -> int:
+        inputs, start, step = self.inputs, int(index[0]), int(index[1] - index[0])
+        is_even = step > 0 and (index == start + step * np.arange(self.batch)).all()
+        if not (is_even and size % (step * self.batch) == 0 and start % (step * self.batch) < step):
+            inputs.picked.append((node, torch.from_numpy(index.copy()), inputs.n_by_sample))
+            inputs.n_by_sample += 1
+            return inputs.n_by_sample - 1
+        key = node, step
+        if key not in inputs.by_sample:
+            inputs.by_sample[key] = inputs.n_by_sample
+            inputs.n_by_sample += size // self.batch
+        outer, block = divmod(start, step * self.batch)
+        return inputs.by_sample[key] + outer * step + block
 
     def _truths(self, numbers: Numbers, example: Tensor) -> Numbers:
         return self.code.map(TRUTH, numbers) if example.dtype is torch.bool else numbers
@@ -240,9 +247,11 @@ class _Numbering:
             if isinstance(value, Computed):
                 found[place] = value.elements.reshape(-1)[number]
             elif distance == 0:
-                found[place] = self._resolver._shared(value.node, np.array([number]))[0]
+                found[place] = self._resolver.shared(value.node, np.array([number]))[0]
             else:
-                found[place] = self._resolver._of_sample(value.node, number, distance, self._target)
+                found[place] = self._resolver.of_sample(
+                    value.node, number + distance * np.arange(self._batch), self._target
+                )
         return found.reshape(start.shape)
 
     def _numbers_of_computed(self, x: Computed) -> Tensor:

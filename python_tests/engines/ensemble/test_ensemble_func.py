@@ -59,7 +59,8 @@ TWO: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.add, torch.mul, torch.maximum, torch.minimum, torch.atan2, torch.hypot, torch.pow, torch.remainder,
     lambda x, p: p**x, lambda x, p: torch.sub(x, p, alpha=2), lambda x, p: p / x, lambda x, p: torch.lerp(x, p, 0.3),
     lambda x, p: torch.addcmul(x, x, p, value=0.5), lambda x, p: torch.addcdiv(x, x, p), lambda x, p: p.exp() * x,
-    lambda x, p: torch.where(p > 0.5, x, -x), lambda x, p: functional.softplus(p) * x,
+    lambda x, p: torch.where(p > 0.5, x, -x),
+    lambda x, p: x.clamp(p, 2 * p), lambda x, p: x.clamp(min=p), lambda x, p: functional.softplus(p) * x,
 ]  # fmt: skip
 
 
@@ -121,7 +122,8 @@ def moving(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
     padded = functional.pad(y[:, 1:-1], (1, 1))
     picked = y[:, [2, 0, 1]] + y.flip(-1) + y.view(-1, 3, 1).squeeze(2).unsqueeze(-1).expand(-1, -1, 2).sum(-1)
     table = torch.arange(3, dtype=y.dtype) * torch.tril(torch.ones(3, 3, dtype=y.dtype))[2]
-    return p * (ring + padded) - picked + table - torch.gather(y, 1, torch.zeros(len(y), 1, dtype=torch.int64))
+    turned = torch.linalg.cross(y, table.expand_as(y))
+    return p * (ring + padded) - picked + turned - torch.gather(y, 1, torch.zeros(len(y), 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("func", [in_place, moving])
@@ -185,11 +187,12 @@ def test_what_belongs_to_samples_and_what_they_share() -> None:
     numbers = torch.arange(BATCH, dtype=torch.float64)[:, None]
     flags = numbers > 2
 
-    def func(t: Tensor, y: Tensor, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
-        own = torch.where(flags, p.exp(), -p) + 0.1 * numbers
+    def func(t: Tensor, y: Tensor, p: Tensor, q: Tensor, r: Tensor, many: Tensor) -> Tensor:
+        own = torch.where(flags, p.exp(), -p.flip(0)) + 0.1 * numbers + 0.1 * torch.arange(BATCH)[:, None]
+        own = own * (torch.arange(BATCH) > 1).unsqueeze(-1) - p[2] + 0.1 * many[:, 1] - many.sum(1)
         return own * y + functional.softplus(q) * torch.sin(t) + r.sum() * y.sum(-1, keepdim=True)
 
-    check(func, start(2), (learnt(BATCH, 2), learnt(2), learnt(7)))
+    check(func, start(2), (learnt(BATCH, 2), learnt(2), learnt(7), learnt(BATCH, 3, 2)))
 
 
 def test_a_batch_of_one() -> None:
@@ -282,6 +285,7 @@ def branching(t: Tensor, y: Tensor) -> Tensor:
         (branching, "traced"),
         (lambda t, y: torch.fft.fft(y).real, "."),
         (lambda t, y: y.sort(-1)[0], "sort"),
+        (lambda t, y: functional.conv1d(y[:, None], torch.ones(1, 1, 3).double(), padding=1)[:, 0], "convolution"),
         (lambda t, y: y.to(torch.float32).double(), "float32"),
         (lambda t, y: torch.linalg.solve(torch.eye(2).double() + y[:, :, None] * y[:, None], y), "."),
     ],

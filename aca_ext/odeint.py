@@ -65,7 +65,10 @@ def odeint(arguments: _OdeintArguments) -> State:
               (batch, 1, ..., 1), with as many dimensions as y (as its largest component), so that formulas for a
               number t remain valid; ``t.flatten()`` is (batch,). Samples must not depend on one another. Finished
               samples are still evaluated, at their end, until the slowest one ends. For gradients "aca" and "direct",
-              without ``norm``, ``step_t`` and ``jump_t``.
+              without ``norm``, ``step_t`` and ``jump_t``. With engine="compiled", func runs on single samples, in
+              SIMD lanes that take the next sample as soon as one has ended.
+            * ``on_failure``: with independent samples and engine="compiled", "raise" (default), or "nan": a sample that
+              fails is NaN in the outputs, zero in the gradients, and an error in ``stats.failures``.
 
             and for fixed steps of any method one of
 

@@ -46,7 +46,8 @@ UNREACHABLE = {
     "aca_ext.solver.reversed_states": ("aca_ext.solver.loop", "aca_ext.problem.problem"),
     "aca_ext.solver.runge_kutta": ("aca_ext.solver.loop", "aca_ext.problem.problem", "aca_ext.numerics.controller"),
     "aca_ext.engines.compiled": ("aca_ext.engines.cuda_graph",),
-    "aca_ext.engines.cuda_graph": ("aca_ext.engines.compiled",),
+    "aca_ext.engines.cuda_graph": ("aca_ext.engines.compiled", "aca_ext.engines.ensemble"),
+    "aca_ext.engines.ensemble": ("aca_ext.engines.cuda_graph",),
 }
 # Modules that import the compiled extension.
 IMPORT_THE_EXTENSION = [

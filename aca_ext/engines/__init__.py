@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from aca_ext.engines.base import Engine, Request
-from aca_ext.engines.compiled.engine import CompiledEngine
 from aca_ext.engines.cuda_graph.engine import GraphEngine
 from aca_ext.engines.eager import EagerEngine
+from aca_ext.engines.ensemble.engine import EnsembleEngine
 
 ENGINES: dict[str, Engine] = {
     "eager": EagerEngine(),
-    "compiled": CompiledEngine(),
+    "compiled": EnsembleEngine(),
     "graph": GraphEngine(),
 }
 

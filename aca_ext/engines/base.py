@@ -90,16 +90,16 @@ def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
         raise
 
 
-def obstacle_but_to_eager(engine: str, request: Request) -> str | None:
+def obstacle_but_to_eager(engine: str, request: Request, takes_batches: bool = False) -> str | None:
     """The argument, if there is one, that asks for what the eager engine alone does."""
-    name = _for_eager(request)
+    name = _for_eager(request, takes_batches)
     if name is None:
         return None
     value = f" ({request.gradient!r})" if name == "gradient" else ""
     return f'engine="{engine}" does not take what {name} asks for{value}. Use engine="eager" for it.'
 
 
-def _for_eager(request: Request) -> str | None:
+def _for_eager(request: Request, takes_batches: bool) -> str | None:
     if request.gradient != "aca":
         return "gradient"
     if request.checkpoints is not None:
@@ -110,4 +110,5 @@ def _for_eager(request: Request) -> str | None:
         return "callback"
     if request.problem.events:
         return "events"
-    return "options" if request.problem.stops_at_limit or request.is_batch else None
+    is_batch = request.is_batch and not takes_batches
+    return "options" if request.problem.stops_at_limit or is_batch else None

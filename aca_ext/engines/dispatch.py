@@ -20,7 +20,7 @@ from aca_ext.gradients.at_events import at_event
 from aca_ext.gradients.base import AdjointOptions, Result
 from aca_ext.gradients.dependencies import checked_params
 from aca_ext.problem.arguments import lookup
-from aca_ext.problem.batch import batch_problem_of, is_independent
+from aca_ext.problem.batch import BatchProblem, batch_problem_of, is_independent
 from aca_ext.problem.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem.problem import Problem, known_problem, problem_of
 from aca_ext.problem.recorders import recorder
@@ -119,7 +119,7 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     problem, t = request.problem, arguments.t
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y, record = problem.packing.unpack_rows(result.ys), result.record
-    if result.is_on_device:
+    if result.is_lazy:
         return LazySolution.of(times, y, record, result.stats)
     if problem.events:
         assert isinstance(record, StepRecord)
@@ -213,5 +213,7 @@ def _check_together(request: Request) -> None:
         raise OptionError(
             'option on_step_limit="stop" takes gradient="aca" or "direct" and times that do not require grad.'
         )
+    if isinstance(request.problem, BatchProblem) and request.problem.nan_on_failure and request.learnt is not None:
+        raise OptionError('option on_failure="nan" takes times that do not require grad.')
     if callback is not None and not callable(callback):
         raise ArgumentTypeError(f"callback is of type {type(callback).__name__}; give a function of an aca_ext.Step.")

@@ -68,13 +68,13 @@ class Result:
     """The outputs stacked, (T, \\*packed shape), with what is known of the solve.
 
     Attributes:
-        is_on_device: the record is there, and a look at it waits for the device.
+        is_lazy: the record is slow to read (it is on a device, or made by another solve), and read only on demand.
     """
 
     ys: Tensor
     record: Record
     stats: Stats | BatchStats
-    is_on_device: bool = False
+    is_lazy: bool = False
 
 
 class Gradient(Protocol):

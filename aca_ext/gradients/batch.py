@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ArgumentValueError
+from aca_ext.errors import ArgumentValueError, OptionError
 from aca_ext.gradients.aca import Gate
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation, first_slope_with_graph
@@ -42,6 +42,7 @@ def solve(task: Task, gradient: str) -> Result:
     Raises:
         ArgumentValueError: the gradient is not available, or func moves buffers or, with "aca", draws random numbers.
     """
+    _check_failures_raise(task)
     if gradient not in _GRADIENTS:
         raise ArgumentValueError(
             f'gradient is {gradient!r}; with option batch="independent" there are {", ".join(_GRADIENTS)}.'
@@ -53,7 +54,14 @@ def solve(task: Task, gradient: str) -> Result:
     return _GRADIENTS[gradient](task)
 
 
+def _check_failures_raise(task: Task) -> None:
+    assert isinstance(task.problem, BatchProblem)
+    if task.problem.nan_on_failure:
+        raise OptionError('option on_failure="nan" takes engine="compiled", whose samples see nothing of one another.')
+
+
 def solve_without_graph(task: Task) -> Result:
+    _check_failures_raise(task)
     with torch.no_grad():
         y0 = task.problem.y0.detach()
         return _forward(task, task.first_slope(y0), keep_states=False)[0]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError, TimeError
+from aca_ext.problem.options import is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.times import as_float64, times_of
@@ -84,10 +85,12 @@ class BatchProblem(Problem):
 
     Attributes:
         times_of_rows: (batch, T) float64, requested times of each sample; ``times`` are those of the first sample.
+        nan_on_failure: a sample that fails becomes NaN, and the others go on.
     """
 
     packing: RowPacking
     times_of_rows: Array
+    nan_on_failure: bool = False
 
     @property
     def length(self) -> float:
@@ -134,7 +137,8 @@ def batch_problem_of(
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
     given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
-    return BatchProblem(**given, times_of_rows=_times_of_rows(t, n_rows))
+    nan_on_failure = is_nan_on_failure(options.get("on_failure"))
+    return BatchProblem(**given, times_of_rows=_times_of_rows(t, n_rows), nan_on_failure=nan_on_failure)
 
 
 def _n_rows(packing: RowPacking) -> int:

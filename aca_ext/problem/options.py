@@ -20,7 +20,8 @@ FIXED_OPTIONS = ("step_size", "grid_constructor")
 _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
-_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit")
+_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit",
+                     "on_failure")  # fmt: skip
 _ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
 DEFAULT_MAX_NUM_STEPS = 100_000
 
@@ -134,6 +135,16 @@ def stops_at_limit(value: object) -> bool:
             'steps) or "stop" (return the outputs reached; Solution.resume continues).'
         )
     return value == "stop"
+
+
+def is_nan_on_failure(value: object) -> bool:
+    """Tells whether a sample that fails becomes NaN, instead of raising SolveError."""
+    if value not in (None, "raise", "nan"):
+        raise OptionError(
+            f'option on_failure is {value!r}; it is "raise" (a SolveError that names the sample, the default) or "nan" '
+            "(its outputs are NaN, its gradients zero, and stats.failures holds its error)."
+        )
+    return value == "nan"
 
 
 def option_names() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.numerics.tableau import Tableau
@@ -23,6 +23,7 @@ from aca_ext.problem.options import (
     check_option_names,
     controller_of,
     inner_times,
+    is_nan_on_failure,
     max_num_steps_of,
     norm_of,
     stops_at_limit,
@@ -218,6 +219,8 @@ def checked_problem(
     given = dict(options or {})
     is_fixed = not tableau.adaptive or any(given.get(name) is not None for name in FIXED_OPTIONS)
     check_option_names(given, tableau, is_fixed)
+    if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
+        raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
     norm = norm_of(given.get("norm"), packing)
     checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
     checked_atol = checked_tolerance("atol", atol, packed, packing)

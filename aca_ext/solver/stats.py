@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from aca_ext.errors import SolveError
 
 
 @dataclass
@@ -45,6 +48,11 @@ class BatchStats:
         n_rejected: (batch,) int64 on the CPU; trial steps whose error was too large, n_steps - n_accepted.
         backend: implementation of the arithmetic: "cpu" or "cuda" (fused kernels), or "reference" (plain PyTorch).
         n_f_evals_backward: calls of func in the backward pass; None until it has run.
+        failures: errors of the samples that failed, with option ``on_failure="nan"``.
+        compile_seconds: seconds that engine="compiled" spent on tracing and compiling.
+
+    engine="compiled" evaluates single samples, no more often than each needs: ``n_f_rows`` is the sum of these
+    evaluations, and ``n_f_evals`` and ``n_f_evals_backward`` are the most that one sample took.
     """
 
     n_steps: Tensor
@@ -54,6 +62,8 @@ class BatchStats:
     n_f_rows: int = 0
     backend: str = ""
     n_f_evals_backward: int | None = None
+    failures: Sequence[SolveError] = ()
+    compile_seconds: float = 0.0
 
     def __repr__(self) -> str:
         """Shows each per-sample count as its range over the batch."""
@@ -62,4 +72,6 @@ class BatchStats:
             count = getattr(self, name)
             parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
         parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
+        if self.failures:
+            parts.append(f"failures of samples {', '.join(str(error.sample) for error in self.failures[:10])}")
         return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"

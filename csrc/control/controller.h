@@ -10,12 +10,18 @@
 
 namespace aca {
 
+// A power as the mathematical library has it; loops over many solves have their own.
+struct Power {
+    ACA_HD double operator()(double base, double exponent) const { return pow(base, exponent); }
+};
+
 struct Controller {
     int order;
     double safety, ifactor, dfactor, pcoeff, icoeff, dcoeff, min_step, max_step;
 
     // Size of the step after an accepted one of size h. `ratio` holds the `count` last error ratios, newest first.
-    ACA_HD double grow(double h, const double* ratio, int count) const {
+    template <typename PowerOf = Power>
+    ACA_HD double grow(double h, const double* ratio, int count, PowerOf power = PowerOf()) const {
         const bool has_memory = pcoeff != 0 || dcoeff != 0;
         const double exponent[] = {-(pcoeff + icoeff + dcoeff) / order, (pcoeff + 2 * dcoeff) / order, -dcoeff / order};
         double factor = safety;
@@ -25,16 +31,19 @@ struct Controller {
                 factor = ifactor;
                 break;
             }
-            factor *= pow(ratio[i], exponent[i]);
+            factor *= power(ratio[i], exponent[i]);
         }
         return limit(h * least(ifactor, most(has_memory ? dfactor : 1.0, to_single(factor))));
     }
 
+    ACA_HD double shrink_exponent() const { return -1.0 / order; }
+
     // Size of the trial after a rejected one of size h.
-    ACA_HD double shrink(double h, double ratio) const {
+    template <typename PowerOf = Power>
+    ACA_HD double shrink(double h, double ratio, PowerOf power = PowerOf()) const {
         const bool is_finite = ratio - ratio == 0;
         const double smaller =
-            is_finite ? h * most(dfactor, to_single(safety * pow(ratio, -1.0 / order))) : h * dfactor;
+            is_finite ? h * most(dfactor, to_single(safety * power(ratio, shrink_exponent()))) : h * dfactor;
         return smaller < min_step && min_step < h ? min_step : smaller;
     }
 

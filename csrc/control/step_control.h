@@ -138,7 +138,8 @@ ACA_HD void accept(StepControl& s) {
 
 // Accepts or rejects the trial by its error ratio, and chooses the size of the next one. A ratio that is not finite
 // sets the status not_finite; the caller decides if a smaller step can help.
-ACA_HD void judge(StepControl& s, double ratio) {
+template <typename PowerOf = Power>
+ACA_HD void judge(StepControl& s, double ratio, PowerOf power = PowerOf()) {
     ++s.n_steps;
     s.is_accepted = 0;
     if (!s.is_adaptive) return accept(s);
@@ -150,21 +151,25 @@ ACA_HD void judge(StepControl& s, double ratio) {
         s.ratios[1] = s.ratios[0];
         s.ratios[0] = ratio;
         if (s.n_ratios < 3) ++s.n_ratios;
-        const double grown = s.controller.grow(tried, s.ratios, s.n_ratios);
+        const double grown = s.controller.grow(tried, s.ratios, s.n_ratios, power);
         s.h = s.is_cut && s.h > grown ? s.h : grown;  // a step cut short says little about the next size
         return;
     }
-    s.h = s.controller.shrink(tried, ratio);
+    s.h = s.controller.shrink(tried, ratio, power);
     if (!is_finite(ratio))
         s.status = Status::not_finite;
     else if (!can_shrink(s))
         s.status = Status::step_size;
 }
 
-// Position (0..1) of the requested time number `output` in the accepted step; exactly 1 at the end of the step.
+// Position (0..1) of a time in a step; exactly 1 at the end of the step.
+ACA_HD double position(double time, double start, double end) {
+    return time == end ? 1.0 : (time - start) / (end - start);
+}
+
+// Position of the requested time number `output` in the accepted step.
 ACA_HD double position(const StepControl& s, int64_t output) {
-    const double time = at<const double>(s.times)[output];
-    return time == s.t_done ? 1.0 : (time - s.t_start) / (s.t_done - s.t_start);
+    return position(at<const double>(s.times)[output], s.t_start, s.t_done);
 }
 
 // Returns true if the proposed trial ends at the next requested time.
@@ -173,7 +178,10 @@ ACA_HD bool lands_on_output(const StepControl& s) {
 }
 
 // Time of the stage at `c`. For c = 1 it is t_next itself, which t + h may miss by rounding.
-ACA_HD double stage_time(double c, double t, double h, double t_next) { return c == 1 ? t_next : t + c * h; }
+template <typename Time>
+ACA_HD Time stage_time(double c, Time t, Time h, Time t_next) {
+    return c == 1 ? t_next : t + c * h;
+}
 
 // Largest RMS over the segments, from their sums of squares and their sizes in elements; NaN if any sum is NaN.
 template <typename Size>

@@ -29,7 +29,7 @@ class CompiledEngine:
     error = CompileError
 
     def obstacle(self, request: Request) -> str | None:
-        return obstacle_but_to_eager("compiled", request) or _obstacle_to_programs(request.problem)
+        return obstacle_but_to_eager("compiled", request) or obstacle_to_programs(request.problem)
 
     def solve(self, request: Request) -> Result:
         """The solve by compiled programs, or, for second derivatives, by the eager engine.
@@ -56,7 +56,7 @@ def _solve_task(task: Task) -> Result:
     return result
 
 
-def _obstacle_to_programs(problem: Problem) -> str | None:
+def obstacle_to_programs(problem: Problem) -> str | None:
     """The kind of state, norm or setting that no program is made for."""
     y0 = problem.y0
     if _TORCH < _OLDEST_TORCH:

@@ -1,0 +1,155 @@
+"""A compiled library as functions of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.engines.ensemble.build import load
+from aca_ext.problem.batch import BatchProblem
+
+_I64, _F64, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_CHUNKS_AT_ONCE = 64  # for each thread; between calls Python sees an interrupt
+
+# Words of an Outcome: counts of trial and accepted steps and the failure; t, h and error ratio where it happened.
+OUTCOME_WORDS = 6
+
+
+class _Controller(ctypes.Structure):
+    _fields_ = [("order", ctypes.c_int)] + [
+        (name, _F64) for name in ("safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff", "min_step", "max_step")
+    ]
+
+
+class _Task(ctypes.Structure):
+    _fields_ = [
+        ("controller", _Controller), ("first_step", _F64), ("max_num_steps", _I64), ("n_samples", _I64),
+        ("n_times", _I64), ("times_step", _I64), ("times", _POINTER), ("rtol", _F64), ("atol", _F64),
+        ("rtol_each", _POINTER), ("atol_each", _POINTER), ("forbids_error", _I64), ("y0", _POINTER),
+        ("by_sample", _POINTER), ("shared", _POINTER), ("outputs", _POINTER), ("outcomes", _POINTER),
+    ]  # fmt: skip
+
+
+class _Cotangents(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("outputs", "y0", "by_sample", "shared", "most_slopes")]
+
+
+class Keep(IntEnum):
+    """What a solve keeps of its accepted steps."""
+
+    NOTHING = 0
+    STEPS = 1
+    STATES = 2  # and the steps
+
+
+class Library:
+    """The functions of a compiled source.
+
+    Args:
+        n_learnt: numbers that samples share and whose cotangents the library computes.
+    """
+
+    def __init__(self, source: str, n_learnt: int) -> None:
+        self._functions = load(source)
+        self.n_learnt = n_learnt
+        f = self._functions
+        f.chunk.restype = _I64
+        f.new_record.restype, f.new_record.argtypes = _POINTER, [_I64, _I64, ctypes.c_int]
+        f.free_record.argtypes = f.free_states.argtypes = [_POINTER]
+        f.forward.argtypes = [_POINTER, _POINTER, _I64, _I64, ctypes.c_int]
+        f.backward.argtypes = [_POINTER, _POINTER, _POINTER, _I64, _I64, ctypes.c_int]
+        f.evaluate.argtypes = [_I64] + [_POINTER] * 9
+        f.bounds.argtypes = [_POINTER, _I64, _I64, _POINTER]
+        self._chunk = f.chunk()
+
+    def chunks(self, n_samples: int) -> int:
+        return -(-n_samples // self._chunk)
+
+    def new_record(self, n_samples: int, keep: Keep) -> Any:
+        """Memory for accepted steps, freed with the object that holds it."""
+        address = self._functions.new_record(n_samples, self.chunks(n_samples), int(keep))
+        memory = ctypes.c_void_p(address)
+        weakref.finalize(memory, self._functions.free_record, address)
+        return memory
+
+    def states_of(self, record: Any) -> Tensor:
+        """A tensor with whose memory the states of the record are freed: autograd says when they are needed no more."""
+        memory = (ctypes.c_byte * 1)()
+        # With the record, which is thus freed after them.
+        weakref.finalize(memory, lambda: self._functions.free_states(record))
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def forward(self, task: _Task, record: Any) -> None:
+        """Solves; raises MemoryError."""
+        self._in_parts(task, lambda *part: self._functions.forward(ctypes.byref(task), record, *part))
+
+    def backward(self, task: _Task, record: Any, to: _Cotangents) -> None:
+        """Transposes the recorded steps; raises MemoryError."""
+        self._in_parts(
+            task, lambda *part: self._functions.backward(ctypes.byref(task), record, ctypes.byref(to), *part)
+        )
+
+    def _in_parts(self, task: _Task, run: Callable[..., int]) -> None:
+        threads, n = torch.get_num_threads(), self.chunks(task.n_samples)
+        for first in range(0, n, _CHUNKS_AT_ONCE * threads):
+            if not run(first, min(first + _CHUNKS_AT_ONCE * threads, n), threads):
+                raise MemoryError("no memory for the accepted steps of the samples")
+
+    def evaluate(self, t: Tensor, y: Tensor, p: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """func at (t, y), each with a row for each sample, and the cotangents of y, p and w for that of its result."""
+        k, gy, gp = torch.empty_like(y), torch.empty_like(y), torch.empty_like(p)
+        gw = torch.zeros(self.n_learnt, dtype=torch.float64, device="cpu")
+        self._functions.evaluate(len(y), *(x.data_ptr() for x in (t, y, p, w, g, k, gy, gp, gw)))
+        return k, gy, gp, gw
+
+    def bounds(self, record: Any, sample: int, count: int) -> Tensor:
+        """(count, 2) starts and ends of the accepted steps of a sample."""
+        found = torch.empty(count, 2, dtype=torch.float64, device="cpu")
+        self._functions.bounds(record, sample, count, found.data_ptr())
+        return found
+
+
+def task_of(
+    problem: BatchProblem, y0: Tensor, p: Tensor, w: Tensor, outputs: Tensor, outcomes: Tensor, held: list[Tensor]
+) -> _Task:
+    """A solve as the library takes it; tensors made for it are added to ``held``, for as long as it is used."""
+    controller, tolerance = problem.controller, problem.tolerance
+    assert controller is not None
+
+    def of_elements(value: float | Tensor) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        held.append(value.expand(y0.shape).to(y0.dtype).contiguous())
+        return held[-1].data_ptr()
+
+    of_rows = problem.times_of_rows
+    is_one_row = of_rows.strides[0] == 0 or len(of_rows) == 1
+    times = torch.tensor(of_rows[:1] if is_one_row else of_rows, dtype=torch.float64, device="cpu")
+    held.append(times)
+    rtol, atol = tolerance.rtol, tolerance.atol
+    return _Task(
+        _Controller(**controller.coefficients),
+        controller.first_step or 0.0,
+        problem.max_num_steps,
+        len(y0),
+        times.shape[1],
+        0 if is_one_row else times.shape[1],
+        held[-1].data_ptr(),
+        0.0 if isinstance(rtol, Tensor) else rtol,
+        0.0 if isinstance(atol, Tensor) else atol,
+        of_elements(rtol),
+        of_elements(atol),
+        int(tolerance.forbids_error()),
+        *(x.data_ptr() for x in (y0, p, w, outputs, outcomes)),
+    )
+
+
+def cotangents_to(outputs: Tensor, y0: Tensor, p: Tensor | None, w: Tensor, most_slopes: Tensor) -> _Cotangents:
+    """Where the backward pass reads the cotangents of the outputs and writes those of its inputs."""
+    return _Cotangents(*(None if x is None else x.data_ptr() for x in (outputs, y0, p, w, most_slopes)))

@@ -1,0 +1,129 @@
+"""A func compiled for lanes, checked against func itself before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
+from aca_ext.engines.ensemble.library import Library
+from aca_ext.engines.ensemble.source import source_of
+from aca_ext.engines.ensemble.tracing import trace
+from aca_ext.errors import AcaError, CompileError
+from aca_ext.gradients.base import Task
+from aca_ext.problem.batch import BatchProblem
+
+# Relative to the largest element: what rounding may do in code that is arranged differently.
+_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-11}
+_SAFETY = 100.0  # by how much compiled code may exceed the effect of rounding the state
+
+
+class Plan:
+    """The library for a graph of func, a method, and a layout of the state.
+
+    Attributes:
+        gather: of func's inputs, returns what belongs to each sample, (batch, p), and what is shared, (w,).
+    """
+
+    def __init__(self, captured: Captured, problem: BatchProblem, t: Tensor) -> None:
+        y0 = problem.y0.detach()
+        try:
+            with undisturbed():
+                traced = trace(captured, t, y0, problem.packing)
+        except AcaError:
+            raise
+        except Exception as error:
+            raise CompileError(
+                f'func cannot be traced for one sample. Use engine="eager". The cause: {type(error).__name__}: {error}'
+            ) from error
+        self.gather = traced.gather
+        source = source_of(traced, problem.tableau, problem.tolerance.segments, y0.dtype)
+        self.library = Library(source, traced.lane.inputs.n_shared if traced.is_learnt[1] else 0)
+        self._is_checked = {False: False, True: False}
+
+    def check(self, task_of: Callable[[], Task], inputs: Sequence[Tensor], with_gradient: bool) -> None:
+        """Raises CompileError where the library's func, or its gradient, is not that of func."""
+        if self._is_checked[with_gradient]:
+            return
+        task = task_of()
+        with unchanged(task.problem.func, task.problem.args):
+            for distance in (0.0, 0.1):
+                self._check_at(task, inputs, distance, with_gradient)
+        self._is_checked[with_gradient] = True
+
+    def _check_at(self, task: Task, inputs: Sequence[Tensor], distance: float, with_gradient: bool) -> None:
+        """Compares at the start, or at a distance from it, relative to the size of the state."""
+        problem = task.problem
+        assert isinstance(problem, BatchProblem)
+        random = torch.Generator(device="cpu").manual_seed(0)
+        y0 = problem.y0.detach()
+        noise, g = (torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu") for _ in range(2))
+        size = float(y0.square().mean().sqrt()) if y0.numel() else 0.0
+        y = y0 + distance * (size or 1.0) * noise
+        t = problem.start_time(y0) + distance * problem.length
+        try:
+            expected = _of_func(task, t, y, g, inputs, with_gradient)
+        except AcaError:
+            raise
+        except Exception:
+            if distance == 0:
+                raise
+            return  # func need not take any state
+        found = self._of_library(t, y, g, inputs, with_gradient)
+        moved = _of_func(task, t, y * (1 + torch.finfo(y.dtype).eps), g, inputs, with_gradient)
+        for x, of_func, other in zip(found, expected, moved, strict=True):
+            allowed = _ROUNDING[y.dtype] * _largest(of_func) + _SAFETY * _largest(of_func - other)
+            is_close = ((x - of_func).abs() <= allowed) | (x == of_func) | (~x.isfinite() & ~of_func.isfinite())
+            if not bool(is_close.all()):
+                raise CompileError(
+                    "the code made of func does not compute what func does. Either func does not return the same for "
+                    'the same time and state, or it is mistaken for something else. Use engine="eager".'
+                )
+
+    def _of_library(
+        self, t: Tensor, y: Tensor, g: Tensor, inputs: Sequence[Tensor], with_gradient: bool
+    ) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() if x.requires_grad else x for x in inputs]
+            p, w = self.gather(leaves)
+        rows = y.reshape(len(y), -1).contiguous()
+        operands = (t.reshape(-1).contiguous(), rows, p.detach(), w.detach(), g.reshape(rows.shape).contiguous())
+        k, gy, gp, gw = self.library.evaluate(*operands)
+        if not with_gradient:
+            return [k.view(y.shape)]
+        pairs = [(p, gp), (w, gw.to(y.dtype))]
+        wanted = [x for x in leaves if x.requires_grad]
+        outputs = [(x, grad) for x, grad in pairs if x.requires_grad]
+        grads: Sequence[Any] = [None] * len(wanted)
+        if outputs and wanted:
+            grads = torch.autograd.grad([x for x, _ in outputs], wanted, [x for _, x in outputs], allow_unused=True)
+        return [k.view(y.shape), gy.view(y.shape), *_filled(grads, wanted)]
+
+
+def _of_func(
+    task: Task, t: Tensor, y: Tensor, g: Tensor, inputs: Sequence[Tensor], with_gradient: bool
+) -> list[Tensor]:
+    """func's slope, and where asked for the cotangents of y and of its inputs that require grad."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        k = task.field(t.detach().requires_grad_(), y)
+        if not with_gradient:
+            return [k.detach()]
+        wanted = [x for x in inputs if x.requires_grad]
+        if not k.requires_grad:
+            return [k, *(torch.zeros_like(x) for x in (y, *wanted))]
+        grads = torch.autograd.grad(k, (y, *wanted), g, allow_unused=True)
+        return [k.detach(), *_filled(grads, (y, *wanted))]
+
+
+def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, like, strict=True)]
+
+
+def _largest(x: Tensor) -> float:
+    finite = x[x.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0

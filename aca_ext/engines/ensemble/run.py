@@ -1,0 +1,220 @@
+"""Solves of independent samples by compiled lanes, and their exact gradient by replay of the accepted steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aca_ext.engines.compiled.side_effects import Counting
+from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
+from aca_ext.engines.compiled.undisturbed import unchanged
+from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, cotangents_to, task_of
+from aca_ext.engines.ensemble.plan import Plan
+from aca_ext.errors import CompileError, NonFiniteError, SolveError, StepLimitError, StepSizeError
+from aca_ext.gradients.base import Result, Task
+from aca_ext.gradients.passes import Gradients, with_graph
+from aca_ext.problem.batch import BatchProblem
+from aca_ext.solver.batch_loop import BatchRecord
+from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
+from aca_ext.solver.stats import BatchStats
+
+_KINDS: tuple[type[SolveError], ...] = (
+    SolveError, StepLimitError, StepSizeError, NonFiniteError, NonFiniteError, NonFiniteError, StepSizeError,
+)  # fmt: skip
+_OF_STATE, _OF_SLOPE, _OF_TOLERANCE = 4, 5, 6  # numbers of failures in csrc/ensemble/task.h
+
+
+def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> Result:
+    """Solves ``problem`` with gradient="aca" on compiled lanes; ``task`` evaluates func itself.
+
+    Raises:
+        CompileError: func cannot be compiled for one sample, or this kind of solve is not supported.
+    """
+    n_times = problem.times_of_rows.shape[1]
+    if n_times == 1 or problem.y0.numel() == 0:  # nothing to solve
+        stats = BatchStats(*_counts(len(problem.y0)), backend="compiled")
+        return Result(torch.stack([problem.y0] * n_times), BatchRecord(len(problem.y0)), stats)
+    run = _Run(problem, params, task)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, run.p, run.w)):
+        ys = run.forward(Keep.STATES)
+        ys = with_graph(ys, _Backward(run), [run.states()], problem.y0, [run.p, run.w])
+    else:
+        ys = run.forward(Keep.NOTHING)
+    return Result(ys, run, run.stats, is_lazy=True)
+
+
+def _counts(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    n_steps, n_accepted, n_rejected = torch.zeros(3, n, dtype=torch.int64, device="cpu").unbind()
+    return n_steps, n_accepted, n_rejected
+
+
+class _Run:
+    """One solve: its library, its numbers, its record."""
+
+    def __init__(self, problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> None:
+        self.problem, self._task = problem, task
+        self.y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)  # which may be edited later
+        self.stats = BatchStats(*_counts(len(self.y0)), backend="compiled")
+        self._held: list[Tensor] = []
+        start = time.perf_counter()
+        self._plan, used, is_new = self._find()
+        if params is not None:
+            named = {id(x) for x in (*params, *problem.args)}
+            used = [x if id(x) in named else x.detach() for x in used]
+        self._used = used
+        self._check(with_gradient=False)
+        if is_new:
+            self.stats.compile_seconds = time.perf_counter() - start
+        self.p, self.w = self._plan.gather(used)
+
+    def _find(self) -> tuple[Plan, list[Tensor], bool]:
+        problem, y0 = self.problem, self.y0
+        t = problem.start_time(y0).view(problem.packing.time_shape).requires_grad_()
+        try:
+            captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
+        except CompileError:
+            self._evaluate_once()  # where func itself is at fault, its own error says more
+            raise
+        counters = captured.counters
+        self._counting = Counting(counters, scope_of(problem.func, problem.args)) if counters else None
+        key = "lanes", problem.tableau, problem.packing
+        plan: Plan | None = captured.plans.get(key)
+        if plan is not None:
+            return plan, used, False
+        self._evaluate_once()  # checks what func returns
+        try:
+            plan = captured.plans[key] = Plan(captured, problem, t)
+        except CompileError:
+            if not captured.lifted:
+                raise
+            specialise(problem.func)  # perhaps it needs as numbers what it reads: once more without tensors for them
+            return self._find()
+        return plan, used, True
+
+    def _evaluate_once(self) -> None:
+        with unchanged(self.problem.func, self.problem.args):
+            self._task().first_slope(self.y0)
+
+    def _check(self, with_gradient: bool) -> None:
+        self._plan.check(self._task, self._used, with_gradient)
+
+    def forward(self, keep: Keep) -> Tensor:
+        """The outputs, (T, \\*packed shape).
+
+        Raises:
+            SolveError: a sample could not reach its end; the message names it.
+        """
+        problem, n = self.problem, len(self.y0)
+        ys = self._rows()
+        if keep is Keep.STATES:
+            self._check(with_gradient=True)
+        self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device="cpu")
+        p, w = self.p.detach(), self.w.detach()
+        self._held += [p, w]
+        self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
+        self._record(keep)
+        self._count()
+        failed = self._outcomes[:, 2].nonzero().flatten()
+        if len(failed) and not problem.nan_on_failure:
+            raise self._failure(int(failed[0]), len(failed) - 1)
+        ys[:, failed] = math.nan
+        self.stats.failures = [self._failure(row, 0) for row in failed.tolist()]
+        return ys
+
+    def _rows(self) -> Tensor:
+        """Memory for the states of all samples at all times."""
+        n_times = self.problem.times_of_rows.shape[1]
+        return torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype, device="cpu")
+
+    def _record(self, keep: Keep) -> None:
+        """Solves, and keeps what is asked for."""
+        library = self._plan.library
+        self.record, self._keeps = library.new_record(len(self.y0), keep), keep
+        library.forward(self._library_task, self.record)
+
+    def _count(self) -> None:
+        stats, tableau = self.stats, self.problem.tableau
+        controller = self.problem.controller
+        assert controller is not None
+        stats.n_steps, stats.n_accepted = self._outcomes[:, 0].clone(), self._outcomes[:, 1].clone()
+        stats.n_rejected = stats.n_steps - stats.n_accepted
+        slopes = 1 + (controller.first_step is None) + (tableau.stages - tableau.fsal) * stats.n_steps
+        stats.n_f_evals, stats.n_f_rows = int(slopes.max()), int(slopes.sum())
+        if self._counting is not None:
+            self._counting.count(stats.n_f_evals)
+
+    def _failure(self, row: int, others: int) -> SolveError:
+        """The error of a sample that failed."""
+        problem, stats = self.problem, self.stats
+        failure = int(self._outcomes[row, 2])
+        t, h, ratio = self._outcomes[row, 3:].view(torch.float64).tolist()
+        kind, message = _KINDS[failure], None
+        if failure in (_OF_STATE, _OF_SLOPE):
+            what = "the state is NaN or infinite at" if failure == _OF_STATE else "func returned NaN or infinity at"
+            message = fault_of_start(problem.y0[row]) or f"{what} t={t:.17g}; look at func there."
+        elif failure == _OF_TOLERANCE:
+            message = NO_TOLERANCE
+        reason = message or reason_of(kind, problem.max_num_steps, problem.times_of_rows[row, -1])
+        return kind(
+            f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
+            f"stopped: {reason}",
+            t=t,
+            h=h or math.nan,  # 0: none was chosen yet
+            error_ratio=ratio,
+            n_accepted=int(stats.n_accepted[row]),
+            n_rejected=int(stats.n_rejected[row]),
+            n_f_evals=stats.n_f_evals,
+            sample=row,
+        )
+
+    def states(self) -> Tensor:
+        """What the states of accepted steps live with."""
+        return self._plan.library.states_of(self.record)
+
+    def backward(self, grad_ys: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The cotangents of y0, of what belongs to samples, and of what they share."""
+        library = self._plan.library
+        n_chunks = library.chunks(len(self.y0))
+        grad_ys = grad_ys.to(self.y0.dtype).resolve_neg().contiguous()
+        grad_y0, grad_p = torch.empty_like(self.y0), torch.zeros_like(p)
+        grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64, device="cpu")
+        most_slopes = torch.zeros(n_chunks, dtype=torch.int64, device="cpu")
+        to = cotangents_to(grad_ys, grad_y0, grad_p, grad_w, most_slopes)
+        self._library_task.by_sample, self._library_task.shared = p.data_ptr(), w.data_ptr()
+        library.backward(self._library_task, self.record, to)
+        self.stats.n_f_evals_backward = int(most_slopes.max())
+        if self._counting is not None:
+            self._counting.count(self.stats.n_f_evals_backward)
+        total = grad_w.sum(0).to(w.dtype) if library.n_learnt else torch.zeros_like(w)
+        return grad_y0, grad_p, total
+
+    def bounds(self) -> tuple[Tensor, ...]:
+        """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
+        if self._keeps is Keep.NOTHING:  # they are so many: few solves are asked for them
+            again = self._rows()
+            self._library_task.outputs = again.data_ptr()
+            self._record(Keep.STEPS)
+        counts = self.stats.n_accepted.tolist()
+        return tuple(self._plan.library.bounds(self.record, i, count) for i, count in enumerate(counts))
+
+
+class _Backward:
+    """Back through the recorded steps of all samples."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+
+    def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
+        return self._run.backward(grad_ys, *inputs)
+
+    def differentiable_gradients(
+        self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Gradients:
+        raise CompileError(
+            'engine="compiled" has no second derivatives of independent samples (create_graph=True). Use '
+            'engine="eager".'
+        )

@@ -1,0 +1,195 @@
+// The backward pass on lanes: every accepted step of a sample once more, last to first, and its transpose.
+#pragma once
+#include "ensemble/task.h"
+
+namespace aca {
+
+template <typename Field, typename Method>
+class Backward {
+    static constexpr int n = Field::n, s = Method::stages;
+    static constexpr int n_by_sample = Field::n_by_sample > 0 ? Field::n_by_sample : 1;
+    static constexpr int n_shared = Field::n_learnt > 0 ? Field::n_learnt : 1;
+    using Sum = Sums<Method>;
+
+    // Stages that the solution needs; outputs inside a step may need the others.
+    static constexpr int count_needed() {
+        int needed = 0;
+        for (int i = 0; i < s; ++i)
+            if (Method::b[i] != 0) needed = i + 1;
+        return needed;
+    }
+    static constexpr int needed = count_needed();
+
+  public:
+    Backward(const Task& task, const Record& record, const Cotangents& cotangents)
+        : task_(task), record_(record), cotangents_(cotangents) {
+        for (V& each : shared_) each = V{};
+    }
+
+    // Samples `first` to `last`, which share a chunk.
+    void run(int64_t first, int64_t last) {
+        next_ = first;
+        last_ = last;
+        chunk_ = first / kChunk;
+        for (int c = 0; c < n; ++c) y_[c] = K(double(task_.y0[first * n + c]));
+        for (int i = 0; i < Field::n_by_sample; ++i) p_[i] = K(double(task_.by_sample[first * Field::n_by_sample + i]));
+        int live = 0;
+        for (int l = 0; l < kLanes; ++l) live += take(l);
+        while (live > 0) {
+            bool is_inside = false;
+            for (int l = 0; l < kLanes; ++l) is_inside |= enter(l);
+            if (is_inside) {
+                transpose<true>();
+                forget_inside();
+            } else {
+                transpose<false>();
+            }
+            for (int l = 0; l < kLanes; ++l)
+                if (lane_[l].entry && !(lane_[l].entry = lane_[l].entry->previous)) {
+                    finish(l);
+                    live -= !take(l);
+                }
+        }
+    }
+
+  private:
+    struct Lane {
+        const Entry* entry = nullptr;  // null: there is no sample
+        int64_t sample = 0, n_slopes = 0;
+    };
+
+    bool take(int l) {
+        for (; next_ < last_; ++next_) {
+            const bool has_failed = task_.outcomes[next_].failure != none;
+            lane_[l] = {has_failed ? nullptr : record_.last[size_t(next_)], next_, 0};
+            for (int c = 0; c < n; ++c) g_[c][l] = 0;
+            for (int i = 0; i < Field::n_by_sample; ++i) {
+                p_[i][l] = task_.by_sample[next_ * Field::n_by_sample + i];
+                by_sample_[i][l] = 0;
+            }
+            if (lane_[l].entry) {
+                ++next_;
+                return true;
+            }
+            finish(l);
+        }
+        lane_[l].entry = nullptr;
+        return false;
+    }
+
+    const T* cotangent(int64_t output, int64_t sample) const {
+        return cotangents_.outputs + (output * task_.n_samples + sample) * n;
+    }
+
+    // Loads the step to transpose, and the cotangents of its outputs. Tells whether some lie inside the step.
+    bool enter(int l) {
+        Lane& lane = lane_[l];
+        is_inside_[l] = 0;
+        if (!lane.entry) {
+            h_[l] = 0;
+            return false;
+        }
+        const Entry& entry = *lane.entry;
+        __builtin_prefetch(entry.previous);
+        t_[l] = entry.t;
+        h_[l] = entry.h;
+        t_next_[l] = entry.t_next;
+        const T* const y = static_cast<const T*>(entry.state);
+        for (int c = 0; c < n; ++c) y_[c][l] = y[c];
+        const double* const times = task_.times + lane.sample * task_.times_step;
+        bool is_inside = false;
+        for (int64_t i = entry.first_due; i < entry.end_due; ++i) {
+            const T* const g = cotangent(i, lane.sample);
+            const double theta = control::position(times[i], entry.t, entry.t_next);
+            if (theta == 1.0) {
+                for (int c = 0; c < n; ++c) g_[c][l] += g[c];
+                continue;
+            }
+            is_inside = true;
+            for (int j = 0; j < s; ++j) {
+                const T w = T(dense_weight<Method>(j, theta));
+                for (int c = 0; c < n; ++c) slopes_[j][c][l] = std::fma(w, g[c], slopes_[j][c][l]);
+            }
+            for (int c = 0; c < n; ++c) inside_[c][l] += g[c];
+        }
+        is_inside_[l] = is_inside ? -1 : 0;
+        lane.n_slopes += is_inside ? s : needed;
+        return is_inside;
+    }
+
+    void forget_inside() {
+        for (int c = 0; c < n; ++c) {
+            inside_[c] = K(0);
+            for (int j = 0; j < s; ++j) slopes_[j][c] = K(0);
+        }
+    }
+
+    template <bool inside>
+    void transpose() {
+        constexpr int count = inside ? s : needed;
+        const V step = __builtin_convertvector(h_, V);
+        V time[s];
+        auto &y = stages_, &k = k_, &pulled = pulled_;
+        for_each<count>([&](auto i) {
+            time[i] = __builtin_convertvector(control::stage_time(Method::c[i], t_, h_, t_next_), V);
+            for (int c = 0; c < n; ++c) {
+                if constexpr (i == 0) {
+                    y[i][c] = y_[c];
+                } else {
+                    const V advance = Sum::template of<typename Sum::template Stage<i>>([&](int j) { return k[j][c]; });
+                    y[i][c] = fma(step, advance, y_[c]);
+                }
+            }
+            if constexpr (i >= needed) {  // a sample without outputs inside its step has nothing to do with this stage
+                time[i] = select(is_inside_, time[i], time[0]);
+                for (int c = 0; c < n; ++c) y[i][c] = select(is_inside_, y[i][c], y_[c]);
+            }
+            if constexpr (i < count - 1) Field::slope(time[i], y[i], p_, task_.shared, k[i]);
+        });
+        for_each<count>([&](auto reversed) {
+            constexpr int i = count - 1 - decltype(reversed)::value;
+            V(&g)[n] = k_[i];  // which was needed for the later stages alone
+            for (int c = 0; c < n; ++c) {
+                V sum = Method::b[i] != 0 ? K(Method::b[i]) * g_[c] : K(0);
+                if constexpr (inside) sum += slopes_[i][c];
+                sum += Sum::template of<typename Sum::template Later<i, count>>([&](int j) { return pulled[j][c]; });
+                g[c] = step * sum;
+            }
+            Field::pull(time[i], y[i], p_, task_.shared, g, pulled[i], by_sample_, shared_);
+        });
+        for (int c = 0; c < n; ++c) {
+            if constexpr (inside) g_[c] += inside_[c];
+            for (int i = count - 1; i >= 0; --i) g_[c] += pulled[i][c];
+        }
+    }
+
+    void finish(int l) {
+        const Lane& lane = lane_[l];
+        const int64_t sample = lane.sample;
+        const bool has_failed = task_.outcomes[sample].failure != none;
+        const T* const first = cotangent(0, sample);
+        for (int c = 0; c < n; ++c) cotangents_.y0[sample * n + c] = has_failed ? 0 : g_[c][l] + first[c];
+        if (cotangents_.by_sample)
+            for (int i = 0; i < Field::n_by_sample; ++i)
+                cotangents_.by_sample[sample * Field::n_by_sample + i] = by_sample_[i][l];
+        double* const shared = cotangents_.shared + chunk_ * Field::n_learnt;
+        for (int i = 0; i < Field::n_learnt; ++i) {
+            shared[i] += double(shared_[i][l]);
+            shared_[i][l] = 0;
+        }
+        int64_t& most = cotangents_.most_slopes[chunk_];
+        if (lane.n_slopes > most) most = lane.n_slopes;
+    }
+
+    const Task& task_;
+    const Record& record_;
+    const Cotangents& cotangents_;
+    int64_t chunk_ = 0, next_ = 0, last_ = 0;
+    Lane lane_[kLanes];
+    R t_{}, h_{}, t_next_{};
+    M is_inside_{};
+    V y_[n], p_[n_by_sample]{}, g_[n]{}, inside_[n]{}, slopes_[s][n]{}, by_sample_[n_by_sample]{}, shared_[n_shared];
+    V stages_[s][n], k_[s][n], pulled_[s][n];  // of the step at hand
+};
+
+}  // namespace aca

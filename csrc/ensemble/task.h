@@ -1,0 +1,124 @@
+// A solve of a batch as Python describes it, the sums of a step with the weights of a method, and norms.
+#pragma once
+#include <utility>
+
+#include "control/step_control.h"
+#include "ensemble/lanes.h"
+#include "ensemble/record.h"
+
+namespace aca {
+
+constexpr int kChunk = 32 * kLanes;  // samples that lanes share; fixed, so that sums over samples have one order
+
+enum Failure : int64_t { none, step_limit, step_size, not_finite, state_not_finite, slope_not_finite, no_tolerance };
+
+// Counts of a sample, and where it stopped if it failed.
+struct Outcome {
+    int64_t n_steps, n_accepted, failure;
+    double t, h, ratio;
+};
+
+// Arrays have a row for each sample; outputs and their cotangents a batch for each time.
+struct Task {
+    Controller controller;
+    double first_step;                                      // 0: by Hairer's rule
+    int64_t max_num_steps, n_samples, n_times, times_step;  // times_step: from one sample to the next, 0 for one row
+    const double* times;
+    double rtol, atol;
+    const T *rtol_each, *atol_each;  // null: the numbers count
+    int64_t forbids_error;           // some tolerance is zero
+    const T *y0, *by_sample, *shared;
+    T* outputs;
+    Outcome* outcomes;
+};
+
+struct Cotangents {
+    const T* outputs;
+    T *y0, *by_sample;     // null: not wanted
+    double* shared;        // a row for each chunk
+    int64_t* most_slopes;  // that a sample of the chunk needed
+};
+
+template <int... i, typename F>
+inline void for_each_of(std::integer_sequence<int, i...>, F f) {
+    (f(std::integral_constant<int, i>()), ...);
+}
+
+// Calls f with 0, 1, ..., n - 1 as constants.
+template <int n, typename F>
+inline void for_each(F f) {
+    for_each_of(std::make_integer_sequence<int, n>(), f);
+}
+
+// Weighted sums of the slopes of a step, without those whose weight is zero.
+template <typename Method>
+struct Sums {
+    static constexpr int s = Method::stages;
+
+    template <int i>
+    struct Stage {
+        static constexpr double weight(int j) { return j < i ? Method::a[i][j] : 0; }
+    };
+    struct Solution {
+        static constexpr double weight(int j) { return Method::b[j]; }
+    };
+    struct Error {  // but for the slope at the solution, which comes last
+        static constexpr double weight(int j) { return j < s - Method::fsal ? Method::error[j] : 0; }
+    };
+    template <int i, int count>
+    struct Later {  // stages after number i, each with its weight of slope i
+        static constexpr double weight(int j) { return j > i && j < count ? Method::a[j][i] : 0; }
+    };
+
+    template <typename Weights, typename Term>
+    static V of(Term term) {
+        V sum = K(0);
+        for_each<s>([&](auto j) {
+            constexpr double w = Weights::weight(j);
+            if constexpr (w != 0) sum = is_first<Weights>(j) ? K(w) * term(j) : fma(K(w), term(j), sum);
+        });
+        return sum;
+    }
+
+  private:
+    template <typename Weights>
+    static constexpr bool is_first(int i) {
+        for (int j = 0; j < i; ++j)
+            if (Weights::weight(j) != 0) return false;
+        return true;
+    }
+};
+
+// b_i(theta)
+template <typename Method>
+inline double dense_weight(int i, double theta) {
+    double w = 0;
+    for (int p = 0; p < Method::degree; ++p) w = (w + Method::dense[i][p]) * theta;
+    return w;
+}
+
+// Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
+template <typename Field>
+inline R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {
+    R sums[Field::segments], norm;
+    int sizes[Field::segments];
+    for (int i = 0; i < Field::segments; ++i) {
+        sums[i] = R{};
+        sizes[i] = Field::bounds[i + 1] - Field::bounds[i];
+        for (int c = Field::bounds[i]; c < Field::bounds[i + 1]; ++c) {
+            const V before = magnitude(y0[c]), after = magnitude(y1[c]);
+            const V scale = fma(tolerance[c], select(before < after, after, before), tolerance[Field::n + c]);
+            const V ratio = x[c] / select(x[c] == K(0), K(1), scale);
+            const R r = __builtin_convertvector(ratio, R), wrong = __builtin_convertvector(y1[c] - y1[c], R);
+            sums[i] += r * r + wrong;
+        }
+    }
+    for (int l = 0; l < kLanes; ++l) {
+        double of_lane[Field::segments];
+        for (int i = 0; i < Field::segments; ++i) of_lane[i] = sums[i][l];
+        norm[l] = control::norm_of_sums(of_lane, sizes, Field::segments);
+    }
+    return norm;
+}
+
+}  // namespace aca

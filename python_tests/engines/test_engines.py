@@ -56,8 +56,10 @@ def test_others_name_the_argument_that_they_do_not_take(name: str, what: str) ->
     assert str(caught.value) == obstacle
 
 
-@pytest.mark.parametrize("name", NOT_EAGER)
-@pytest.mark.parametrize("options", [{"batch": "independent"}, {"on_step_limit": "stop"}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("graph", {"batch": "independent"}), *((name, {"on_step_limit": "stop"}) for name in NOT_EAGER)],
+)
 def test_others_name_the_options(name: str, options: dict[str, Any]) -> None:
     obstacle = ENGINES[name].obstacle(Request(problem(**options)))
     assert obstacle is not None

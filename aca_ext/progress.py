@@ -19,6 +19,7 @@ class Step(NamedTuple):
         h: size of the step, with the sign of its direction.
         error_ratio: error in units of the tolerance, accepted where at most 1; NaN on a fixed grid.
         is_accepted: whether the step became part of the solution.
+        y: the state at ``t``, like y0 and without a graph. Not to be changed in place.
     """
 
     t: Any
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     n_accepted: Any
     n_rejected: Any
     n_f_evals: int
+    y: Any = None
 
 
 Callback = Callable[[Step], object]

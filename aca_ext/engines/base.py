@@ -99,7 +99,8 @@ def obstacle_but_to_eager(engine: str, request: Request) -> str | None:
         ("progress", request.progress),
         ("callback", request.callback is not None),
         ("events", len(problem.events) > 0),
-        ("options", request.is_batch or problem.stops_at_limit),
+        ("options", request.is_batch or problem.stops_at_limit or problem.accepts_min_step),
+        ("options", problem.interp is not None or (problem.grid is not None and len(problem.jumps) > 0)),
     )
     for name, is_given in given:
         if is_given:

@@ -6,7 +6,8 @@ to the tolerances of both at best. Kept as the baseline that the ACA paper compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +19,18 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import check_cotangent
 from aca_ext.kernels.fused import operations_for
-from aca_ext.problem.problem import problem_of
+from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.state import Packing, tensors_in
 from aca_ext.solver.loop import Solver
 from aca_ext.vector_field.field import AutocastState, VectorField
 from aca_ext.vector_field.replay import Replay
 
 
-def solve(task: Task) -> Result:
+def solve(task: Task, forward: Callable[[Task, Tensor | None], Result] = solve_without_graph) -> Result:
+    """The solve by ``forward``, which takes the first slope too, with the graph of the backward solve."""
     first = FirstEvaluation(task)
     with first.watch():
-        solved = solve_without_graph(task, first.k)
+        solved = forward(task, first.k)
     first.settle()
     params = [*first.params, *first.found]
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
@@ -107,9 +110,12 @@ def _interval(
         return k.detach(), minus_a_fy, flat
 
     how = task.adjoint
-    options = dict(how.options)
+    options: dict[str, Any] = dict(how.options)
+    on_step = options.pop("callback", None)
     if options.get("norm") == "seminorm":  # the parameters' gradients do not steer the steps (Kidger et al., 2021)
         options["norm"] = lambda state: max(part.square().mean().sqrt() for part in state[:2])
+    elif callable(options.get("norm")):
+        options["norm"] = _norm_of_parts(options["norm"], task.problem.packing, replay.inputs)
     problem = problem_of(
         augmented,
         (y.contiguous(), a.contiguous(), grads),
@@ -120,19 +126,39 @@ def _interval(
         options=options,
         args=(),
     )
-    ops = operations_for(problem.y0, problem.tolerance)
-    field = VectorField(augmented, (), problem.packing, ops)
-    start = problem.y0.detach()
+    problem = problem if on_step is None else replace(problem, on_step=on_step)
+    solve_backward = how.solve or _last_output
     try:
         with torch.no_grad():
-            k0 = Task(problem, field, (), how).first_slope(start)
-            end = Solver(problem, field, ops, k0=k0).run(start)[-1]
+            end = solve_backward(problem)
     except SolveError as error:
         what = str(error) if torch.isfinite(a).all() else "the gradient of the solution holds NaN or infinity."
         error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {what}',)
         raise
     _, a_end, grads_end = problem.packing.unpack(end)
     return a_end, grads_end
+
+
+def _last_output(problem: Problem) -> Tensor:
+    """The state at the end of a solve without a graph."""
+    ops = operations_for(problem.y0, problem.tolerance)
+    field = VectorField(problem.func, (), problem.packing, ops)
+    start = problem.y0.detach()
+    k0 = field.first(problem.start_time(start), start, None)
+    return Solver(problem, field, ops, k0=k0).run(start)[-1]
+
+
+def _norm_of_parts(
+    norm: Callable[[tuple[Tensor, ...]], Any], packing: Packing, inputs: Sequence[Tensor]
+) -> Callable[[tuple[Tensor, ...]], Any]:
+    """The user's norm of (t, \\*y, \\*a, \\*gradients), as torchdiffeq gives it; t has no part in the error."""
+
+    def of_state(state: tuple[Tensor, ...]) -> Any:
+        y, a, flat = state
+        parts = [part for x in (y, a) for part in tensors_in(packing.unpack(x))]
+        return norm((y.new_zeros(()), *parts, *_unflatten(flat, inputs)))
+
+    return of_state
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -17,10 +17,20 @@ from aca_ext.problem.arguments import lookup, number_in
 from aca_ext.problem.state import Packing
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
+_ALL_FIXED_OPTIONS = (*FIXED_OPTIONS, "interp", "perturb")
 _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
-_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit")
+_ADAPTIVE_OPTIONS = (
+    *_CONTROLLER_OPTIONS,
+    "max_num_steps",
+    "step_t",
+    "jump_t",
+    "norm",
+    "batch",
+    "on_step_limit",
+    "on_min_step",
+)
 _ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
 DEFAULT_MAX_NUM_STEPS = 100_000
 
@@ -29,7 +39,7 @@ Options = Mapping[str, Any]
 
 def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None:
     """Raises UnknownNameError where a name is no option, or none of the steps that the others ask for."""
-    allowed = (*FIXED_OPTIONS,) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+    allowed = _ALL_FIXED_OPTIONS if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
     for name in given:
         if name in allowed:
             continue
@@ -37,8 +47,10 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
             why = "has no error estimate" if not tableau.adaptive else "was given step_size or grid_constructor"
             raise UnknownNameError(
                 f"option {name!r} belongs to adaptive steps, but method {tableau.name!r} {why}: its steps are fixed. "
-                f"Fixed steps take {', '.join(FIXED_OPTIONS)}."
+                f"Fixed steps take {', '.join(_ALL_FIXED_OPTIONS)}."
             )
+        if name in _ALL_FIXED_OPTIONS:
+            raise UnknownNameError(f"option {name!r} belongs to fixed steps; give step_size too, or leave it out.")
         if name in _ARGUMENTS:
             raise UnknownNameError(f"{name!r} is no option but an argument of its own: give {name}=... beside options.")
         lookup(f"option of method {tableau.name!r}", name, allowed)
@@ -125,9 +137,33 @@ def stops_at_limit(value: object) -> bool:
     return value == "stop"
 
 
+def accepts_min_step(value: object) -> bool:
+    """Tells whether a step of ``min_step`` is accepted whatever its error."""
+    if value not in (None, "raise", "accept"):
+        raise OptionError(
+            f'option on_min_step is {value!r}; it is "raise" (StepSizeError where less than min_step would be needed, '
+            'the default) or "accept" (a step of min_step is accepted whatever its error).'
+        )
+    return value == "accept"
+
+
+def interpolation_of(value: object) -> str | None:
+    """The interpolation between the nodes of a fixed grid; None where all requested times are nodes."""
+    if value is not None:
+        lookup("interp", value, ("linear", "cubic"))
+    return None if value is None else str(value)
+
+
+def is_perturbed(value: object) -> bool:
+    """Tells whether the stages at the ends of a fixed step see the next number inside the step."""
+    if value not in (None, True, False):
+        raise OptionError(f"option perturb is {value!r}; it is True or False.")
+    return bool(value)
+
+
 def option_names() -> tuple[str, ...]:
     """All that ``options`` may hold, of one method or another."""
-    return (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS)
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

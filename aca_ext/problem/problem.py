@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -20,9 +21,12 @@ from aca_ext.problem.grid import grid_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
+    accepts_min_step,
     check_option_names,
     controller_of,
     inner_times,
+    interpolation_of,
+    is_perturbed,
     max_num_steps_of,
     norm_of,
     stops_at_limit,
@@ -49,12 +53,15 @@ class Problem:
         y0: the packed initial state, one dense real tensor, with its graph.
         times: the requested times, strictly monotonic; the first is the start.
         controller: chooses the steps, or None where ``grid`` holds them.
-        grid: nodes of a fixed grid that contains ``times``.
+        grid: nodes of a fixed grid that contains ``times``, or their ends at least if ``interp`` is given.
         stops: further times that an adaptive step must land on.
-        jumps: those of them where func jumps, so that the slope after them is evaluated anew.
+        jumps: those of them where func jumps, so that the slope after them is evaluated anew; on a perturbed fixed grid
+            all of its nodes.
         max_num_steps: trial steps before an adaptive solve gives up.
         stops_at_limit: it stops there instead, to be resumed.
         resumed: where it goes on, if it does.
+        accepts_min_step: a step of ``min_step`` is accepted whatever its error.
+        interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
         on_step: called after every trial step.
         events: conditions whose sign changes are looked for.
         settings: the same object for problems that are known to differ in func, args and the values of y0 alone.
@@ -73,6 +80,8 @@ class Problem:
     jumps: frozenset[float]
     max_num_steps: int
     stops_at_limit: bool = False
+    accepts_min_step: bool = False
+    interp: str | None = None
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
@@ -99,7 +108,10 @@ class Problem:
 
     def start_time(self, like: Tensor) -> Tensor:
         """The first time as func receives it."""
-        return torch.full((), self.times[0], dtype=like.dtype, device=like.device)
+        start = torch.full((), self.times[0], dtype=like.dtype, device=like.device)
+        if self.grid is None or self.times[0] not in self.jumps:
+            return start
+        return torch.nextafter(start, torch.full_like(start, self.times[-1]))
 
     def spread_times(self, t: Tensor) -> Tensor:
         """The times ``t`` as func receives them, one after the other in the first dimension; differentiable."""
@@ -114,6 +126,7 @@ class Problem:
 
 _MAX_KNOWN = 64
 _LONGEST_KNOWN_GRID = 10_000
+_PLAIN_OPTIONS = ("interp", "perturb")  # besides numbers
 _known: dict[tuple[Any, ...] | None, Problem] = {}  # problems checked before, without their func, args and y0
 
 
@@ -181,12 +194,15 @@ def _nothing() -> Tensor:
     raise AssertionError("stands where func was")
 
 
-def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
-    """The options where they are numbers and nothing else."""
+def _numbers_in(options: object) -> tuple[tuple[Any, Any], ...] | None:
+    """The options where they are numbers, or those of a fixed grid, and nothing else."""
     if not options:
         return ()
-    if type(options) is not dict or any(type(value) not in (int, float) for value in options.values()):
+    if type(options) is not dict:
         return None
+    for name, value in options.items():
+        if type(value) not in (int, float) and not (name in _PLAIN_OPTIONS and type(value) in (str, bool)):
+            return None
     return tuple(options.items())
 
 
@@ -223,20 +239,25 @@ def checked_problem(
         check_within_reach(tolerance, packed.dtype)
     stops = () if is_fixed else inner_times("step_t", given.get("step_t"), times)
     jumps = () if is_fixed else inner_times("jump_t", given.get("jump_t"), times)
+    interp = interpolation_of(given.get("interp"))
+    grid = grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None
+    perturbed = grid if grid is not None and is_perturbed(given.get("perturb")) else ()
     return Problem(
         func=func,
         args=_args(args),
         y0=packed,
         packing=packing,
         times=times,
-        tableau=tableau,
+        tableau=tableau if interp is None else _with_interpolation(tableau, interp),
         tolerance=tolerance,
         controller=None if is_fixed else controller_of(given, tableau),
-        grid=grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None,
+        grid=grid,
         stops=tuple(sorted({*stops, *jumps}, reverse=times[-1] < times[0])),
-        jumps=frozenset(jumps),
+        jumps=frozenset((*jumps, *perturbed)),
         max_num_steps=max_num_steps_of(given.get("max_num_steps")),
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
+        accepts_min_step=accepts_min_step(given.get("on_min_step")),
+        interp=interp,
     )
 
 
@@ -245,6 +266,11 @@ def _tableau(method: object) -> Tableau:
         return METHODS["dopri5"]
     name = lookup("method", method, [*METHODS, *ALIASES])
     return METHODS[ALIASES.get(name, name)]
+
+
+@cache
+def _with_interpolation(tableau: Tableau, interp: str) -> Tableau:
+    return tableau.with_linear_output() if interp == "linear" else tableau.with_hermite_output()
 
 
 def _args(args: object) -> tuple[Any, ...]:

@@ -67,17 +67,18 @@ class EventSearch:
         self._events, self._packing, self._scalar = events, packing, scalar
         self._signs: list[Array] = []  # of each element of each event, as last seen; 0 where it is not known yet
 
-    def start(self, t: float, y: Tensor, slope: Tensor | None, length: float) -> None:
-        """Looks up the signs at the start of a solve, which has the slope ``slope`` and takes the time ``length``.
+    def start(self, t: float, y: Tensor, slope: Tensor | None, reach: float) -> None:
+        """Looks up the signs at the start of a solve, which has the slope ``slope``.
 
-        On the surface, the sign is that of the side to which the solution goes.
+        On the surface, the sign is that of the side to which the solution goes; ``reach`` is the time over which
+        rounding may have moved the start off it.
         """
         for i, event in enumerate(self._events):
             values = self._values(i, t, y)
             signs = np.sign(values)
             for j in range(len(values)):
                 rate, scale = change_along(event, j, self._scalar(t), y, slope, self._packing)
-                rounding = torch.finfo(y.dtype).eps * (scale + abs(rate) * length)
+                rounding = torch.finfo(y.dtype).eps * (scale + abs(rate) * reach)
                 if abs(values[j]) <= _ON_SURFACE * rounding:
                     signs[j] = np.sign(rate)
             self._signs.append(signs)

@@ -22,15 +22,8 @@ _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
 _ADAPTIVE_OPTIONS = (
-    *_CONTROLLER_OPTIONS,
-    "max_num_steps",
-    "step_t",
-    "jump_t",
-    "norm",
-    "batch",
-    "on_step_limit",
-    "on_min_step",
-)
+    *_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit", "on_min_step",
+)  # fmt: skip
 _ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
 DEFAULT_MAX_NUM_STEPS = 100_000
 

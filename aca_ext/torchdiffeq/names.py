@@ -24,8 +24,12 @@ def checked_method(method: object) -> str:
         return "dopri5"
     if isinstance(method, str) and method in SOLVERS:
         return method
-    missing = " Implicit and Adams methods are not available yet." if is_implicit(method) or method == "gl4" else ""
+    missing = " Implicit and Adams methods are not available yet." if _is_missing(method) else ""
     raise UnknownNameError(f"unknown method {method!r}; there are {', '.join(SOLVERS)}.{missing}")
+
+
+def _is_missing(method: object) -> bool:
+    return is_implicit(method) or method in ("trapezoid", "gl4", "gl6")
 
 
 def kind_of(method: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from aca_ext.problem.state import State
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.solver.loop import Stats
 from aca_ext.torchdiffeq.names import SCIPY
+from aca_ext.torchdiffeq.translation import Call
 from aca_ext.vector_field.field import VectorField
-
-if TYPE_CHECKING:
-    from aca_ext.torchdiffeq.translation import Call
 
 Options = Mapping[str, Any]
 

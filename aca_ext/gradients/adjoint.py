@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from aca_ext.gradients.passes import check_cotangent
 from aca_ext.kernels.fused import operations_for
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.state import Packing, tensors_in
+from aca_ext.progress import Callback
 from aca_ext.solver.loop import Solver
 from aca_ext.vector_field.field import AutocastState, VectorField
 from aca_ext.vector_field.replay import Replay
@@ -109,13 +111,16 @@ def _interval(
         flat = torch.cat([_flat(g).to(y_t.dtype) for g in rest]) if rest else y_t.new_zeros(0)
         return k.detach(), minus_a_fy, flat
 
+    def parts_of(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _parts_of(state, task.problem.packing, replay.inputs)
+
     how = task.adjoint
     options: dict[str, Any] = dict(how.options)
-    on_step = options.pop("callback", None)
+    on_step: Callback | None = options.pop("callback", None)
     if options.get("norm") == "seminorm":  # the parameters' gradients do not steer the steps (Kidger et al., 2021)
         options["norm"] = lambda state: max(part.square().mean().sqrt() for part in state[:2])
     elif callable(options.get("norm")):
-        options["norm"] = _norm_of_parts(options["norm"], task.problem.packing, replay.inputs)
+        options["norm"] = partial(_norm_of_parts, options["norm"], parts_of)
     problem = problem_of(
         augmented,
         (y.contiguous(), a.contiguous(), grads),
@@ -126,7 +131,8 @@ def _interval(
         options=options,
         args=(),
     )
-    problem = problem if on_step is None else replace(problem, on_step=on_step)
+    if on_step is not None:
+        problem = replace(problem, on_step=lambda step: on_step(step._replace(y=parts_of(step.y))))
     solve_backward = how.solve or _last_output
     try:
         with torch.no_grad():
@@ -148,17 +154,15 @@ def _last_output(problem: Problem) -> Tensor:
     return Solver(problem, field, ops, k0=k0).run(start)[-1]
 
 
-def _norm_of_parts(
-    norm: Callable[[tuple[Tensor, ...]], Any], packing: Packing, inputs: Sequence[Tensor]
-) -> Callable[[tuple[Tensor, ...]], Any]:
-    """The user's norm of (t, \\*y, \\*a, \\*gradients), as torchdiffeq gives it; t has no part in the error."""
+def _norm_of_parts(norm: Callable[[Any], Any], parts_of: Callable[[Any], Any], state: tuple[Tensor, ...]) -> Any:
+    return norm(parts_of(state))
 
-    def of_state(state: tuple[Tensor, ...]) -> Any:
-        y, a, flat = state
-        parts = [part for x in (y, a) for part in tensors_in(packing.unpack(x))]
-        return norm((y.new_zeros(()), *parts, *_unflatten(flat, inputs)))
 
-    return of_state
+def _parts_of(state: tuple[Tensor, ...], packing: Packing, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The augmented state as torchdiffeq has it: (t, \\*y, \\*a, \\*gradients). The part of t is zero here."""
+    y, a, flat = state
+    parts = [part for x in (y, a) for part in tensors_in(packing.unpack(x))]
+    return y.new_zeros(()), *parts, *_unflatten(flat, inputs)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from aca_ext.solver.runge_kutta import (
 )
 from aca_ext.vector_field.field import RandomState, VectorField
 
-_STEPS_BEFORE = 1024.0  # the step before a start on a surface, in first steps after it, is at most this long
+_STEPS_BEFORE = 16.0  # the step before a start on a surface, in first steps after it
 AnyStepControl = Any  # StepControl, or its C++ counterpart
 
 

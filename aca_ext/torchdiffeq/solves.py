@@ -81,17 +81,19 @@ def odeint_adjoint(
             "adjoint_options too, adjoint_options={} for none."
         )
     call = Call.of(func, y0, t, rtol, atol, method, options)
-    known = list(func.parameters()) if isinstance(func, nn.Module) else params or ()
-    call = replace(call, y0=_anchored(call.y0, known))
+    call = replace(call, y0=_anchored(call.y0, _parameters_of(func) if params is None else params))
     if event_fn is not None:
         return _until_event(call, event_fn, params=params)
     backward_method = call.method if adjoint_method is None else checked_method(adjoint_method)
+    backward_options = _backward_options(func, call, backward_method, options, adjoint_options, params)
+    if params is None and (callable(backward_options.get("norm")) or "callback" in backward_options):
+        params = _parameters_of(func)  # which these see, in this order
     how: dict[str, Any] = {
         "params": params,
         "adjoint_rtol": _backward_tolerance(call.rtol if adjoint_rtol is None else adjoint_rtol, call.y0),
         "adjoint_atol": _backward_tolerance(call.atol if adjoint_atol is None else adjoint_atol, call.y0),
         "adjoint_method": backward_method,
-        "adjoint_options": _backward_options(func, call, backward_method, options, adjoint_options, params),
+        "adjoint_options": backward_options,
     }
     if SCIPY in (call.method, backward_method):
         return adjoint_with_scipy(call, **how)
@@ -162,6 +164,10 @@ def _checked_params(func: Any, given: Any) -> tuple[Tensor, ...] | None:
             "none."
         )
     return None
+
+
+def _parameters_of(func: Any) -> tuple[Tensor, ...]:
+    return tuple(func.parameters())
 
 
 def _backward_tolerance(given: Any, y0: State) -> Any:

@@ -24,6 +24,7 @@ class Step(NamedTuple):
         n_accepted: accepted trial steps so far [int; int64].
         n_rejected: rejected trial steps so far [int; int64].
         n_f_evals: evaluations of func so far; of independent samples each is of the whole batch [int; int].
+        y: state at ``t``, like y0, without an autograd graph; must not be changed in place.
     """
 
     t: Any
@@ -35,6 +36,7 @@ class Step(NamedTuple):
     n_accepted: Any
     n_rejected: Any
     n_f_evals: int
+    y: Any = None
 
 
 Callback = Callable[[Step], object]

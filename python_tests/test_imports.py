@@ -28,6 +28,7 @@ ORDER = (
     "engines",
     "odeint",
     "neural_ode",
+    "torchdiffeq",
     "tensor_memory",
     "demo",
     "__main__",

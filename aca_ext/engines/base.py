@@ -110,5 +110,7 @@ def _for_eager(request: Request, takes_batches: bool) -> str | None:
         return "callback"
     if request.problem.events:
         return "events"
-    is_batch = request.is_batch and not takes_batches
-    return "options" if request.problem.stops_at_limit or is_batch else None
+    problem, is_batch = request.problem, request.is_batch and not takes_batches
+    if problem.stops_at_limit or problem.accepts_min_step or problem.interp is not None or is_batch:
+        return "options"
+    return "options" if problem.grid is not None and problem.jumps else None

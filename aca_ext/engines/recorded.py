@@ -54,6 +54,8 @@ def solve_recorded(
             'the solve fixed, with options={"step_size": h} or a method such as "rk4", or record func alone and solve '
             "outside."
         )
+    if problem.interp is not None or problem.jumps:
+        raise ArgumentValueError(f"{by} records no solve with option interp or perturb; leave them out.")
     ys, record = _solution_on(problem.grid, problem)
     stats = Stats(n_steps=len(record.steps), n_accepted=len(record.steps), backend=TorchOperations.backend)
     with _quiet():

@@ -6,7 +6,9 @@ to the tolerances of both at best. Kept as the baseline that the ACA paper compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +20,19 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import check_cotangent
 from aca_ext.kernels.fused import operations_for
-from aca_ext.problem.problem import problem_of
+from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.state import Packing, tensors_in
+from aca_ext.progress import Callback
 from aca_ext.solver.loop import Solver
 from aca_ext.vector_field.field import AutocastState, VectorField
 from aca_ext.vector_field.replay import Replay
 
 
-def solve(task: Task) -> Result:
+def solve(task: Task, forward: Callable[[Task, Tensor | None], Result] = solve_without_graph) -> Result:
+    """The solve by ``forward``, which takes the first slope too, with the graph of the backward solve."""
     first = FirstEvaluation(task)
     with first.watch():
-        solved = solve_without_graph(task, first.k)
+        solved = forward(task, first.k)
     first.settle()
     params = [*first.params, *first.found]
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
@@ -106,10 +111,16 @@ def _interval(
         flat = torch.cat([_flat(g).to(y_t.dtype) for g in rest]) if rest else y_t.new_zeros(0)
         return k.detach(), minus_a_fy, flat
 
+    def parts_of(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _parts_of(state, task.problem.packing, replay.inputs)
+
     how = task.adjoint
-    options = dict(how.options)
+    options: dict[str, Any] = dict(how.options)
+    on_step: Callback | None = options.pop("callback", None)
     if options.get("norm") == "seminorm":  # the parameters' gradients do not steer the steps (Kidger et al., 2021)
         options["norm"] = lambda state: max(part.square().mean().sqrt() for part in state[:2])
+    elif callable(options.get("norm")):
+        options["norm"] = partial(_norm_of_parts, options["norm"], parts_of)
     problem = problem_of(
         augmented,
         (y.contiguous(), a.contiguous(), grads),
@@ -120,19 +131,38 @@ def _interval(
         options=options,
         args=(),
     )
-    ops = operations_for(problem.y0, problem.tolerance)
-    field = VectorField(augmented, (), problem.packing, ops)
-    start = problem.y0.detach()
+    if on_step is not None:
+        problem = replace(problem, on_step=lambda step: on_step(step._replace(y=parts_of(step.y))))
+    solve_backward = how.solve or _last_output
     try:
         with torch.no_grad():
-            k0 = Task(problem, field, (), how).first_slope(start)
-            end = Solver(problem, field, ops, k0=k0).run(start)[-1]
+            end = solve_backward(problem)
     except SolveError as error:
         what = str(error) if torch.isfinite(a).all() else "the gradient of the solution holds NaN or infinity."
         error.args = (f'In the backward solve of gradient="adjoint" ("aca" needs none): {what}',)
         raise
     _, a_end, grads_end = problem.packing.unpack(end)
     return a_end, grads_end
+
+
+def _last_output(problem: Problem) -> Tensor:
+    """The state at the end of a solve without a graph."""
+    ops = operations_for(problem.y0, problem.tolerance)
+    field = VectorField(problem.func, (), problem.packing, ops)
+    start = problem.y0.detach()
+    k0 = field.first(problem.start_time(start), start, None)
+    return Solver(problem, field, ops, k0=k0).run(start)[-1]
+
+
+def _norm_of_parts(norm: Callable[[Any], Any], parts_of: Callable[[Any], Any], state: tuple[Tensor, ...]) -> Any:
+    return norm(parts_of(state))
+
+
+def _parts_of(state: tuple[Tensor, ...], packing: Packing, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The augmented state as torchdiffeq has it: (t, \\*y, \\*a, \\*gradients). The part of t is zero here."""
+    y, a, flat = state
+    parts = [part for x in (y, a) for part in tensors_in(packing.unpack(x))]
+    return y.new_zeros(()), *parts, *_unflatten(flat, inputs)
 
 
 def _flat(x: Tensor) -> Tensor:

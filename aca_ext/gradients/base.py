@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,12 +49,17 @@ class Task:
 
 @dataclass(frozen=True)
 class AdjointOptions:
-    """Tolerances, method and options of the backward solve."""
+    """Tolerances, method and options of the backward solve.
+
+    Attributes:
+        solve: returns the packed state at the end of a problem, in place of the solver of this package.
+    """
 
     rtol: float | Tensor
     atol: float | Tensor
     method: str | None
     options: dict[str, object]
+    solve: Callable[[Problem], Tensor] | None = None
 
 
 class Record(Protocol):

@@ -217,6 +217,10 @@ class Tableau:
             weights.append(weight)
         return weights
 
+    def with_linear_output(self) -> Tableau:
+        """The same method with the straight line between the ends of a step as dense output."""
+        return replace(self, dense=tuple((weight,) for weight in self.b), dense_order=1)
+
     def with_hermite_output(self) -> Tableau:
         """The same method with cubic Hermite interpolation as dense output, of order 3 at most.
 

@@ -21,7 +21,7 @@ from aca_ext.problem.tolerance import Tolerance
 
 Array = NDArray[np.float64]
 
-_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit")
+_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit", "on_min_step")
 
 
 def is_independent(options: object) -> bool:

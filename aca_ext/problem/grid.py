@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +18,7 @@ from aca_ext.problem.times import resolution_of, times_of
 
 
 def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], resolution: float) -> tuple[float, ...]:
-    """The nodes of the grid; every one of the requested ``times`` is a node.
+    """The nodes of the grid, with every requested time among them unless option interp is given.
 
     ``resolution`` is the relative spacing of the dtype in which ``times`` were given. A remainder below it is rounding
     and does not become a step of its own.
@@ -27,8 +29,9 @@ def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], reso
     step_size, constructor = given.get("step_size"), given.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise OptionError("options step_size and grid_constructor are both given; give only one of them.")
+    lands = given.get("interp") is None
     if constructor is not None:
-        return _constructed_grid(constructor, func, y0, times, resolution)
+        return _constructed_grid(constructor, func, y0, times, resolution, lands)
     if step_size is None:
         return times
     step = number_in(step_size)
@@ -36,9 +39,22 @@ def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], reso
         raise OptionError(f"option step_size is {step_size!r}; it must be positive and finite.")
     rounding = resolution * max(abs(times[0]), abs(times[-1]))
     nodes = [times[0]]
-    for start, end in pairwise(times):
+    for start, end in pairwise(times if lands or len(times) == 1 else (times[0], times[-1])):
         nodes += _nodes_between(start, end, step, rounding, resolution_of(step_size) / 2)
-    return tuple(nodes)
+    return tuple(nodes) if lands else _moved_to_times(nodes, times, rounding)
+
+
+def _moved_to_times(nodes: Sequence[float], times: Sequence[float], rounding: float) -> tuple[float, ...]:
+    """The nodes, those within rounding of a requested time moved there."""
+    sign = -1.0 if times[-1] < times[0] else 1.0
+    moved = [sign * node for node in nodes]
+    for time in (sign * time for time in times):
+        i = bisect_left(moved, time)
+        for j in (i - 1, i):
+            if 0 <= j < len(moved) and abs(moved[j] - time) <= rounding:
+                moved[j] = time
+                break
+    return tuple(sign * node for node in moved)
 
 
 def _nodes_between(start: float, end: float, step: float, rounding: float, step_rounding: float) -> list[float]:
@@ -57,9 +73,9 @@ def _nodes_between(start: float, end: float, step: float, rounding: float, step_
 
 
 def _constructed_grid(
-    constructor: Any, func: Any, y0: State, times: tuple[float, ...], resolution: float
+    constructor: Any, func: Any, y0: State, times: tuple[float, ...], resolution: float, lands: bool
 ) -> tuple[float, ...]:
-    """The grid of ``constructor``, with the requested times added to its nodes."""
+    """The grid of ``constructor``, with the requested times among its nodes if the solve ``lands`` on them."""
     if not callable(constructor):
         raise OptionError(
             f"option grid_constructor is of type {type(constructor).__name__}; give a function of (func, y0, t) that "
@@ -80,5 +96,7 @@ def _constructed_grid(
     # A node within rounding of a requested time is that time, unless the nodes are closer to one another than that.
     closest = min((abs(other - one) for one, other in pairwise(nodes)), default=0.0)
     near = max(1e-12 * reach, min(rounding, closest / 2))
+    if not lands:
+        return _moved_to_times([times[0], *nodes[1:-1], times[-1]], times, near)
     apart = [n for n in nodes if min(abs(n - time) for time in times) > near]
     return tuple(sorted({*apart, *times}, reverse=times[-1] < times[0]))

@@ -17,11 +17,14 @@ from aca_ext.problem.arguments import lookup, number_in
 from aca_ext.problem.state import Packing
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
+_ALL_FIXED_OPTIONS = (*FIXED_OPTIONS, "interp", "perturb")
 _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
-_ADAPTIVE_OPTIONS = (*_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit",
-                     "on_failure")  # fmt: skip
+_ADAPTIVE_OPTIONS = (
+    *_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit", "on_failure",
+    "on_min_step",
+)  # fmt: skip
 _ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
 DEFAULT_MAX_NUM_STEPS = 100_000
 
@@ -30,7 +33,7 @@ Options = Mapping[str, Any]
 
 def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None:
     """Raises UnknownNameError if a name is no option, or an option of adaptive steps in a solve with fixed steps."""
-    allowed = (*FIXED_OPTIONS,) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+    allowed = _ALL_FIXED_OPTIONS if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
     for name in given:
         if name in allowed:
             continue
@@ -38,8 +41,10 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
             why = "has no error estimate" if not tableau.adaptive else "was given step_size or grid_constructor"
             raise UnknownNameError(
                 f"option {name!r} is for adaptive steps, but method {tableau.name!r} {why}, so its steps are fixed. "
-                f"Remove the option; fixed steps take {', '.join(FIXED_OPTIONS)}."
+                f"Remove the option; fixed steps take {', '.join(_ALL_FIXED_OPTIONS)}."
             )
+        if name in _ALL_FIXED_OPTIONS:
+            raise UnknownNameError(f"option {name!r} belongs to fixed steps; give step_size too, or leave it out.")
         if name in _ARGUMENTS:
             raise UnknownNameError(f"{name!r} is no option but an argument of its own: give {name}=... beside options.")
         lookup(f"option of method {tableau.name!r}", name, allowed)
@@ -147,9 +152,33 @@ def is_nan_on_failure(value: object) -> bool:
     return value == "nan"
 
 
+def accepts_min_step(value: object) -> bool:
+    """Tells whether a step of ``min_step`` is accepted whatever its error."""
+    if value not in (None, "raise", "accept"):
+        raise OptionError(
+            f'option on_min_step is {value!r}; it is "raise" (StepSizeError where less than min_step would be needed, '
+            'the default) or "accept" (a step of min_step is accepted whatever its error).'
+        )
+    return value == "accept"
+
+
+def interpolation_of(value: object) -> str | None:
+    """The interpolation between the nodes of a fixed grid; None where all requested times are nodes."""
+    if value is not None:
+        lookup("interp", value, ("linear", "cubic"))
+    return None if value is None else str(value)
+
+
+def is_perturbed(value: object) -> bool:
+    """Tells whether the stages at the ends of a fixed step see the next number inside the step."""
+    if value not in (None, True, False):
+        raise OptionError(f"option perturb is {value!r}; it is True or False.")
+    return bool(value)
+
+
 def option_names() -> tuple[str, ...]:
     """Names of all options, of adaptive and of fixed steps."""
-    return (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS)
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

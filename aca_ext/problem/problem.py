@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -20,10 +21,13 @@ from aca_ext.problem.grid import grid_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
+    accepts_min_step,
     check_option_names,
     controller_of,
     inner_times,
+    interpolation_of,
     is_nan_on_failure,
+    is_perturbed,
     max_num_steps_of,
     norm_of,
     stops_at_limit,
@@ -51,12 +55,15 @@ class Problem:
         packing: conversion between the user's state and the packed one.
         times: requested times, strictly monotonic; the first is the start.
         controller: controller of adaptive steps; None for fixed steps.
-        grid: nodes of fixed steps, which include ``times``; None for adaptive steps.
+        grid: nodes of fixed steps, which include ``times`` unless ``interp`` is given; None for adaptive steps.
         stops: times inside the solve at which an adaptive step must end (options step_t and jump_t), sorted.
-        jumps: the stops at which func jumps (option jump_t); the slope is evaluated again there.
+        jumps: the stops at which func jumps (option jump_t); the slope is evaluated again there. Of a perturbed
+            fixed grid, all of its nodes.
         max_num_steps: limit on the trial steps of an adaptive solve.
         stops_at_limit: at that limit, the solve returns what it reached instead of raising.
         resumed: state of the solver from which a resumed solve continues, else None.
+        accepts_min_step: a step of ``min_step`` is accepted whatever its error.
+        interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
         settings: shared by problems that differ only in func, args and the values of y0.
@@ -75,6 +82,8 @@ class Problem:
     jumps: frozenset[float]
     max_num_steps: int
     stops_at_limit: bool = False
+    accepts_min_step: bool = False
+    interp: str | None = None
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
@@ -101,7 +110,10 @@ class Problem:
 
     def start_time(self, like: Tensor) -> Tensor:
         """The first time as a tensor, as func receives it."""
-        return torch.full((), self.times[0], dtype=like.dtype, device=like.device)
+        start = torch.full((), self.times[0], dtype=like.dtype, device=like.device)
+        if self.grid is None or self.times[0] not in self.jumps:
+            return start
+        return torch.nextafter(start, torch.full_like(start, self.times[-1]))
 
     def spread_times(self, t: Tensor) -> Tensor:
         """The times ``t`` as func receives them, stacked along the first dimension; differentiable."""
@@ -116,6 +128,7 @@ class Problem:
 
 _MAX_KNOWN = 64
 _LONGEST_KNOWN_GRID = 10_000
+_PLAIN_OPTIONS = ("interp", "perturb")  # besides numbers
 _known: dict[tuple[Any, ...] | None, Problem] = {}  # cache of validated problems, without func, args and y0
 
 
@@ -185,12 +198,15 @@ def _nothing() -> Tensor:
     raise AssertionError("func of a cached problem was called; replace it with Problem.of")
 
 
-def _numbers_in(options: object) -> tuple[tuple[Any, float], ...] | None:
-    """The options as pairs if all values are plain numbers, else None."""
+def _numbers_in(options: object) -> tuple[tuple[Any, Any], ...] | None:
+    """The options as pairs if all values are plain numbers, or those of a fixed grid, else None."""
     if not options:
         return ()
-    if type(options) is not dict or any(type(value) not in (int, float) for value in options.values()):
+    if type(options) is not dict:
         return None
+    for name, value in options.items():
+        if type(value) not in (int, float) and not (name in _PLAIN_OPTIONS and type(value) in (str, bool)):
+            return None
     return tuple(options.items())
 
 
@@ -229,20 +245,25 @@ def checked_problem(
         check_within_reach(tolerance, packed.dtype)
     stops = () if is_fixed else inner_times("step_t", given.get("step_t"), times)
     jumps = () if is_fixed else inner_times("jump_t", given.get("jump_t"), times)
+    interp = interpolation_of(given.get("interp"))
+    grid = grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None
+    perturbed = grid if grid is not None and is_perturbed(given.get("perturb")) else ()
     return Problem(
         func=func,
         args=_args(args),
         y0=packed,
         packing=packing,
         times=times,
-        tableau=tableau,
+        tableau=tableau if interp is None else _with_interpolation(tableau, interp),
         tolerance=tolerance,
         controller=None if is_fixed else controller_of(given, tableau),
-        grid=grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None,
+        grid=grid,
         stops=tuple(sorted({*stops, *jumps}, reverse=times[-1] < times[0])),
-        jumps=frozenset(jumps),
+        jumps=frozenset((*jumps, *perturbed)),
         max_num_steps=max_num_steps_of(given.get("max_num_steps")),
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
+        accepts_min_step=accepts_min_step(given.get("on_min_step")),
+        interp=interp,
     )
 
 
@@ -251,6 +272,11 @@ def _tableau(method: object) -> Tableau:
         return METHODS["dopri5"]
     name = lookup("method", method, [*METHODS, *ALIASES])
     return METHODS[ALIASES.get(name, name)]
+
+
+@cache
+def _with_interpolation(tableau: Tableau, interp: str) -> Tableau:
+    return tableau.with_linear_output() if interp == "linear" else tableau.with_hermite_output()
 
 
 def _args(args: object) -> tuple[Any, ...]:

@@ -147,7 +147,7 @@ class BatchSolver:
             control.judge(error_norm(self.ops, self._scheme, y, steps, trial))
             accepted = control.is_accepted != 0
             rejected = active & ~accepted
-            self._report(t, h, accepted)
+            self._report(t, h, accepted, y)
             if accepted.any():
                 self._accept(accepted, t, y, h, t_next, trial)
             if rejected.any():
@@ -158,12 +158,13 @@ class BatchSolver:
             del trial
         return y
 
-    def _report(self, t: Array, h: Array, accepted: Mask) -> None:
+    def _report(self, t: Array, h: Array, accepted: Mask, y: Tensor) -> None:
         if self.problem.on_step is not None:
             control = self._control
             counts = control.n_steps, control.n_accepted, control.n_steps - control.n_accepted
             arrays = (t, control.t, h, control.ratio, accepted, *counts)
-            self.problem.on_step(Step._make((*(torch.from_numpy(x.copy()) for x in arrays), self.field.n_evals)))
+            found = (torch.from_numpy(x.copy()) for x in arrays)
+            self.problem.on_step(Step._make((*found, self.field.n_evals, self.problem.packing.unpack(y.detach()))))
 
     def _choose_first_steps(self, y: Tensor) -> None:
         """Chooses the first step of each sample by Hairer's rule; its evaluation is not part of the solution."""

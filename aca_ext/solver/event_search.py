@@ -68,17 +68,18 @@ class EventSearch:
         self._events, self._packing, self._scalar = events, packing, scalar
         self._signs: list[Array] = []  # last non-zero sign of each element of each event; 0 if unknown
 
-    def start(self, t: float, y: Tensor, slope: Tensor | None, length: float) -> None:
-        """Computes the signs at the start of a solve of this ``length``; ``slope`` is dy/dt there.
+    def start(self, t: float, y: Tensor, slope: Tensor | None, reach: float) -> None:
+        """Computes the signs at the start of a solve; ``slope`` is dy/dt there.
 
         At a zero of an event function, up to rounding, the sign is that of the side to which the solution goes.
+        ``reach`` is the time over which rounding may have moved the start off the zero.
         """
         for i, event in enumerate(self._events):
             values = self._values(i, t, y)
             signs = np.sign(values)
             for j in range(len(values)):
                 rate, scale = change_along(event, j, self._scalar(t), y, slope, self._packing)
-                rounding = torch.finfo(y.dtype).eps * (scale + abs(rate) * length)
+                rounding = torch.finfo(y.dtype).eps * (scale + abs(rate) * reach)
                 if abs(values[j]) <= _ON_SURFACE * rounding:
                     signs[j] = np.sign(rate)
             self._signs.append(signs)

@@ -37,6 +37,7 @@ from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
 
+_STEPS_BEFORE = 16.0  # the step before a start on a surface, in first steps after it
 AnyStepControl = Any  # StepControl, or its C++ counterpart
 
 
@@ -102,7 +103,7 @@ class Solver:
         if control.status == "running":
             self._start(control, y0)
             if self._events is not None:
-                self._events.start(control.t, y0, self._k)
+                self._events.start(control.t, y0, self._k, self._reach(control))
             y = self._run(control, y0) if compiled is None else self._run_compiled(compiled, control, y0)
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
@@ -126,6 +127,14 @@ class Solver:
         if self._differentiable_steps:
             control.h = torch.tensor(control.h, dtype=torch.float64, device="cpu")
 
+    def _reach(self, control: AnyStepControl) -> float:
+        """The time over which rounding may have moved a start off the surface of an event.
+
+        Not the whole length of the solve, which is without limit where the first event is looked for.
+        """
+        h = _float(control.h) if self.problem.adaptive else abs(self.problem.step_ends[0] - control.t)
+        return min(self.problem.length, max(abs(_float(control.t)), _STEPS_BEFORE * h))
+
     def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
         """Steps until the solve ends or stops; returns the state reached."""
         while control.status == "running":
@@ -136,12 +145,12 @@ class Solver:
             trial = self._try(t, y, h, t_next)
             is_adaptive = self.problem.adaptive
             ratio = error_norm(self.ops, self.scheme, y, h, trial) if is_adaptive else math.nan
-            control.judge(ratio)
+            control.judge(min(ratio, 1.0) if self._is_smallest(h) and ratio < math.inf else ratio)
             if control.is_accepted:
                 self._accept(control, t, y, h, trial)
             else:
                 self._reject(trial, buffers)
-            self._report(control, t, t_next, h, ratio)
+            self._report(control, t, t_next, h, ratio, y)
             if control.is_accepted:
                 y = trial.y1
             elif control.status == "not_finite":
@@ -200,11 +209,17 @@ class Solver:
             control.t, control.h, control.sign, control.ratios, self._k, self._first_random_state, is_complete
         )
 
-    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number) -> None:
+    def _is_smallest(self, h: Number) -> bool:
+        """Tells whether a step is accepted whatever its error."""
+        problem = self.problem
+        return problem.accepts_min_step and problem.controller is not None and abs(h) <= problem.controller.min_step
+
+    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number, y: Tensor) -> None:
         if self.problem.on_step is not None:
             times, n_accepted = (_float(t), _float(t_next), _float(h)), control.n_accepted
             counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
-            self.problem.on_step(Step._make((*times, _float(ratio), control.is_accepted, *counts)))
+            state = self.problem.packing.unpack(y.detach())
+            self.problem.on_step(Step._make((*times, _float(ratio), control.is_accepted, *counts, state)))
 
     def _choose_first_step(self, controller: Controller, control: AnyStepControl, y: Tensor) -> None:
         """Chooses the first step by Hairer's rule; its evaluation of func is not part of the solution."""
@@ -231,7 +246,7 @@ class Solver:
         """The C++ stepper that makes many steps per call; None if each step needs Python, as with a callback."""
         problem, field = self.problem, self.field
         is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
-        is_watched = is_watched or problem.on_step is not None or self._events is not None
+        is_watched = is_watched or problem.on_step is not None or self._events is not None or problem.accepts_min_step
         return None if is_watched or problem.tolerance.norm is not None else self._compiled
 
     @property

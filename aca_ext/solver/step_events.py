@@ -25,9 +25,9 @@ class StepEvents:
         self._search = EventSearch(problem.events, problem.packing, lambda number: ops.scalars([number])[0])
         self._states: list[Tensor] = []
 
-    def start(self, t: Number, y: Tensor, slope: Tensor | None) -> None:
+    def start(self, t: Number, y: Tensor, slope: Tensor | None, reach: float) -> None:
         """Computes the signs of the event functions at the start of the solve."""
-        self._search.start(_float(t), y.detach(), slope, self._problem.length)
+        self._search.start(_float(t), y.detach(), slope, reach)
 
     def find(self, t: Number, t_next: Number, y: Tensor, h: Number, trial: Trial) -> float:
         """Records the events within an accepted step; returns the position at which they end the solve, or infinity."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from aca_ext.errors import ReplayError
 from aca_ext.vector_field.contents import Change, get, put_back
-from aca_ext.vector_field.holdings import Holdings, may_hold_more
+from aca_ext.vector_field.holdings import Holdings
+from aca_ext.vector_field.visitors import may_hold_more
 
 Location = tuple[int, Any]  # id of a holder, and a key
 

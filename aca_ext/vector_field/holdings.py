@@ -7,34 +7,27 @@ skipped something. A tensor that it missed is noticed when func uses it (``aca_e
 
 from __future__ import annotations
 
-import functools
 import types
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aca_ext.kernels.extension import contents, module_walk
-from aca_ext.vector_field.code_names import BY_NAME, OF_CLASSES, globals_named_by, is_library, leads_nowhere, slots_of
+from aca_ext.vector_field.code_names import OF_CLASSES, is_library, leads_nowhere, slots_of
 from aca_ext.vector_field.contents import MISSING, get, put
+from aca_ext.vector_field.visitors import ATOMS, VISITORS, entries_of, is_a
 
 _MAX_OBJECTS = 2000  # in addition to modules, of which all are visited
-_MAX_ENTRIES = 1024  # of one container
 _MAX_IN_ALL = 20_000  # entries of all containers
 
-# Types whose objects hold nothing of interest; they are never queued.
-_ATOMS = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, torch.dtype, torch.device,
-     torch.Size, types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType}
-)  # fmt: skip
 _HOOKS_OF_ALL_MODULES = [
     hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and type(hooks) is not bool
     and isinstance(hooks, dict)
 ]  # fmt: skip
-_MODULE_WALK = module_walk(_ATOMS, frozenset(vars(nn.Module())))
+_MODULE_WALK = module_walk(ATOMS, frozenset(vars(nn.Module())))
 
 
 class Place(NamedTuple):
@@ -122,7 +115,7 @@ class Holdings:
     def look(self, x: Any, holder: Any, key: Any, is_attribute: bool = False) -> None:
         """Records a tensor or a generator; queues an object that may hold more of them."""
         kind = type(x)
-        if kind in _ATOMS:
+        if kind in ATOMS:
             return
         if is_a(x, Tensor):
             if x.requires_grad and id(x) not in self._seen:
@@ -159,7 +152,7 @@ class Holdings:
             self._module(x)
             return
         self._left -= 1
-        visit = _VISITORS.get(type(x))
+        visit = VISITORS.get(type(x))
         if self._left < 0:
             self.is_complete = False
         elif is_a(x, type):
@@ -192,7 +185,7 @@ class Holdings:
         self.is_complete = self.is_complete and not hasattr(kind, "__getattr__")
         for container in (list, tuple, dict, deque):
             if is_a(x, container):
-                _VISITORS[container](self, x)
+                VISITORS[container](self, x)
         attributes = getattr(x, "__dict__", None)
         if type(attributes) is dict:
             self.contents.add(attributes)
@@ -227,7 +220,7 @@ class Holdings:
                 continue
             self.contents.add_named(base, [name for name in base.__dict__ if name not in OF_CLASSES])
             for name, value in base.__dict__.items():
-                if type(value) in _ATOMS:
+                if type(value) in ATOMS:
                     continue
                 if isinstance(value, property):
                     value = value.fget
@@ -235,119 +228,3 @@ class Holdings:
                     value = value.__func__
                 if name not in OF_CLASSES:
                     self.look(value, base, name)
-
-
-def may_hold_more(x: Any) -> bool:
-    """Tells whether an object may hold others, which a walk would visit."""
-    return type(x) not in _ATOMS and not is_a(x, Tensor)
-
-
-def is_a(x: Any, kind: type) -> bool:
-    """``isinstance`` by the type alone, since a weak proxy claims to be of the class of another object."""
-    return issubclass(type(x), kind)
-
-
-def _function(walk: Holdings, f: types.FunctionType) -> None:
-    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=False):
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not filled yet
-            walk.is_complete = False
-            continue
-        walk.contents.add(cell)
-        walk.look(value, cell, name)
-    if f.__defaults__:
-        _container(walk, f.__defaults__)
-    if f.__kwdefaults__:
-        _container(walk, f.__kwdefaults__)
-    if f.__dict__:
-        _namespace(walk, f)
-    known = f.__globals__
-    if is_library(known.get("__name__", "")):
-        return
-    names = globals_named_by(f.__code__)
-    if names:
-        walk.contents.add_named(known, names)
-    for name in names:
-        value = known.get(name)
-        if type(value) is types.ModuleType and not is_library(value.__name__):
-            _module_of_code(walk, value, f.__code__)
-        elif type(value) not in _ATOMS:
-            walk.look(value, known, name, True)
-        elif name in BY_NAME:
-            walk.is_complete = False
-
-
-def _module_of_code(walk: Holdings, module: types.ModuleType, code: types.CodeType) -> None:
-    """Visits the names that code uses from an imported module of the user's."""
-    walk.is_complete = False  # code inside that module may name more than is visited here
-    walk.contents.add(vars(module))
-    for name in code.co_names:
-        value = vars(module).get(name)
-        if value is not None:
-            walk.look(value, vars(module), name, True)
-
-
-def entries_of(x: Any) -> list[tuple[Any, Any]]:
-    """Keys and values of a container, read by the methods of the built-in type, which a subclass cannot override."""
-    if is_a(x, dict):
-        return list(islice(dict.items(x), _MAX_ENTRIES))
-    for kind in (list, tuple, deque, set, frozenset):
-        if is_a(x, kind):
-            return list(enumerate(islice(kind.__iter__(x), _MAX_ENTRIES)))
-    return list(islice(x.items(), _MAX_ENTRIES))  # a mapping proxy
-
-
-def _container(walk: Holdings, x: Any) -> None:
-    entries = entries_of(x) if walk.entries_left > 0 else []
-    walk.entries_left -= len(entries)
-    walk.is_complete = walk.is_complete and len(entries) < _MAX_ENTRIES and walk.entries_left >= 0
-    walk.contents.add_container(x)
-    for key, value in entries:
-        walk.look(value, x, key)
-
-
-def _unordered(walk: Holdings, x: Any) -> None:
-    entries = entries_of(x) if walk.entries_left > 0 else []
-    walk.entries_left -= len(entries)
-    walk.contents.add_container(x)
-    for _, value in entries:
-        walk.look(value, (), "")
-
-
-def _partial(walk: Holdings, x: Any) -> None:
-    walk.look(x.func, (), "func")
-    _container(walk, x.args)
-    _container(walk, x.keywords)
-    _container(walk, vars(x))
-
-
-def _method(walk: Holdings, x: types.MethodType) -> None:
-    walk.look(x.__self__, (), "self")
-    walk.look(x.__func__, (), "func")
-
-
-def _namespace(walk: Holdings, x: Any) -> None:
-    if is_a(x, types.FunctionType):
-        walk.contents.add(vars(x))
-    else:
-        walk.contents.add_container(vars(x))
-    for name, value in vars(x).items():
-        walk.look(value, vars(x), name, True)
-
-
-_VISITORS: dict[type, Callable[[Holdings, Any], None]] = {
-    types.FunctionType: _function,
-    types.MethodType: _method,
-    types.SimpleNamespace: _namespace,
-    types.MappingProxyType: _container,
-    functools.partial: _partial,
-    list: _container,
-    tuple: _container,
-    deque: _container,
-    set: _unordered,
-    frozenset: _unordered,
-    dict: _container,
-    OrderedDict: _container,
-    defaultdict: _container,
-}

@@ -338,3 +338,44 @@ def test_code_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(rules.RULES, torch.ops.aten.maximum, rules._each(good_value))
     with pytest.raises(errors.CompileError, match="does not compute what func does"):
         aca_ext.odeint(lambda t, y: torch.maximum(y, 3 * y), start(2), T, options=INDEPENDENT, engine="compiled")
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aca_ext.engines.ensemble import build
+
+    monkeypatch.setattr(build, "_command", lambda: ("no-such-compiler",))
+    with pytest.raises(errors.CompileError, match="no-such-compiler cannot be run"):
+        aca_ext.odeint(lambda t, y: -1.2345 * y, start(2), T, options=INDEPENDENT, engine="compiled")
+
+
+def test_numbers_that_change_compile_once_more_at_most() -> None:
+    seconds = []
+    for rate in (0.5, 0.6, 0.7, 0.8):
+        sol = aca_ext.solve(lambda t, y, rate=rate: -rate * y, start(2), T, options=INDEPENDENT, engine="compiled")
+        exact = start(2) * torch.exp(-rate * T).view(-1, 1, 1)
+        torch.testing.assert_close(sol.y, exact, rtol=1e-6, atol=0)
+        seconds.append(sol.stats.compile_seconds)
+    assert seconds[2:] == [0.0, 0.0]
+
+
+def test_a_layer_is_trained_with_batches_of_any_size() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.net(y)
+
+    layer = aca_ext.NeuralODE(Slope(), options=INDEPENDENT, engine="compiled", rtol=1e-3, atol=1e-4)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.05)
+    losses = []
+    for size in (7, 7, 5, 7, 7, 7, 3, 7, 7, 7):
+        x = sample(size, 2).float()
+        optimizer.zero_grad()
+        loss = (layer(x) - x.flip(1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        if size == 7:
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]

@@ -27,7 +27,7 @@ MOVES = {
     aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.permute, aten.transpose, aten.t, aten.select,
     aten.slice, aten.unbind, aten.split, aten.split_with_sizes, aten.cat, aten.stack, aten.expand, aten.squeeze,
     aten.unsqueeze, aten.flip, aten.roll, aten.diagonal, aten.unfold, aten.repeat, aten.tril,
-    aten.triu, aten.as_strided, aten.clone, aten.alias, aten.lift_fresh_copy, aten.diag_embed, aten.select_scatter,
+    aten.triu, aten.clone, aten.alias, aten.lift_fresh_copy, aten.diag_embed, aten.select_scatter,
     aten.slice_scatter, aten.diagonal_scatter, aten.select_backward, aten.slice_backward, aten.diagonal_backward,
     aten.constant_pad_nd,
 }  # fmt: skip

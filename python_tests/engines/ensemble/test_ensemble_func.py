@@ -189,6 +189,8 @@ def test_what_belongs_to_samples_and_what_they_share() -> None:
 
     def func(t: Tensor, y: Tensor, p: Tensor, q: Tensor, r: Tensor, many: Tensor) -> Tensor:
         own = torch.where(flags, p.exp(), -p.flip(0)) + 0.1 * numbers + 0.1 * torch.arange(BATCH)[:, None]
+        padded = functional.pad(q[:1], (0, 1), value=5.0)  # no number of q
+        own = own + 0.01 * padded + torch.ones(2, dtype=torch.int64).view(torch.float64)
         own = own * (torch.arange(BATCH) > 1).unsqueeze(-1) - p[2] + 0.1 * many[:, 1] - many.sum(1)
         return own * y + functional.softplus(q) * torch.sin(t) + r.sum() * y.sum(-1, keepdim=True)
 

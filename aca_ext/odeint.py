@@ -116,7 +116,10 @@ def odeint(
             out of pointwise operations, reductions, matrix products, and derivatives of such (torch.func,
             torch.autograd.grad), without random numbers or an autograd.Function of its own. Of the state that it
             changes, counters of its evaluations are kept up; whatever else it records is refused. Programs are checked
-            against func itself before they are used. Needs torch 2.13 or newer.
+            against func itself before they are used. Needs torch 2.13 or newer. With option
+            ``batch="independent"`` func is traced for one sample and compiled to a loop in which each SIMD lane solves
+            a sample with its own steps; what makes samples depend on one another is refused, and there are no second
+            derivatives.
             "graph" (experimental: it has not run on a GPU yet) captures a trial step and its transpose as CUDA graphs
             and repeats them on the device, which decides by itself on step sizes, acceptance, outputs and checkpoints:
             the steps of the eager engine, without the host between them. For states on a CUDA device and

@@ -205,6 +205,19 @@ inline R powers(R x, double exponent) {
     return x;
 }
 
+inline V floor_divide(V a, V b) {  // as torch and Python: the whole number below, whatever the quotient rounds to
+    const auto divide = [](T x, T y) {
+        if (y == 0) return x / y;
+        const T rest = std::fmod(x, y);
+        T quotient = (x - rest) / y;
+        if (rest != 0 && (y < 0) != (rest < 0)) quotient -= 1;
+        if (quotient == 0) return std::copysign(T(0), x / y);
+        const T whole = std::floor(quotient);
+        return quotient - whole > T(0.5) ? whole + 1 : whole;
+    };
+    return each(divide, a, b);
+}
+
 template <int n>
 inline V multiplied(V x) {  // x to the power of n
     if constexpr (n == 1) {

@@ -54,6 +54,7 @@ ONE: list[Callable[[Tensor], Tensor]] = [
     functional.gelu, functional.silu, functional.elu, functional.leaky_relu, functional.hardtanh, functional.mish,
     lambda x: -x.detach() * x, lambda x: torch.where(x > 0.8, x, 2 * x), lambda x: (x > 0.8).to(x) * x,
     lambda x: x * ((x > 0.7) & ~(x > 0.9) | (x == 1)), lambda x: torch.nan_to_num(x), lambda x: x % 0.7,
+    lambda x: torch.div(x, 0.3, rounding_mode="floor"), lambda x: torch.div(-x, 0.4, rounding_mode="trunc"),
 ]  # fmt: skip
 TWO: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.add, torch.mul, torch.maximum, torch.minimum, torch.atan2, torch.hypot, torch.pow, torch.remainder,
@@ -94,6 +95,9 @@ class Reducing(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4)
 
+    def often(self, y: Tensor) -> Tensor:
+        return (y > 1.2).any(-1, keepdim=True) | (y > 0.2).all(-1, True)
+
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         spread = (
             y.var(-1, keepdim=True)
@@ -101,7 +105,15 @@ class Reducing(nn.Module):
             + torch.linalg.vector_norm(y, dim=-1)[:, None]
         )
         extremes = y.amax(-1, keepdim=True) - y.amin(-1, keepdim=True) + y.prod(-1, keepdim=True)
-        return -0.1 * (spread + extremes + y.cumsum(-1) + y.mean(-1, True) + self.norm(y) + y.softmax(-1))
+        return -0.1 * (
+            spread
+            + extremes
+            + y.cumsum(-1)
+            + self.often(y) * y.cumprod(-1)
+            + y.mean(-1, True)
+            + self.norm(y)
+            + y.softmax(-1)
+        )
 
 
 def test_reductions_within_a_sample() -> None:

@@ -90,27 +90,24 @@ inline V sign(V a) { return select(a > K(0), K(1), select(a < K(0), K(-1), a)); 
 inline V maximum(V a, V b) { return select((a > b) | (a != a), a, b); }            // NaN where one is
 inline V minimum(V a, V b) { return select((a < b) | (a != a), a, b); }
 
-// Functions of PyTorch's vector code (SLEEF) where the library that holds it is linked, else those of C++.
+// Functions of PyTorch's vector code (SLEEF) where its library has them, else those of C++. Addresses of the former are
+// set when the code is loaded: linking with the library would take longer than all else.
 #if defined(ACA_SLEEF) && defined(__FMA__)
-#ifdef __AVX512F__
-#define ACA_OF_DOUBLES(name, digits) Sleef_##name##d8_##digits
-#define ACA_OF_FLOATS(name, digits) Sleef_##name##f16_##digits
-#else
-#define ACA_OF_DOUBLES(name, digits) Sleef_##name##d4_##digits
-#define ACA_OF_FLOATS(name, digits) Sleef_##name##f8_##digits
-#endif
-#define ACA_FUNCTION(name, digits)                                                    \
-    extern "C" Doubles ACA_OF_DOUBLES(name, digits)(Doubles);                         \
-    extern "C" Floats ACA_OF_FLOATS(name, digits)(Floats);                            \
-    inline Doubles call_##name(Doubles a) { return ACA_OF_DOUBLES(name, digits)(a); } \
-    inline Floats call_##name(Floats a) { return ACA_OF_FLOATS(name, digits)(a); }    \
-    inline V name(V a) { return call_##name(a); }
-#define ACA_FUNCTION2(name, called, digits)                                                           \
-    extern "C" Doubles ACA_OF_DOUBLES(called, digits)(Doubles, Doubles);                              \
-    extern "C" Floats ACA_OF_FLOATS(called, digits)(Floats, Floats);                                  \
-    inline Doubles call_##name(Doubles a, Doubles b) { return ACA_OF_DOUBLES(called, digits)(a, b); } \
-    inline Floats call_##name(Floats a, Floats b) { return ACA_OF_FLOATS(called, digits)(a, b); }     \
-    inline V name(V a, V b) { return call_##name(a, b); }
+#define ACA_ADDRESS(name)                                        \
+    extern "C" {                                                 \
+    __attribute__((visibility("default"))) void* address_##name; \
+    }
+#define ACA_FUNCTION(name, digits) \
+    ACA_ADDRESS(name)              \
+    inline V name(V a) { return reinterpret_cast<V (*)(V)>(address_##name)(a); }
+#define ACA_FUNCTION2(name, called, digits) \
+    ACA_ADDRESS(name)                       \
+    inline V name(V a, V b) { return reinterpret_cast<V (*)(V, V)>(address_##name)(a, b); }
+
+// Those of the step control, in double precision whatever T is.
+ACA_ADDRESS(exp_of_doubles)
+ACA_ADDRESS(log_of_doubles)
+inline Doubles call(void* address, Doubles a) { return reinterpret_cast<Doubles (*)(Doubles)>(address)(a); }
 #else
 #define ACA_FUNCTION(name, digits)                        \
     inline V name(V a) {                                  \
@@ -200,12 +197,25 @@ inline R powers(R x, double exponent) {
     constexpr int kParts = sizeof(R) / sizeof(Doubles);
     Doubles part[kParts];
     std::memcpy(part, &x, sizeof x);
-    for (Doubles& each : part) each = call_exp(exponent * call_log(each));
+    for (Doubles& each : part) each = call(address_exp_of_doubles, exponent * call(address_log_of_doubles, each));
     std::memcpy(&x, part, sizeof x);
 #else
     for (int l = 0; l < kLanes; ++l) x[l] = std::pow(x[l], exponent);
 #endif
     return x;
+}
+
+inline V floor_divide(V a, V b) {  // as torch and Python: the whole number below, whatever the quotient rounds to
+    const auto divide = [](T x, T y) {
+        if (y == 0) return x / y;
+        const T rest = std::fmod(x, y);
+        T quotient = (x - rest) / y;
+        if (rest != 0 && (y < 0) != (rest < 0)) quotient -= 1;
+        if (quotient == 0) return std::copysign(T(0), x / y);
+        const T whole = std::floor(quotient);
+        return quotient - whole > T(0.5) ? whole + 1 : whole;
+    };
+    return each(divide, a, b);
 }
 
 template <int n>

@@ -83,6 +83,8 @@ struct Library {
 #define ACA_EXPORT extern "C" __attribute__((visibility("default")))
 
 #define ACA_LIBRARY(Field, Method)                                                                                     \
+    ACA_EXPORT int vector_bytes() { return ACA_VECTOR_BYTES; }                                                         \
+    ACA_EXPORT int number_bytes() { return sizeof(T); }                                                                \
     ACA_EXPORT int64_t chunk() { return aca::kChunk; }                                                                 \
     ACA_EXPORT void* new_record(int64_t samples, int64_t chunks, int keep) {                                           \
         return new aca::Record(samples, chunks, aca::Keep(keep));                                                      \

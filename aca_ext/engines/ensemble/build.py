@@ -37,10 +37,12 @@ def load(source: str) -> Any:
         if not path.exists():
             _compile(source, path)
         try:
-            _libraries[name] = ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
         except OSError:  # a file whose writer was killed
             _compile(source, path)
-            _libraries[name] = ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
+        _set_addresses(library)
+        _libraries[name] = library
     return _libraries[name]
 
 
@@ -48,7 +50,7 @@ def _compile(source: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file, made = Path(folder) / "lanes.cpp", Path(folder) / "lanes.so"
         file.write_text(source)
-        command = [*_command(), str(file), "-o", str(made), *_linked()]
+        command = [*_command(), str(file), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -68,41 +70,53 @@ def _compile(source: str, path: Path) -> None:
 def _command() -> tuple[str, ...]:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    define = ("-DACA_SLEEF",) if _has_vector_functions() else ()
+    define = ("-DACA_SLEEF",) if _vector_functions() else ()
     return (get_cpp_compiler(), *_FLAGS, *define, f"-I{_headers()}")
 
 
 @cache
 def _machine() -> str:
-    """The instructions of this processor, for which code is compiled, and the library that it is linked with."""
+    """The instructions of this processor, for which code is compiled."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.machine()} {flags} {torch.__version__} {torch.__file__}"
+    return f"{platform.machine()} {flags}"
 
 
-def _linked() -> tuple[str, ...]:
-    return (f"-L{_torch_libraries()}", "-ltorch_cpu") if _has_vector_functions() else ()
+# By width in bytes and size of a number, how the names of torch's functions of vectors (SLEEF) tell the kind of vector.
+_VECTORS = {(64, 8): "d8", (64, 4): "f16", (32, 8): "d4", (32, 4): "f8"}
 
 
 @cache
-def _has_vector_functions() -> bool:
-    """Tells whether torch's library has the functions of vectors (SLEEF) that csrc/ensemble/lanes.h calls."""
-    names = re.findall(
-        r"^ACA_FUNCTION2?\((?:\w+, )?(\w+), (\w+)\)", (_headers() / "ensemble" / "lanes.h").read_text(), re.M
-    )
+def _vector_functions() -> dict[tuple[str, str], int]:
+    """Addresses of torch's functions of vectors, by their names in csrc/ensemble/lanes.h and the kind of vector.
+
+    None where one is missing.
+    """
+    header = (_headers() / "ensemble" / "lanes.h").read_text()
+    functions = re.findall(r"^ACA_FUNCTION()\((\w+), (\w+)\)|^ACA_FUNCTION2\((\w+), (\w+), (\w+)\)", header, re.M)
+    named = [(one or two, one or called, digits or digits2) for _, one, digits, two, called, digits2 in functions]
     try:
-        library = ctypes.CDLL(str(_torch_libraries() / "libtorch_cpu.so"))
-    except OSError:
-        return False
-    kinds = ("d8", "f16", "d4", "f8")
-    return bool(names) and all(hasattr(library, f"Sleef_{n}{kind}_{digits}") for n, digits in names for kind in kinds)
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return {
+            (name, kind): ctypes.cast(getattr(library, f"Sleef_{called}{kind}_{digits}"), ctypes.c_void_p).value or 0
+            for name, called, digits in named
+            for kind in _VECTORS.values()
+        }
+    except (OSError, AttributeError):
+        return {}
 
 
-def _torch_libraries() -> Path:
-    return Path(torch.__file__).parent / "lib"
+def _set_addresses(library: Any) -> None:
+    """Tells a library where the functions of vectors are that it calls."""
+    width = library.vector_bytes()
+    kinds = _VECTORS.get((width, library.number_bytes())), _VECTORS.get((width, 8))
+    for (name, kind), address in _vector_functions().items():
+        for symbol, wanted in zip((f"address_{name}", f"address_{name}_of_doubles"), kinds, strict=True):
+            if kind == wanted and hasattr(library, symbol):
+                ctypes.c_void_p.in_dll(library, symbol).value = address
 
 
 @cache

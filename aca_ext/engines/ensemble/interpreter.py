@@ -91,11 +91,21 @@ class Interpreter:
             args, kwargs = self._look_up((node.args, _kept(node.kwargs)))
             if all(x is not None for x in pytree.tree_leaves(args[:1])):
                 result = moved(node.target, args, kwargs, self._resolver)  # type: ignore[arg-type]
-                if result is not None:
+                if all(map(self._is_view, pytree.tree_leaves(result), pytree.tree_leaves(example))):
                     return result
         if not isinstance(example, Tensor):
             return None
         return Given(node, torch.arange(example.numel(), device="cpu").reshape(example.shape))
+
+    def _is_view(self, found: Given | None, example: Tensor) -> bool:
+        """Tells whether a tensor has the elements of another that it is said to have."""
+        if found is None or found.index.shape != example.shape:
+            return False
+        base: Tensor = self._examples[found.node]
+        if base.dtype != example.dtype or bool((found.index >= base.numel()).any()):
+            return False
+        values = torch.cat([base.reshape(-1), base.new_zeros(1)])[found.index]
+        return bool(((values == example) | ((values != values) & (example != example))).all())
 
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = self._look_up((node.args, node.kwargs))

@@ -65,6 +65,7 @@ CLAMP = Operation(
     ),
 )
 REMAINDER = Operation("remainder({0}, {1})", ("{g}", "-{g} * floor({0} / {1})"))
+FLOOR_DIVIDE = Operation("floor_divide({0}, {1})", (None, None))
 FMOD = Operation("fmod({0}, {1})", ("{g}", "-{g} * trunc({0} / {1})"))
 ATAN2 = Operation("atan2({0}, {1})", ("{g} * {1} / ({0} * {0} + {1} * {1})", "{g} * -{0} / ({0} * {0} + {1} * {1})"))
 HYPOT = Operation("hypot({0}, {1})", ("{g} * ({0} / {r})", "{g} * ({1} / {r})"))

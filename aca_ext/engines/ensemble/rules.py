@@ -27,7 +27,7 @@ MOVES = {
     aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.permute, aten.transpose, aten.t, aten.select,
     aten.slice, aten.unbind, aten.split, aten.split_with_sizes, aten.cat, aten.stack, aten.expand, aten.squeeze,
     aten.unsqueeze, aten.flip, aten.roll, aten.diagonal, aten.unfold, aten.repeat, aten.tril,
-    aten.triu, aten.as_strided, aten.clone, aten.alias, aten.lift_fresh_copy, aten.diag_embed, aten.select_scatter,
+    aten.triu, aten.clone, aten.alias, aten.lift_fresh_copy, aten.diag_embed, aten.select_scatter,
     aten.slice_scatter, aten.diagonal_scatter, aten.select_backward, aten.slice_backward, aten.diagonal_backward,
     aten.constant_pad_nd,
 }  # fmt: skip
@@ -87,12 +87,10 @@ def _added(operation: Operation) -> Rule:
 
 
 def _divide(on: Arithmetic, target: object, a: Any, b: Any, rounding_mode: str | None = None) -> Computed:
+    if rounding_mode == "floor":
+        return on.pointwise(ops.FLOOR_DIVIDE, a, b, target=target)
     quotient = on.pointwise(ops.DIVIDE, a, b, target=target)
-    if rounding_mode is None:
-        return quotient
-    if rounding_mode == "trunc":
-        return on.pointwise(ops.FUNCTIONS["trunc"], quotient, target=target)
-    raise CompileError(f"func divides with rounding ({target}, {rounding_mode!r}), which is not supported. {HINT}")
+    return quotient if rounding_mode is None else on.pointwise(ops.FUNCTIONS["trunc"], quotient, target=target)
 
 
 def _sum(on: Arithmetic, target: object, x: Any, dims: Any = None, keep: bool = False, **_: Any) -> Computed:
@@ -120,8 +118,13 @@ def _product(on: Arithmetic, target: object, x: Any, dims: Any = None, keep: boo
     return on.reduced(x, dims, keep, on.running(ops.MULTIPLY), target)
 
 
-def _running_sum(on: Arithmetic, target: object, x: Any, dim: int, **_: Any) -> Computed:
-    return on.accumulated(x, dim, ops.ADD, target)
+def _running(operation: Operation) -> Rule:
+    return lambda on, target, x, dim, **_: on.accumulated(x, dim, operation, target)
+
+
+def _any(on: Arithmetic, target: object, x: Any, dims: Any = None, keep: bool = False) -> Computed:
+    largest = on.reduced(Computed(on.truths(x.elements), x.axis), dims, keep, partial(on.largest, sign=1), target)
+    return Computed(on.truths(largest.elements), largest.axis)
 
 
 def _largest(sign: int) -> Rule:
@@ -170,7 +173,9 @@ RULES: dict[Any, Rule] = {
     aten.isnan: _each(ops.IS_NAN), aten.isinf: _each(ops.IS_INFINITE),
     aten.sum: _sum, aten.mean: _mean, aten.var_mean: _variance_and_mean,
     aten.var: lambda on, target, x, *dims, **how: _variance_and_mean(on, target, x, *dims, **how)[0],
-    aten.prod: _product, aten.cumsum: _running_sum, aten.amax: _largest(1), aten.amin: _largest(-1),
+    aten.prod: _product, aten.cumsum: _running(ops.ADD),
+    aten.cumprod: _running(ops.MULTIPLY), aten.any: _any, aten.floor_divide: _each(ops.FLOOR_DIVIDE),
+    aten.amax: _largest(1), aten.amin: _largest(-1),
     aten.mm: lambda on, target, a, b: on.product(a, b, target),
     aten.bmm: lambda on, target, a, b: on.products(a, b, target),
     aten.addmm: _add_product, aten.baddbmm: _add_product,

@@ -98,7 +98,8 @@ def _graph(captured: Captured, t: Tensor, parts: Sequence[Tensor]) -> fx.GraphMo
 
 def _refuse_modes(captured: Captured) -> None:
     for node in captured.graph.graph.nodes:
-        if "grad_enabled" in str(node.target) or "inference_mode" in str(node.target):
+        is_off = "grad_enabled" in str(node.target) and False in node.args
+        if is_off or "inference_mode" in str(node.target):
             raise CompileError(
                 f"func switches gradients off in a part of it (torch.no_grad), which compiled code for independent "
                 f"samples does not follow; use x.detach(). {HINT}"

@@ -54,6 +54,7 @@ ONE: list[Callable[[Tensor], Tensor]] = [
     functional.gelu, functional.silu, functional.elu, functional.leaky_relu, functional.hardtanh, functional.mish,
     lambda x: -x.detach() * x, lambda x: torch.where(x > 0.8, x, 2 * x), lambda x: (x > 0.8).to(x) * x,
     lambda x: x * ((x > 0.7) & ~(x > 0.9) | (x == 1)), lambda x: torch.nan_to_num(x), lambda x: x % 0.7,
+    lambda x: torch.div(x, 0.3, rounding_mode="floor"), lambda x: torch.div(-x, 0.4, rounding_mode="trunc"),
 ]  # fmt: skip
 TWO: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.add, torch.mul, torch.maximum, torch.minimum, torch.atan2, torch.hypot, torch.pow, torch.remainder,
@@ -94,6 +95,9 @@ class Reducing(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4)
 
+    def often(self, y: Tensor) -> Tensor:
+        return (y > 1.2).any(-1, keepdim=True) | (y > 0.2).all(-1, True)
+
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         spread = (
             y.var(-1, keepdim=True)
@@ -101,7 +105,15 @@ class Reducing(nn.Module):
             + torch.linalg.vector_norm(y, dim=-1)[:, None]
         )
         extremes = y.amax(-1, keepdim=True) - y.amin(-1, keepdim=True) + y.prod(-1, keepdim=True)
-        return -0.1 * (spread + extremes + y.cumsum(-1) + y.mean(-1, True) + self.norm(y) + y.softmax(-1))
+        return -0.1 * (
+            spread
+            + extremes
+            + y.cumsum(-1)
+            + self.often(y) * y.cumprod(-1)
+            + y.mean(-1, True)
+            + self.norm(y)
+            + y.softmax(-1)
+        )
 
 
 def test_reductions_within_a_sample() -> None:
@@ -189,6 +201,8 @@ def test_what_belongs_to_samples_and_what_they_share() -> None:
 
     def func(t: Tensor, y: Tensor, p: Tensor, q: Tensor, r: Tensor, many: Tensor) -> Tensor:
         own = torch.where(flags, p.exp(), -p.flip(0)) + 0.1 * numbers + 0.1 * torch.arange(BATCH)[:, None]
+        padded = functional.pad(q[:1], (0, 1), value=5.0)  # no number of q
+        own = own + 0.01 * padded + torch.ones(2, dtype=torch.int64).view(torch.float64)
         own = own * (torch.arange(BATCH) > 1).unsqueeze(-1) - p[2] + 0.1 * many[:, 1] - many.sum(1)
         return own * y + functional.softplus(q) * torch.sin(t) + r.sum() * y.sum(-1, keepdim=True)
 
@@ -338,3 +352,44 @@ def test_code_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(rules.RULES, torch.ops.aten.maximum, rules._each(good_value))
     with pytest.raises(errors.CompileError, match="does not compute what func does"):
         aca_ext.odeint(lambda t, y: torch.maximum(y, 3 * y), start(2), T, options=INDEPENDENT, engine="compiled")
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aca_ext.engines.ensemble import build
+
+    monkeypatch.setattr(build, "_command", lambda: ("no-such-compiler",))
+    with pytest.raises(errors.CompileError, match="no-such-compiler cannot be run"):
+        aca_ext.odeint(lambda t, y: -1.2345 * y, start(2), T, options=INDEPENDENT, engine="compiled")
+
+
+def test_numbers_that_change_compile_once_more_at_most() -> None:
+    seconds = []
+    for rate in (0.5, 0.6, 0.7, 0.8):
+        sol = aca_ext.solve(lambda t, y, rate=rate: -rate * y, start(2), T, options=INDEPENDENT, engine="compiled")
+        exact = start(2) * torch.exp(-rate * T).view(-1, 1, 1)
+        torch.testing.assert_close(sol.y, exact, rtol=1e-6, atol=0)
+        seconds.append(sol.stats.compile_seconds)
+    assert seconds[2:] == [0.0, 0.0]
+
+
+def test_a_layer_is_trained_with_batches_of_any_size() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.net(y)
+
+    layer = aca_ext.NeuralODE(Slope(), options=INDEPENDENT, engine="compiled", rtol=1e-3, atol=1e-4)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.05)
+    losses = []
+    for size in (7, 7, 5, 7, 7, 7, 3, 7, 7, 7):
+        x = sample(size, 2).float()
+        optimizer.zero_grad()
+        loss = (layer(x) - x.flip(1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        if size == 7:
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]

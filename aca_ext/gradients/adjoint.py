@@ -108,7 +108,7 @@ def _interval(
 
     how = task.adjoint
     options = dict(how.options)
-    if options.get("norm") == "seminorm":  # leaves the parameters' gradients out of the error norm (Kidger et al., 2021)
+    if options.get("norm") == "seminorm":  # an error norm without the parameters' gradients (Kidger et al., 2021)
         options["norm"] = lambda state: max(part.square().mean().sqrt() for part in state[:2])
     problem = problem_of(
         augmented,

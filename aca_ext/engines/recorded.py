@@ -114,7 +114,7 @@ def _refuse_input(by: str, what: str, x: object) -> None:
         raise ArgumentTypeError(f"{what} is a tensor, whose values {by} does not know. Give numbers.")
     if (x.requires_grad and torch.is_grad_enabled()) or _depends_on_input(x):
         raise ArgumentTypeError(
-            f"{what} requires grad or is computed from an input of the model, but {by} would record its values as "
+            f"{what} is computed from an input of the model or requires grad, but {by} would record its values as "
             "constants. Give numbers or a constant tensor."
         )
 

@@ -1,6 +1,6 @@
 """Gradients of a batch of independent problems: ``aca`` replays the steps, ``direct`` keeps their autograd graph.
 
-A step of the forward pass is accepted by some of the samples only. The backward pass of ``aca`` goes through the steps
+Each step of the forward pass is accepted by some of the samples. The backward pass of ``aca`` goes through the steps
 from last to first. It repeats a step with its graph: samples that accepted it start from their checkpoints with their
 step sizes, all others make a step of length zero. It pulls the cotangents of the former back and drops the graph.
 """

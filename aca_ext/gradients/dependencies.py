@@ -136,7 +136,7 @@ def first_slope_with_graph(task: Task) -> Tensor | None:
 
 
 def _plain(task: Task, y: Tensor, watch: Any) -> Tensor | None:
-    """The first slope, from a state that does not require grad; a module is evaluated without an autograd graph."""
+    """The first slope, with no autograd graph if func is a module or the user gave params."""
     with torch.set_grad_enabled(task.params is None and not isinstance(task.field.func, nn.Module)):
         return task.first_slope(y, watch)
 

@@ -230,7 +230,10 @@ class ControlledKernels(RowKernels):
         _C.finish_step(self._on, self._n, self.block.address, y.data_ptr(), addresses, y1.data_ptr(), first)
 
     def restore(self, y: Tensor, g: Tensor, inside: tuple[Tensor, Sequence[Tensor]] | None) -> None:
-        """Loads the start of a step into ``y``; adds cotangents of outputs at its end to ``g``, of others to ``inside``."""
+        """Loads the state at the start of a step into ``y``.
+
+        The cotangents of outputs at the end of the step are added to ``g``, those of all others go to ``inside``.
+        """
         total, slopes = (0, []) if inside is None else (inside[0].data_ptr(), [x.data_ptr() for x in inside[1]])
         _C.restore_step(self._on, self._n, self.block.address, y.data_ptr(), slopes, g.data_ptr(), total)
 

@@ -195,7 +195,7 @@ def _resumed(
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
-    """The set of the time ``t`` at which a solve continues if ``jump_t`` contains it, else the empty set."""
+    """``{t}`` if ``jump_t`` contains the time t at which a solve continues, else the empty set."""
     given = () if options.get("jump_t") is None else options["jump_t"]
     jumps = torch.as_tensor(given, dtype=torch.float64, device="cpu")
     return frozenset({t} & set(jumps.reshape(-1).tolist()))

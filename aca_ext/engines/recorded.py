@@ -2,7 +2,7 @@
 
 The kernels work on addresses, which a recorder cannot see: a recording of them would read memory that nothing wrote.
 Plain torch operations are recorded, and so is their gradient. Step sizes become constants of the recording. This is
-right for fixed steps only: adaptive steps would be those of the example, whatever the input.
+right for fixed steps only: adaptive steps would be those of the example for every input.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _solution_on(grid: tuple[float, ...], problem: Problem) -> tuple[Tensor, Ste
 
 
 def _refuse_input(by: str, what: str, x: object) -> None:
-    """Raises if the recording would turn an input of the model, or a tensor that requires grad, into a constant."""
+    """Raises if the recorder does not know the value of ``x``, or must not keep it as a constant."""
     if not isinstance(x, Tensor):
         return
     if by != JIT:

@@ -39,8 +39,8 @@ class Task:
             return None
         if problem.resumed is None or problem.resumed.k is None:
             return self.field.first(problem.start_time(y0), y0, watch)
-        # A resumed solve knows its slope, but not the parameters that func uses. An evaluation whose side effects
-        # are undone finds them.
+        # A resumed solve knows its slope, but not the parameters that func uses. This evaluation finds them, without
+        # side effects.
         random_state = self.field.random_state()
         with self.field.aside():
             k = self.field.first(problem.start_time(y0), y0, watch)

@@ -1,4 +1,4 @@
-"""``odeint`` as an nn.Module."""
+"""``NeuralODE``: a solve as a layer, an nn.Module."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from aca_ext.errors import ArgumentTypeError, ArgumentValueError, UnknownNameErr
 from aca_ext.kernels.extension import known_tensors
 from aca_ext.odeint import solve
 from aca_ext.problem.arguments import lookup
+from aca_ext.problem.events import refuse_terminal
 from aca_ext.problem.options import option_names, refuse_to_stop
 from aca_ext.problem.state import State, like_tuple, tensors_in
 from aca_ext.problem.suggestions import meant_by
@@ -23,25 +24,25 @@ from aca_ext.user_warnings import warn_user
 
 
 class NeuralODE(nn.Module):
-    """A layer that carries its input along dy/dt = func(t, y).
+    """Layer that solves dy/dt = func(t, y, \\*args) from its input y and returns the state at the last or at all times.
 
     Args:
-        func: nn.Module, called as func(t, y, \\*args). Another callable is solved alike, but the parameters that it
-            uses are not registered with the layer: an UnregisteredParameterWarning.
-        t: times of the solve, the first that of the input. Numbers, or a tensor (with requires_grad, it is learnt).
-        output: "end" returns the state at the last time, of the input's shape; "all" the states at all times, with a
-            first dimension of len(t).
-        **settings: keyword arguments of ``odeint``: rtol, atol, method, options, gradient, engine, checkpoints,
-            params, progress, callback.
+        func: nn.Module with the signature (t, y, \\*args). For another callable, its parameters are not registered.
+        t: (T,) strictly monotonic times; y0 is the state at the first. Numbers or a tensor; default (0.0, 1.0).
+        output: "end" (default) returns a state, shaped like y0; "all" returns (T, \\*y0.shape).
+        **settings: keyword arguments of ``odeint`` except args and event_fn; same meanings and defaults.
 
     Attributes:
-        stats: ``Stats`` or ``BatchStats`` of the last forward pass, None before it.
+        stats: ``Stats`` or ``BatchStats`` of the last forward pass; None before it.
 
     Raises:
         ArgumentValueError: ``output`` is neither "end" nor "all".
-        UnknownNameError: a keyword argument that ``odeint`` does not take.
-        OptionError: option ``on_step_limit="stop"``: a layer returns its last state, not how far it came.
-        TimeError: ``t`` is no sequence of times. Errors of a solve are those of ``odeint``.
+        UnknownNameError: a keyword argument is not one of ``odeint``.
+        OptionError: option ``on_step_limit="stop"`` is given; a layer cannot return how far the solve came.
+        TimeError: ``t`` is not a sequence of times.
+
+    Warns:
+        UnregisteredParameterWarning: func is not an nn.Module, and the solve uses parameters outside the layer.
     """
 
     stats: Stats | BatchStats | None
@@ -57,20 +58,29 @@ class NeuralODE(nn.Module):
     ) -> None:
         super().__init__()
         if output not in ("end", "all"):
-            raise ArgumentValueError(f'output is {output!r}; it is "end" (the last state) or "all".')
+            raise ArgumentValueError(f'output is {output!r}; give "end" (the last state) or "all" (all states).')
         _check_settings(settings)
         self.func = func
         if isinstance(t, nn.Parameter):
             self.t: Tensor | tuple[float, ...] = t
         else:
-            self.t = t if isinstance(t, Tensor) else times_of(t)  # float64 whatever .to() says
+            self.t = t if isinstance(t, Tensor) else times_of(t)  # numbers, since .to() would convert a buffer
         self.output = output
         self.settings = settings
         self.stats = None
         self._looked_for_unregistered = isinstance(func, nn.Module) or settings.get("params") is not None
 
     def forward(self, y0: State, t: Tensor | Sequence[float] | None = None, args: Sequence[Any] = ()) -> State:
-        """The state at the last time (or all), starting from ``y0``; ``t`` replaces the layer's times."""
+        """The state at the last time, or at all times, from the initial state ``y0``.
+
+        Args:
+            y0: initial state, a tensor or a tuple of tensors.
+            t: (T,) times that replace those of the layer; default None.
+            args: further arguments of func.
+
+        Raises:
+            Those of ``solve``.
+        """
         solution = solve(self.func, y0, self.t if t is None else t, args=args, **self.settings)
         self.stats = solution.stats
         if not self._looked_for_unregistered:
@@ -81,7 +91,7 @@ class NeuralODE(nn.Module):
         return y[-1] if isinstance(y, Tensor) else like_tuple(type(y), (part[-1] for part in y))
 
     def _look_for_unregistered(self, y: State, y0: State, args: Sequence[Any]) -> None:
-        """Warns, once, where the solve depends on parameters that are not the layer's."""
+        """Warns once if the solve depends on parameters that are not registered with the layer."""
         if torch.compiler.is_compiling() or not tensors_in(y)[0].requires_grad:
             return
         self._looked_for_unregistered = True
@@ -89,10 +99,10 @@ class NeuralODE(nn.Module):
         found = known.others(tensors_in(y)[0], None) or []
         if found:
             warn_user(
-                f"func of NeuralODE is no nn.Module ({_name(self.func)}) and depends on {len(found)} parameters, the "
-                f"first of shape {tuple(found[0].shape)}, which are not registered with the layer: layer.parameters(), "
-                ".to() and state_dict() leave them out. Make func an nn.Module, unless another module of the model "
-                "holds them.",
+                f"func of NeuralODE is not an nn.Module ({_name(self.func)}). It depends on {len(found)} parameters, "
+                f"the first of shape {tuple(found[0].shape)}, that are not registered with the layer: "
+                "layer.parameters(), .to() and state_dict() leave them out. Make func an nn.Module, unless another "
+                "module of the model holds them.",
                 UnregisteredParameterWarning,
             )
 
@@ -108,8 +118,9 @@ class NeuralODE(nn.Module):
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises where the layer's solves could not take them."""
+    """Raises if ``odeint`` does not accept one of the settings, or a layer cannot."""
     refuse_to_stop("NeuralODE", settings.get("options"))
+    refuse_terminal("NeuralODE", settings.get("events") or ())
     allowed = [argument.name for argument in fields(Arguments) if argument.kw_only and argument.name != "args"]
     for name in settings:
         option = None if name in allowed else meant_by(name, option_names())

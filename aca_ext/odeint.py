@@ -11,8 +11,7 @@ from torch import Tensor
 from aca_ext.engines.arguments import Arguments, takes
 from aca_ext.engines.dispatch import run, run_compiled_again
 from aca_ext.engines.event_segments import solve_with_events, to_event
-from aca_ext.errors import ArgumentValueError
-from aca_ext.problem.events import Event
+from aca_ext.problem.events import refuse_terminal
 from aca_ext.problem.options import refuse_to_stop
 from aca_ext.problem.state import State
 from aca_ext.solution import Solution
@@ -146,12 +145,7 @@ def odeint(arguments: _OdeintArguments) -> State:
     refuse_to_stop("odeint", arguments.options)
     if arguments.event_fn is not None:
         return to_event(arguments, arguments.event_fn)
-    for i, event in enumerate(arguments.events):
-        if isinstance(event, Event) and event.terminal:
-            raise ArgumentValueError(
-                f"events[{i}] is terminal and may end the solve before its last time, which the result of odeint could "
-                "not show. Use aca_ext.solve, or event_fn=."
-            )
+    refuse_terminal("odeint", arguments.events)
     return _solution(arguments).y
 
 

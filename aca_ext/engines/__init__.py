@@ -1,4 +1,4 @@
-"""The engines, which run solves: one file or folder each, and this registry."""
+"""Registry of the engines, which run the solves; each is one file or folder."""
 
 from __future__ import annotations
 

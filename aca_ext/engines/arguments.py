@@ -1,4 +1,4 @@
-"""The arguments of a solve as its user gives them, stated once: ``odeint`` documents them, ``solve`` takes them too."""
+"""Arguments of ``odeint``, ``solve`` and ``NeuralODE``, declared once; ``odeint`` documents them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _A = TypeVar("_A", bound="Arguments")
 _R = TypeVar("_R")
 
 _REASON: dict[str, Any] = {}
-if "reason" in inspect.signature(torch.compiler.disable).parameters:  # newer versions of torch put it into their error
+if "reason" in inspect.signature(torch.compiler.disable).parameters:  # newer versions of torch show it in their error
     _REASON["reason"] = (
-        "a solve runs outside of what torch.compile compiles: leave out fullgraph=True. torch.export takes it with "
-        "strict=False and fixed steps"
+        "torch.compile does not compile a solve, but runs it between two graphs: leave out fullgraph=True. "
+        "torch.export accepts a solve with strict=False and fixed steps"
     )
 
 
 @dataclass(eq=False, slots=True)
 class Arguments:
-    """Arguments of ``solve``, not checked yet. Nothing writes to them; a frozen object would take longer to make."""
+    """Arguments of ``solve`` before validation, never modified; creating a frozen dataclass would take longer."""
 
     func: Callable[..., State]
     y0: State
@@ -56,16 +56,16 @@ class Arguments:
 
     @property
     def of_problem(self) -> dict[str, Any]:
-        """Those that describe the problem, besides func, y0 and t."""
+        """The arguments that describe the problem, except func, y0 and t."""
         names = ("rtol", "atol", "method", "options", "args")
         return {name: getattr(self, name) for name in names}
 
 
 def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callable[_P, _R]]:
-    """Decorator of a public function: called with ``arguments`` one by one, it receives them as one object.
+    """Decorator for public functions: the caller passes single arguments, the function receives one object of them.
 
-    Type checkers, editors and ``help`` see the single arguments, with their types and defaults. torch.compile is kept
-    out of the function, so that a model which holds a solve is compiled around it.
+    Type checkers, editors and ``help`` see the single arguments, with their types and defaults. torch.compile does not
+    enter the function: it compiles the rest of a model and calls the function uncompiled.
     """
 
     def decorate(function: Callable[[_A], _R]) -> Callable[_P, _R]:
@@ -76,7 +76,7 @@ def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callabl
                 raise TypeError(_as_of(function.__name__, str(error))) from None
             return function(given)
 
-        call.__name__ = call.__qualname__ = function.__name__  # for errors of torch.compile
+        call.__name__ = call.__qualname__ = function.__name__  # torch.compile shows this name in errors
         kept_out = torch.compiler.disable(call, **_REASON)
 
         @wraps(function)
@@ -94,6 +94,6 @@ def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callabl
 
 
 def _as_of(name: str, message: str) -> str:
-    """Python's message about the arguments of a constructor, as it were about those of the function ``name``."""
+    """Python's message about the arguments of a constructor, reworded for the function ``name``."""
     without_self = re.sub(r"\d+(?= positional| were given)", lambda count: str(int(count[0]) - 1), message)
     return re.sub(r"^\S*__init__\(\)", f"{name}()", without_self)

@@ -1,4 +1,4 @@
-"""Interface of the engines: the request that each is given, and the obstacle that it may see."""
+"""Interface of the engines: the request that each receives, and the obstacle with which it may refuse it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from aca_ext.solver.checkpoints import Policy
 from aca_ext.vector_field.batch_field import RowField
 from aca_ext.vector_field.field import VectorField
 
-_NO_ADJOINT = AdjointOptions(rtol=0.0, atol=0.0, method=None, options={})  # of gradients that solve nothing backward
+_NO_ADJOINT = AdjointOptions(rtol=0.0, atol=0.0, method=None, options={})  # for gradients without a backward solve
 
 
 class Request(NamedTuple):
-    """A solve to be run: its problem, and the arguments that say how. (A tuple, which is made faster than a dataclass.)
+    """Problem of a solve with its settings; a NamedTuple, since creating a dataclass takes longer.
 
     Attributes:
         gradient: a key of ``GRADIENTS``.
-        learnt: the requested times, where they are to receive a gradient.
+        learnt: the requested times if they receive a gradient, else None.
         params, checkpoints, progress, callback: as given to ``odeint``.
-        adjoint: how ``gradient="adjoint"`` solves backward.
+        adjoint: settings of the backward solve of ``gradient="adjoint"``.
     """
 
     problem: Problem
@@ -43,30 +43,30 @@ class Request(NamedTuple):
 
     @property
     def is_batch(self) -> bool:
-        """True where every sample has its own steps."""
+        """True if every sample has its own steps."""
         return isinstance(self.problem, BatchProblem)
 
     def task(self) -> Task:
-        """The task for a gradient method; its field is new, and has counted no evaluation."""
+        """A task for a gradient method, with a new field that has counted no evaluation."""
         return Task(self.problem, _field(self.problem), self.params, self.adjoint, self.checkpoints)
 
 
 class Engine(Protocol):
-    """Runs solves. An engine holds nothing of a single solve."""
+    """Runs solves; it holds no data of a single solve."""
 
     @property
     def error(self) -> type[AcaError]:
-        """The error to raise with an obstacle."""
+        """Type of the error to raise with an obstacle."""
 
     def obstacle(self, request: Request) -> str | None:
-        """The reason why this engine cannot take the request, and what to use instead; None if it can."""
+        """Reason why this engine cannot run the request, with what to use instead; None if it can."""
 
     def solve(self, request: Request) -> Result:
-        """The result, with its graph where gradients are enabled. ``request`` has no obstacle."""
+        """Runs a request that has no obstacle; the result has an autograd graph if gradients are enabled."""
 
 
 def _field(problem: Problem) -> VectorField:
-    """func as the solver calls it."""
+    """The ``VectorField`` of the problem, on which the solver evaluates func."""
     ops = TorchOperations(problem.y0.detach(), problem.tolerance)
     if isinstance(problem, BatchProblem):
         return RowField(problem.func, problem.args, problem.packing, ops)
@@ -74,10 +74,10 @@ def _field(problem: Problem) -> VectorField:
 
 
 def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
-    """The solve by a method that calls func as it is.
+    """Solves by a gradient method that calls func itself.
 
     Raises:
-        ArgumentTypeError: func does not take the arguments that it is called with.
+        ArgumentTypeError: func does not accept the arguments that it is called with.
     """
     if torch.is_grad_enabled():
         task.field.prepare_replay()
@@ -91,12 +91,12 @@ def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
 
 
 def obstacle_but_to_eager(engine: str, request: Request, takes_batches: bool = False) -> str | None:
-    """The argument, if there is one, that asks for what the eager engine alone does."""
+    """Obstacle of ``engine`` if an argument needs the eager engine; None if no argument does."""
     name = _for_eager(request, takes_batches)
     if name is None:
         return None
     value = f" ({request.gradient!r})" if name == "gradient" else ""
-    return f'engine="{engine}" does not take what {name} asks for{value}. Use engine="eager" for it.'
+    return f'engine="{engine}" does not support the given {name}{value}. Use engine="eager".'
 
 
 def _for_eager(request: Request, takes_batches: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""A solve from its arguments to its ``Solution``: the arguments checked together, and an engine chosen."""
+"""Dispatch of a solve: validates the arguments, runs an engine and makes the ``Solution``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from aca_ext.solver.checkpoints import StepRecord, checked_policy
 
 
 def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
-    """``solve``, or the part of one from where another part stopped."""
+    """Runs ``solve``, or the part of a solve that continues from ``resumed``."""
     policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
     adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
     for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
@@ -58,17 +58,17 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
 def _named_params(arguments: Arguments) -> Any:
     params, adjoint_params = arguments.params, arguments.adjoint_params
     if params is not None and adjoint_params is not None:
-        raise ArgumentValueError("params and adjoint_params are two names of one argument; give one of them.")
+        raise ArgumentValueError("params and adjoint_params are two names of one argument. Give only one of them.")
     return adjoint_params if params is None else params
 
 
 def _adjoint_options(given: Arguments) -> AdjointOptions:
-    """The settings of a backward solve, by default those of the forward one."""
+    """Settings of the backward solve, by default those of the forward solve."""
     if given.adjoint_options is not None:
         options = dict(given.adjoint_options)
     else:
-        of_forward = given.options if isinstance(given.options, Mapping) else {}  # problem_of says what else it is
-        # The norm and the grid of the forward solve speak of its state and its times, not of the augmented ones.
+        of_forward = given.options if isinstance(given.options, Mapping) else {}  # problem_of raises for other types
+        # The forward norm and grid do not fit the augmented state and the reversed times.
         options = {name: value for name, value in of_forward.items() if name not in ("norm", "grid_constructor")}
     return AdjointOptions(
         rtol=given.rtol if given.adjoint_rtol is None else given.adjoint_rtol,
@@ -86,7 +86,7 @@ def _result(engine: Engine, request: Request) -> Result:
 
 
 def _problem_of(arguments: Arguments, resumed: SolverState | None) -> Problem:
-    """The problem, from its start or from where another part of the solve ended."""
+    """The problem, with ``resumed`` as its start if an earlier part of the solve stopped there."""
     make: Callable[..., Problem] = batch_problem_of if is_independent(arguments.options) else problem_of
     problem = make(arguments.func, arguments.y0, arguments.t, **arguments.of_problem)
     if arguments.events:
@@ -97,10 +97,10 @@ def _problem_of(arguments: Arguments, resumed: SolverState | None) -> Problem:
 
 
 def _with_events(problem: Problem, arguments: Arguments) -> Problem:
-    """The problem with a method that has a dense output, on which events are found.
+    """The problem with its events and with a method that has dense output, on which events are located.
 
     Raises:
-        ArgumentValueError: another argument does not go with events.
+        ArgumentValueError: another argument excludes events.
     """
     obstacles = {
         f'gradient="{arguments.gradient}"': arguments.gradient not in ("aca", "direct", "naive"),
@@ -109,13 +109,13 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
     }
     for what, is_given in obstacles.items():
         if is_given:
-            raise ArgumentValueError(f"events are given, which {what} does not take; leave one of them out.")
+            raise ArgumentValueError(f"events are given, but {what} does not support them. Leave one of the two out.")
     tableau = problem.tableau if problem.tableau.dense is not None else problem.tableau.with_hermite_output()
     return replace(problem, events=tuple(arguments.events), tableau=tableau)
 
 
 def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
-    """The solution as its caller sees it."""
+    """The ``Solution`` for the user, from the result of an engine."""
     problem, t = request.problem, arguments.t
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y, record = problem.packing.unpack_rows(result.ys), result.record
@@ -128,7 +128,7 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     if not problem.stops_at_limit:
         return solution
     assert isinstance(record, StepRecord)
-    # Neither state nor times are kept, and params may have been an iterator, which is at its end.
+    # Without state and times, whose memory this would hold; with params of the request, as given ones may be iterators.
     kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
     return stopped(solution, problem, record, partial(_resumed, kept))
 
@@ -146,7 +146,7 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:
-    """Raises where an argument asks for what happens in Python, or at steps of its own, while a recording is made."""
+    """Raises if an argument needs Python code or data-dependent steps, which a recording cannot contain."""
     lookup("gradient", arguments.gradient, GRADIENTS)
     lookup("engine", arguments.engine, ENGINES)
     is_batch = is_independent(arguments.options)
@@ -158,11 +158,11 @@ def _check_recorded(recording: str, arguments: Arguments) -> None:
     }
     for name, is_given in what.items():
         if is_given:
-            raise ArgumentValueError(f"{recording} records no solve with {name}; leave it out.")
+            raise ArgumentValueError(f"{name} is given, but {recording} cannot record a solve with it. Leave it out.")
 
 
 def run_compiled_again(given: Arguments) -> Solution | None:
-    """``run`` for engine="compiled" without most of its checks; None unless they were made before."""
+    """``run`` for engine="compiled" without checks that an earlier solve made; None if there was no such solve."""
     if given.gradient != "aca" or given.checkpoints is not None or given.params is not None:
         return None
     if (
@@ -186,7 +186,7 @@ def run_compiled_again(given: Arguments) -> Solution | None:
 def _resumed(
     arguments: Arguments, y: State, t: Tensor, state: SolverState, *, max_num_steps: int | None, is_beyond: bool
 ) -> Solution:
-    """A part of a solve from where another stopped, or beyond its end."""
+    """Continues a solve from where it stopped, or beyond its end."""
     options = arguments.options or {}
     limit = options.get("max_num_steps") if max_num_steps is None else max_num_steps
     if is_beyond and max_num_steps is None:
@@ -195,23 +195,24 @@ def _resumed(
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:
-    """The time where a solve goes on, if func jumps there."""
+    """``{t}`` if ``jump_t`` contains the time t at which a solve continues, else the empty set."""
     given = () if options.get("jump_t") is None else options["jump_t"]
     jumps = torch.as_tensor(given, dtype=torch.float64, device="cpu")
     return frozenset({t} & set(jumps.reshape(-1).tolist()))
 
 
 def _check_together(request: Request) -> None:
-    """Arguments that depend on one another."""
+    """Validates arguments that depend on one another."""
     gradient, checkpoints, callback = request.gradient, request.checkpoints, request.callback
     lookup("gradient", gradient, GRADIENTS)
     if checkpoints is not None and gradient != "aca":
         raise ArgumentValueError(
-            f'checkpoints is {checkpoints!r}, but gradient={gradient!r} keeps none; leave it out or use gradient="aca".'
+            f'checkpoints is {checkpoints!r}, but gradient={gradient!r} keeps none. Leave it out or use gradient="aca".'
         )
     if request.problem.stops_at_limit and (request.learnt is not None or gradient not in ("aca", "direct")):
         raise OptionError(
-            'option on_step_limit="stop" takes gradient="aca" or "direct" and times that do not require grad.'
+            f'gradient is {gradient!r}; option on_step_limit="stop" needs gradient="aca" or "direct", and times that '
+            "do not require grad. Change these, or leave the option out."
         )
     if isinstance(request.problem, BatchProblem) and request.problem.nan_on_failure and request.learnt is not None:
         raise OptionError('option on_failure="nan" takes times that do not require grad.')

@@ -1,4 +1,4 @@
-"""engine="eager": func called at every stage, the kernels around it, and the loop on the host."""
+"""engine="eager": the host runs the loop, calls func at every stage, and calls the kernels between."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class EagerEngine:
         return None
 
     def solve(self, request: Request) -> Result:
-        """The solve with any gradient, watched or not.
+        """Solves with any gradient method, with or without callback and progress bar.
 
         Raises:
-            SlopeError: func took the times of all samples of a batch for one number.
+            SlopeError: func used the times of a batch's samples as one number.
             Those of ``solve_with`` and of the gradient method.
         """
         problem = request.problem
@@ -43,7 +43,7 @@ class EagerEngine:
 
 
 def method_for(request: Request) -> Gradient:
-    """The gradient method, or the plain solve where gradients are off."""
+    """The gradient method, or a solve without an autograd graph if gradients are disabled."""
     if not torch.is_grad_enabled():
         return batch.solve_without_graph if request.is_batch else _without_graph
     return partial(batch.solve, gradient=request.gradient) if request.is_batch else GRADIENTS[request.gradient]
@@ -54,11 +54,10 @@ def _without_graph(task: Task) -> Result:
 
 
 def _explain_times_of_samples(error: Exception) -> None:
-    """Raises SlopeError where func took the times of all samples for one number."""
+    """Raises SlopeError if the error shows that func used the times of all samples as one number."""
     signs = ("Boolean value of Tensor", "cannot be converted to Scalar", "can be converted to Python scalars")
     if any(sign in str(error) for sign in signs):
         raise SlopeError(
-            f'func failed ({error}): with option batch="independent" t holds the time of every sample, of shape '
-            "(batch, 1, ..., 1), so that `if t > 1`, float(t) and t.item() have no answer. Use torch.where(t > 1, a, "
-            "b)."
+            f'func failed ({error}). With option batch="independent", t holds the time of every sample, in shape '
+            "(batch, 1, ..., 1), so `if t > 1`, float(t) and t.item() do not work. Use torch.where(t > 1, a, b)."
         ) from error

@@ -1,8 +1,8 @@
-"""Solves that torch.jit.trace, torch.export or make_fx records: fixed steps in plain torch, or an error.
+"""Solves under torch.jit.trace, torch.export or make_fx: fixed steps in plain torch operations, or an error.
 
-The kernels take addresses, of which a recording knows nothing: what it repeated would be memory that nobody wrote.
-Plain torch operations are recorded as they are, and so is the gradient. Step sizes become constants of the recording,
-which is right for fixed steps alone; adaptive ones would be those of the example, whatever the input.
+The kernels work on addresses, which a recorder cannot see: a recording of them would read memory that nothing wrote.
+Plain torch operations are recorded, and so is their gradient. Step sizes become constants of the recording. This is
+right for fixed steps only: adaptive steps would be those of the example for every input.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch
 def solve_recorded(
     by: str, func: Callable[..., State], y0: State, t: Any, *, options: Options | None, **settings: Any
 ) -> Solution:
-    """``solve`` on fixed steps, whichever gradient and engine it names.
+    """Solves with fixed steps; the gradient comes from autograd, and no engine is used.
 
     Raises:
-        ArgumentTypeError: the times, or the step size, are computed from what the recording is given, or learnt.
+        ArgumentTypeError: the times or the step size depend on an input of the recording, or require grad.
         ArgumentValueError: the steps are adaptive.
         Those of ``solve``.
     """
@@ -50,9 +50,9 @@ def solve_recorded(
         problem = checked_problem(func, y0, t, options=options, **settings)
     if problem.grid is None:
         raise ArgumentValueError(
-            f"{by} records the steps of its example, but adaptive steps are others for each input. Make the steps of "
-            'the solve fixed, with options={"step_size": h} or a method such as "rk4", or record func alone and solve '
-            "outside."
+            f"{by} would record the adaptive steps of its example, but each input needs its own. Use fixed steps, by "
+            'options={"step_size": h} or a method such as "rk4", or record func alone and solve outside of the '
+            "recording."
         )
     if problem.interp is not None or problem.jumps:
         raise ArgumentValueError(f"{by} records no solve with option interp or perturb; leave them out.")
@@ -65,14 +65,14 @@ def solve_recorded(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's warnings of what becomes a constant: shapes, and numbers that were seen to be constants."""
+    """Silences the tracer's warnings about constants; those made inside are shapes and validated numbers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)
         yield
 
 
 class _RecordedOperations(TorchOperations):
-    """Plain torch operations that leave memory formats alone: a copy into memory of a fixed shape would be recorded."""
+    """Plain torch operations without changes of memory format: a recorded copy would fix the shape."""
 
     def admit(self, x: Tensor, what: str = "") -> Tensor:
         return x
@@ -83,7 +83,7 @@ class _RecordedOperations(TorchOperations):
 
 
 def _solution_on(grid: tuple[float, ...], problem: Problem) -> tuple[Tensor, StepRecord]:
-    """The states at the requested times, and the steps."""
+    """States at the requested times, and the record of the steps."""
     y = problem.y0
     ops = _RecordedOperations(y, problem.tolerance)
     check = SlopeCheck(problem.packing, ops)
@@ -109,20 +109,20 @@ def _solution_on(grid: tuple[float, ...], problem: Problem) -> tuple[Tensor, Ste
 
 
 def _refuse_input(by: str, what: str, x: object) -> None:
-    """Raises where a recording would keep a value that it is given, or that is learnt, as a constant."""
+    """Raises if the recorder does not know the value of ``x``, or must not keep it as a constant."""
     if not isinstance(x, Tensor):
         return
     if by != JIT:
-        raise ArgumentTypeError(f"{what} is a tensor, which {by} knows no values of; give numbers, t=(0.0, 1.0).")
+        raise ArgumentTypeError(f"{what} is a tensor, whose values {by} does not know. Give numbers.")
     if (x.requires_grad and torch.is_grad_enabled()) or _depends_on_input(x):
         raise ArgumentTypeError(
-            f"{what} is learnt, or computed from an input of the model, but {by} would keep its values as constants. "
-            "Give numbers or a constant tensor."
+            f"{what} is computed from an input of the model or requires grad, but {by} would record its values as "
+            "constants. Give numbers or a constant tensor."
         )
 
 
 def _depends_on_input(x: Tensor) -> bool:
-    """Tells whether an input of the model that torch.jit.trace records is among what ``x`` was computed from."""
+    """Tells whether ``x`` was computed from an input of the model that torch.jit.trace records."""
     waiting, seen = [] if _value_of is None else [_value_of(x)], set()
     while waiting:
         value = waiting.pop()
@@ -130,8 +130,8 @@ def _depends_on_input(x: Tensor) -> bool:
             continue
         seen.add(value.debugName())
         node = value.node()
-        if node.kind() == "prim::Param" and value.type().kind() != "ClassType":  # the class is that of the model itself
+        if node.kind() == "prim::Param" and value.type().kind() != "ClassType":  # a ClassType is the model itself
             return True
         inputs = list(node.inputs())
-        waiting += inputs[:1] if node.kind() in ("aten::to", "aten::type_as") else inputs  # the others tell a dtype
+        waiting += inputs[:1] if node.kind() in ("aten::to", "aten::type_as") else inputs  # others give a dtype
     return False

@@ -1,4 +1,4 @@
-"""The gradient methods: one file each, and this registry."""
+"""Registry of the gradient methods; each is one file."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """The adaptive checkpoint adjoint (Zhuang et al., ICML 2020): replay every accepted step and transpose it.
 
-Forward: no graph; checkpoints (t, h, y) of accepted steps. Backward, last step to first: replay the step from its
-checkpoint, pull the cotangent back through it, drop its graph. The gradient is that of the discrete solution with its
-step sizes held constant. Memory: the graph of one step's evaluations and N_t + 1 states, or as few as the user wants:
-those that were not kept are computed again, bit for bit, from the last one kept before them.
+The forward pass records no autograd graph. It keeps a checkpoint (t, h, y) of every accepted step. The backward pass
+goes through the steps from last to first: it replays a step from its checkpoint, pulls the cotangent back through it
+and drops its graph. The gradient is that of the discrete solution with its step sizes held constant.
+
+Memory: the autograd graph of one step and N_t + 1 states. With ``checkpoints=`` the solve keeps fewer states, and the
+backward pass recomputes each missing one, bit for bit, from the last kept state before it.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def solve(task: Task) -> Result:
 
 
 def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:
-    """The forward pass; ``checkpoints`` receives what a backward pass needs."""
+    """Solves without an autograd graph; ``checkpoints`` receives the states for a backward pass."""
     problem = task.problem
     y0 = problem.y0.detach()
     with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
@@ -73,7 +75,7 @@ def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints 
 
 
 class _EagerBackward:
-    """Back through the accepted steps, each replayed from its checkpoint, with the states in memory that it keeps."""
+    """Backward pass that replays each accepted step from its checkpoint."""
 
     def __init__(self, forward: ForwardPass, checkpoints: Checkpoints) -> None:
         self._forward = forward
@@ -81,7 +83,8 @@ class _EagerBackward:
 
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
         held, steps = self._held(states), _steps(self._forward)
-        if math.isfinite(self._capacity):  # others than these may be gone when a retained graph is used again
+        if math.isfinite(self._capacity):
+            # This pass overwrites the states between the ends, so a second pass (retain_graph) must not read them.
             ends = 0, len(steps)
             self._numbers = [n if n in ends else -1 for n in self._numbers]
         return _replay_backward(self._forward, self._capacity, grad_ys, held, inputs)
@@ -94,9 +97,9 @@ class _EagerBackward:
         return differentiable_backward(self._forward, grad_ys, start, known, inputs)
 
     def _held(self, blocks: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        """The states that are kept, each with its number."""
+        """The kept states, each with its number."""
         like = self._forward.task.problem.y0
-        # Rows of states that were handed out are written over, which is none of autograd's business: .data.
+        # The backward pass overwrites rows of these saved tensors. .data keeps autograd from calling that an error.
         laid_out = [rows_like(like, block.data) for block in blocks]
         return list(zip(self._numbers, rows(laid_out, len(self._numbers)), strict=True))
 
@@ -147,7 +150,7 @@ def _replay_backward(
 def _advance(
     replay: Replay, ops: TorchOperations, scheme: Scheme, problem: Problem, steps: Sequence[AcceptedStep]
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """A state from the one before it, as the forward pass computed it."""
+    """Returns a function that computes a state from the one before it, with the arithmetic of the forward pass."""
     scheme = solution_only(scheme)
     advance = stepper(replay, ops, scheme, compiled_stepper(ops, scheme))
 
@@ -168,9 +171,9 @@ def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[
 def differentiable_backward(
     forward: ForwardPass, grad_ys: Tensor, y0: Tensor, states: Mapping[int, Tensor], inputs: Sequence[Tensor]
 ) -> Gradients:
-    """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too.
+    """The gradients with an autograd graph (create_graph=True): repeats all accepted steps in one graph.
 
-    ``states`` are those of the forward pass that are known, by their numbers.
+    ``states`` maps numbers to the states that the forward pass kept; the repeated states are compared with them.
     """
     problem, steps = forward.task.problem, _steps(forward)
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
@@ -208,10 +211,10 @@ def differentiable_backward(
 
 
 class Gate:
-    """Lets a tensor into a graph such that, while the gate is closed, gradients do not flow on into its history.
+    """Adds a tensor to an autograd graph; while the gate is closed, no gradient flows into the tensor's history.
 
-    A gradient with respect to the tensor is wanted while other tensors that are wanted too may be part of its history;
-    what flows there is for the graph outside to add. The graph of that gradient, though, goes on into the history.
+    The history of one input may contain another input. Autograd outside this solve adds the gradient that flows from
+    one to the other, so adding it here would count it twice. The graph of a gradient still includes the history.
     """
 
     def __init__(self) -> None:
@@ -232,7 +235,7 @@ class Gate:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:
-        ctx.set_materialize_grads(False)  # zeros would set off the replays of the solves that x comes from
+        ctx.set_materialize_grads(False)  # zeros would start the backward passes of the solves that computed x
         ctx.gate = gate
         return x.view_as(x)
 

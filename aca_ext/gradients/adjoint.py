@@ -1,7 +1,7 @@
-"""The continuous adjoint (Chen et al., NeurIPS 2018): a second ODE, solved backward in time from the outputs alone.
+"""The continuous adjoint (Chen et al., NeurIPS 2018): solves a second ODE backward in time, from the outputs alone.
 
-Least memory and no exactness: the backward solve meets other states than the forward one did, so the gradient is right
-to the tolerances of both at best. Kept as the baseline that the ACA paper compares with.
+It needs the least memory and is not exact. The states of the backward solve differ from those of the forward solve, so
+the gradient is accurate to the tolerances of both solves at best. It is here as the baseline of the ACA paper.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Adjoint(torch.autograd.Function):
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """A gradient that cannot be differentiated again: whoever tries is told, instead of losing what flows there."""
+    """A gradient that raises when differentiated; otherwise second derivatives would silently lack a term."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *origins: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
-        if g is None:  # a walk through the graph that wants other gradients
+        if g is None:  # autograd passes through here for the gradients of other tensors
             return (None,) * len(ctx.needs_input_grad)
         raise ArgumentValueError(
             'gradient is "adjoint", which has no second derivatives. Use "aca", "direct" or "naive" for them.'
@@ -93,7 +93,7 @@ class _FirstDerivative(torch.autograd.Function):
 def _interval(
     task: Task, replay: Replay, times: tuple[float, float], y: Tensor, a: Tensor, grads: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Carries the adjoint state and the parameters' gradients from one output back to the one before."""
+    """Solves the adjoint ODE from one output back to the one before it."""
     forward_ops = operations_for(task.problem.y0.detach(), task.problem.tolerance)
 
     def augmented(t: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _interval(
     how = task.adjoint
     options: dict[str, Any] = dict(how.options)
     on_step: Callback | None = options.pop("callback", None)
-    if options.get("norm") == "seminorm":  # the parameters' gradients do not steer the steps (Kidger et al., 2021)
+    if options.get("norm") == "seminorm":  # an error norm without the parameters' gradients (Kidger et al., 2021)
         options["norm"] = lambda state: max(part.square().mean().sqrt() for part in state[:2])
     elif callable(options.get("norm")):
         options["norm"] = partial(_norm_of_parts, options["norm"], parts_of)
@@ -174,7 +174,7 @@ def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     result: list[Tensor] = []
     for part, x in zip(parts, like, strict=True):
         if x.is_complex():
-            # A copy, as complex numbers begin at an even place in memory; a part may begin at any.
+            # A copy: view_as_complex needs an even storage offset, and a part may begin at an odd one.
             part = torch.view_as_complex(part.to(x.real.dtype, copy=True).view(*x.shape, 2))
         result.append(part.to(x.dtype).view(x.shape))
     return result

@@ -1,4 +1,4 @@
-"""Interface of the gradient methods: the task that each is given, and the result that it returns."""
+"""Interface of the gradient methods: the task that each receives and the result that it returns."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from aca_ext.vector_field.field import VectorField
 
 @dataclass(frozen=True)
 class Task:
-    """A problem together with what its gradient is to reach.
+    """A problem with the settings of its gradient.
 
     Attributes:
         field: func with its checks.
-        params: tensors that func depends on by itself, where the user named them, else None.
-        adjoint: how ``gradient="adjoint"`` solves backward.
-        checkpoints: which states ``gradient="aca"`` keeps.
+        params: tensors besides t, y and args that func depends on, as given by the user; None to find them.
+        adjoint: settings of the backward solve of ``gradient="adjoint"``.
+        checkpoints: choice of the states that ``gradient="aca"`` keeps.
     """
 
     problem: Problem
@@ -33,13 +33,14 @@ class Task:
     checkpoints: Policy = None
 
     def first_slope(self, y0: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor | None:
-        """f(t0, y0), evaluated in ``watch``; None where the solve has no step."""
+        """f(t0, y0), evaluated inside ``watch``; None if the solve has no step."""
         problem = self.problem
         if len(problem.times) == 1:
             return None
         if problem.resumed is None or problem.resumed.k is None:
             return self.field.first(problem.start_time(y0), y0, watch)
-        # The slope is known; what else the evaluation shows is not, and it is to leave no trace.
+        # A resumed solve knows its slope, but not the parameters that func uses. This evaluation finds them, without
+        # side effects.
         random_state = self.field.random_state()
         with self.field.aside():
             k = self.field.first(problem.start_time(y0), y0, watch)
@@ -70,7 +71,7 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """The outputs stacked, (T, \\*packed shape), with what is known of the solve.
+    """Outputs of a solve, (T, \\*packed shape), with its record and statistics.
 
     Attributes:
         is_lazy: the record is slow to read (it is on a device, or made by another solve), and read only on demand.

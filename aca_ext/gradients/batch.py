@@ -1,8 +1,8 @@
-"""The gradients of a batch of independent problems: ``aca``, which replays, and ``direct``, which keeps the graph.
+"""Gradients of a batch of independent problems: ``aca`` replays the steps, ``direct`` keeps their autograd graph.
 
-A replay goes through the steps of the forward pass from last to first, each taken by some of the samples. It takes the
-step with its graph, from their checkpoints, with their step sizes and steps of length zero for all other samples, pulls
-their cotangents back through it and drops the graph.
+Each step of the forward pass is accepted by some of the samples. The backward pass of ``aca`` goes through the steps
+from last to first. It repeats a step with its graph: samples that accepted it start from their checkpoints with their
+step sizes, all others make a step of length zero. It pulls the cotangents of the former back and drops the graph.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
 
 def solve(task: Task, gradient: str) -> Result:
-    """The solve of a ``BatchProblem`` with the gradient of this name.
+    """Solves a ``BatchProblem`` with the named gradient method.
 
     Raises:
-        ArgumentValueError: the gradient is not available, or func moves buffers or, with "aca", draws random numbers.
+        ArgumentValueError: the gradient is not available, ``checkpoints`` is given, func changes buffers of its
+            modules, or func draws random numbers (with "aca").
     """
     _check_failures_raise(task)
     if gradient not in _GRADIENTS:
         raise ArgumentValueError(
-            f'gradient is {gradient!r}; with option batch="independent" there are {", ".join(_GRADIENTS)}.'
+            f'gradient is {gradient!r}; option batch="independent" takes one of {", ".join(_GRADIENTS)}.'
         )
     if task.checkpoints is not None:
         raise ArgumentValueError(
-            f'checkpoints is {task.checkpoints!r}; with option batch="independent" every state is kept. Leave it out.'
+            f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints out.'
         )
     return _GRADIENTS[gradient](task)
 
@@ -68,7 +69,7 @@ def solve_without_graph(task: Task) -> Result:
 
 
 def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, list[Tensor]]:
-    """The solve, with the states that are kept and the last one."""
+    """The solve, with the kept states followed by the last state."""
     problem = task.problem
     assert isinstance(problem, BatchProblem)
     _check_buffers(task.field)
@@ -111,21 +112,21 @@ _GRADIENTS: dict[str, Callable[[Task], Result]] = {"aca": _aca, "direct": _direc
 
 def _random_numbers_error() -> ArgumentValueError:
     return ArgumentValueError(
-        'func draws random numbers, which gradient="aca" cannot draw again for samples that step by themselves; with '
-        'option batch="independent" use gradient="direct".'
+        'func draws random numbers. With option batch="independent", gradient="aca" cannot draw them again, because '
+        'each sample has its own steps. Use gradient="direct".'
     )
 
 
 def _check_buffers(field: VectorField) -> None:
     if field.moving_buffers:
         raise ArgumentValueError(
-            "func changes buffers of its modules (batch normalisation in training mode?), which makes samples depend "
-            'on one another; with option batch="independent" put it into evaluation mode, module.eval().'
+            "func changes buffers of its modules (batch normalisation in training mode?), so samples depend on one "
+            'another. Option batch="independent" does not allow that. Call module.eval() on func first.'
         )
 
 
 class _BatchBackward:
-    """Back through the accepted steps, each replayed for the samples that took it."""
+    """Backward pass that replays each accepted step for the samples that accepted it."""
 
     def __init__(self, forward: ForwardPass) -> None:
         self._forward = forward
@@ -151,7 +152,7 @@ def _check_for(forward: ForwardPass, y: Tensor, replay: Replay, *, restarts: boo
 
 
 class _Steps:
-    """The accepted steps of a batch once more, with their graphs."""
+    """Repeats the accepted steps of a batch with their autograd graphs."""
 
     def __init__(self, task: Task, ops: RowOperations, replay: Replay) -> None:
         self._ops, self._replay = ops, replay
@@ -160,10 +161,10 @@ class _Steps:
         self._short = solution_only(self._whole)
         self._h = np.zeros(ops.n_rows)
         assert isinstance(task.problem, BatchProblem)
-        self._t = task.problem.times_of_rows[:, -1].copy()  # of samples that do not step: any that they have met
+        self._t = task.problem.times_of_rows[:, -1].copy()  # samples at rest need a time at which f exists
 
     def take(self, s: AcceptedRows, y: Tensor) -> tuple[Trial, Tensor]:
-        """The step and its step sizes, zero for the samples that did not take it."""
+        """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it."""
         t, t_next, h = self._t, self._t.copy(), self._h
         t[s.rows], t_next[s.rows], h[s.rows] = s.t, s.t_next, s.h
         scheme = self._whole if (s.outputs.theta != 1.0).any() else self._short
@@ -184,7 +185,7 @@ def _replay_backward(
     replay = forward.replay(inputs)
     steps = _Steps(task, ops, replay)
     check = _check_for(forward, y, replay, restarts=True)
-    g = torch.zeros_like(y)  # cotangents of the samples' states at the ends of the steps still to come
+    g = torch.zeros_like(y)  # cotangents of the samples' states at the end of the step to replay
     with replay.repeating():
         for n, (s, start) in reversed(list(enumerate(zip(accepted, starts, strict=True)))):
             rows = index_of(s.rows, y)
@@ -209,7 +210,7 @@ def _replay_backward(
 
 
 def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The first state, and for each step the states of its rows at its end."""
+    """The first state, and for each step the end states of the samples that accepted it."""
     *starts, y = states
     found: list[Tensor] = []
     for s, start in zip(reversed(steps), reversed(starts), strict=True):
@@ -222,7 +223,7 @@ def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tens
 def _differentiable_backward(
     forward: ForwardPass, grad_ys: Tensor, y0: Tensor, ends: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> Gradients:
-    """create_graph=True: the accepted steps once more, all with their graph, so that the gradient has one too."""
+    """The gradients with an autograd graph (create_graph=True): repeats all accepted steps in one graph."""
     task = forward.task
     ops = row_operations_for(y0.detach(), task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)

@@ -1,8 +1,8 @@
-"""Tensors that func depends on besides its arguments: those that its first evaluation uses, and those that it holds.
+"""Search for the tensors that func depends on besides its arguments.
 
-The first evaluation is made with a graph, from a state that requires grad, and watched. Leaves are found in its graph.
-Tensors with a history of their own, a context vector in a closure or on a module, are seen as operands of torch
-functions. What it computes and keeps is told by the references to it.
+The first evaluation of func runs with an autograd graph, from a state that requires grad, under a TorchFunctionMode.
+Leaves are found in that graph. Tensors with a history, such as a context vector in a closure, are found as operands of
+torch functions. Tensors that the evaluation computed and keeps are found by their reference counts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from aca_ext.vector_field.kept import Keepsake, is_lost, keepsakes_of, settle_la
 
 
 class FirstEvaluation:
-    """f(t0, y0), and what is known then of the tensors that func depends on.
+    """f(t0, y0), and the tensors on which func depends according to this evaluation.
 
     Args:
-        is_traced: something else keeps the results of the evaluation alive, so that what func keeps does not show.
+        is_traced: the caller keeps all results alive, so reference counts do not tell what func keeps.
 
     Attributes:
-        k: the slope without its graph; None where the solve has no step.
-        params: the tensors requiring grad that it depends on besides state and args, or those that the user named.
-        found: leaves besides, that func holds and may come to use.
-        leaves: indices of those params that the slope's graph showed.
+        k: the slope without its autograd graph; None if the solve has no step.
+        params: tensors requiring grad on which func depends besides state and args, or those given by the user.
+        found: other leaves that func holds and may use later in the solve.
+        leaves: indices of the params found in the autograd graph of the slope.
     """
 
     def __init__(self, task: Task, is_traced: bool = False) -> None:
@@ -43,9 +43,9 @@ class FirstEvaluation:
         self.found: list[Tensor] = []
         self.leaves = range(0)
         self._keepsakes: list[Keepsake] = []
-        self._made: list[Tensor] = []  # leaves that the evaluation made itself
+        self._made: list[Tensor] = []  # leaves that the evaluation created
         self._use: _Use | None = None
-        y = task.problem.y0.detach()  # a tensor of its own, so that a func that also captures y0 is seen to do so
+        y = task.problem.y0.detach()  # a new tensor, to tell it from y0 if func captures y0
         args = [a for a in task.field.args if isinstance(a, Tensor)]
         y = y.clone() if y.is_inference() else y
         watch = _watch_for(task.field.func, (y, *args))
@@ -62,7 +62,7 @@ class FirstEvaluation:
         self.k = k = None if k is None else k.detach()
         self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
         if not is_traced:
-            outlived = watch.outlived()  # before the state, which a graph may hold in Python too
+            outlived = watch.outlived()  # first, as it drops references to y from graphs held in Python
             kept = [(y, True)] if is_held(sys.getrefcount(y), y, n_known=watch.outer_references(y)) else []
             if outlived:
                 state = known_tensors([y])
@@ -86,16 +86,16 @@ class FirstEvaluation:
             holdings.let_go_of_histories()
 
     def needs_graph(self, args: Sequence[Tensor]) -> bool:
-        """Tells whether anything requires grad that the solution depends on, or may come to depend on."""
+        """Tells whether a tensor that the solution depends on, or may depend on later, requires grad."""
         origins = (self._task.problem.y0, *self.params, *self.found, *args)
         return self._use is not None or any(x.requires_grad for x in origins)
 
     def watch(self) -> AbstractContextManager[Any]:
-        """Around the rest of the solve, before ``settle``."""
+        """Returns the context for the rest of the solve, which ends before ``settle``."""
         return _NOTHING if self._use is None else self._use
 
     def settle(self) -> None:
-        """Makes params of what the solve came to use: tensors with a history that func held, and caches it made."""
+        """Adds to the params the tensors with a history that the solve used later, and the caches that func filled."""
         if self._use is not None:
             self.params += self._use.found
         for keepsake in self._keepsakes:
@@ -114,7 +114,7 @@ class FirstEvaluation:
                 self._add_made_leaves(self._task)
 
     def _add_made_leaves(self, task: Task) -> None:
-        """Makes params of leaves that func made in the solve and keeps, as a layer does that is built at first use."""
+        """Adds the leaves that func created in the solve and keeps, such as those of a layer built at its first use."""
         args = [arg for arg in task.field.args if isinstance(arg, Tensor)]
         known = {id(x) for x in (*self.params, *self.found, *args)}
         for x in task.field.tensors_held_now():
@@ -122,13 +122,13 @@ class FirstEvaluation:
                 (self.params if any(x is made for made in self._made) else self.found).append(x)
 
     def _origins(self) -> list[Tensor]:
-        """All that the solution has its graph from, as far as it is known."""
+        """The known tensors requiring grad on which the solution depends."""
         args = [arg for arg in self._task.field.args if isinstance(arg, Tensor)]
         return [x for x in (self._task.problem.y0, *self.params, *self.found, *args) if x.requires_grad]
 
 
 def first_slope_with_graph(task: Task) -> Tensor | None:
-    """f(t0, y0) with the graph of both; ``task.field`` then knows whether func differentiates."""
+    """f(t0, y0) with its autograd graph; also records in ``task.field`` whether func calls autograd."""
     watch = _watch_for(task.field.func, ())
     k = task.first_slope(task.problem.y0, watch)
     task.field.calls_autograd = watch.has_called_autograd
@@ -136,13 +136,13 @@ def first_slope_with_graph(task: Task) -> Tensor | None:
 
 
 def _plain(task: Task, y: Tensor, watch: Any) -> Tensor | None:
-    """The first slope, for a module without a graph."""
+    """The first slope, with no autograd graph if func is a module or the user gave params."""
     with torch.set_grad_enabled(task.params is None and not isinstance(task.field.func, nn.Module)):
         return task.first_slope(y, watch)
 
 
 def _differentiable(task: Task, y: Tensor, watch: Any) -> Tensor | None:
-    """The first slope with its graph; where func does not take a state that requires grad, ``_plain``."""
+    """The first slope with its autograd graph, or that of ``_plain`` if func rejects a state that requires grad."""
     try:
         with torch.enable_grad():
             return task.first_slope(y.requires_grad_(), watch)
@@ -158,10 +158,10 @@ def _differentiable(task: Task, y: Tensor, watch: Any) -> Tensor | None:
 
 
 def checked_params(params: Any) -> tuple[Tensor, ...] | None:
-    """The ``params`` argument of ``odeint``.
+    """Validates the ``params`` argument of ``odeint``.
 
     Raises:
-        ArgumentTypeError: it holds something other than tensors.
+        ArgumentTypeError: ``params`` contains something other than tensors.
     """
     if params is None:
         return None
@@ -183,7 +183,7 @@ _AUTOGRAD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
 class _Active(threading.local):
-    """The watches of a thread that are on, the innermost last."""
+    """The active watches of a thread, the innermost last."""
 
     def __init__(self) -> None:
         self.watches: list[_Watch] = []
@@ -193,14 +193,14 @@ _active = _Active()
 
 
 class _Watch(TorchFunctionMode):
-    """Collects operands that require grad and were not computed while it watched, and what was computed."""
+    """Collects the tensors requiring grad that torch functions use (captured ones) and compute."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.has_called_autograd = False
         self._captured: list[Tensor] = []
         self._ids = {id(x) for x in known}
-        self._made: list[Tensor] = []  # keeps results alive, so that an id stays that of one tensor
+        self._made: list[Tensor] = []  # keeps results alive, so that Python does not reuse their ids
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _AUTOGRAD:
@@ -217,12 +217,12 @@ class _Watch(TorchFunctionMode):
         return result
 
     def captured_and_held(self) -> list[Tensor]:
-        """Operands with a history. One that nobody else holds is the result of a function that does not show."""
+        """Captured operands with a history, except temporaries of functions that bypass ``__torch_function__``."""
         captured = [x for x in self._captured if not x.is_leaf and not is_lost(x)]
         return [x for x in captured if is_held(sys.getrefcount(x), x, n_known=2 + self.outer_references(x))]
 
     def outer_references(self, x: Tensor) -> int:
-        """Of watches around this one, where a solve is part of the func of another."""
+        """Number of references to ``x`` from outer watches: func may contain another solve."""
         return sum(id(x) in watch._ids for watch in _active.watches) if _active.watches else 0
 
     def __enter__(self) -> _Watch:
@@ -235,11 +235,11 @@ class _Watch(TorchFunctionMode):
         _active.watches.pop()
 
     def has_made(self, x: Tensor) -> bool:
-        """Tells whether the evaluation itself made ``x``, so that nobody outside can want its gradient."""
+        """Tells whether the evaluation computed ``x``, so that nothing outside needs its gradient."""
         return any(made is x for made in self._made)
 
     def outlived(self) -> list[Tensor]:
-        """Results that something else holds, now that the evaluation is over and its slope has no graph."""
+        """Results that something else still refers to after the evaluation, once its slope has no graph."""
         found: list[Tensor] = []
         made = self._made
         self._captured.clear()
@@ -252,7 +252,7 @@ class _Watch(TorchFunctionMode):
 
 
 class _Use(TorchFunctionMode):
-    """Collects those of some tensors that torch functions are given."""
+    """Collects those of the given tensors that torch functions use."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class _Use(TorchFunctionMode):
 
 
 class _NoWatch:
-    """For compiled modules, whose code a watch would have compiled anew."""
+    """Stand-in for compiled modules, which a TorchFunctionMode would force to recompile."""
 
     has_called_autograd = False
 

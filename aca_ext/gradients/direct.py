@@ -1,4 +1,4 @@
-"""Backpropagation through the accepted steps, their graph kept: ACA's gradient without a replay, at more memory."""
+"""Backpropagation through the kept graph of all accepted steps: ACA's gradient with no replay and more memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Backpropagation through everything the solver did, the search for the step size and rejected trials included.
+"""Backpropagation through all operations of the solver, including the step size control and rejected trials.
 
-The baseline of the ACA paper (Zhuang et al., ICML 2020, section 3.3). Its gradient holds, besides ACA's, what flows
-through the controller: noise of the size of the tolerance, at the cost of the longest graph. Hairer's first step is a
-constant, as in the paper's code.
+The baseline of the ACA paper (Zhuang et al., ICML 2020, section 3.3). Its gradient is ACA's plus a term that flows
+through the controller. That term is noise of the size of the tolerance, and it needs the longest autograd graph of all
+methods. Hairer's first step is a constant, as in the paper's code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The forward and the backward pass of gradient="aca", and the autograd.Function that stands between them.
+"""The forward and backward pass of gradient="aca", and the autograd.Function that connects them.
 
-Each engine has its own backward pass, and all share the Function: it saves tensors, checks the cotangent that autograd
-brings, and hands out the gradients that autograd asked for.
+Each engine has its own backward pass. All share one autograd.Function, which saves the tensors, validates the cotangent
+and returns the gradients that autograd needs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ Gradients = Sequence[Tensor | None]
 
 @dataclass
 class ForwardPass:
-    """A solve that ran, as far as a replay in Python needs to know it. It holds no state and no output.
+    """Data of a finished solve for a replay in Python; it holds no state and no output.
 
     Attributes:
-        n_params: of the inputs, how many are params; the others are tensor args, and at last those in ``found``.
-        leaves: indices of the params that func's first evaluation used.
-        found: inputs that func held and had not used when it ended.
-        autocast: the setting that it ran under.
+        n_params: number of params. The inputs of the solve are its params, its tensor args and ``found``, in this
+            order.
+        leaves: indices of the params in the autograd graph of func's first evaluation.
+        found: inputs that func holds and did not use in the solve.
+        autocast: state of torch.autocast in the forward pass.
     """
 
     task: Task
@@ -46,18 +47,18 @@ class ForwardPass:
 
     @classmethod
     def of(cls, task: Task, first: FirstEvaluation, solved: Result) -> ForwardPass:
-        """The solve that began with the evaluation ``first``."""
+        """The data of the solve ``solved``, which began with the evaluation ``first``."""
         autocast = AutocastState(task.problem.y0.device.type)
         return cls(task, solved.record, solved.stats, autocast, len(first.params), first.leaves, first.found)
 
     def replay(
         self, inputs: Sequence[Tensor], cut: Callable[[Tensor], Tensor] | None = None, y0: Tensor | None = None
     ) -> Replay:
-        """The replay of the solve, whose gradients are those of ``inputs``.
+        """The replay of the solve, which returns the gradients of ``inputs``.
 
-        ``y0`` is given where the gradients are to have a graph. It and the inputs may have been computed, and their
-        history may hold leaves that are inputs too. Unless these are cut, autograd walks into the history to look for
-        them, and calls the hooks there with None.
+        Pass ``y0`` if the gradients need an autograd graph. It and the inputs may have a history, which may contain
+        other inputs. Unless ``cut`` detaches them, autograd searches the history for these and calls hooks there with
+        None.
         """
         params, args = inputs[: self.n_params], inputs[self.n_params : len(inputs) - len(self.found)]
         has_history = y0 is not None and any(x.grad_fn is not None for x in (y0, *inputs))
@@ -67,15 +68,15 @@ class ForwardPass:
 
 
 class BackwardPass(Protocol):
-    """The way back through one solve. It holds no state and no output, which are freed with autograd's graph."""
+    """Backward pass of one solve; it holds no state and no output, so these are freed with the autograd graph."""
 
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
-        """The gradients of y0 and of the inputs, from the cotangent of the outputs and the saved states."""
+        """Computes the gradients of y0 and the inputs from the cotangent of the outputs and the saved states."""
 
     def differentiable_gradients(
         self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> Gradients:
-        """The same with a graph (``create_graph=True``); y0 is None where it does not require grad."""
+        """As ``gradients``, with an autograd graph (``create_graph=True``); y0 is None if it does not require grad."""
 
 
 def with_graph(
@@ -86,16 +87,17 @@ def with_graph(
     used: Sequence[Tensor],
     found: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``ys``, the outputs, with a graph to y0 and to the inputs: those that func used, and those found besides.
+    """The outputs ``ys`` with an autograd graph to y0 and to the inputs, which are ``used`` followed by ``found``.
 
-    What func had not used yet may change before the backward pass, as long as it does not come to use it.
+    Tensors in ``used`` are saved: changing one in place before the backward pass is an error. func has not used the
+    tensors in ``found``, so they may change.
     """
     result: Tensor = _Aca.apply(backward, [(ys, states, tuple(found))], y0, *used, *found)
     return result
 
 
 def check_cotangent(grad_ys: Tensor) -> None:
-    """Raises ArgumentTypeError where a backward pass cannot read the gradient of the solution."""
+    """Raises ArgumentTypeError if a backward pass cannot read the gradient of the solution."""
     refuse_transforms("the gradient of the solution", grad_ys)
     check_readable("the gradient of the solution", grad_ys)
 
@@ -106,7 +108,7 @@ class _Aca(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ys, states, found = boxed.pop()
         ctx.pass_back, ctx.n_states, ctx.has_y0, ctx.found = backward, len(states), y0.requires_grad, found
-        # Saved, so that they are freed with the graph, and a parameter changed in place before backward is an error.
+        # Saved tensors are freed with the graph, and autograd refuses a parameter that changed in place.
         ctx.save_for_backward(*states, *([y0] if ctx.has_y0 else []), *inputs[: len(inputs) - len(found)])
         return ys
 

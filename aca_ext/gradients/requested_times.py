@@ -1,4 +1,4 @@
-"""The gradient of the requested times, whatever the gradient method of the rest."""
+"""Gradient with respect to the requested times, for every gradient method."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from aca_ext.solver.checkpoints import StepRecord
 
 
 def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
-    """The solve with a graph to every element of t, right to second order.
+    """The solve with an autograd graph to every element of t; first and second derivatives are right.
 
-    A step of the midpoint rule, of a length that is zero and has the graph of t, moves each output from its time to its
-    time, and the start back: it leaves the solution as it is and gives it the derivatives of moving along it.
+    Each output takes one more step of the midpoint rule, of length t - t.detach(). The length is zero, so the output
+    stays as it is. The length has the graph of t, so the output gets the derivatives of moving along the solution. The
+    start takes such a step backward.
     """
     problem, field = task.problem, task.field
     like = problem.y0
@@ -31,8 +32,8 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
     start = move(times[0], like, now[0] - times[0])
     result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
     solved = field.n_evals
-    n_events = len(result.record.events) if isinstance(result.record, StepRecord) else 0
-    n_reached = len(result.ys) - n_events  # of the times; an event may have ended the solve before the others
+    n_events = len(result.record.events) if problem.events and isinstance(result.record, StepRecord) else 0
+    n_reached = len(result.ys) - n_events  # requested times; a terminal event may leave the last ones out
     moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, n_reached)]
     result.stats.n_f_evals += field.n_evals - solved
     return replace(result, ys=stack_rows([like, *moved, *result.ys[n_reached:].unbind(0)], like))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,3 +57,13 @@ class Event:
     def ends_segment(self) -> bool:
         """Tells whether an occurrence ends the smooth part of the solution: the event is terminal or has a reset."""
         return self.terminal or self.reset is not None
+
+
+def refuse_terminal(caller: str, events: Sequence[object]) -> None:
+    """Raises ArgumentValueError if an event may end a solve early and the caller returns the states alone."""
+    for i, event in enumerate(events):
+        if isinstance(event, Event) and event.terminal:
+            raise ArgumentValueError(
+                f"events[{i}] is terminal and may end the solve before its last time, which the result of {caller} "
+                "could not show. Use aca_ext.solve."
+            )

@@ -335,6 +335,8 @@ def test_arguments_that_do_not_go_together() -> None:
     with pytest.raises(ArgumentValueError, match="one of them"):
         odeint(decay, y0, [0.0, 1.0], events=[event], event_fn=lambda t, y: y)
     with pytest.raises(ArgumentValueError, match="terminal"):
+        aca_ext.NeuralODE(nn.Linear(1, 1), events=[Event(lambda t, y: y, terminal=True)])
+    with pytest.raises(ArgumentValueError, match="terminal"):
         odeint(decay, y0, [0.0, 1.0], events=[Event(lambda t, y: y, terminal=True)])
     with pytest.raises(ArgumentTypeError, match="give a list"):
         solve(decay, y0, [0.0, 1.0], events=event)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""engine="compiled": whole steps, and their transpose, compiled by torch's compiler."""
+"""engine="compiled": whole steps and their transposes, compiled by torch's compiler."""

@@ -1,4 +1,4 @@
-"""Backend of TorchDynamo for a traced func: its graph becomes a ``Captured``, which is not run but looked at."""
+"""Backend of TorchDynamo that turns the traced graph of func into a ``Captured``, to be compiled later."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ HINT = 'Use engine="eager", or change func.'
 
 @dataclass(eq=False)
 class Captured:
-    """A graph of func.
+    """A traced graph of func, with what was compiled from it.
+
+    The inputs of the graph are the time, the components of the state, and the "other" inputs, numbered by i.
 
     Attributes:
-        graph: called with its inputs, returns the components of the slope.
-        roles: of each input: "t", ("y", i) for component i of the state, or ("input", i).
-        inputs: what each input i that is neither time nor state looked like: copies, for tracing.
-        places: of the inputs that are neither time nor state, among all of them.
-        wants_gradient: whether input i requires grad.
-        names: TorchDynamo's names of them.
-        checksums: of the contents of those that func does not change itself and that have no gaps in memory.
-        gaps: the inputs that have.
-        differentiates: whether func calls torch.autograd.grad, for which the state and such inputs must require grad.
-        counters: what each evaluation of func adds a constant to.
-        refusal: why it cannot be used.
-        lifted: whether numbers that func reads are inputs, for they changed before.
-        plans: what was compiled from it, by layout and method.
-        solves: what solves of a kind share, by their settings.
+        graph: function of all inputs that returns the components of the slope.
+        roles: kind and number of each input: ("t", 0), ("y", i) for component i of the state, or ("input", i).
+        inputs: copies of the other inputs, as examples for tracing.
+        places: indices of the other inputs among all inputs.
+        wants_gradient: for each other input, True if it requires grad.
+        names: TorchDynamo's names of the other inputs.
+        checksums: function that computes checksums of the other inputs, except of counters and of ``gaps``.
+        gaps: indices of other inputs with gaps in memory.
+        differentiates: func calls torch.autograd.grad, so the state and inputs with gradients must require grad.
+        counters: values to which each evaluation of func adds a constant.
+        refusal: reason why the graph cannot be used, else "".
+        lifted: some numbers that func reads are inputs, because they changed before.
+        plans: cache of programs, by layout and method.
+        solves: cache of ``Specification``, by the settings of a solve.
     """
 
     graph: fx.GraphModule
@@ -59,7 +61,7 @@ class Captured:
 
 
 class Request(threading.local):
-    """The request being answered, and the operands that the graph was called with."""
+    """Data passed between a lookup or trace of func and this backend; ``inputs`` are the operands of the last call."""
 
     t: Tensor
     y: Sequence[Tensor]
@@ -83,8 +85,8 @@ def backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
             for node in module.graph.nodes:
                 if isinstance(node.target, torch._ops.HigherOrderOperator):
                     raise CompileError(
-                        f"func uses {node.target}: a custom autograd.Function, checkpointing or control flow on "
-                        f"tensors, which is not supported. {HINT}"
+                        f"func uses {node.target}. A custom autograd.Function, checkpointing and control flow on "
+                        f"tensors are not supported. {HINT}"
                     )
     tracer = _tracer()
     request.numbers = _numbers_read(request.scope)
@@ -107,10 +109,10 @@ def backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
 
 
 def _tracer() -> Any:
-    """TorchDynamo's view of the trace at hand.
+    """TorchDynamo's InstructionTranslator of the current trace.
 
     Raises:
-        CompileError: this version of torch does not tell, so that what func changes would go unseen.
+        CompileError: this version of torch does not give access to it, so side effects of func would go unseen.
     """
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -120,13 +122,13 @@ def _tracer() -> Any:
         torch._dynamo.config.replay_side_effects  # noqa: B018
     except (AttributeError, ImportError) as error:
         raise CompileError(
-            f'engine="compiled" does not know this version of torch ({torch.__version__}): {error}. Use engine="eager".'
+            f'engine="compiled" does not support torch {torch.__version__}: {error}. Use engine="eager".'
         ) from error
     return tracer
 
 
 def _attach_results(graph: fx.GraphModule) -> None:
-    """Takes the last detach() before each result, ``_call``'s own, out of the graph."""
+    """Removes the last detach() before each result, which ``_call`` added, from the traced graph."""
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     for clone in output.args[0]:
         detach = clone.args[0]
@@ -137,7 +139,7 @@ def _attach_results(graph: fx.GraphModule) -> None:
 
 
 def _numbers_read(scope: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that the trace at hand took for constants, by TorchDynamo's names."""
+    """Numbers that the current trace took as constants, by TorchDynamo's names."""
     context = torch._guards.TracingContext.try_get()
     numbers: dict[str, float] = {}
     for guard in () if context is None else context.guards_context.dynamo_guards:
@@ -145,7 +147,7 @@ def _numbers_read(scope: Mapping[str, Any]) -> dict[str, float]:
         try:
             place = Place(name)
             value = place.get(place.owner(dict(scope)))
-        except Exception:  # names of other things than places
+        except Exception:  # a name that is not a place
             continue
         if type(value) in (int, float):
             numbers[name] = value
@@ -153,7 +155,7 @@ def _numbers_read(scope: Mapping[str, Any]) -> dict[str, float]:
 
 
 def keep_guard(guard: Any) -> bool:
-    """Tells whether a guard is to hold for a graph to be used; those on counters are not."""
+    """Tells whether a guard is checked before a graph is used; guards on counters are not."""
     name = name_of(guard.orig_guard) if hasattr(guard, "orig_guard") else str(guard.name)
     return all(counter.place.name != name for counter in request.counters)
 
@@ -185,8 +187,8 @@ def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
 def _like(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or not is_plain(x):
         raise CompileError(
-            f"func depends on a {type(x).__name__} of layout {x.layout} on {x.device}: only dense, plain ones on the "
-            f"CPU with memory of their own are supported. {HINT}"
+            f"func depends on a {type(x).__name__} of layout {x.layout} on {x.device}; only plain, dense tensors in "
+            f"the CPU's memory are supported. {HINT}"
         )
     copy, span = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"), (span_of(x),)
     with torch.no_grad():
@@ -195,11 +197,11 @@ def _like(x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Tells whether the memory of a tensor on the CPU holds its elements as they are."""
+    """Tells whether the memory of a tensor on the CPU holds its elements, with no conjugate or negative bit set."""
     is_own = type(x) is Tensor or isinstance(x, torch.nn.Parameter)
     return is_own and x.layout is torch.strided and not (x.is_neg() or x.is_conj() or x._is_zerotensor())
 
 
 def span_of(x: Tensor) -> int:
-    """Elements between the first and the last, as x lies in memory."""
+    """Number of elements in memory from the first to the last element of ``x``, gaps included."""
     return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0

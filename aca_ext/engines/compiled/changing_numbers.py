@@ -1,7 +1,7 @@
-"""Python numbers that func reads and that change from solve to solve, such as a weight that is annealed.
+"""Python numbers that func reads and that change between solves, such as an annealed weight.
 
-A trace takes a number for a constant. One that has changed when func is traced again becomes a tensor for the time of
-the trace, and so an input of the graph, which then serves for every value.
+TorchDynamo traces a number as a constant. If a number has changed when func is traced again, it is replaced by a tensor
+during that trace. So it becomes an input of the traced graph, which is then valid for every value of the number.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from aca_ext.engines.compiled.places import Place
 
 
 class ChangingNumbers:
-    """The numbers that graphs of one owner depend on.
+    """The numbers on which the traced graphs of one owner depend.
 
     Attributes:
-        known: numbers that traces took for constants, by TorchDynamo's names of their places.
-        places: of the numbers that become tensors.
-        is_given_up: func needs them as numbers.
+        known: numbers that traces took as constants, by TorchDynamo's names of their places.
+        places: places of the numbers that become tensors.
+        is_given_up: func does not work with tensors in place of its numbers.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ChangingNumbers:
         self.is_given_up = False
 
     def lift_changed(self, scope: dict[str, Any]) -> bool:
-        """Tells whether some of the known numbers have changed, which then become tensors from now on."""
+        """Turns known numbers that have changed into tensors for later traces; tells whether there are any."""
         if self.is_given_up:
             return False
         count = len(self.places)
@@ -39,7 +39,7 @@ class ChangingNumbers:
             try:
                 owner = place.owner(scope)
                 now = place.get(owner)
-            except (AttributeError, LookupError, TypeError, ValueError):  # another func of this owner has none
+            except (AttributeError, LookupError, TypeError, ValueError):  # a func of the same owner without this place
                 continue
             if type(now) is type(before) and now != before and place.is_own(owner):
                 self.places.append(place)
@@ -49,7 +49,7 @@ class ChangingNumbers:
 
     @contextmanager
     def as_tensors(self, scope: dict[str, Any]) -> Iterator[None]:
-        """Makes them tensors inside the context."""
+        """Replaces the numbers by tensors inside the context."""
         replaced: list[tuple[Place, Any, Any]] = []
         try:
             for place in self.places:
@@ -59,7 +59,7 @@ class ChangingNumbers:
                 except (AttributeError, LookupError, TypeError, ValueError):
                     continue
                 if type(number) in (int, float):
-                    # An integer too, for torch computes with integer tensors in single precision.
+                    # Integers become float64 too: torch computes with integer tensors in single precision.
                     place.set(owner, torch.tensor(number, dtype=torch.float64, device="cpu"))
                     replaced.append((place, owner, number))
             yield

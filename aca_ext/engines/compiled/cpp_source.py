@@ -1,4 +1,4 @@
-"""The C++ of compiled programs: the calls of a graph's kernels and matrix products, one after the other."""
+"""C++ source of compiled programs: calls of the kernels and matrix products of a traced graph, in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_CONSTANT_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel, given by its C++ source and argument types, or (source "") a product of operands (a, b, c)."""
+    """A call of a kernel with this C++ source and these argument types; source "" is the matrix product c = a @ b."""
 
     source: str
     types: tuple[str, ...]
@@ -31,7 +31,7 @@ class Call:
 
 
 class Source:
-    """The C++ of one or more programs."""
+    """C++ source of one or more programs."""
 
     def __init__(self) -> None:
         self._kernels: dict[str, str] = {}
@@ -39,7 +39,7 @@ class Source:
         self._programs: list[str] = []
 
     def add(self, calls: Sequence[Call], inputs: Sequence[Tensor], constant: int) -> int:
-        """Adds a program whose last ``constant`` inputs stay as they are, and returns the bytes of its workspace."""
+        """Adds a program whose last ``constant`` inputs do not change between runs; returns its workspace size."""
         places, workspace_bytes, constants = _places(calls, inputs)
         for storage in constants:
             name = f"constant_{len(self._constants)}"
@@ -79,16 +79,16 @@ class Source:
 
 
 def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, str], int, list[torch.UntypedStorage]]:
-    """The place of each storage: an input, or a part of the workspace that is its own from its first use to its last.
+    """The place of each storage, the bytes of the workspace, and the constants: storages read but never written.
 
-    Also the bytes of the workspace, and the storages without a place: constants, read without having been written.
+    A place is an input or a part of the workspace. Storages share a part if they are not in use at the same time.
     """
     places = {x.untyped_storage().data_ptr(): f"in[{i}]" for i, x in enumerate(inputs)}
     uses: dict[int, list[int]] = {}
     sizes: dict[int, int] = {}
     constants: dict[int, torch.UntypedStorage] = {}
     for n, call in enumerate(calls):
-        # A kernel may read what it writes through another operand: not a constant.
+        # A kernel may read its output through a second operand, which is then not a constant.
         written = {
             x.untyped_storage().data_ptr()
             for x, is_read_only in zip(call.operands, call.read_only, strict=True)
@@ -105,7 +105,7 @@ def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, 
             uses.setdefault(address, []).append(n)
             sizes[address] = -(-memory.nbytes() // _ALIGNMENT) * _ALIGNMENT
     if sum(memory.nbytes() for memory in constants.values()) > _MAX_CONSTANT_BYTES:
-        raise CompileError('func makes large constant tensors. Make them once, outside of it, or use engine="eager".')
+        raise CompileError('func makes large constant tensors. Make them once, outside of func, or use engine="eager".')
     taken: list[tuple[int, int, int, int]] = []  # first use, last use, start, end
     for address, used in sorted(uses.items(), key=lambda item: -sizes[item[0]]):
         start = 0
@@ -119,16 +119,16 @@ def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, 
 
 
 class _Products:
-    """The matrix products of a program. Of operands that last, what they are to be copied to is prepared."""
+    """Matrix products of a program; lasting operands are copied once, in advance, to a faster layout."""
 
     def __init__(self, program: int, lasting: set[int]) -> None:
         self._program, self._lasting = program, lasting
-        self._prepared: dict[tuple[str, ...], str] = {}  # where a prepared copy lies, by product and operands
+        self._prepared: dict[tuple[str, ...], str] = {}  # place of a prepared copy, by product and operands
         self._declarations: list[str] = []
         self._prepare: list[str] = []
 
     def call(self, operands: Sequence[Tensor], at: Sequence[str]) -> str:
-        """c = a @ b, or for three dimensions that of each pair of matrices."""
+        """Source of c = a @ b; with three dimensions, of each pair of matrices."""
         a, b, _ = operands
         kind = C_TYPES[a.dtype]
         (m, k), n = a.shape[-2:], b.shape[-1]
@@ -148,7 +148,7 @@ class _Products:
         return f"for (long i = 0; i < {a.shape[0]}; ++i) {product}::run({call});"
 
     def _place(self, product: str, lasting: Sequence[str]) -> str:
-        """The place of the copy of a lasting operand of a product, if it is copied at all."""
+        """Place of the prepared copy of the lasting operands; it has no bytes if the product copies none."""
         key = (product, *lasting)
         if key not in self._prepared:
             n = len(self._prepared)
@@ -161,7 +161,7 @@ class _Products:
         return self._prepared[key]
 
     def text(self) -> str:
-        """Source of the size of the prepared memory, and of the function that fills it."""
+        """Source of the constant with the size of the prepared memory, and of the function that fills it."""
         n, i = len(self._prepared), self._program
         size = f'extern "C" const long prepared_bytes_{i} = {f"end_{i}_{n - 1}" if n else 0};'
         lines = [*self._declarations, size]

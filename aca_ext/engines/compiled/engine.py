@@ -1,8 +1,7 @@
-"""engine="compiled": the adaptive checkpoint adjoint with every step, and every transposed step, one compiled program.
+"""engine="compiled": the adaptive checkpoint adjoint, with one compiled program per step and per transposed step.
 
-The loop over the steps is compiled too (csrc/compiled/loop.h). What is stored, and which steps are replayed, is as in
-``gradients.aca``. This file is imported with the package; run.py, which brings in torch's compiler, with the first
-solve.
+The loop over the steps is compiled too (csrc/compiled/loop.h). Checkpoints and replay are those of ``gradients.aca``.
+The package imports this file; the first solve imports run.py, since that imports torch's compiler.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class CompiledEngine:
         return obstacle_but_to_eager("compiled", request) or obstacle_to_programs(request.problem)
 
     def solve(self, request: Request) -> Result:
-        """The solve by compiled programs, or, for second derivatives, by the eager engine.
+        """Solves by compiled programs; second derivatives come from the eager engine.
 
         Raises:
             CompileError: func cannot be compiled.
@@ -44,25 +43,25 @@ class CompiledEngine:
 
 @cache
 def _solve() -> Callable[..., Result]:
-    from aca_ext.engines.compiled.run import solve  # brings in the compiler, which takes seconds
+    from aca_ext.engines.compiled.run import solve  # importing the compiler takes seconds
 
     return solve
 
 
 def _solve_task(task: Task) -> Result:
-    n_evals = task.field.n_evals  # those for the times; what checks a program when it is made does not count
+    n_evals = task.field.n_evals  # of the gradient of the times; verifying a program does not count
     result = _solve()(task.problem, task.params, lambda: task)
     result.stats.n_f_evals += n_evals
     return result
 
 
 def obstacle_to_programs(problem: Problem) -> str | None:
-    """The kind of state, norm or setting that no program is made for."""
+    """Reason why the problem cannot be compiled, such as its dtype, device or norm; None if it can."""
     y0 = problem.y0
     if _TORCH < _OLDEST_TORCH:
         return (
-            f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer, on whose compiler it rests; '
-            f"here is {torch.__version__}. {_HINT}"
+            f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer; this is torch '
+            f"{torch.__version__}. {_HINT}"
         )
     if not y0.is_cpu or y0.dtype not in _DTYPES or problem.packing.is_complex:
         return (

@@ -1,9 +1,9 @@
-"""A graph as one compiled function on addresses: what Inductor makes of it, without the wrapper around its kernels.
+"""Compilation of a traced graph to one C++ function on addresses, from Inductor's kernels without its Python wrapper.
 
-Inductor turns a graph into C++ kernels, calls of matrix products, and a Python wrapper that allocates buffers and calls
-one after the other. Here the wrapper runs once, on stand-ins that note who is called with which memory. The kernels,
-in that order, then become one C++ function of a table of addresses, with the buffers between them at fixed places of
-one block of memory.
+Inductor turns a traced graph into C++ kernels, calls of matrix products, and a Python wrapper that allocates buffers
+and makes the calls in order. Here the wrapper runs once, with stand-ins that record each call and its memory. The
+recorded calls then become one C++ function of a table of addresses. Intermediate buffers lie at fixed places of one
+workspace.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source
 from aca_ext.engines.compiled.lowerings import lowerings
 from aca_ext.errors import CompileError
 
-Traced = tuple[fx.GraphModule, list[Tensor], int]  # a graph, inputs like those to come, how many of them stay
+Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
 
 _libraries: list[Any] = []
-_LOCK = threading.RLock()  # stand-ins are put into Inductor for the whole process
+_LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
 
 class Program(NamedTuple):
     """A compiled function ``void(void** inputs, char* workspace, char* prepared)``; it keeps no state.
 
     Attributes:
-        address: of the function.
-        prepare: of ``void(void** inputs, char* prepared)``, which is to run before it, once while func's inputs stay
-            as they are.
-        workspace_bytes: what it needs for intermediate results.
-        prepared_bytes: and for what is prepared.
+        address: address of the function.
+        prepare: address of ``void(void** inputs, char* prepared)``. It must run before the function, and again only
+            if the contents of func's inputs changed.
+        workspace_bytes: memory for intermediate results.
+        prepared_bytes: memory that ``prepare`` fills.
     """
 
     address: int
@@ -47,10 +47,10 @@ class Program(NamedTuple):
 
 
 def compile_programs(*traced: Traced) -> list[Program]:
-    """Compiles functional graphs that write their results into inputs (by ``copy_`` at their end), all in one file.
+    """Compiles functional traced graphs into one library; a graph returns results by ``copy_`` to inputs at its end.
 
-    Each comes with tensors like the inputs to come, none sharing memory with another, and with the number of those at
-    the end that stay as they are from one run to the next.
+    Each graph comes with example inputs, which share no memory, and with the number of inputs at the end that do not
+    change between runs.
 
     Raises:
         CompileError: a graph needs an operation that is neither a generated kernel nor a matrix product.
@@ -63,9 +63,9 @@ def compile_programs(*traced: Traced) -> list[Program]:
         with _inductor_settings():
             try:
                 library = CppCodeCache.load(source.text())
-            except OSError:  # a file in torch's cache whose writer was killed: under another name it is made anew
+            except OSError:  # incomplete file in torch's cache, its writer was killed: new text, new name
                 library = CppCodeCache.load(f"{source.text()}\n// {time.time_ns()}\n")
-    _libraries.append(library)  # loaded for good: addresses of its functions may be in use
+    _libraries.append(library)  # never unloaded, since addresses of its functions may be in use
     programs: list[Program] = []
     for i in range(len(traced)):
         address, prepare = (
@@ -77,7 +77,7 @@ def compile_programs(*traced: Traced) -> list[Program]:
 
 
 def run_program(program: Program, inputs: Sequence[Tensor]) -> None:
-    """Runs a program once on tensors laid out like those that it was compiled for."""
+    """Runs a program once on tensors laid out like its example inputs."""
     table = (ctypes.c_void_p * len(inputs))(*(x.data_ptr() for x in inputs))
     workspace = torch.empty(program.workspace_bytes, dtype=torch.uint8, device="cpu")
     prepared = torch.empty(program.prepared_bytes, dtype=torch.uint8, device="cpu")
@@ -88,7 +88,7 @@ def run_program(program: Program, inputs: Sequence[Tensor]) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects the calls of a wrapper's run; whatever torch operation it needs passes through here."""
+    """Records the calls that a wrapper makes, and refuses torch operations other than matrix products and views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
         if func in (torch.ops.aten.as_strided.default, torch.ops.aten.view.default, torch.ops.aten.detach.default):
             return func(*args, **kwargs)
         raise CompileError(
-            f"func needs the operation {func}, which Inductor does not turn into code of its own. "
+            f"func needs the operation {func}, for which Inductor generates no kernel. "
             'Use engine="eager", whose overhead is small next to such an operation.'
         )
 
@@ -111,14 +111,14 @@ _recorders: list[_Recorder] = []
 
 
 class _Kernel:
-    """Stands in for a kernel in Inductor's wrapper."""
+    """Stand-in for a kernel in Inductor's wrapper; a call is recorded, not run."""
 
     def __init__(self, types: Sequence[str], source: str) -> None:
         self._types, self._source = tuple(types), source
 
     def __call__(self, *operands: Any) -> None:
         if not all(isinstance(x, Tensor) for x in operands):
-            raise CompileError('func needs a kernel with sizes among its operands. Use engine="eager".')
+            raise CompileError('func needs a kernel with sizes as operands, which is unsupported. Use engine="eager".')
         _recorders[-1].calls.append(Call(self._source, self._types, operands))
 
 
@@ -131,7 +131,7 @@ def _inductor_settings() -> Iterator[None]:
         "fx_graph_cache": False,
         "freezing": False,
         "max_autotune": False,
-        "pattern_matcher": False,  # it would join products and sums into operations that are dispatched
+        "pattern_matcher": False,  # it would fuse products and sums into library calls
         "size_asserts": False,
         "cpu_backend": "cpp",
         "cpp_wrapper": False,

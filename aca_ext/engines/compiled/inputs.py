@@ -1,4 +1,4 @@
-"""Inputs of a traced func in a solve: their addresses, and whether they still hold what the forward pass read."""
+"""Inputs of a traced func in a solve: their addresses, and the check that their contents are unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
     """Addresses of the inputs of func.
 
     Raises:
-        CompileError: the memory of one was freed.
+        CompileError: the memory of an input was freed.
     """
     found = [x.data_ptr() for x in inputs]
     if 0 in found:
@@ -31,7 +31,10 @@ def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
 
 
 def contents_of(captured: Captured, inputs: Sequence[Tensor], addresses: list[int]) -> bytes:
-    """Checksums, eight bytes each, of all inputs and then once more of each that has gaps in memory."""
+    """Checksums of all inputs, eight bytes each, followed by those of the inputs with gaps in memory.
+
+    ``captured.checksums`` leaves inputs with gaps out; they are copied first.
+    """
     found: bytes = captured.checksums(addresses)
     for i in captured.gaps:
         dense = inputs[i].detach().contiguous()
@@ -42,16 +45,16 @@ def contents_of(captured: Captured, inputs: Sequence[Tensor], addresses: list[in
 def changed_input_error(
     captured: Captured, inputs: Sequence[Tensor], before: bytes, now: bytes, last_step: Sequence[Any]
 ) -> ReplayError:
-    """The error that names the first input whose contents, ``now``, are not those of the forward pass.
+    """The error for the first input whose checksum in ``now`` differs from that in ``before``, the forward pass.
 
-    Programs depend on their inputs alone, so that a replay from the same inputs is the forward pass again.
+    Programs depend on their inputs only, so a replay from equal inputs repeats the forward pass.
     """
     order = [*range(len(inputs)), *captured.gaps]
     i = next(i for n, i in enumerate(order) if now[8 * n : 8 * n + 8] != before[8 * n : 8 * n + 8])
     where = f" from t={last_step[0][0]:.17g}" if last_step else ""
     return ReplayError(
-        f"Replaying the step{where} would not repeat the forward pass: {shown(captured.names[i])}, of shape "
-        f"{tuple(inputs[i].shape)}, on which func depends, has changed since. Causes: it was written to through "
-        ".data, or its memory was reused for the next batch. Change it after the backward pass, give func a copy, "
-        'or use gradient="direct", which does not replay.'
+        f"Replaying the step{where} would not repeat the forward pass: func depends on {shown(captured.names[i])}, of "
+        f"shape {tuple(inputs[i].shape)}, which has changed since. Causes: it was written to through .data, or its "
+        "memory was reused for the next batch. Change it after the backward pass, give func a copy, or use "
+        'gradient="direct", which does not replay.'
     )

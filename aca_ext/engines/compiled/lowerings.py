@@ -1,5 +1,5 @@
-"""Lowerings of some operations beside Inductor's own: products apart from the sums that follow
-them, and softplus and tanh as series that become vector code, several times as fast as calls of a library."""
+"""Changes to Inductor's lowerings: matrix products are separated from the sums that follow, and softplus and tanh are
+series, which become vector code several times as fast as library calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 
 @contextmanager
 def lowerings() -> Iterator[None]:
-    """Inductor with these rules for softplus and tanh."""
+    """Installs these lowerings of softplus and tanh in Inductor inside the context."""
     from torch._inductor import lowering
 
     rules: Any = lowering.lowerings
@@ -69,7 +69,7 @@ def _lower_softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
 
 
 def _lower_tanh(x: Any) -> Any:
-    """Taylor's series near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel."""
+    """Taylor series near 0, since 1 - 2 / (exp(2|x|) + 1) loses digits to cancellation there."""
 
     def tanh(ops: Any, number: Callable[[float], Any], terms: tuple[int, int], x: Any) -> Any:
         size = ops.abs(x)
@@ -81,7 +81,7 @@ def _lower_tanh(x: Any) -> Any:
     return _pointwise(tanh, x)
 
 
-# Terms of the series of artanh, up to 1/3, and tanh, up to 0.55, that rounding leaves visible.
+# Numbers of terms of the series of artanh, up to 1/3, and of tanh, up to 0.55, that are not below rounding error.
 _TERMS = {torch.float32: (8, 9), torch.float64: (17, 19)}
 
 

@@ -1,4 +1,4 @@
-"""The methods that a graph was traced through: TorchDynamo does not notice when one of them is replaced."""
+"""Guards on the methods that a trace passed through, since TorchDynamo does not notice if one is replaced."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch._guards import TracingContext
 
 
 def code_in_trace() -> set[types.CodeType]:
-    """The code that the current trace has passed through."""
+    """Code objects that the current trace has entered."""
     find = getattr(TracingContext, "get_traced_code", lambda: None)  # private to torch
     return set(find() or ())
 
 
 class Methods:
-    """Methods by class and name, none of torch's own; they are not kept alive."""
+    """Methods by class and name, except torch's own; held by weak references."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str], tuple[weakref.ref[type], str, weakref.ref[Any], types.CodeType]] = {}
 
     def add(self, func: Any, traced: Set[types.CodeType]) -> None:
-        """Adds those with this code, of any class, and as the classes of func's modules inherit them."""
+        """Adds the methods with this code that any class defines, or that a class of func's modules inherits."""
         names: set[str] = set()
         owners = {type(module) for module in func.modules()} if isinstance(func, nn.Module) else {type(func)}
         for owner in _classes():
@@ -49,7 +49,7 @@ class Methods:
 
 
 def _classes() -> Iterator[type]:
-    """Every class there is, but for torch's."""
+    """Yields every class except torch's."""
     todo, seen = [object], {object}
     while todo:
         for kind in type.__subclasses__(todo.pop()):
@@ -70,7 +70,7 @@ def _code(value: Any) -> types.CodeType | None:
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """The function in an attribute of a class."""
+    """The function behind an attribute of a class, None if there is none."""
     if isinstance(value, (types.MethodType, classmethod, staticmethod)):
         value = value.__func__
     elif isinstance(value, property):

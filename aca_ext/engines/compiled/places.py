@@ -1,4 +1,4 @@
-"""Places of Python values that func reads or changes, by TorchDynamo's names for them."""
+"""Places of Python values that func reads or changes, parsed from TorchDynamo's names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Place:
-    """An attribute, an entry, or the contents of a cell, such as ``L['func'].net.beta`` or ``L['args'][0]``.
+    """An attribute, a container entry or a closure cell, such as ``L['func'].net.beta`` or ``L['args'][0]``.
 
     ``L`` stands for the arguments of the traced call and ``G`` for the globals of the module that traces.
     """
@@ -28,7 +28,7 @@ class Place:
             if isinstance(tree.value, ast.Attribute) and tree.value.attr == "__defaults__":
                 self._is_default, tree = True, tree.value
         else:
-            raise ValueError(f"{name} is no place in an object")
+            raise ValueError(f"{name} is not a place in an object")
         self._owner: CodeType = compile(ast.Expression(tree.value), name, "eval")
 
     def owner(self, scope: dict[str, Any]) -> Any:
@@ -48,12 +48,12 @@ class Place:
         elif self._is_item:
             owner[self.key] = value
         elif isinstance(owner, nn.Module) and self.key in vars(owner):
-            vars(owner)[self.key] = value  # modules look closely at what they are given
+            vars(owner)[self.key] = value  # Module.__setattr__ refuses some values
         else:
             setattr(owner, self.key, value)
 
     def is_own(self, owner: Any) -> bool:
-        """Tells whether ``set`` replaces the value itself, and does not hide one of a class."""
+        """Tells whether ``set`` replaces the value itself; on a class attribute it would only hide it."""
         if self._is_item:
             return self._is_default or isinstance(owner, (dict, list))
         return self.key == "cell_contents" or self.key in getattr(owner, "__dict__", {})
@@ -63,7 +63,7 @@ class Place:
 
 
 def shown(name: str) -> str:
-    """TorchDynamo's name of a place in the user's words."""
+    """TorchDynamo's name of a place, as the user would write it."""
     name = re.sub(r"(\.__dict__\['_\w+'\]|\._(buffers|parameters|modules))\['(\w+)'\]", r".\3", name)
     name = re.sub(r"G\['(__import_(\w+))'\]", lambda m: m[2].replace("_dot_", "."), name)
     name = re.sub(r"[LG]\['(\w+)'\]", r"\1", name)

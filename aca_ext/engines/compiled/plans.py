@@ -1,4 +1,4 @@
-"""Compiled programs of a func, and what solves by them have in common."""
+"""Cached programs of a func (``Plan``), and data shared by solves that use them (``Specification``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aca_ext.solver.stats import Stats
 
 
 class Run(Protocol):
-    """The solve that programs are compiled for: ``used`` is what func depends on besides time and state."""
+    """The solve that needs programs; ``used`` are the tensors on which func depends besides time and state."""
 
     problem: Problem
     stats: Stats
@@ -32,7 +32,7 @@ class Run(Protocol):
 
 
 class Plan:
-    """The programs for one graph of func and one layout, compiled and checked when they are first needed."""
+    """Programs for one traced graph of func and one layout, compiled and verified at their first use."""
 
     def __init__(self, captured: Captured, layout: Layout) -> None:
         self._captured, self._layout = captured, layout
@@ -40,7 +40,7 @@ class Plan:
         self._trials: dict[bool, list[Trial]] | None = None
 
     def forward(self, run: Run) -> tuple[Program, Program]:
-        """For the first slope, and for a step."""
+        """The programs of the first slope and of a step."""
         captured, layout = self._captured, self._layout
 
         def check(programs: list[Program]) -> None:
@@ -53,14 +53,14 @@ class Plan:
         return slope, step
 
     def expect_gradients(self, run: Run) -> None:
-        """Notes what gradients func has, for the backward pass may find it changed when it checks its programs."""
+        """Computes gradients of func to verify the transposed programs; by the backward pass func may have changed."""
         if self._trials is None:
             with torch.no_grad(), unchanged(run.problem.func, run.problem.args):
                 verification = self._verification(run)
                 self._trials = {inside: verification.trials(inside=inside) for inside in (False, True)}
 
     def transpose(self, stats: Stats, *, inside: bool) -> Program:
-        """For a step transposed, with or without outputs inside it."""
+        """The program of a transposed step, with or without outputs inside it."""
         captured, layout = self._captured, self._layout
 
         def check(programs: list[Program]) -> None:
@@ -94,7 +94,7 @@ class Plan:
                 raise
             except Exception as error:
                 raise CompileError(
-                    f'torch\'s compiler failed on func. Use engine="eager". It says: {type(error).__name__}: {error}'
+                    f'torch\'s compiler failed on func. Use engine="eager". Its error: {type(error).__name__}: {error}'
                 ) from error
             check(programs)
             self._programs[name] = programs
@@ -103,24 +103,24 @@ class Plan:
 
 
 class Specification:
-    """Parts that repeated solves share besides the programs: times, tolerances, step control, and sizes."""
+    """Times, tolerances, step control and memory sizes, shared by repeated solves with the same settings."""
 
     def __init__(self, run: Run, plan: Plan) -> None:
         problem = run.problem
         self.plan, y0 = plan, problem.y0.detach()
         ops = operations_for(y0, problem.tolerance)
         assert isinstance(ops, KernelOperations)
-        self._ops = ops  # holds the tolerances of each element
+        self._ops = ops  # keeps tensors of tolerances alive, whose addresses the loop has
         self.loop = ops.compiled_specification(problem, *plan.forward(run))
         self.forward_bytes = self.loop.forward_bytes
         self.rows_shape, self.rows_stride = (len(problem.times), *y0.shape), (y0.numel(), *y0.stride())
-        # Each step is replayed up to the last stage that an output needs.
+        # The backward pass evaluates each step up to the last stage that an output needs.
         solution = scheme_of(problem.tableau, problem.adaptive).solution
         self._evals = 1 + max(i for i, w in enumerate(solution) if w != 0), len(solution)
         self._backward: dict[tuple[bool, bool], tuple[Program | None, Program | None, int]] = {}
 
     def backward(self, stats: Stats, n_end_only: int, n_inside: int) -> tuple[Program | None, Program | None, int]:
-        """Programs for so many steps without and with outputs inside, and the bytes that they need."""
+        """Programs for steps without and with outputs inside (None for no such step), and the bytes of their memory."""
         key = n_end_only > 0, n_inside > 0
         if key not in self._backward:
             end_only = self.plan.transpose(stats, inside=False) if key[0] else None

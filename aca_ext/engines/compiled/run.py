@@ -1,4 +1,4 @@
-"""One solve of engine="compiled", forward and back: its programs, its tensors, and its loop over the steps."""
+"""Forward and backward pass of one solve with engine="compiled"."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ from aca_ext.solver.runge_kutta import scheme_of
 from aca_ext.solver.stats import Stats
 from aca_ext.vector_field.field import AutocastState
 
-# The time that func is traced with: one that requires grad, for functions that ask it to.
+# The time with which func is traced; it requires grad, since func may differentiate with respect to it.
 _CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.float64)
 _ZEROS = {dtype: torch.zeros((), dtype=dtype, device=_CPU).requires_grad_() for dtype in _DTYPES}
-_MAX_SPECIFICATIONS = 16  # of one plan; beyond, the oldest is made anew
+_MAX_SPECIFICATIONS = 16  # per traced graph; beyond it, the oldest is dropped
 
 
 def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> Result:
-    """Solves ``problem`` with gradient="aca" by compiled programs; ``task`` is for what the eager engine does better.
+    """Solves ``problem`` with gradient="aca" by compiled programs; ``task`` makes a task for the eager engine.
+
+    The eager engine verifies programs and computes second derivatives.
 
     Raises:
         CompileError: func cannot be compiled.
@@ -54,7 +56,7 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
 
 
 class _Run:
-    """One solve: its programs, its tensors, its loop."""
+    """One solve: the C++ loop with its programs and tensors, and its backward pass."""
 
     def __init__(self, problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> None:
         self.problem, self.task = problem, task
@@ -76,10 +78,10 @@ class _Run:
         except CompileError:
             if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
                 raise CompileError(
-                    "func is scripted, traced or frozen (torch.jit), whose code cannot be traced once more; give the "
-                    'module or function that it was made of, or use engine="eager".'
+                    "func is a scripted, traced or frozen object of torch.jit, which TorchDynamo cannot trace. Give "
+                    'the module or function from which it was made, or use engine="eager".'
                 ) from None
-            self._evaluate_once()  # where func itself is at fault, its own error says more
+            self._evaluate_once()  # if func itself fails, its own error says more
             raise
         self.captured, self.addresses = captured, addresses_of(self.used)
         self.wants_gradient = captured.wants_gradient
@@ -96,12 +98,12 @@ class _Run:
             except CompileError:
                 if not captured.lifted:
                     raise
-                specialise(problem.func)  # perhaps it needs as numbers what it reads: without tensors for them
+                specialise(problem.func)  # func may need its numbers as numbers: retry with them as constants
                 return self._find()
         return found
 
     def _evaluate_once(self) -> None:
-        """Lets func, evaluated for its errors alone, show them."""
+        """Evaluates func once, without side effects, so that its own errors are raised."""
         with unchanged(self.problem.func, self.problem.args):
             self.task().first_slope(self.y0)
 
@@ -111,7 +113,7 @@ class _Run:
         key = problem.tableau, problem.adaptive, problem.packing, y0.stride(), each, torch.get_num_threads()
         plan = captured.plans.get(key)
         if plan is None:
-            self._evaluate_once()  # checks what func returns
+            self._evaluate_once()  # validates the result of func
             layout = Layout(y0, problem.packing, scheme_of(problem.tableau, problem.adaptive), tolerance)
             plan = captured.plans[key] = Plan(captured, layout)
             self.stats.compile_seconds += time.perf_counter() - start
@@ -137,7 +139,7 @@ class _Run:
         return ys
 
     def _rows(self) -> Tensor:
-        """Memory for a state, or a cotangent, at every time."""
+        """Uninitialised memory for a state, or a cotangent, at every time."""
         shape, stride = self.specification.rows_shape, self.specification.rows_stride
         return torch.empty_strided(shape, stride, dtype=self.y0.dtype, device=_CPU)
 
@@ -152,7 +154,7 @@ class _Run:
         elif loop.error_ratio == math.inf and self.problem.tolerance.forbids_error():
             kind, message = StepSizeError, NO_TOLERANCE
         elif outcome == 4:
-            message = f"func returned NaN or infinity at t={loop.t:.17g}, or the state is so there; look at func there."
+            message = f"func or the state is NaN or infinite at t={loop.t:.17g}; look at func there."
         raise failure_of(
             self.problem,
             kind,
@@ -167,7 +169,7 @@ class _Run:
 
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
         if [block.data_ptr() for block in states] != self._addresses_of_states:
-            # Hooks on saved tensors moved the states, which the loop knows by their addresses.
+            # Hooks on saved tensors moved the states, but the loop has their old addresses.
             y0 = self.y0.detach().requires_grad_() if self.problem.y0.requires_grad else None
             with torch.enable_grad():
                 found = self.differentiable_gradients(grad_ys, y0, states, inputs)
@@ -178,20 +180,20 @@ class _Run:
         return grad_y0, *self._of_learnt(grads)
 
     def _completed(self, learnt: Sequence[Tensor]) -> Sequence[Tensor]:
-        """All inputs of func, given those that require grad as autograd saved them."""
+        """All inputs of func; those that require grad are replaced by the saved tensors ``learnt``."""
         if self._is_learnt is None:
             return learnt
         following = iter(learnt)
         return [next(following) if is_it else x for x, is_it in zip(self.inputs, self._is_learnt, strict=True)]
 
     def _of_learnt(self, grads: Gradients) -> Gradients:
-        """Of the gradients of all inputs, those of inputs that require grad."""
+        """Selects the gradients of inputs that require grad from those of all inputs."""
         if self._is_learnt is None:
             return grads
         return [g for g, is_learnt in zip(grads, self._is_learnt, strict=True) if is_learnt]
 
     def _transposed(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> Gradients:
-        """The gradients of y0 and of all inputs of func."""
+        """Computes the gradients of y0 and of all inputs of func."""
         specification, loop, y0 = self.specification, self.loop, self.y0
         is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
         if not is_laid_out_alike or type(grad_ys) is not Tensor or grad_ys.data_ptr() == 0:
@@ -221,7 +223,7 @@ class _Run:
     def differentiable_gradients(
         self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> Gradients:
-        """By the eager engine, over the same accepted steps."""
+        """Computes the gradients by the eager engine, over the same accepted steps."""
         self.check_func()
         task, inputs = self.task(), self._completed(inputs)
         of_params, of_args = inputs_by_kind(task.field.args, self.inputs)
@@ -235,31 +237,31 @@ class _Run:
         return grad_y0, *self._of_learnt(grads)
 
     def prepare_backward(self, states: Blocks) -> None:
-        """Notes what the backward pass needs of the forward pass besides its states, which ``states`` are to hold."""
+        """Records data for the backward pass: checksums and gradients of inputs, and the addresses of ``states``."""
         self.specification.plan.expect_gradients(self)
         self._before = contents_of(self.captured, self.used, self.addresses)
-        # Of the inputs those that require grad, for which autograd knows best; the others are checked, and may count.
+        # autograd saves and checks inputs that require grad. The others have checksums, and may be counters.
         self.learnt = [x for x in self.inputs if x.requires_grad]
         are_all = len(self.learnt) == len(self.inputs)
         self._is_learnt = None if are_all else [x.requires_grad for x in self.inputs]
         self._addresses_of_states = states.addresses
 
     def check_func(self) -> None:
-        """Raises ReplayError where func, evaluated once more, would not be what it was in the forward pass."""
+        """Raises ReplayError if func, or a tensor that it depends on, has changed since the forward pass."""
         problem = self.problem
         try:
             captured, used = capture(problem.func, _ZEROS[self.y0.dtype], self.y0, problem.packing, problem.args)
         except CompileError:
             captured, used = None, []
-        # Numbers that became tensors are made anew each time.
+        # Tensors that replace numbers are new objects in each lookup, so they are compared by value.
         if captured is not self.captured or not all(
             one is other or (captured.lifted and one.dim() == 0 and torch.equal(one, other))
             for one, other in zip(used, self.used, strict=True)
         ):
             raise ReplayError(
-                "func is not what it was in the forward pass: it depends on other tensors, numbers or modules now. "
-                "With create_graph=True the backward pass evaluates it again. Change it after the backward pass, or "
-                'use gradient="direct", which does not replay.'
+                "func has changed since the forward pass: it depends on other tensors, numbers or modules now. With "
+                "create_graph=True the backward pass evaluates it again. Change it after the backward pass, or use "
+                'gradient="direct", which does not replay.'
             )
         contents = contents_of(self.captured, used, addresses_of(used))
         if contents != self._before:
@@ -270,7 +272,7 @@ class _Run:
 
 
 class _LoopRecord(StepRecord):
-    """The accepted steps of a compiled loop, as objects only when they are asked for."""
+    """Record of the accepted steps of a compiled loop; its Python objects are made on demand."""
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop

@@ -1,7 +1,7 @@
-"""Python state that func changes while it is evaluated: counters, which are kept up, and the rest, which is refused.
+"""Side effects of func on Python state: counters are supported, all others are refused.
 
-TorchDynamo says what a traced evaluation would leave behind. A compiled solve leaves nothing behind by itself; where
-each evaluation adds a constant to a value that func does not depend on, the engine adds it for all evaluations.
+TorchDynamo reports the side effects of a traced evaluation. Compiled programs have none. If each evaluation adds a
+constant to a value on which func does not depend, a counter, the engine adds the sum for all evaluations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HINT = 'Use engine="eager", or let func only compute the slope.'
 
 @dataclass(frozen=True)
 class Counter:
-    """A value to which each evaluation adds ``increment``: a Python number, or a tensor, replaced or in place."""
+    """A number or tensor to which each evaluation adds ``increment``; a tensor is replaced or changed in place."""
 
     place: Place
     increment: float
@@ -39,18 +39,20 @@ class Counter:
 
 
 def counters_of(graph: fx.GraphModule, tracer: Any, scope: dict[str, Any]) -> list[Counter]:
-    """The counters of a traced evaluation, taken out of its graph.
+    """Finds the counters of a traced evaluation and removes them from its traced graph.
 
-    ``tracer`` is TorchDynamo's InstructionTranslator, and ``scope`` holds ``L`` and ``G`` for names of places.
+    Args:
+        tracer: TorchDynamo's InstructionTranslator.
+        scope: values of ``L`` and ``G`` in the names of places.
 
     Raises:
-        CompileError: the evaluation leaves something else behind.
+        CompileError: the evaluation has another side effect.
     """
     found: list[Counter] = []
     chains = {chain.nodes[-1]: chain for chain in _chains(graph)}
     effects = tracer.output.side_effects
     for variable in effects._get_modified_vars():
-        if getattr(variable, "source", None) is None:  # made by the evaluation itself
+        if getattr(variable, "source", None) is None:  # created by the evaluation itself
             continue
         for place, value in _changes_of(variable, effects, scope):
             owner = place.owner(scope)
@@ -79,8 +81,8 @@ def counters_of(graph: fx.GraphModule, tracer: Any, scope: dict[str, Any]) -> li
 
 def _refuse(place: Place) -> NoReturn:
     raise CompileError(
-        f"func changes {place} in every evaluation. Only counters, to which each evaluation adds the same number, are "
-        f"kept up; what func records otherwise would be lost. {_HINT}"
+        f"func changes {place} in every evaluation. A compiled solve updates only counters, to which each evaluation "
+        f"adds the same number; other changes would be lost. {_HINT}"
     )
 
 
@@ -99,24 +101,24 @@ def _is_number(x: Any) -> bool:
 def _proxy(variable: Any) -> Any:
     try:
         return variable.as_proxy()
-    except Exception:  # of whatever kind torch raises for a variable that is not in the graph
+    except Exception:  # torch raises errors of several kinds if a variable is not in the graph
         return None
 
 
 def name_of(source: Any) -> str:
-    """TorchDynamo's name of a source or a guard, a method in some versions of torch."""
+    """TorchDynamo's name of a source or a guard; ``name`` is a method in some versions of torch."""
     name = source.name
     return str(name() if callable(name) else name)
 
 
 def name_of_input(node: fx.Node) -> str:
-    """TorchDynamo's name of what an input of a graph stands for."""
+    """TorchDynamo's name of the value that an input of a traced graph stands for."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     return node.name if source is None else name_of(source)
 
 
 def _changes_of(variable: Any, effects: Any, scope: dict[str, Any]) -> Iterator[tuple[Place, Any]]:
-    """Places in a changed object, and TorchDynamo's variables for what they hold afterwards."""
+    """Yields the places in a changed object, with TorchDynamo's variables for their new values."""
     name = name_of(variable.source)
     for attribute, value in effects.store_attr_mutations.get(variable, {}).items():
         is_global = type(variable).__name__ == "NewGlobalVariable"
@@ -124,13 +126,14 @@ def _changes_of(variable: Any, effects: Any, scope: dict[str, Any]) -> Iterator[
     items = getattr(variable, "items", None)
     if not isinstance(items, (list, dict)):
         if variable not in effects.store_attr_mutations:
-            raise CompileError(f"func changes {shown(name)} in every evaluation, which would be lost. {_HINT}")
+            raise CompileError(f"func changes {shown(name)} in every evaluation, and the change would be lost. {_HINT}")
         return
     before = eval(name, scope)
     pairs = dict(enumerate(items)) if isinstance(items, list) else {_key(k): v for k, v in items.items()}
     if len(pairs) != len(before) or not all(_contains(before, key) for key in pairs):
         raise CompileError(
-            f"func adds to {shown(name)} or removes from it in every evaluation, which would be lost. {_HINT}"
+            f"func adds entries to {shown(name)} or removes some in every evaluation, and these changes would be lost. "
+            f"{_HINT}"
         )
     for key, value in pairs.items():
         place = Place(f"{name}[{key!r}]")
@@ -155,9 +158,9 @@ def _proxy_is_input(variable: Any) -> bool:
 
 @dataclass
 class _Chain:
-    """Additions of constants to an input of a graph, which nothing else uses."""
+    """Additions of constants to an input of a traced graph that has no other use."""
 
-    name: str  # TorchDynamo's, of the input
+    name: str  # TorchDynamo's name of the input
     nodes: list[fx.Node]
     increment: float = 0
     is_in_place: bool = False
@@ -182,7 +185,7 @@ def _chains(graph: fx.GraphModule) -> Iterator[_Chain]:
 
 
 def _step(node: fx.Node, x: fx.Node) -> tuple[float, bool] | None:
-    """The increment that a node adds to ``x``, and whether in place; None if it does something else."""
+    """The increment that a node adds to ``x``, and True if in place; None for another operation."""
     if len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
@@ -199,7 +202,7 @@ def _step(node: fx.Node, x: fx.Node) -> tuple[float, bool] | None:
 
 
 class _UsedError(Exception):
-    """func did something else with a counter than adding to it."""
+    """Raised if func uses a counter other than by adding to it."""
 
 
 def _used(*_: Any) -> NoReturn:
@@ -207,7 +210,7 @@ def _used(*_: Any) -> NoReturn:
 
 
 class _Tally:
-    """Stands in for a counter: may be added to, and nothing else."""
+    """Stand-in for a counter that allows additions and raises on every other use."""
 
     def __init__(self, total: float = 0) -> None:
         self.total = total
@@ -220,7 +223,7 @@ class _Tally:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # isinstance asks for it: that of func is a use of the counter, those of nn.Module.__setattr__ are not.
+        # isinstance reads it. In func that is a use of the counter; in nn.Module.__setattr__ it is not.
         return _Tally if str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.nn.") else _used()
 
     __radd__ = __add__
@@ -230,7 +233,7 @@ class _Tally:
 
 
 def dependence_of(counters: Sequence[Counter], scope: dict[str, Any], evaluate: Callable[[], Any]) -> str:
-    """Evaluates func with stand-ins for its counters: what it does with one beyond adding to it, "" for nothing."""
+    """Evaluates func with stand-ins for its counters; returns an error message if it depends on one, else ""."""
     for counter in counters:
         if not counter.is_number:
             continue
@@ -242,23 +245,23 @@ def dependence_of(counters: Sequence[Counter], scope: dict[str, Any], evaluate: 
             evaluate()
             total = place.get(owner)
             is_right = type(total) is _Tally and abs(total.total - counter.increment) <= 1e-9 * abs(counter.increment)
-        except Exception:  # func, and torch, raise whatever they like where they are given a tally
+        except Exception:  # func and torch may raise any error when they meet a _Tally
             is_right = False
         finally:
             place.set(owner, before)
         if not is_right:
             return (
-                f"func does more with {place} than adding a constant to it in every evaluation. A compiled solve keeps "
-                f"up only such counters. {_HINT}"
+                f"func does more with {place} than adding a constant to it in every evaluation. A compiled solve "
+                f"supports only such counters. {_HINT}"
             )
     return ""
 
 
 class Counting:
-    """The counters of a solve, and where they are.
+    """The counters of a solve with the objects that hold them.
 
     Attributes:
-        names: TorchDynamo's names of their places.
+        names: TorchDynamo's names of the counters' places.
     """
 
     def __init__(self, counters: Sequence[Counter], scope: dict[str, Any]) -> None:
@@ -266,7 +269,7 @@ class Counting:
         self.names = {counter.place.name for counter in counters}
 
     def count(self, n: int) -> None:
-        """Adds ``n`` evaluations."""
+        """Adds the increments of ``n`` evaluations to the counters."""
         for counter, owner in self._places:
             value, added = counter.place.get(owner), counter.increment * n
             if counter.is_in_place:

@@ -1,15 +1,15 @@
-"""The step and its transpose as graphs: ``runge_kutta``'s own functions, traced on func's graph.
+"""Traced graphs of the step and its transpose: the functions of ``runge_kutta``, traced with func's graph.
 
-Each graph takes all it reads and writes as inputs, in this order, and returns nothing:
+Each graph returns nothing. It reads and writes its inputs, in this order:
 
     slope      scalars, y, k; inputs of func
-    step       scalars, y, k_1, y1, sums; k_2 ... k_s; tolerances where they are tensors; inputs of func
+    step       scalars, y, k_1, y1, sums; k_2 ... k_s; tolerances if they are tensors; inputs of func
     transpose  scalars, y, g, g_y; for outputs inside the step g_inside, G_1 ... G_s; gradients; inputs of func
 
-``scalars`` are the times of the stages, h, rtol and atol in the state's dtype; ``sums`` the squared error ratios by
-segment. ``g`` is the cotangent of the step's end, ``g_y`` receives that of its start, and the gradients of func's
-inputs are added to. Outputs inside a step come as the sum of their cotangents, ``g_inside``, and as what they
-contribute to the cotangent of each slope, ``G_i = sum of b_i(theta) g``.
+``scalars`` are the times of the stages, h, rtol and atol in the state's dtype. ``sums`` receives the squared error
+ratios by segment. ``g`` is the cotangent of the step's end, and ``g_y`` receives that of its start. The gradients of
+func's inputs are added to ``gradients``. Outputs inside a step are given by the sum of their cotangents, ``g_inside``,
+and by their contribution to the cotangent of each slope, ``G_i = sum of b_i(theta) g``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aca_ext.solver.runge_kutta import Scheme, step, step_vjp
 
 
 class _Operations(TorchOperations):
-    """The reference operations on times that are a tensor already, whatever the layout of the operands."""
+    """Reference operations for tracing: times are already a tensor, and operands of any layout are accepted."""
 
     def admit(self, x: Tensor, what: str = "") -> Tensor:
         return x
@@ -42,7 +42,7 @@ class _Operations(TorchOperations):
 
 
 class Layout:
-    """Layout that graphs are traced for: that of a packed state, the scheme, and the kind of the tolerances."""
+    """Properties for which graphs are traced: layout of the packed state, scheme, and kind of the tolerances."""
 
     def __init__(self, like: Tensor, packing: Packing, scheme: Scheme, tolerance: Tolerance) -> None:
         self.like, self.packing, self.scheme = like, packing, scheme
@@ -65,7 +65,7 @@ class Layout:
 
 
 class _Slope:
-    """func's graph on packed states."""
+    """func's traced graph as a function of packed states."""
 
     def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
         self._captured, self._packing = captured, packing
@@ -74,7 +74,7 @@ class _Slope:
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         if not self._captured.differentiates:
             return self._evaluated(t, y)
-        # torch.autograd.grad in func finds what it was traced with: a time and a state that require grad.
+        # torch.autograd.grad in func needs a time and a state that require grad, as in the trace.
         return self._evaluated(t.detach().requires_grad_(), y.detach().requires_grad_()).detach()
 
     def _evaluated(self, t: Tensor, y: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class _Slope:
 
 
 class _Replay(_Slope):
-    """The same with gradients for those of func's inputs that want them."""
+    """func's traced graph with its transpose, which adds up the gradients of func's inputs."""
 
     def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
         super().__init__(captured, packing, inputs)
@@ -107,7 +107,7 @@ class _Replay(_Slope):
 
 
 def _leaves(captured: Captured, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """func's inputs, those that want gradients as tensors that require grad."""
+    """func's inputs, of which those with gradients become leaves that require grad."""
     wanted = captured.wants_gradient
     return [x.detach().requires_grad_() if w else x for x, w in zip(inputs, wanted, strict=True)]
 
@@ -161,7 +161,7 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
             outputs += [(tuple(float(i == j) for j in range(s)), g_i) for i, g_i in enumerate(each)]
         replay = _Replay(captured, layout.packing, inputs)
         pulled = step_vjp(replay, ops, scheme, scalars[:s], y, scalars[s], outputs)  # type: ignore[arg-type]
-        # A pair (w, g) is a cotangent of the state too, which what concerns a slope alone is not.
+        # step_vjp adds the g of each pair (w, g) to the cotangent of the state. G_i belongs to a slope only.
         for g_i in of_slopes[1:]:
             pulled = pulled - g_i
         g_y.copy_(pulled)
@@ -178,7 +178,9 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
 
 
 def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], captured: Captured) -> Traced:
-    """A functional graph of ``function`` of ``inputs`` and then those of func; it ends in writing to those ``written``.
+    """Traces ``function`` of ``inputs`` followed by func's inputs into a functional graph.
+
+    The graph ends with ``copy_`` to the inputs whose indices are ``written``.
 
     Raises:
         CompileError: the graph draws random numbers, or changes another input.
@@ -188,23 +190,23 @@ def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: se
     first = len(inputs)
     inputs = [*inputs, *captured.inputs]
     examples = [x.clone() for x in inputs]
-    with torch.enable_grad():  # func may differentiate, and so does the transpose
-        graph = make_fx(function)(*examples)  # with autograd's operations in it, and in-place ones
+    with torch.enable_grad():  # the transpose differentiates, and func may
+        graph = make_fx(function)(*examples)  # still contains autograd and in-place operations
     with torch.no_grad():
         graph = make_fx(torch.func.functionalize(graph), decomposition_table=decompositions())(*examples)
     placeholders = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CompileError(
-                f"func draws random numbers ({node.target}), which a replay could not repeat. "
-                'Use engine="eager", or func.eval() where it is dropout.'
+                f"func draws random numbers ({node.target}), which a replay cannot repeat. "
+                'Use engine="eager"; for dropout, func.eval() is enough.'
             )
         if node.target is torch.ops.aten.copy_.default and placeholders.get(node.args[0]) not in written:
             i = placeholders.get(node.args[0], 0) - first
             name = shown(captured.names[i]) if i >= 0 else "y"
             raise CompileError(
-                f"func changes {name}, a tensor that it depends on, in place (a buffer such as the statistics of "
-                'BatchNorm in training, or its state argument). Use engine="eager", or func.eval().'
+                f"func changes {name} in place and depends on it (a buffer such as the statistics of BatchNorm in "
+                'training, or the state argument). Use engine="eager", or func.eval().'
             )
     graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -1,5 +1,8 @@
-"""func as a graph of tensors, traced by TorchDynamo and guarded by it: what func reads is an input of the graph, and a
-graph is used again only while everything that it took for constant is as it was."""
+"""Tracing of func by TorchDynamo to a graph of tensor operations, and lookup of graphs traced before.
+
+Tensors that func reads are inputs of the traced graph. Other values are constants of it: TorchDynamo's guards let a
+graph be used only as long as these are unchanged.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from aca_ext.problem.signature import refuse_swapped
 from aca_ext.problem.state import Packing, State
 from aca_ext.vector_field.function_cache import PerOwner
 
-# Private to torch: without it, graphs are found in TorchDynamo's usual way, which takes longer.
+# Private to torch; without it, TorchDynamo itself looks graphs up, which takes longer.
 _eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
 _cache_entries: Any = getattr(_eval_frame, "_debug_get_cache_entry_list", None)
 
@@ -34,7 +37,7 @@ _ORIGINAL = "_torchdynamo_orig_callable"
 def capture(
     func: Callable[..., Any], t: Tensor, y0: Tensor, packing: Packing, args: tuple[Any, ...]
 ) -> tuple[Captured, list[Tensor]]:
-    """The graph of func at (t, y, \\*args), y a packed state, and the tensors that it depends on besides t and y.
+    """The traced graph of func(t, y, \\*args) for a packed state, and the tensors it depends on besides t and y.
 
     Raises:
         CompileError: TorchDynamo cannot trace func as one graph.
@@ -48,19 +51,19 @@ def capture(
 
 
 def specialise(func: Callable[..., Any]) -> None:
-    """From now on graphs of func hold the numbers that func reads as constants, whether or not they change."""
+    """From now on traces of func take all numbers that func reads as constants, even if they change."""
     _by_owner.anew(func).numbers.is_given_up = True
 
 
 def scope_of(func: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
-    """The scope that names of places in func start from; args are a list, so that one can be replaced."""
+    """Scope in which TorchDynamo's names of places are resolved; args are a list, so that entries can be replaced."""
     return {"L": {"func": func, "args": list(args)}, "G": globals()}
 
 
 def _captured(
     func: Callable[..., Any], t: Tensor, y0: Tensor, packing: Packing, args: tuple[Any, ...]
 ) -> tuple[Captured, list[Tensor]]:
-    # A state that requires grad, or TorchDynamo would look through custom derivatives as if there were none.
+    # The state requires grad, since TorchDynamo would ignore custom derivatives otherwise.
     y: State
     if packing.is_tuple:
         parts = packing.unpack(y0.detach())
@@ -93,7 +96,7 @@ def _captured(
 
 
 def _new(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:
-    """Traces func, with numbers that changed since the last trace as inputs if that is possible."""
+    """Traces func; numbers that changed since the last trace become inputs if func works with tensors there."""
     with undisturbed():
         if entry.numbers.lift_changed(scope_of(func, args)):
             try:
@@ -112,12 +115,12 @@ def _traced(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tu
         entry = _trace(entry, func, t, y, given)
         captured = request.captured
         if captured is None:
-            raise CompileError(f"func computes nothing from tensors that TorchDynamo can see. {HINT}")
+            raise CompileError(f"TorchDynamo sees no tensor operation in func. {HINT}")
         _check_again(entry, captured, func, t, y, given)
     captured.lifted = bool(entry.numbers.places)
-    if random.getstate() != random_state:  # some versions of TorchDynamo draw once for each call of a graph
-        _by_owner.anew(func)  # or the next solve would find this graph, and draw
-        raise CompileError(f"func draws numbers from Python's random, which a replay could not repeat. {HINT}")
+    if random.getstate() != random_state:  # some versions of TorchDynamo draw once per call of a graph
+        _by_owner.anew(func)  # drops this graph, or the next solve would find it and draw
+        raise CompileError(f"func draws numbers from Python's random, which a replay cannot repeat. {HINT}")
     if any(counter.is_number for counter in captured.counters):
         inputs = request.inputs
         with unchanged(func, args):
@@ -129,13 +132,13 @@ def _traced(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tu
 def _check_again(
     entry: _Entry, captured: Captured, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]
 ) -> None:
-    """Raises where the graph just made does not serve a second time, so that every solve would compile."""
+    """Raises if the guards of the new graph already fail, in which case every solve would compile."""
     inputs, request.captured = request.inputs, None
     entry.look_up(func, t, y, args)
     if entry.kept is not None and request.captured is not captured:
         raise CompileError(
-            "func changes a Python value that it depends on, such as a counter of its evaluations, so that no graph of "
-            f"it would hold twice. {HINT}"
+            "func changes a Python value that it depends on, such as a counter of its evaluations, so that every solve "
+            f"would compile it again. {HINT}"
         )
     request.inputs = inputs
 
@@ -154,24 +157,24 @@ def _trace(
         return entry
     except Exception as error:
         if type(error).__name__ in _TOO_MANY and not is_fresh:
-            # As many graphs as are kept: begin anew.
+            # TorchDynamo keeps no further graph for this entry, so start a new one.
             other = _by_owner.anew(func)
             other.numbers = entry.numbers
             return _trace(other, func, t, y, args, is_fresh=True)
-        cause = getattr(error, "inner_exception", error)  # of what the backend raised
+        cause = getattr(error, "inner_exception", error)  # the error that the backend raised
         if isinstance(cause, CompileError):
             raise cause from None
         reason = str(error).strip().split("\n\nfrom user code")[0]
-        raise CompileError(f"func cannot be traced as one graph. {HINT} TorchDynamo says: {reason}") from error
+        raise CompileError(f"func cannot be traced as one graph. {HINT} TorchDynamo reports: {reason}") from error
 
 
 _TOO_MANY = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # the name depends on torch's version
 
 
 def _settings() -> dict[str, Any]:
-    """Guard hooks too, spare each call of a graph work for profilers, and trace gradients in func.
+    """Settings of TorchDynamo: guards on hooks, no work for profilers in each call, and gradients inside func.
 
-    What func changes in Python is not to be changed by looking a graph up.
+    A lookup calls the graph, so it must not replay the side effects of func.
     """
     settings = {
         "skip_nnmodule_hook_guards": False,
@@ -185,8 +188,8 @@ def _settings() -> dict[str, Any]:
 
 def _call(func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> list[Tensor]:
     k = func(t, y, *args)
-    # Clones, so that each component is a result of the graph, in order; detached for TorchDynamo's sake alone, which
-    # refuses results that depend on intermediates made to require grad: the backend takes that out of the graph.
+    # Clones, so that each component is a result of the graph, in order. TorchDynamo refuses results that depend on
+    # intermediates made to require grad, hence detach(), which the backend removes from the graph.
     return [part.detach().clone() for part in (k if isinstance(k, (tuple, list)) else (k,))]
 
 
@@ -195,12 +198,12 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class _Kept:
-    """A graph as TorchDynamo keeps it.
+    """A traced graph in TorchDynamo's cache.
 
     Attributes:
-        manager: of its guards; TorchDynamo takes its ``cache_entry`` away when it gives the graph up.
-        holds: whether the guards hold, given the arguments of ``_call`` by name.
-        find: called with these arguments, gathers the inputs of the graph and calls it.
+        manager: manager of its guards; its ``cache_entry`` is None after TorchDynamo dropped the graph.
+        holds: function of the arguments of ``_call`` by name; tells whether the guards hold.
+        find: function of the same arguments; gathers the inputs of the graph and calls it.
     """
 
     manager: Any
@@ -209,19 +212,19 @@ class _Kept:
 
 
 class _Entry:
-    """The graphs of one owner. TorchDynamo keeps them with a code object: each entry has one of its own."""
+    """The traced graphs of one owner; TorchDynamo caches graphs by code object, so each entry creates its own."""
 
     def __init__(self) -> None:
-        code = _call.__code__.replace(co_name=f"_call_{next(_numbers)}")  # equal to no other
+        code = _call.__code__.replace(co_name=f"_call_{next(_numbers)}")  # makes the code unequal to all others
         self._call = types.FunctionType(code, globals(), "_call")
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [keep_guard(guard) for guard in guards]}
         self.trace = torch.compile(self._call, backend=backend, fullgraph=True, dynamic=False, options=options)
-        self.kept: list[_Kept] | None = []  # None: not to be had from this torch
+        self.kept: list[_Kept] | None = []  # None if this version of torch does not show them
         self.methods = Methods()
         self.numbers = ChangingNumbers()
 
     def look_up(self, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
-        """Does as ``trace`` if there is a graph whose guards hold, at a fifth of its overhead, else nothing."""
+        """Does the same as ``trace`` at a fifth of its overhead if the guards of a graph hold, else nothing."""
         if self.kept:
             values = {"func": func, "t": t, "y": y, "args": args}
             for graph in self.kept:
@@ -230,7 +233,7 @@ class _Entry:
                     return
 
     def keep(self) -> None:
-        """Notes which graphs there are, after ``trace`` made another."""
+        """Updates ``kept`` after ``trace`` made a graph."""
         try:
             self.kept = [self._kept(entry) for entry in _cache_entries(self._call.__code__)]
         except (AttributeError, StopIteration, TypeError, ValueError):
@@ -239,8 +242,8 @@ class _Entry:
     def _kept(self, entry: Any) -> _Kept:
         scope, manager = self._call.__globals__, entry.guard_manager
         if manager.cache_entry is None:
-            raise ValueError("there is no telling when TorchDynamo gives this graph up")
-        # The code calls the graph by a name of its own; here without the wrapper that keeps TorchDynamo out of it.
+            raise ValueError("this version of torch does not show when TorchDynamo drops a graph")
+        # The code calls the graph by a global name. Here the name stands for the graph without TorchDynamo's wrapper.
         name = next(name for name in entry.code.co_names if getattr(scope.get(name), _ORIGINAL, None) is not None)
         find = types.FunctionType(entry.code, {**scope, name: getattr(scope[name], _ORIGINAL)})
         return _Kept(manager, manager.root.check, find)

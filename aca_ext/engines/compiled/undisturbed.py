@@ -1,4 +1,4 @@
-"""Leaves a process as it was: what tracing, compiling and trial evaluations of func would move is put back."""
+"""Contexts that restore the state of the process after tracing, compiling and trial evaluations of func."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from aca_ext.vector_field.contents import restore
 from aca_ext.vector_field.holdings import Holdings
 
 _LOGGERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx")
-_MAX_BYTES = 1 << 26  # of a tensor that is copied to be restored; larger ones are data rather than state
+_MAX_BYTES = 1 << 26  # largest tensor to copy and restore; larger ones are probably data, not state
 
-# Private to torch; where a version has one no more, that part is not restored.
+# Private to torch; if a version lacks one, that part is not restored.
 _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 _AUTOGRAD: Any = getattr(torch._C, "_autograd", None)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Restores torch's modes and the random generators, also after an error, and silences torch's compiler."""
+    """Restores torch's modes and random generators, also after an error, and silences torch's compiler."""
     restorations = [_random_states(), _functorch_stack(), _hooks_of_saved_tensors(), _log_levels()]
     has_graph, level = torch.is_grad_enabled(), getattr(forward_ad, "_current_level", -1)
     try:
@@ -89,11 +89,11 @@ def _hooks_of_saved_tensors() -> Callable[[], None]:
 
 
 def _log_levels() -> Callable[[], None]:
-    """Below errors, the compiler's remarks concern its own work and not what the user wrote."""
+    """Silences the compiler's warnings, which concern its own work and not the user's code."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.level for logger in loggers]
     for logger in loggers:
-        if logger.getEffectiveLevel() == logging.WARNING:  # unless the user asked for more by TORCH_LOGS
+        if logger.getEffectiveLevel() == logging.WARNING:  # not if the user set another level by TORCH_LOGS
             logger.setLevel(logging.ERROR)
 
     def restore() -> None:
@@ -105,7 +105,7 @@ def _log_levels() -> Callable[[], None]:
 
 @contextmanager
 def unchanged(func: Any, args: tuple[Any, ...] = ()) -> Iterator[None]:
-    """Restores what evaluations of func may change: its attributes, containers, closures, globals, tensors."""
+    """Restores the objects that func may change: attributes, containers, closures, globals, tensors, generators."""
     found = Holdings((func, args))
     tensors = [(x, x.detach().clone()) for x in found.contents.tensors() if _may_be_state(x)]
     generators = [(generator, generator.get_state()) for generator in found.generators]
@@ -129,4 +129,4 @@ def _restore_tensor(x: Tensor, value: Tensor) -> None:
     if x.shape != value.shape:
         x.data = value
     elif not torch.equal(x, value):
-        x.data.copy_(value)  # no new version, for no graph that saved it is wrong
+        x.data.copy_(value)  # .data keeps the version counter: autograd graphs that saved x remain valid

@@ -1,6 +1,6 @@
-"""Compiled programs against func itself: the step and its transpose as the eager engine computes them.
+"""Verification of compiled programs: they must agree with the step and its transpose of the eager engine.
 
-A program is used only after it has agreed with plain evaluations of func at several states, times and step sizes.
+A program is used only after it has agreed with evaluations of func itself at several states, times and step sizes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from aca_ext.solver.runge_kutta import step, step_vjp
 from aca_ext.vector_field.field import AutocastState
 from aca_ext.vector_field.replay import Replay
 
-# Relative to the largest element: what rounding may do in code that is arranged differently.
+# Allowed differences relative to the largest element: compiled code rounds in another order.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-11}
-_SAFETY = 100.0  # by how much compiled code may exceed the effect of rounding func's state
+_SAFETY = 100.0  # factor on the effect of rounding the state, if func amplifies rounding
 
 
 class MismatchError(CompileError):
-    """A compiled program computes something else than func."""
+    """A compiled program whose result differs from that of func."""
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A point at which programs are tried."""
+    """Stage times, state and step size at which a program is verified."""
 
     times: list[float]  # of the stages
     y: Tensor
@@ -44,12 +44,13 @@ class _Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """A transposed step as the eager engine computes it, for a program that is compiled later.
+    """A transposed step of the eager engine, to verify a program that is compiled later.
 
     Attributes:
-        cotangents: of the end, and for outputs inside the step their sum and what they contribute to each slope.
-        expected: the cotangent of the start, and the gradients of func's inputs.
-        moved: the same from a state that differs in its last bits.
+        cotangents: cotangent of the step's end; for outputs inside the step also the sum of their cotangents and
+            their contribution to the cotangent of each slope.
+        expected: cotangent of the step's start, and gradients of func's inputs.
+        moved: ``expected`` from a state that differs in its last bits.
     """
 
     point: _Point
@@ -61,12 +62,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verification:
-    """Compares programs with func itself.
+    """Comparison of programs with func.
 
     Attributes:
-        task: evaluates func.
-        inputs: what func depends on besides time and state.
-        wants_gradient: whether input i requires grad.
+        task: task whose field evaluates func.
+        inputs: tensors on which func depends besides time and state.
+        wants_gradient: for each input, True if it requires grad.
     """
 
     task: Task
@@ -75,14 +76,14 @@ class Verification:
     wants_gradient: Sequence[bool]
 
     def forward(self, slope: Program, whole_step: Program) -> None:
-        """Raises CompileError where the first slope or a step of the programs is not that of func."""
+        """Raises CompileError if the first slope or a step of the programs differs from that of func."""
         for point in self._points():
             expected, found = [self._field(point.times[0], point.y)], self._slope(slope, point)
             _check("slope", expected, found, point, lambda p: [self._field(p.times[0], p.y)])
             _check("step", self._step(point), self._compiled_step(whole_step, point), point, self._step)
 
     def trials(self, *, inside: bool) -> list[Trial]:
-        """Transposed steps of func as it is now."""
+        """Transposed steps of func in its present state."""
         found: list[Trial] = []
         for point in self._points():
             cotangents = self._cotangents(point, inside)
@@ -105,7 +106,7 @@ class Verification:
             except Exception:
                 if distance == 0:
                     raise
-                continue  # func need not take any state
+                continue  # func may be undefined at other states
             if not torch.isfinite(k).all():
                 continue
             slope = float(k.abs().max()) if k.numel() else 0.0
@@ -116,7 +117,7 @@ class Verification:
                 return  # two points are enough
 
     def _field(self, t: float | Tensor, y: Tensor) -> Tensor:
-        """func as it was traced: with a time and a state that require grad."""
+        """Evaluates func as in the trace: with a time and a state that require grad."""
         time = torch.as_tensor(t, dtype=y.dtype, device="cpu").detach().requires_grad_()
         with torch.enable_grad():
             return self.task.field(time, y.detach().requires_grad_()).detach()
@@ -141,7 +142,7 @@ class Verification:
             return [*results, self._error(sums, trial.k, p.h)]
 
     def _error(self, sums: Tensor, k: Sequence[Tensor], h: float) -> Tensor:
-        """The norm of the error estimate, which may be rounding alone, with what it was computed from added to it."""
+        """Norm of the error estimate plus a multiple of the slopes, since the estimate alone may be pure rounding."""
         largest = max((float(x.abs().max()) for x in k if x.numel()), default=0.0)
         return (sums / max(1, k[0].numel())).sqrt() + abs(h) * largest
 
@@ -154,7 +155,7 @@ class Verification:
         return [y1, *k[1:], *([] if layout.scheme.error is None else [self._error(sums, k, p.h)])]
 
     def _cotangents(self, p: _Point, inside: bool) -> list[Tensor]:
-        """g, and for outputs inside the step their sum and what they contribute to each slope."""
+        """Random cotangents, as in ``Trial.cotangents``."""
         random = torch.Generator(device="cpu").manual_seed(1)
         count = 2 + self.layout.stages if inside else 1
         like = p.y
@@ -185,7 +186,7 @@ class Verification:
 
 
 def check_transpose(program: Program, layout: Layout, wants_gradient: Sequence[bool], trials: Sequence[Trial]) -> None:
-    """Raises CompileError where the gradients of the program are not those of the trials."""
+    """Raises CompileError if the gradients of the program differ from those of the trials."""
     for trial in trials:
         y, (g, *inside) = trial.point.y, trial.cotangents
         g_y = torch.empty_like(y)
@@ -216,20 +217,20 @@ def _check(
     point: _Point,
     evaluate: Callable[[_Point], Sequence[Tensor]],
 ) -> None:
-    """Raises MismatchError where the results differ by more than rounding in func explains."""
+    """Raises MismatchError if the results differ by more than rounding in func explains."""
     if not all(torch.isfinite(x).all() for x in expected):
         return
     sizes = [_largest(x) for x in expected]
-    # Of several gradients, those that are zero but for rounding are measured by the others.
+    # A gradient that is zero up to rounding is measured relative to the largest one.
     allowed = [_ROUNDING[point.y.dtype] * max(size, 0.01 * max(sizes)) for size in sizes]
     if _are_close(found, expected, allowed):
         return
-    # func may amplify rounding: see what it makes of a state that differs in its last bits.
+    # func may amplify rounding: measure the effect of a state that differs in its last bits.
     effects = [_largest(x - y) for x, y in zip(expected, evaluate(_moved(point)), strict=True)]
     if not _are_close(found, expected, [a + _SAFETY * e for a, e in zip(allowed, effects, strict=True)]):
         raise MismatchError(
-            f"the {what} that torch's compiler made of func is not that of func. Either func does not return the same "
-            'for the same time and state, or it does something that the compiler mistakes. Use engine="eager".'
+            f"the {what} that torch's compiler made of func differs from that of func. Either func returns different "
+            'values for the same time and state, or the compiler translates it wrongly. Use engine="eager".'
         )
 
 
@@ -238,7 +239,7 @@ def _largest(x: Tensor) -> float:
 
 
 class _Traced:
-    """A replay whose times require grad, as func was traced."""
+    """A replay whose times require grad, as in the trace."""
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
@@ -249,7 +250,7 @@ class _Traced:
 
 
 def inputs_by_kind(args: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[list[int], list[tuple[Tensor, int | None]]]:
-    """Indices of the inputs that require grad and are no args, and the args that do with their indices."""
+    """Indices of inputs that require grad and are not args; args that require grad, with their indices or None."""
     index = {id(x): i for i, x in enumerate(inputs)}
     of_args = [(x, index.get(id(x))) for x in args if isinstance(x, Tensor) and x.requires_grad]
     taken = {i for _, i in of_args}
@@ -257,7 +258,7 @@ def inputs_by_kind(args: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[list[
 
 
 def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: Sequence[float]) -> bool:
-    # Not <=, which a NaN would fail to exceed.
+    # <= is False for NaN, so a NaN in ``found`` is a mismatch.
     return all(
         bool(((x - y).abs() <= tolerance).all()) for x, y, tolerance in zip(found, expected, allowed, strict=True)
     )

@@ -1,1 +1,1 @@
-"""engine="graph": steps captured as CUDA graphs and repeated by the device."""
+"""engine="graph": steps captured as CUDA graphs, which are launched again without the host in between."""

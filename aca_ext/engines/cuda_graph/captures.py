@@ -1,5 +1,6 @@
-"""Captured programs and what repeats them: a CUDA graph launched many times in a row, or a loop that the GPU runs by
-itself. Nothing here has run on a GPU yet.
+"""Capture of programs as CUDA graphs, and their repetition by the host or by a loop on the device.
+
+Nothing here has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from aca_ext.engines.cuda_graph.control_block import (
 )
 from aca_ext.errors import AcaError, GraphError
 
-# Whether the GPU decides by itself how often a step is repeated, instead of the host launching it so often ahead. Both
-# take the same steps; which is faster has not been measured yet.
+# With True the GPU decides how often a step is repeated; with False the host launches a number of steps ahead. Both
+# make the same steps. Which is faster has not been measured yet.
 DEVICE_LOOPS = False
 _WARM_UPS = 2
 _HINT = 'Use engine="eager", or change func.'
 
 Body = Callable[[], None]
-Repeat = Callable[[int], None]  # at least so often, if the control block does not say that it is enough
+Repeat = Callable[[int], None]  # repeats at least so many times; steps after the end of the solve have no effect
 
 
 class Program(Protocol):
-    """Something captured once and repeated."""
+    """A body of operations that was captured once and can be launched again."""
 
     def launch(self, times: int = 1) -> None:
-        """Runs it so many times on the current stream, without waiting."""
+        """Launches it ``times`` times on the current stream, without waiting."""
 
 
 class Capturer(Protocol):
-    """Makes programs, and loops of them, on one device."""
+    """Makes programs, and repetitions of them, on one device."""
 
     def capture(self, make_body: Callable[[], Body], reset: Callable[[], None]) -> Program: ...
 
@@ -51,53 +52,52 @@ class Capturer(Protocol):
 
 
 class _Turns:
-    """Shared state of the programs of one device: the stream that they are captured on, and the end of the last.
+    """Shared state of the programs of one device: the stream of all captures, and an event at the end of the last use.
 
-    cuBLAS keeps a workspace for each stream (32 MB on an H100), and what was captured there goes on using it. So that
-    there is one alone, there is one stream, and whoever launches programs waits for whoever did so before.
+    cuBLAS has a workspace for each stream (32 MB on an H100), and programs captured on a stream use its workspace in
+    every launch. A single stream needs a single workspace, so launches wait for all earlier ones.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream, self.done, self.lock = torch.cuda.Stream(device), torch.cuda.Event(), threading.RLock()
         self._workspaces: Any = None
-        with torch.cuda.device(device), suppress(AttributeError, RuntimeError):  # not in every torch and allocator
+        with torch.cuda.device(device), suppress(AttributeError, RuntimeError):  # older torch, other allocator
             self._workspaces = torch.cuda.MemPool()
 
     def keeping_workspaces(self) -> AbstractContextManager[Any]:
-        """Around a warm-up: what cuBLAS works in, on this stream, is in memory that nothing else ever gets."""
+        """Context of a warm-up, in which cuBLAS's workspaces of this stream go into memory reserved for them."""
         return nullcontext() if self._workspaces is None else _Keeping(self._workspaces, self.stream.device)
 
 
 class _Keeping(TorchDispatchMode):
-    """Has cuBLAS's workspaces, one for each thread that works, in ``pool``.
+    """Allocates cuBLAS's workspaces, one for each thread that calls it, in ``pool``.
 
-    torch gives those of a stream back when any graph that was captured on it is destroyed (2.12 and newer), or when
-    torch.compile captures graphs of its own, while programs captured before go on writing to them.
+    torch frees the workspaces of a stream when any CUDA graph captured on it is destroyed (2.12 and newer), or when
+    torch.compile captures CUDA graphs. Programs captured before still write to them, so their memory must be reserved.
     """
 
     def __init__(self, pool: Any, device: torch.device) -> None:
         super().__init__()
         self._pool, self._device = pool, device
-        self._threads = set[int]()  # that of autograd is another one
+        self._threads = set[int]()  # autograd has a thread of its own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         thread = threading.get_ident()
         if thread not in self._threads:
             self._threads.add(thread)
             with suppress(RuntimeError), torch.cuda.use_mem_pool(self._pool, self._device):
-                torch.cuda.current_blas_handle()  # makes the workspace where there is none
+                torch.cuda.current_blas_handle()  # makes the workspace if there is none
         return func(*args, **(kwargs or {}))
 
 
 _turns_of = cache(_Turns)
-_one_capture = threading.RLock()  # at a time in a process is what torch supports, whatever the device
+_one_capture = threading.RLock()  # torch supports one capture at a time in a process, on all devices together
 
 
 class CudaCapturer:
-    """CUDA graphs that share one pool of memory.
+    """Capturer of CUDA graphs that share one pool of memory.
 
-    What they hold in that memory is theirs from one launch to the next; those that share it are never launched at the
-    same time.
+    A CUDA graph keeps its memory in the pool between launches. Graphs of one pool are never launched concurrently.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -106,12 +106,12 @@ class CudaCapturer:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, make_body: Callable[[], Body], reset: Callable[[], None]) -> CudaProgram:
-        """The body that ``make_body`` returns, captured. ``reset`` puts back what the body changes.
+        """Captures the body that ``make_body`` returns; ``reset`` restores the memory that the body changes.
 
-        The body runs a few times before, so that what it sets up once is there.
+        The body runs a few times before the capture, so that its one-time initialisation is not captured.
 
         Raises:
-            GraphError: it does what cannot be captured.
+            GraphError: the body contains an operation that cannot be captured.
         """
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -127,9 +127,9 @@ class CudaCapturer:
         torch.cuda.synchronize(self._device)
         graph = _new_graph()
         try:
-            # The stream, since a capture that fails to end would leave its own behind.
+            # Restores the current stream, since a capture that fails to end leaves its own stream active.
             with torch.cuda.stream(current), _one_capture, _no_garbage_collection(), ExitStack() as capture:
-                with torch.inference_mode(False):  # torch makes tensors that it writes to at all later captures
+                with torch.inference_mode(False):  # torch makes tensors that later captures write to
                     capture.enter_context(
                         torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
                     )
@@ -137,7 +137,7 @@ class CudaCapturer:
         except (AcaError, torch.cuda.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            raise GraphError(f"A step with func cannot be captured. {_HINT} CUDA says: {error}") from error
+            raise GraphError(f"A step with func cannot be captured. {_HINT} CUDA reports: {error}") from error
         current.wait_stream(self._stream)
         return CudaProgram(graph)
 
@@ -149,7 +149,7 @@ class CudaCapturer:
             raise
 
     def repeat(self, first: CudaProgram | None, body: CudaProgram, block: ControlBlock) -> Repeat:
-        """``first``, then ``body`` again and again."""
+        """Returns a function that launches ``first`` once and then ``body`` repeatedly."""
         if not DEVICE_LOOPS:
             return _Ahead(first, body)
         try:
@@ -159,18 +159,18 @@ class CudaCapturer:
 
     def _loop(self, first: CudaProgram | None, body: CudaProgram, block: ControlBlock) -> _Loop:
         if not (_keeps_graphs() and supports_device_loops()):
-            raise RuntimeError("loops on the device take torch 2.8, and CUDA 12.4 in the build and in the driver")
+            raise RuntimeError("loops on the device need torch 2.8, and CUDA 12.4 in the build and in the driver")
         programs = [body] if first is None else [first, body]
         graphs = [program.graph.raw_cuda_graph() for program in programs]
         for graph in graphs:
             if obstacle := obstacle_to_loop(graph):
-                raise RuntimeError(f"the captured step holds {obstacle}")
+                raise RuntimeError(f"the captured step contains {obstacle}")
         before = 0 if first is None else graphs[0]
         return _Loop(device_loop(self._device.index or 0, before, graphs[-1], block.address), self._device, programs)
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        """After what was launched before, on whatever stream: programs use the same memory each time."""
+        """Orders the launches inside after all earlier ones on any stream, since programs reuse their memory."""
         turns, stream = self._turns, torch.cuda.current_stream(self._device)
         with turns.lock:
             stream.wait_event(turns.done)
@@ -181,7 +181,7 @@ class CudaCapturer:
 
 
 class CudaProgram:
-    """A captured graph. It holds neither its body nor func, which may be what keeps it."""
+    """A captured CUDA graph; it refers to neither its body nor func, which would be a reference cycle."""
 
     def __init__(self, graph: Any) -> None:
         self.graph = graph
@@ -192,7 +192,7 @@ class CudaProgram:
 
 
 class _Ahead:
-    """Launches one after another. ``obstacle``: why not a loop on the device, where one was asked for."""
+    """Repetition by the host; ``obstacle`` is the reason why a requested loop on the device is not possible."""
 
     def __init__(self, first: CudaProgram | None, body: CudaProgram, obstacle: str = "") -> None:
         self._first, self._body, self.obstacle = first, body, obstacle
@@ -204,7 +204,7 @@ class _Ahead:
 
 
 class _Loop:
-    """A loop on the device, with the programs whose memory it works in."""
+    """Repetition by a loop on the device; keeps the programs, whose memory it uses, alive."""
 
     def __init__(self, loop: Any, device: torch.device, programs: list[CudaProgram]) -> None:
         self._loop, self._device, self._programs = loop, device, programs
@@ -215,7 +215,7 @@ class _Loop:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A captured graph that is destroyed by the way, in the same thread, would spoil a capture."""
+    """Disables garbage collection: destroying another CUDA graph in this thread would break a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -226,7 +226,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _keeps_graphs() -> bool:
-    """Tells whether this torch hands out captured graphs before they are instantiated (2.8 and newer)."""
+    """Tells whether this torch gives access to captured CUDA graphs before instantiation (2.8 and newer)."""
     return hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")
 
 

@@ -1,8 +1,8 @@
-"""The control block of a solve in the memory of its device, and the operations of a step that read from it when and how
-far to go. Besides ``aca_ext.kernels``, the only module that imports ``_C``.
+"""The control block of a solve in device memory, and the operations of a step that read times and step size from it.
 
-``csrc/control/control_block.h`` says what the block holds. A decision about it, by one thread of the device, is all
-that happens between two steps: whoever launches them need not know how far they have come.
+``csrc/control/control_block.h`` defines the block. Between two steps one thread of the device updates it by a decision,
+so the host launches steps without knowing how far the solve has come. Besides ``aca_ext.kernels``, this is the only
+module that imports ``_C``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from aca_ext.problem.problem import Problem
 from aca_ext.problem.tolerance import Tolerance
 from aca_ext.solver.runge_kutta import Scheme
 
-STEP_ENTRY = _C.STEP_ENTRY_DOUBLES  # doubles that a step is recorded in; the last one is an int64
+STEP_ENTRY = _C.STEP_ENTRY_DOUBLES  # doubles in the record of a step; the last is the bits of an int64
 
 
 class ControlBlock:
-    """The block, and the memory that it points to for as long as it belongs to a plan."""
+    """The control block of a plan, with the memory to which it always points."""
 
     def __init__(self, like: Tensor, scheme: Scheme, tolerance: Tolerance) -> None:
         device = like.device
@@ -43,12 +43,12 @@ class ControlBlock:
 
     @property
     def h(self) -> Tensor:
-        """The signed step size of the trial to come, float64."""
+        """Signed step size of the next trial, float64."""
         return self._number(_C.H_TRIAL)
 
     @property
     def slope_weight(self) -> Tensor:
-        """The weight in its error of the slope at its end, float64."""
+        """Weight of the slope at the end of the trial in its error estimate, float64."""
         return self._number(_C.SLOPE_WEIGHT)
 
     def _number(self, offset: int) -> Tensor:
@@ -62,15 +62,15 @@ class ControlBlock:
         _C.write_control(target_for(self.like), self.address, control)
 
     def decide(self, decision: str) -> None:
-        """One decision about the block, on the current stream."""
+        """Launches a decision about the block on the current stream."""
         _C.decide(target_for(self.like), self.address, decision)
 
     def read(self) -> _C.Control:
-        """The block as it is now; waits for the device."""
+        """A copy of the block on the host; waits for the device."""
         return _C.Control(self._memory.cpu().numpy().tobytes())
 
     def control(self, problem: Problem, solve: SolveMemory, tolerance: Tolerance) -> _C.Control:
-        """The block at the start of a solve."""
+        """The contents of the block at the start of a solve."""
         controller, scheme, times = problem.controller, self.scheme, problem.times
         first_step = 0.0 if controller is None else controller.first_step or 0.0
         dtype = str(self.like.dtype).removeprefix("torch.")
@@ -94,7 +94,7 @@ class ControlBlock:
 
 
 class DeviceTimes:
-    """The requested times and the times that a step must end at, on the device; ``of`` are both as numbers."""
+    """Requested times and times at which a step must end, on the device; ``of`` has both as Python numbers."""
 
     def __init__(self, times: tuple[float, ...], stops: tuple[float, ...], device: torch.device) -> None:
         self.of = times, stops
@@ -103,16 +103,16 @@ class DeviceTimes:
 
 
 class SolveMemory:
-    """Memory that one solve writes: its outputs, its accepted steps, and the states that they started from.
+    """Memory that one solve writes: outputs, records of accepted steps, and the states at their starts.
 
     Attributes:
-        ys: the outputs, one row for each time.
-        keeps_states: whether states are kept.
-        blocks: the states, each block as large as all before it together.
-        steps: the record of accepted steps, one row for each.
-        control: the control block as it was last written or read.
-        n_steps, n_accepted: counts of trial steps and of accepted ones, at the end.
-        turn: which use of its plan's memory the solve is.
+        ys: outputs, one row for each time.
+        keeps_states: True if the states are kept for a backward pass.
+        blocks: the states; each block has as many rows as all blocks before it together.
+        steps: records of the accepted steps, one row for each.
+        control: host copy of the control block, as last written or read.
+        n_steps, n_accepted: numbers of trial steps and of accepted steps, valid after the solve.
+        turn: number of this use of the plan's memory.
     """
 
     control: _C.Control
@@ -131,7 +131,7 @@ class SolveMemory:
         self.steps = torch.empty(0, STEP_ENTRY, dtype=torch.float64, device=device)
 
     def room_in(self, control: _C.Control) -> None:
-        """Tells ``control``, at the start of a solve, what room there is."""
+        """Writes the addresses and sizes of this memory to ``control``, at the start of a solve."""
         if not len(self.steps):
             return self.grow(control)
         for block in self.blocks:
@@ -141,7 +141,7 @@ class SolveMemory:
         return None
 
     def grow(self, control: _C.Control) -> None:
-        """Makes room for as many further states as there are, and tells ``control``."""
+        """Doubles the room for states and steps, and updates ``control``."""
         more = max(self._first, control.n_states)
         if self.keeps_states:
             self.blocks.append(empty_rows(more, self._y0))
@@ -154,7 +154,7 @@ class SolveMemory:
         control.steps = steps.data_ptr()
 
     def hand_over_states(self) -> list[Tensor]:
-        """The blocks, as far as they were filled, for whoever keeps them from now on."""
+        """Returns the filled parts of the blocks and drops the references to them; the caller keeps them."""
         blocks, self.blocks = self.blocks, []
         handed, left = list[Tensor](), self.n_accepted + 1
         for block in blocks:
@@ -164,7 +164,7 @@ class SolveMemory:
         return handed
 
     def take_states(self, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Tells ``control`` where the states are now, which hooks on saved tensors may have moved; returns them."""
+        """Returns the states, laid out as rows, and updates ``control``: saved-tensor hooks may have moved them."""
         blocks = [self.laid_out(block) for block in blocks]
         self.control.n_blocks = 0
         for block in blocks:
@@ -172,13 +172,13 @@ class SolveMemory:
         return blocks
 
     def hand_over_outputs(self) -> Tensor:
-        """The outputs, for whoever keeps them from now on: their graph refers to this object."""
+        """Returns the outputs and drops the reference to them, since their autograd graph refers to this object."""
         ys = self.ys
         del self.ys
         return ys
 
     def laid_out(self, rows: Tensor) -> Tensor:
-        """``rows``, a copy only where they are laid out unlike the outputs."""
+        """``rows``, copied only if their layout differs from that of the outputs."""
         like = self._y0
         if rows.stride() == (like.numel(), *like.stride()) and not rows.is_neg():
             return rows
@@ -186,10 +186,10 @@ class SolveMemory:
 
 
 class ControlledKernels(RowKernels):
-    """The kernels on a whole state, for a step whose times and size are those in a control block.
+    """The kernels on a whole state, for a step whose times and step size are in a control block.
 
-    Where an operation takes h, it takes ``ControlBlock.h``, read when the kernel runs. What the kernels work in belongs
-    to the block, which outlives a capture of them.
+    Pass ``ControlBlock.h`` as h; a kernel reads it when it runs. The workspace belongs to the block, which outlives any
+    capture of these kernels.
     """
 
     def __init__(self, block: ControlBlock, tolerance: Tolerance) -> None:
@@ -199,11 +199,11 @@ class ControlledKernels(RowKernels):
         self._on = target_for(block.like, block.workspace)
 
     def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
-        """The times of the stages, whatever ``values`` are."""
+        """The times of the stages from the block; ``values`` are ignored."""
         return self.block.stage_times
 
     def write_norm(self, partial: Tensor, k: Tensor | None, w: Tensor, y0: Tensor, y1: Tensor, which: int = 0) -> None:
-        """The sums of an error norm to where decisions look for them."""
+        """Writes the sums of an error norm to ``block.sums[which]``, which decisions read."""
         segments, limit = self.tolerance.segments, _C.MAX_SEGMENTS
         for first in range(0, len(segments) - 1, limit):
             _C.squared_error_ratio_rows(
@@ -220,36 +220,39 @@ class ControlledKernels(RowKernels):
             )
 
     def decide(self, decision: str) -> None:
-        """One decision about the control block: "start", "euler", "first", "next", "resume" or "transpose"."""
+        """Launches a decision about the block: "start", "euler", "first", "next", "resume" or "transpose"."""
         _C.decide(self._on, self.block.address, decision)
 
     def finish(self, y: Tensor, k: Sequence[Tensor], y1: Tensor, k_first: Tensor | None) -> None:
-        """If the trial was accepted: its outputs, its state kept, and ``y`` and ``k_first`` those of the next step."""
+        """If the trial was accepted, writes its outputs and checkpoint, and ``y`` and ``k_first`` of the next step."""
         addresses = [k_i.data_ptr() for k_i in k]
         first = 0 if k_first is None else k_first.data_ptr()
         _C.finish_step(self._on, self._n, self.block.address, y.data_ptr(), addresses, y1.data_ptr(), first)
 
     def restore(self, y: Tensor, g: Tensor, inside: tuple[Tensor, Sequence[Tensor]] | None) -> None:
-        """The state that a step started from, and what its outputs contribute to the cotangents."""
+        """Loads the state at the start of a step into ``y``.
+
+        The cotangents of outputs at the end of the step are added to ``g``, those of all others go to ``inside``.
+        """
         total, slopes = (0, []) if inside is None else (inside[0].data_ptr(), [x.data_ptr() for x in inside[1]])
         _C.restore_step(self._on, self._n, self.block.address, y.data_ptr(), slopes, g.data_ptr(), total)
 
 
 def supports_device_loops() -> bool:
-    """Tells whether this build and this driver repeat captured graphs on the device (CUDA 12.4 and newer)."""
+    """Tells whether this build and this driver support loops of CUDA graphs on the device (CUDA 12.4 and newer)."""
     return _C.HAS_CUDA and _C.LoopGraph.is_supported()
 
 
 def device_loop(device: int, first: int, body: int, control: int) -> _C.LoopGraph:
-    """Captured graphs, ``first`` (0: none) and then ``body`` while the control block says so, as one launch."""
+    """One launch of the CUDA graph ``first`` (0 for none), then of ``body`` until the control block ends the loop."""
     return _C.LoopGraph(device, first, body, control)
 
 
 def obstacle_to_loop(graph: int) -> str:
-    """Why a captured graph cannot be repeated on the device, "" where it can."""
+    """Reason why a loop on the device cannot contain this CUDA graph; "" if it can."""
     return _C.obstacle_to_loop(graph)
 
 
 def restart_capture(stream: torch.cuda.Stream) -> None:
-    """Forgets what was captured on ``stream``, and what was wrong with it: the capture can be ended as any other."""
+    """Replaces a failed capture on ``stream`` by a new one, which can be ended normally."""
     _C.restart_capture(stream.device_index, stream.cuda_stream)

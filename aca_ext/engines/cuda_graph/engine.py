@@ -1,7 +1,8 @@
-"""engine="graph": the adaptive checkpoint adjoint with its loops on the GPU.
+"""engine="graph": the adaptive checkpoint adjoint with its step control on the GPU.
 
-A trial step with the decision about it is captured once, and so is a step's transpose; a solve repeats them without the
-host looking at any of it before the end. What is stored, and which steps are replayed, is as in ``gradients.aca``.
+A trial step with its accept-or-reject decision is captured once as a CUDA graph, and so is the transpose of a step. A
+solve launches them many times without reading results on the host. Checkpoints and replay are those of
+``gradients.aca``.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ class GraphEngine:
         return obstacle_but_to_eager("graph", request) or _obstacle_to_captures(request.problem)
 
     def solve(self, request: Request) -> Result:
-        """The solve by captured graphs, or, for second derivatives, by the eager engine.
+        """Solves by captured CUDA graphs; second derivatives come from the eager engine.
 
         Raises:
             GraphError: func cannot be captured.
             Those of ``solve_with``.
         """
-        # Of a single time there is no step to capture.
+        # With a single time there is no step to capture.
         method = _solve_task if len(request.problem.times) > 1 else method_for(request)
         return solve_with(method, request.task(), request.learnt)
 
@@ -70,7 +71,7 @@ def _solve_task(task: Task) -> Result:
 
 
 class _Run:
-    """One solve: its first slope, its plan, and what it wrote."""
+    """One solve: its first slope, its plan, its record, and its backward pass."""
 
     def __init__(self, task: Task) -> None:
         problem = task.problem
@@ -81,7 +82,7 @@ class _Run:
         field = VectorField(
             traced, problem.args, problem.packing, TorchOperations(problem.y0.detach(), problem.tolerance)
         )
-        field.func = problem.func  # whose modules are to be looked at, and were
+        field.func = problem.func  # the walk over modules and held tensors needs func itself, not its wrapper
         field.take_notes_of(task.field)
         self.task, watched = task, replace(task, field=field)
         if torch.is_grad_enabled():
@@ -112,8 +113,8 @@ class _Run:
         def make() -> Plan:
             if traced.again(problem.start_time(y0), problem.packing.unpack(y0), *problem.args).key() != trace.key():
                 raise GraphError(
-                    "func does not do the same twice: it uses a tensor made anew each time, or a number that changes, "
-                    f"so that no capture of it would hold. {_HINT}"
+                    "func does not do the same twice: each evaluation uses a new tensor or another number, so that a "
+                    f"capture of it would be invalid at once. {_HINT}"
                 )
             plan = Plan(problem, trace.held, capturer_for(self.problem.y0.device))
             with plan.in_order():
@@ -140,7 +141,7 @@ class _Run:
         return self._n_f_evals + n_steps * self.plan.n_evals_per_step
 
     def _look(self, control: Any) -> None:
-        """Raises where a solve cannot go on."""
+        """Raises if the solve cannot continue; returns if a smaller step may help."""
         problem, t, h, ratio, status = self.problem, control.t, control.h, control.ratio, control.status
         message = None
         if status == "not_finite":
@@ -157,7 +158,7 @@ class _Run:
             kinds[status],
             message,
             t=t,
-            h=h if control.n_steps else math.nan,  # no step was tried yet
+            h=h if control.n_steps else math.nan,  # no trial step was made yet
             error_ratio=ratio,
             n_accepted=control.n_accepted,
             n_rejected=control.n_steps - control.n_accepted,
@@ -168,14 +169,14 @@ class _Run:
         memory, plan, params = self.record.memory, self.plan, self.params
         environment = self.task.field.environment
         with plan.in_order(), nullcontext() if environment is None else environment.restored():
-            blocks = memory.take_states(states)  # referred to until all is launched
+            blocks = memory.take_states(states)  # keeps copies alive until all launches are made
             end = blocks[-1][-1]
             if not plan.has_backward:
                 plan.capture_backward(self.problem, memory, end, params, self.autocast)
             elif not plan.reads(params):
                 raise ReplayError(
-                    "The memory of a parameter was replaced between the forward and the backward pass, so that a "
-                    "replay would not repeat the forward pass. Replace it before the one or after the other."
+                    "The memory of a parameter was replaced between the forward and the backward pass, so a replay "
+                    "would not repeat the forward pass. Replace it before the forward or after the backward pass."
                 )
             self.stats.n_f_evals_backward = memory.n_accepted * plan.n_evals_per_transpose
             grad_y0, grads = plan.backward(memory, end, self.problem.args, memory.laid_out(grad_ys))
@@ -184,7 +185,7 @@ class _Run:
     def differentiable_gradients(
         self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> Gradients:
-        """By the eager engine, over the same accepted steps."""
+        """Computes the gradients by the eager engine, over the same accepted steps."""
         memory = self.record.memory
         blocks = [memory.laid_out(block) for block in states]
         known = dict(enumerate(rows(blocks, memory.n_accepted + 1)))
@@ -193,7 +194,7 @@ class _Run:
 
 
 class _GraphRecord(StepRecord):
-    """The accepted steps of a solve on the device, brought to the host when they are asked for."""
+    """Record of the accepted steps of a solve on the device; reading it copies to the host."""
 
     memory: SolveMemory
     times: tuple[float, ...]
@@ -225,7 +226,7 @@ def capturer_for(device: torch.device) -> Capturer:
 
 
 def _obstacle_to_captures(problem: Problem) -> str | None:
-    """The kind of state, tolerance or surroundings in which nothing is captured."""
+    """Reason why the problem cannot be captured, such as its device, tolerance or context; None if it can."""
     y0, tolerance = problem.y0, problem.tolerance
     if len(problem.times) == 1:
         return None
@@ -233,15 +234,15 @@ def _obstacle_to_captures(problem: Problem) -> str | None:
         return f'engine="graph" takes states on a CUDA device; y0 is on {y0.device}. Use engine="compiled" or "eager".'
     if not has_kernels(y0.detach()):
         return (
-            'engine="graph" takes plain tensors of float32 and float64, or complex of them, and a build with CUDA; '
-            f"y0 is {y0.dtype}, a {type(y0).__name__}. {_HINT}"
+            'engine="graph" takes plain tensors of float32, float64, complex64 or complex128, and a build with CUDA; '
+            f"y0 is a {type(y0).__name__} of {y0.dtype}. {_HINT}"
         )
     if is_tracing():
-        return f'A solve with engine="graph" cannot be part of the func of another. {_HINT}'
+        return f'A solve with engine="graph" cannot be part of the func of another such solve. {_HINT}'
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
         return f'A solve with engine="graph" cannot be part of another capture. {_HINT}'
     if tolerance.norm is not None or isinstance(tolerance.rtol, Tensor) or isinstance(tolerance.atol, Tensor):
-        return f'engine="graph" takes rtol and atol as numbers, and no norm of your own. {_HINT}'
+        return f'engine="graph" takes rtol and atol as numbers, and no option norm. {_HINT}'
     if problem.jumps:
-        return f'engine="graph" does not take jump_t; step_t it does. {_HINT}'
+        return f'engine="graph" does not support option jump_t. {_HINT}'
     return None

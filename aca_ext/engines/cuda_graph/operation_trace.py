@@ -1,5 +1,7 @@
-"""Trace of an evaluation of func, operation by operation: whether its captured form still stands, and whether it can
-be captured at all."""
+"""Trace of the operations in an evaluation of func.
+
+It tells whether func can be captured, and whether an earlier capture of func is still valid.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,21 @@ _HINT = 'Use engine="eager", or change func.'
 _NUMBERS = (int, float, bool, complex)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 _MASKS = (torch.bool, torch.uint8)
-# Random numbers are told by the generators that moved: attention without dropout is tagged as if it drew some.
+# Random numbers are found by generators that moved. A tag would not do: attention without dropout has it too.
 _REASONS = {
-    torch.Tag.data_dependent_output: "decides on the host by what a tensor holds",
-    torch.Tag.dynamic_output_shape: "makes a tensor whose shape depends on what another holds",
+    torch.Tag.data_dependent_output: "decides on the host by the value of a tensor",
+    torch.Tag.dynamic_output_shape: "makes a tensor whose shape depends on the values of another",
 }
 
 
 class Trace(TorchDispatchMode):
-    """The operations of one evaluation with all that they were given, as one hashable value.
+    """The operations of one evaluation with their operands, as one hashable value.
 
-    Operands are told apart by where they come from: time, state, args, an earlier operation, or memory that func holds.
-    A number that func computes in Python shows as an operand, and so does a tensor that took the place of another.
+    A tensor operand is described by its origin: time, state, args, an earlier operation, or memory that func holds. So
+    the value changes if func replaces a tensor, or computes another number in Python.
 
     Attributes:
-        held: tensors that func uses and neither was given nor computed.
+        held: tensors that func uses and that are neither its arguments nor computed by it.
 
     Raises:
         GraphError: an operation cannot be repeated from a capture.
@@ -44,20 +46,20 @@ class Trace(TorchDispatchMode):
         self._device = given[0].device
         self._operations: list[Hashable] = []
         self._names: dict[int, Hashable] = {_memory_of(x): ("given", i) for i, x in enumerate(given)}
-        self._alive: list[Tensor] = list(given)  # so that memory stays what it was named for
+        self._alive: list[Tensor] = list(given)  # keeps memory from being reused under the same name
 
     def key(self) -> Hashable:
-        """Equal for two evaluations that did the same to the same memory."""
+        """A hashable value, equal for two evaluations that applied the same operations to the same memory."""
         return tuple(self._operations)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operator = _operator(func)
         if operator.reason is not None and not _is_gather(func, args):
             raise GraphError(f"func {operator.reason} ({func}), which a captured step cannot repeat. {_HINT}")
-        if func is torch.ops.aten.lift_fresh.default:  # a constant that func makes anew: what counts is its value
-            if args[0].device.type != "cpu":  # the copy there does not show
+        if func is torch.ops.aten.lift_fresh.default:  # a constant made in func is compared by value
+            if args[0].device.type != "cpu":  # the copy to the device is not dispatched
                 raise GraphError(
-                    f"func makes a tensor of Python's numbers on the device. Make it once, outside. {_HINT}"
+                    f"func makes a tensor from Python numbers on the device. Make it once, outside of func. {_HINT}"
                 )
             given: Hashable = (func, repr(args[0].tolist()), args[0].dtype)
         else:
@@ -73,9 +75,9 @@ class Trace(TorchDispatchMode):
         return result
 
     def _crosses(self, operator: _Operator, operands: Sequence[Tensor]) -> bool:
-        """Tells whether an operation copies from the host to the device or back, as all but taking a number there does.
+        """Tells whether an operation copies between the host and the device; operands that are numbers do not count.
 
-        The copy waits, which a capture may not, or leaves host memory in the capture that is gone when it is repeated.
+        Such a copy may synchronise, which a capture forbids, or record a host address that is invalid at the replay.
         """
         if all(x.device == self._device for x in operands):
             return False
@@ -89,7 +91,7 @@ class Trace(TorchDispatchMode):
     def _described(self, x: Any) -> Hashable:
         if isinstance(x, Tensor):
             return self._described_tensor(x)
-        if type(x) in _NUMBERS:  # by type too, since 1, 1.0 and True are equal; by digits, since nan is not itself
+        if type(x) in _NUMBERS:  # with the type, since 1 == 1.0 == True; as text, since nan != nan
             return type(x), repr(x)
         if isinstance(x, (tuple, list)):
             return tuple(map(self._described, x))
@@ -106,7 +108,7 @@ class Trace(TorchDispatchMode):
             self._alive.append(x)
             self.held.append(x)
         layout = x.shape, x.stride(), x.storage_offset(), x.dtype, x.device
-        # A number in the host's memory goes into a launch on a GPU by its value.
+        # A launch on a GPU contains a 0-d tensor of the host by its value.
         is_number = x.dim() == 0 and x.device != self._device and x.device.type == "cpu"
         return self._names[memory], layout, repr(x.item()) if is_number else None
 
@@ -118,10 +120,10 @@ class Trace(TorchDispatchMode):
 
 
 class TracedFunction:
-    """func, traced wherever it is called.
+    """Wrapper of func that traces every evaluation.
 
     Attributes:
-        trace: of the last evaluation.
+        trace: trace of the last evaluation.
     """
 
     def __init__(self, func: Callable[..., Any], around: Callable[[], Any]) -> None:
@@ -130,7 +132,7 @@ class TracedFunction:
         self._had_grad = False
 
     def again(self, t: Tensor, y: Any, *args: Any) -> Trace:
-        """The trace of one more evaluation, under the conditions of the last."""
+        """Evaluates func once more in the grad mode of the last evaluation and returns the trace."""
         before = self.trace
         with torch.set_grad_enabled(self._had_grad):
             self(t, y, *args)
@@ -139,7 +141,7 @@ class TracedFunction:
         return found
 
     def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
-        # Copies, since func may hold what it is given too, or another part of the same memory: that is another operand.
+        # Copies, to tell an argument from memory that func holds: both may be the same.
         y = tuple(map(torch.clone, y)) if isinstance(y, tuple) else y.clone()
         args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         self.trace = Trace([t, *tensors_in((y, [a for a in args if isinstance(a, Tensor)]))])
@@ -149,16 +151,16 @@ class TracedFunction:
 
 
 def is_tracing() -> bool:
-    """Tells whether the caller is part of an evaluation that is traced."""
+    """Tells whether a trace is active in this thread."""
     return any(isinstance(mode, Trace) for mode in _get_current_dispatch_mode_stack())
 
 
 class _Operator(NamedTuple):
     """Properties of an operation that are known before it is called."""
 
-    reason: str | None  # why it cannot be captured
+    reason: str | None  # reason why it cannot be captured
     written: tuple[tuple[int, str], ...]  # positions and names of the arguments that it changes
-    copies: bool  # perhaps from one device to another
+    copies: bool  # may copy between devices
 
 
 @cache
@@ -170,11 +172,11 @@ def _operator(func: Any) -> _Operator:
 
 
 def _is_gather(func: Any, args: Sequence[Any]) -> bool:
-    """Tells whether it is x[i] with numbers: only masks make the shape depend on their values."""
+    """Tells whether it is x[i] with integer indices: its shape is known, while that of x[mask] depends on values."""
     return func is torch.ops.aten.index.Tensor and all(i is None or i.dtype not in _MASKS for i in args[1])
 
 
 def _memory_of(x: Tensor) -> int:
     if x.layout is not torch.strided:
-        raise GraphError(f"func works with a tensor of layout {x.layout}, which a captured step cannot. {_HINT}")
+        raise GraphError(f"func uses a tensor of layout {x.layout}, which a captured step does not support. {_HINT}")
     return x.untyped_storage()._cdata

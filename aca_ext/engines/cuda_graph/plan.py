@@ -1,4 +1,4 @@
-"""A step and its transpose captured for one func and one layout, and the solves that repeat them."""
+"""``Plan``: a step and its transpose, captured for one func and one layout, and the solves that launch them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from aca_ext.vector_field.field import AutocastState, VectorField
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import CapturedCheck
 
-_FIRST_STATES = 64  # that a first solve has room for, within the bytes below
+_FIRST_STATES = 64  # room for states in a first solve, within the bytes below
 _FIRST_BYTES = 1 << 26
-_FIRST_STEPS = 16  # launched by a first solve before it looks how far it has come
-_SMALL = 1 << 20  # bytes of a state whose func takes longer to look at than to evaluate on the device
-_NEAR = 5e-2  # bfloat16 sums in another order differ by 1 %, what was not captured by more
+_FIRST_STEPS = 16  # steps that a first solve launches before it reads the control block
+_SMALL = 1 << 20  # bytes of a state up to which tracing func takes longer than evaluating it
+_NEAR = 5e-2  # bfloat16 sums in another order differ by 1 %; operations missing in a capture cause larger differences
 
-# What a solve does when the control block asks for the host: given the status, whether to go on.
+# Called with the control block if only the host can decide; it returns to continue the solve, or raises.
 Look = Callable[[Any], None]
 
 
 class Plan:
-    """The programs of one func, and the memory that they work in.
+    """The captured programs of one func, with their memory.
 
     Attributes:
-        held: the tensors that func held when it was captured, whose memory the programs read.
-        args: the tensors among func's, in memory of the plan's own, where each solve copies its own; None for others.
-        n_evals_per_step, n_evals_per_transpose: evaluations of func in a trial step, and in one transposed.
+        held: tensors that func held at the capture, whose memory the programs read.
+        args: the plan's own copies of func's tensor args, into which each solve copies its args; None for other args.
+        n_evals_per_step, n_evals_per_transpose: evaluations of func in a trial step, and in a transposed step.
     """
 
     def __init__(self, problem: Problem, held: Sequence[Tensor], capturer: Capturer) -> None:
@@ -50,12 +50,12 @@ class Plan:
         self._g = torch.empty_like(like)
         self._has_inside = problem.adaptive and len(problem.times) > 2
         self._inside: tuple[Tensor, list[Tensor]] | None = None
-        self._end = torch.empty_like(like)  # of the step to transpose, as the forward pass found it
+        self._end = torch.empty_like(like)  # end of the step to transpose, as the forward pass computed it
         self._replayed: CapturedCheck | None = None
         self._grads: list[Tensor | None] = []
         self._param_addresses: list[int] = []
         self._probe: list[Tensor] = []
-        self._times: DeviceTimes | None = None  # of the last solve: the next one's are often the same
+        self._times: DeviceTimes | None = None  # times of the last solve; the next solve often has the same
         self._n_states = max(2, min(_FIRST_STATES, _FIRST_BYTES // max(1, like.numel() * like.element_size())))
         self._n_steps = _FIRST_STEPS
         self._keeps_states = False
@@ -72,7 +72,7 @@ class Plan:
         self.n_evals_per_transpose = len(self._scheme.c) if self._has_inside else 1 + last
 
     def capture_forward(self, problem: Problem, k0: Tensor, autocast: AutocastState) -> None:
-        """Captures a trial step, what finds the first one, and for small states the slope that a solve begins with.
+        """Captures the rule for the first step size, a trial step, and for small states also the first slope.
 
         Raises:
             GraphError: func cannot be captured.
@@ -129,7 +129,7 @@ class Plan:
         ops.decide("first")
 
     def _try(self, field: VectorField, ops: ControlledKernels) -> None:
-        """A trial step, the decision about it, and what it leaves if it is accepted."""
+        """Makes a trial step, decides about it, and writes its results if it is accepted."""
         scheme, block, y = self._scheme, self._block, self._y
         trial = step(field, ops, scheme, (), y, block.h, self._k_first if scheme.fsal else None, self._y1)
         if trial.partial_error is not None:
@@ -140,17 +140,17 @@ class Plan:
         self._probe = [*trial.k[1:], trial.y1]
 
     def can_start_early(self) -> bool:
-        """Tells whether ``start`` needs no slope, and the tensors that func held are where they were."""
+        """Tells whether ``start`` can compute the first slope and the tensors held by func have their old addresses."""
         return self._slope is not None and self._held_addresses == [x.data_ptr() for x in self.held]
 
     def start(
         self, problem: Problem, y0: Tensor, k0: Tensor | None = None, keeps_states: bool | None = None
     ) -> SolveMemory:
-        """Launches as many steps as the last solve took, and does not wait for them.
+        """Launches as many steps as the last solve made, without waiting for them.
 
         Args:
-            k0: f(t0, y0); None: to be found on the device.
-            keeps_states: for a backward pass; None: as in the last solve.
+            k0: f(t0, y0); None to compute it on the device.
+            keeps_states: True to keep the states for a backward pass; None for the choice of the last solve.
         """
         assert self._solve is not None
         if keeps_states is not None:
@@ -166,10 +166,10 @@ class Plan:
         return self._turn == memory.turn
 
     def finish(self, problem: Problem, memory: SolveMemory, look: Look) -> None:
-        """Waits for a solve that was started. ``look`` is called with the control block where only the host can tell
-        how to go on.
+        """Waits for a solve that was started, and launches further steps until it ends.
 
-        What the control block said at the end is the ``control`` of ``memory``.
+        ``look`` is called with the control block if only the host can decide how to continue. ``memory.control``
+        receives the final control block.
         """
         assert self._go_on is not None
         if problem.grid is not None:  # every step is known
@@ -191,7 +191,7 @@ class Plan:
         self._n_steps, self._n_states = control.n_steps, control.n_accepted + 2
 
     def _take(self, args: Sequence[Any]) -> None:
-        """Copies args to where the programs read them."""
+        """Copies args into the memory from which the programs read them."""
         for mine, given in zip(self.args, args, strict=True):
             if mine is not None:
                 mine.copy_(given.detach())
@@ -231,9 +231,9 @@ class Plan:
         params: Sequence[Tensor],
         autocast: AutocastState,
     ) -> None:
-        """Captures a step's transpose, with the gradients of ``params`` and of args that require grad.
+        """Captures the transpose of a step, with the gradients of ``params`` and of args that require grad.
 
-        ``end`` is the last state.
+        ``end`` is the last state of the solve.
 
         Raises:
             GraphError: func's backward pass cannot be captured.
@@ -286,12 +286,12 @@ class Plan:
     def backward(
         self, memory: SolveMemory, end: Tensor, args: Sequence[Any], grad_ys: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The cotangents of y0, and of the params and args that the backward pass was captured with.
+        """Computes the cotangents of y0 and of the params and args for which the backward pass was captured.
 
-        None for those that func does not depend on. ``end`` is the last state.
+        A cotangent is None if func does not depend on that tensor. ``end`` is the last state of the solve.
 
         Raises:
-            ReplayError: the steps were not those of the forward pass.
+            ReplayError: the replayed steps differ from those of the forward pass.
         """
         assert self._transpose is not None
         assert self._replayed is not None
@@ -307,12 +307,12 @@ class Plan:
         return self._transpose is not None
 
     def reads(self, params: Sequence[Tensor]) -> bool:
-        """Tells whether these tensors are where they were when the backward pass was captured."""
+        """Tells whether these tensors have the addresses with which the backward pass was captured."""
         return self._param_addresses == [p.data_ptr() for p in params]
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        """Around any use of the plan: its memory is used once at a time."""
+        """Context of every use of the plan, since one solve at a time may use its memory."""
         with self._lock, self._capturer.in_order():
             yield
 
@@ -340,7 +340,7 @@ class Plan:
         return VectorField(problem.func, args, problem.packing, TorchOperations(self._like, self._tolerance))
 
     def _check(self, program: Program, body: Callable[[], None], reset: Callable[[], None]) -> None:
-        """Raises where the program, on input that it has not seen, does not what its body does."""
+        """Raises GraphError if program and body give different results for an input that was not captured."""
         reset()
         program.launch()
         found = [x.clone() for x in self._probe]
@@ -351,8 +351,8 @@ class Plan:
             size = other.abs().nan_to_num(0.0, 0.0, 0.0).max() if other.numel() else 0.0
             if not torch.allclose(one, other, rtol=_NEAR, atol=_NEAR * float(size), equal_nan=True):
                 raise GraphError(
-                    "A captured step did not do what func does: func works on a stream of its own, outside PyTorch, or "
-                    'differently each time. Use engine="eager", or change func.'
+                    "The result of a captured step differs from that of func: func works on a stream of its own, "
+                    'outside PyTorch, or differently each time. Use engine="eager", or change func.'
                 )
 
 

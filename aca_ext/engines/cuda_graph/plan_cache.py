@@ -1,4 +1,4 @@
-"""Cache of captured plans, those of one function together, and the layouts of a solve that they are kept for."""
+"""Per-function cache of captured plans, and the layout of a solve, which is part of the key."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from aca_ext.engines.cuda_graph.plan import Plan
 from aca_ext.problem.problem import Problem
 from aca_ext.vector_field.function_cache import PerOwner
 
-_MAX_PLANS = 8  # of one func; beyond, the one that was used longest ago is captured anew
+_MAX_PLANS = 8  # per func; beyond it, the least recently used plan is dropped
 
 
 class Plans:
-    """The plans of one owner of func, the one used last at the end."""
+    """The plans of one owner of func, in order of use, the last used at the end."""
 
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[Hashable, ...], Plan] = OrderedDict()
         self._lock = threading.Lock()
 
     def started_early(self, problem: Problem, layout: Hashable) -> tuple[Plan | None, SolveMemory | None]:
-        """A solve by the plan that was used last for this ``layout``, and that plan.
+        """Starts a solve by the plan last used for this ``layout``; returns the plan and the memory of the solve.
 
-        The device is at it while the host looks whether func still does what was captured: that takes about as long,
-        and nearly always it does. If not, the solve is left alone.
+        While the device runs it, the host traces func to check that the plan is still valid. This takes about as long
+        as the solve, and the plan is nearly always valid. If it is not, the result is ignored.
         """
         with self._lock:
             plan = next((plan for (*_, of), plan in reversed(self._plans.items()) if of == layout), None)
@@ -40,7 +40,7 @@ class Plans:
             return plan, plan.start(problem, problem.y0.detach())
 
     def find(self, key: tuple[Hashable, ...], make: Callable[[], Plan]) -> tuple[Plan, bool]:
-        """The plan for ``key``, and whether it was made now."""
+        """The plan for ``key``, and True if it was made now."""
         with self._lock:
             is_new = key not in self._plans
             if is_new:
@@ -55,12 +55,12 @@ _by_owner = PerOwner(Plans)
 
 
 def plans_of(func: object) -> Plans:
-    """The plans of func's owner: of a module, or of the code of a function."""
+    """The plans of func's owner, which is a module or the code of a function."""
     return _by_owner.of(func)
 
 
 def layout_of(problem: Problem) -> Hashable:
-    """Constants of a capture besides the operations of func: the layout of its arguments, method and tolerances."""
+    """Values that a capture contains as constants, besides func: layouts of arguments, method, tolerances, settings."""
     y0, tolerance, controller = problem.y0, problem.tolerance, problem.controller
     return (
         (y0.shape, y0.stride(), y0.dtype, y0.device),
@@ -78,12 +78,12 @@ def layout_of(problem: Problem) -> Hashable:
 
 
 def _stream_of(y0: Tensor) -> int:
-    """The stream that a plan has its memory from: given back, it may be used there at once, but not on others."""
+    """The current stream, from which a plan gets its memory; freed memory is reused safely only on that stream."""
     return int(torch.cuda.current_stream(y0.device).cuda_stream) if y0.is_cuda else 0
 
 
 def _precision() -> Hashable:
-    """Settings that decide which kernels torch launches for an operation."""
+    """Settings of torch that select the kernels of an operation."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     chosen = (torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic)

@@ -48,17 +48,21 @@ def odeint(arguments: _OdeintArguments) -> State | tuple[Tensor, State]:
             ``step_t`` and ``jump_t`` (times to land on, and where func jumps), ``norm`` (a function of a tensor like
             the state; default RMS, for a tuple the largest of its components') and ``on_step_limit`` ("raise"; with
             "stop", which ``solve`` alone takes, it returns what it reached in max_num_steps steps, and its
-            ``Solution.resume`` goes on; of gradients "aca" and "direct"). ``step_size`` or
+            ``Solution.resume`` goes on; of gradients "aca" and "direct") and ``on_min_step`` ("raise"; with "accept" a
+            step of min_step is accepted whatever its error). ``step_size`` or
             ``grid_constructor(func, y0, t)`` make the steps of any method fixed; every time in t is a grid point, and
-            rounding of t's dtype makes no steps. A fixed-step solve on a GPU returns what it finds, NaN included:
-            looking would stop the host.
+            rounding of t's dtype makes no steps. With ``interp="linear"`` or ``"cubic"`` requested times are no nodes
+            of their own: the states there are interpolated. ``perturb=True``: func jumps at the nodes, and the stages
+            at the ends of a step see the next number inside it. A fixed-step solve on a GPU returns what it finds, NaN
+            included: looking would stop the host.
             ``batch="independent"``: every sample of the first dimension (of all components of a tuple) has its own
             steps and takes those that it would take alone. func is then called on the whole batch with t of shape
             (batch, 1, ..., 1), of as many dimensions as y has (as its largest component has), so that what is
             written for a number t works; ``t.flatten()`` is (batch,). Samples must not depend on one another, and one
             that has reached its end is still evaluated, there, until all have. Adaptive steps, gradients "aca" and
             "direct", without ``norm``, ``step_t`` and ``jump_t``.
-        event_fn: torchdiffeq's; None alone, as there are no events here.
+        event_fn: torchdiffeq's: the solve ends where an element of event_fn(t, y) changes its sign, and the result is
+            the time of that and the states at t[0] and there. The last time in t is the limit of the search.
         gradient: how the backward pass works. "aca" (default): exact gradient of the discrete solution, from
             checkpoints of the accepted steps. "direct": the same gradient from a stored graph. "naive": also
             differentiates the search for the step size. "adjoint": the continuous adjoint, approximate.
@@ -91,7 +95,9 @@ def odeint(arguments: _OdeintArguments) -> State | tuple[Tensor, State]:
         callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts. What it
             raises ends the solve. The steps of a solve that is watched run in Python.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: how gradient="adjoint" solves backward; by default
-            as forward; adjoint_options={"norm": "seminorm"} leaves the parameters out of its error norm. The other
+            as forward. ``norm`` in adjoint_options is "seminorm", which leaves the parameters out of the error norm, or
+            a function of (t, \\*y, \\*adjoint of y, \\*gradients), whose first part is zero; ``callback`` is called as
+            that of the forward solve, with these parts as the state. The other
             gradients solve nothing backward and have no use for them.
         adjoint_params: torchdiffeq's name for ``params``.
 

@@ -157,6 +157,19 @@ class TestAdaptiveSteps:
         with pytest.raises(aca_ext.errors.StepLimitError):
             ours.odeint(LotkaVolterra(), Y0, t[[0, -1]], **how)
 
+    def test_the_last_step_ends_at_the_last_time(self) -> None:
+        latest = []
+        for of in (ours, theirs):
+            seen: list[float] = []
+            with torch.no_grad():
+                of.odeint(lambda t, y, seen=seen: (seen.append(float(t)), -y)[1], Y0, times(0.0, 1.0))
+            latest.append(max(seen))
+        assert latest[0] == 1.0 < latest[1]
+
+    def test_a_step_of_min_step_that_is_not_finite(self) -> None:
+        with pytest.raises(aca_ext.errors.NonFiniteError):
+            ours.odeint(lambda t, y: y / (t - 0.5).clamp(max=0), Y0, times(0.0, 1.0), options={"min_step": 0.3})
+
     def test_dtype_is_accepted(self) -> None:
         how = {"options": {"dtype": torch.float32}}
         assert_same(lambda of: of.odeint(decay, Y0, times(0.0, 1.0), rtol=1e-4, **how), tolerance=1e-3)

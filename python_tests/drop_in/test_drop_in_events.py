@@ -149,6 +149,12 @@ class TestSearch:
         assert found[0][0].item() == pytest.approx(0.7, abs=1e-9)
         torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
 
+    def test_a_start_on_the_surface_waits(self) -> None:
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        y0 = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        assert theirs.odeint(circle, y0, t, event_fn=first)[0].item() == 0
+        assert ours.odeint(circle, y0, t, event_fn=first)[0].item() == pytest.approx(math.pi, abs=1e-6)
+
     @pytest.mark.parametrize("of", [ours, theirs], ids=["ours", "theirs"])
     def test_two_times_are_needed(self, of: Any) -> None:
         with pytest.raises(ValueError, match="t"):

@@ -3,10 +3,10 @@
 Arguments and options have torchdiffeq's meaning, and the solvers of aca_ext do the work. Differences that remain:
 
 * ``odeint`` has aca_ext's exact gradient, without that of the choice of step sizes. So has ``event_fn``, also in
-  ``odeint_adjoint``, where torchdiffeq goes back by the adjoint; neither needs ``odeint_event`` for it. Events have first
-  derivatives only.
-* A solve that starts on the surface of an event waits for the next change of sign, instead of ending there. It fails by
-  EventError where fixed steps find no event in 20 000 steps.
+  ``odeint_adjoint``, where torchdiffeq goes back by the adjoint; neither needs ``odeint_event`` for it. Events have
+  first derivatives only.
+* A solve that starts on the surface of an event waits for the next change of sign, instead of ending there. It is an
+  EventError where fixed steps find none in 20 000 steps.
 * Adaptive steps end at the last time instead of passing it. The backward solve bounds the error of all parameters'
   gradients together, unless a norm is given. Times are float64, whatever option ``dtype`` says.
 * A step of ``min_step`` is accepted only if its error is finite.

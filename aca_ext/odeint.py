@@ -57,6 +57,7 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``jump_t``: times at which func is discontinuous; steps end there and start anew.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
               tuple state the largest RMS norm of its components.
+            * ``on_min_step``: "raise" (default), or "accept": a step of min_step is accepted whatever its error.
             * ``on_step_limit``: "raise" (default), or "stop", for ``solve`` alone: return the states reached within
               max_num_steps; ``Solution.resume`` continues. For gradients "aca" and "direct".
             * ``batch``: "independent" gives each sample, along the first dimension of y0 (of all its components), its
@@ -73,6 +74,13 @@ def odeint(arguments: _OdeintArguments) -> State:
 
             * ``step_size``: size of the steps; the last one before each time in t is shorter.
             * ``grid_constructor``: function of (func, y0, t) that returns the grid, a tensor that contains t.
+
+            and with it
+
+            * ``interp``: "linear" or "cubic" interpolates the states at requested times, which then are no nodes of
+              the grid; default: every requested time is a node.
+            * ``perturb``: True evaluates func at the ends of a step at the next number inside the step, for a func
+              that jumps at the nodes; default False.
 
             Fixed steps on a GPU do not check for NaN, which would synchronise.
         events: list of ``aca_ext.Event``. A reset changes the state at its event, and the solve goes on. Terminal
@@ -116,11 +124,13 @@ def odeint(arguments: _OdeintArguments) -> State:
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
         progress: show a bar of the time reached (needs tqdm).
-        callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts. An exception
-            that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
+        callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts, state. An
+            exception that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: settings of the backward solve of
-            gradient="adjoint"; by default those of the forward solve. adjoint_options={"norm": "seminorm"} leaves the
-            parameters out of its error norm. Other gradients have no backward solve and ignore them.
+            gradient="adjoint"; by default those of the forward solve. ``norm`` in adjoint_options is "seminorm", which
+            leaves the parameters out of the error norm, or a function of (t, \\*y, \\*adjoint of y, \\*gradients) as
+            torchdiffeq has it, whose first part is zero. ``callback`` in adjoint_options receives the steps of the
+            backward solve. Other gradients have no backward solve and ignore these settings.
         adjoint_params: torchdiffeq's name for ``params``.
 
     Returns:

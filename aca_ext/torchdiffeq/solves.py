@@ -14,6 +14,7 @@ from aca_ext.odeint import odeint as solve_states
 from aca_ext.problem.arguments import number_in
 from aca_ext.problem.state import State, like_tuple
 from aca_ext.torchdiffeq.callbacks import callback_of
+from aca_ext.torchdiffeq.event_function import ZeroCounts
 from aca_ext.torchdiffeq.names import SCIPY, checked_method, kind_of
 from aca_ext.torchdiffeq.scipy_solver import adjoint_with_scipy, solve_with_scipy
 from aca_ext.torchdiffeq.translation import Call, options_of
@@ -150,7 +151,8 @@ def _until_event(call: Call, event_fn: EventFn, **how: Any) -> tuple[Tensor, Sta
             raise OptionError('an event on fixed steps needs options={"step_size": h}.')
         reach = _MAX_FIXED_STEPS * step
     end = t[:1].detach().double() + (reach if t[1] > t[0] else -reach)
-    event_t, y = _states(call, torch.cat([t[:1].double(), end]), event_fn=event_fn, **how)
+    counted = ZeroCounts(event_fn, t[0], call.y0)
+    event_t, y = _states(call, torch.cat([t[:1].double(), end]), event_fn=counted, **how)
     return event_t.to(t), y
 
 

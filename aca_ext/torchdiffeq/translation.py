@@ -96,7 +96,7 @@ def options_of(method: str, options: object, *, n_intervals: int) -> dict[str, A
 def _complete_adaptive(found: dict[str, Any], given: Mapping[str, Any], n_intervals: int) -> None:
     if not isinstance(given.get("dtype", torch.float64), torch.dtype):
         raise OptionError(f"option dtype is {given['dtype']!r}; it is a torch.dtype.")
-    if "min_step" in found:
+    if (number_in(found.get("min_step")) or 0) > 0:
         found["on_min_step"] = "accept"
     limit = number_in(found.get("max_num_steps", _NO_LIMIT))
     if limit is not None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from autograd_reference import relative_error
 from problems import LotkaVolterra, Mlp, sample
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import aca_ext
 import aca_ext.torchdiffeq as ours
@@ -157,6 +159,19 @@ class TestAdaptiveSteps:
         with pytest.raises(aca_ext.errors.StepLimitError):
             ours.odeint(LotkaVolterra(), Y0, t[[0, -1]], **how)
 
+    def test_the_last_step_ends_at_the_last_time(self) -> None:
+        latest = []
+        for of in (ours, theirs):
+            seen: list[float] = []
+            with torch.no_grad():
+                of.odeint(lambda t, y, seen=seen: (seen.append(float(t)), -y)[1], Y0, times(0.0, 1.0))
+            latest.append(max(seen))
+        assert latest[0] == 1.0 < latest[1]
+
+    def test_a_step_of_min_step_that_is_not_finite(self) -> None:
+        with pytest.raises(aca_ext.errors.NonFiniteError):
+            ours.odeint(lambda t, y: y / (t - 0.5).clamp(max=0), Y0, times(0.0, 1.0), options={"min_step": 0.3})
+
     def test_dtype_is_accepted(self) -> None:
         how = {"options": {"dtype": torch.float32}}
         assert_same(lambda of: of.odeint(decay, Y0, times(0.0, 1.0), rtol=1e-4, **how), tolerance=1e-3)
@@ -240,6 +255,31 @@ class TestStates:
             of.odeint(decay, Y0, t, rtol=1e-10, atol=1e-10)[-1].sum().backward()
             found.append(t.grad)
         assert relative_error(found[0][-1], found[1][-1]) <= 1e-6
+
+    @pytest.mark.parametrize("call", ["odeint", "odeint_adjoint"])
+    def test_modules_behave_as_in_a_solve_without_the_drop_in(self, call: str) -> None:
+        """Random numbers are replayed, and statistics of batch normalisation move as they do in aca_ext.odeint."""
+        found = []
+        for odeint in (getattr(ours, call), partial(aca_ext.odeint, gradient="aca" if call == "odeint" else "adjoint")):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.2)).double()
+            nn.init.ones_(net[0].weight)
+            nn.init.zeros_(net[0].bias)
+
+            class Net(nn.Module):
+                def __init__(self, net: nn.Module) -> None:
+                    super().__init__()
+                    self.net = net
+
+                def forward(self, t: Tensor, y: Tensor) -> Tensor:
+                    return self.net(y)
+
+            y0, func = sample(8, 3).requires_grad_(), Net(net)
+            with pytest.warns(aca_ext.errors.BatchStatisticsWarning):
+                ys = odeint(func, y0, times(0.0, 0.4), rtol=1e-2, atol=1e-2, options={"min_step": 0.0})
+            grads = torch.autograd.grad(ys.square().sum(), [y0, *func.parameters()])
+            found.append([ys, *grads, *func.buffers()])
+        torch.testing.assert_close(*found)
 
     def test_one_time(self) -> None:
         for method in ours.SOLVERS:
@@ -394,3 +434,66 @@ def test_nothing_warns_without_a_reason() -> None:
         ours.odeint(decay, Y0, times(0.0, 1.0))
         ours.odeint(decay, Y0, times(0.0, 1.0), method="rk4", options={"step_size": 0.1})
         ours.odeint_adjoint(Mlp(), sample(4, 3), times(0.0, 1.0))
+
+
+class TestOptionsOfSolve:
+    """The options that the drop-in is made of, in ``aca_ext.odeint`` itself."""
+
+    @pytest.mark.parametrize("gradient", ["direct", "naive"])
+    @pytest.mark.parametrize("options", [{"interp": "cubic"}, {"interp": "linear", "perturb": True}])
+    @pytest.mark.parametrize("method", ["heun3", "dopri5"])
+    def test_gradients_agree(self, gradient: str, options: dict[str, Any], method: str) -> None:
+        found = []
+        for name in ("aca", gradient):
+            func, y0, t = Mlp(), sample(4, 3).requires_grad_(), times(0.0, 0.37, 1.0).requires_grad_()
+            ys = aca_ext.odeint(func, y0, t, method=method, options={"step_size": 0.15, **options}, gradient=name)
+            found.append(torch.autograd.grad(ys.square().sum(), [y0, t, *func.parameters()]))
+        for one, other in zip(*found, strict=True):
+            assert relative_error(one, other) <= 1e-12
+
+    def test_a_few_checkpoints(self) -> None:
+        found = []
+        for checkpoints in (None, 2):
+            func, y0 = Mlp(), sample(4, 3).requires_grad_()
+            options = {"step_size": 0.1, "interp": "cubic", "perturb": True}
+            how = {"method": "rk4", "options": options, "checkpoints": checkpoints}
+            ys = aca_ext.odeint(func, y0, times(0.0, 0.37, 1.0), **how)
+            found.append(torch.autograd.grad(ys.square().sum(), [y0, *func.parameters()]))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"interp": "linear"}, "fixed steps"),
+            ({"perturb": True}, "fixed steps"),
+            ({"step_size": 0.1, "interp": "spline"}, "interp"),
+            ({"step_size": 0.1, "interp": ["linear"]}, "interp"),
+            ({"step_size": 0.1, "perturb": 2}, "perturb"),
+            ({"step_size": 0.1, "on_min_step": "accept"}, "adaptive steps"),
+            ({"on_min_step": "ignore"}, "on_min_step"),
+            ({"on_min_step": "accept", "batch": "independent"}, "on_min_step"),
+        ],
+    )
+    def test_wrong_ones(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ArgumentValueError, match=message):
+            aca_ext.odeint(decay, Y0, times(0.0, 1.0), options=options)
+
+    @pytest.mark.parametrize("options", [{"interp": "linear"}, {"perturb": True}])
+    def test_are_no_part_of_recordings_and_programs(self, options: dict[str, Any]) -> None:
+        how = {"method": "rk4", "options": {"step_size": 0.3, **options}}
+        with pytest.raises(aca_ext.errors.CompileError, match="options"):
+            aca_ext.odeint(Mlp(), sample(4, 3), times(0.0, 1.0), engine="compiled", **how)
+        with pytest.raises(ArgumentValueError, match="interp or perturb"):
+            make_fx(lambda y0: aca_ext.odeint(decay, y0, (0.0, 1.0), **how))(Y0)
+
+    @pytest.mark.parametrize("steps", [{"step_size": 0.25}, {"step_size": 0.1}])
+    def test_nodes_that_are_requested_are_not_interpolated(self, steps: dict[str, float]) -> None:
+        t = torch.linspace(0, 1, 5)  # 0.25 and its multiples, of float32
+        calls: list[Any] = []
+        options = {**steps, "interp": "linear"}
+        solution = aca_ext.solve(decay, Y0, t, method="euler", options=options, callback=calls.append)
+        assert len(calls) == round(1 / steps["step_size"])
+        is_node = torch.isclose((t / steps["step_size"]).round() * steps["step_size"], t)
+        landed = aca_ext.odeint(decay, Y0, t[is_node], method="euler", options=steps)
+        torch.testing.assert_close(solution.y[is_node], landed)

@@ -139,6 +139,22 @@ class TestSearch:
         assert found[0][0].item() == pytest.approx(0.25)
         torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
 
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_a_function_that_becomes_zero_ends_the_solve(self, sign: float) -> None:
+        def until(t: Tensor, y: Tensor) -> Tensor:
+            return torch.zeros_like(t) if t > 0.7 else sign * (y[0] + 3)
+
+        t0 = torch.tensor(0.0, dtype=torch.float64)
+        found = [of.odeint_event(circle, Y0, t0, event_fn=until, **TIGHT) for of in (ours, theirs)]
+        assert found[0][0].item() == pytest.approx(0.7, abs=1e-9)
+        torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
+
+    def test_a_start_on_the_surface_waits(self) -> None:
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        y0 = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        assert theirs.odeint(circle, y0, t, event_fn=first)[0].item() == 0
+        assert ours.odeint(circle, y0, t, event_fn=first)[0].item() == pytest.approx(math.pi, abs=1e-6)
+
     @pytest.mark.parametrize("of", [ours, theirs], ids=["ours", "theirs"])
     def test_two_times_are_needed(self, of: Any) -> None:
         with pytest.raises(ValueError, match="t"):

@@ -293,8 +293,8 @@ class Contents {
 
     static bool is_tensor(PyObject* x) { return PyType_IsSubtype(Py_TYPE(x), Torch::found().tensor); }
 
-    // Whether `x` is, or holds not far inside, a tensor that was computed. A module may hold one; to search modules in
-    // modules would take long.
+    // Returns true if `x` is, or holds not far inside, a tensor with an autograd graph. Modules are not searched, since
+    // a search of modules in modules takes long.
     static bool has_history(PyObject* x, int depth = 0) {
         static const Attribute is_leaf("is_leaf"), parameters("_parameters");
         if (x == Py_None || PyBool_Check(x) || PyLong_CheckExact(x) || PyFloat_CheckExact(x) || PyUnicode_CheckExact(x))

@@ -379,7 +379,7 @@ def test_values_that_func_draws_once_for_each_solve(form: str) -> None:
 
 
 def test_two_backward_passes_in_two_threads() -> None:
-    """What one replay puts back is not taken by the other for what it has to restore."""
+    """Each replay restores the present contents, and not those that the other thread has put back meanwhile."""
     func = Silent("attribute")
     expected = _gradients(copy.deepcopy(func), None)
     for _ in range(5):

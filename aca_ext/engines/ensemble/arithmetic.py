@@ -54,7 +54,7 @@ class Arithmetic:
         return number
 
     def numbers(self, elements: Numbers) -> Numbers:
-        """What is true or false as 1 or 0."""
+        """Truth values as the numbers 1 and 0."""
         return self.code.map(ops.NUMBER, elements) if elements.size and is_mask(elements) else elements
 
     def truths(self, elements: Numbers) -> Numbers:

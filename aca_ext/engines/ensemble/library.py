@@ -41,7 +41,7 @@ class _Cotangents(ctypes.Structure):
 
 
 class Keep(IntEnum):
-    """What a solve keeps of its accepted steps."""
+    """Parts of the accepted steps that a solve records."""
 
     NOTHING = 0
     STEPS = 1
@@ -151,5 +151,5 @@ def task_of(
 
 
 def cotangents_to(outputs: Tensor, y0: Tensor, p: Tensor | None, w: Tensor, most_slopes: Tensor) -> _Cotangents:
-    """Where the backward pass reads the cotangents of the outputs and writes those of its inputs."""
+    """Addresses of the cotangents of the outputs, which the backward pass reads, and of its inputs, which it writes."""
     return _Cotangents(*(None if x is None else x.data_ptr() for x in (outputs, y0, p, w, most_slopes)))

@@ -172,7 +172,7 @@ class _Run:
         )
 
     def states(self) -> Tensor:
-        """What the states of accepted steps live with."""
+        """A tensor that owns the recorded states; autograd frees them with it."""
         return self._plan.library.states_of(self.record)
 
     def backward(self, grad_ys: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,16 +54,40 @@ MINIMUM = Operation(
         "select({0} == {1}, {g} * K(0.5), select({1} > {0}, K(0), {g}))",
     ),
 )
-CLAMP_BELOW = Operation("maximum({0}, {1})", ("select({0} >= {1}, {g}, K(0))", "select({0} < {1}, {g}, K(0))"))
-CLAMP_ABOVE = Operation("minimum({0}, {1})", ("select({0} <= {1}, {g}, K(0))", "select({0} > {1}, {g}, K(0))"))
-CLAMP = Operation(
-    "minimum(maximum({0}, {1}), {2})",
-    (
-        "select(({0} >= {1}) & ({0} <= {2}), {g}, K(0))",
-        "select(({1} < {2}) & ({0} < {1}), {g}, K(0))",
-        "select(({0} > {2}) | ({2} < {1}), {g}, K(0))",
-    ),
-)
+
+
+@cache
+def clamps(of_x: float, of_bound: float) -> tuple[Operation, Operation, Operation]:
+    """``clamp`` with a lower bound, an upper bound, and both.
+
+    ``of_x`` and ``of_bound`` are the derivatives at the bound, which differ between versions of PyTorch.
+    """
+    x, bound = f"{{g}} * K({of_x})", f"{{g}} * K({of_bound})"
+    below = Operation(
+        "maximum({0}, {1})",
+        (
+            f"select({{0}} > {{1}}, {{g}}, select({{0}} == {{1}}, {x}, K(0)))",
+            f"select({{0}} < {{1}}, {{g}}, select({{0}} == {{1}}, {bound}, K(0)))",
+        ),
+    )
+    above = Operation(
+        "minimum({0}, {1})",
+        (
+            f"select({{0}} < {{1}}, {{g}}, select({{0}} == {{1}}, {x}, K(0)))",
+            f"select({{0}} > {{1}}, {{g}}, select({{0}} == {{1}}, {bound}, K(0)))",
+        ),
+    )
+    between = Operation(
+        "minimum(maximum({0}, {1}), {2})",
+        (
+            f"select(({{0}} > {{1}}) & ({{0}} < {{2}}), {{g}}, select(({{0}} >= {{1}}) & ({{0}} <= {{2}}), {x}, K(0)))",
+            f"select({{1}} < {{2}}, select({{0}} < {{1}}, {{g}}, select({{0}} == {{1}}, {bound}, K(0))), K(0))",
+            f"select(({{0}} > {{2}}) | ({{2}} < {{1}}), {{g}}, select({{0}} == {{2}}, {bound}, K(0)))",
+        ),
+    )
+    return below, above, between
+
+
 REMAINDER = Operation("remainder({0}, {1})", ("{g}", "-{g} * floor({0} / {1})"))
 FLOOR_DIVIDE = Operation("floor_divide({0}, {1})", (None, None))
 FMOD = Operation("fmod({0}, {1})", ("{g}", "-{g} * trunc({0} / {1})"))

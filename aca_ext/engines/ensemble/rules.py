@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -67,11 +67,24 @@ def _power(on: Arithmetic, target: object, a: Any, b: Any) -> Computed:
 
 
 def _clamp(on: Arithmetic, target: object, x: Any, low: Any = None, high: Any = None) -> Computed:
+    is_number = all(bound is None or isinstance(bound, (int, float)) for bound in (low, high))
+    below, above, between = ops.clamps(*_derivatives_at_bound(is_number))
     if low is not None and high is not None:
-        return on.pointwise(ops.CLAMP, x, low, high, target=target)
+        return on.pointwise(between, x, low, high, target=target)
     if low is not None:
-        return on.pointwise(ops.CLAMP_BELOW, x, low, target=target)
-    return on.pointwise(ops.CLAMP_ABOVE, x, high, target=target)
+        return on.pointwise(below, x, low, target=target)
+    return on.pointwise(above, x, high, target=target)
+
+
+@cache
+def _derivatives_at_bound(is_number: bool) -> tuple[float, float]:
+    """PyTorch's derivatives of clamp(x, max=bound) at x = bound, of x and of the bound, in this version."""
+    x, bound = (torch.ones((), device="cpu", requires_grad=True) for _ in range(2))
+    with torch.enable_grad():
+        clamped = x.clamp(max=1.0) if is_number else x.clamp(max=bound)
+        found = torch.autograd.grad(clamped, (x, bound), allow_unused=True)
+    of_x, of_bound = (0.0 if grad is None else grad.item() for grad in found)
+    return of_x, of_bound
 
 
 def _softplus(on: Arithmetic, target: object, x: Any, beta: float = 1, threshold: float = 20) -> Computed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,9 +84,9 @@ def _graph(captured: Captured, t: Tensor, parts: Sequence[Tensor]) -> fx.GraphMo
     # In a func that differentiates, autograd detaches what it keeps, through which gradients do pass.
     keeps = captured.differentiates or _transforms(captured)
     for node in list(graph.graph.nodes):
-        if node.target is aten.detach.default and keeps:
+        if node.target is _traced_detach() and keeps:
             node.replace_all_uses_with(node.args[0])
-        elif node.target is aten.detach.default:
+        elif node.target is _traced_detach():
             node.target = HELD
     graph.recompile()
     with torch.no_grad():
@@ -94,6 +95,16 @@ def _graph(captured: Captured, t: Tensor, parts: Sequence[Tensor]) -> fx.GraphMo
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+@cache
+def _traced_detach() -> Any:
+    """The operation that x.detach() is traced as, which differs between versions of PyTorch."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.enable_grad():
+        graph = make_fx(lambda x: x.detach())(torch.ones((), device="cpu"))
+    return next(node.target for node in graph.graph.nodes if node.op == "call_function")
 
 
 def _refuse_modes(captured: Captured) -> None:

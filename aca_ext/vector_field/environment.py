@@ -58,6 +58,7 @@ class Environment:
         """Ascribes all changes so far to the first evaluation."""
         changes = [Change._make(change) for change in self._contents.update()]
         self._set_once.update(change.place for change in changes)
+        self._classes = [(module, type(module)) for module, _ in self._classes]  # lazy modules change theirs
         self._written_first = {id(x) for x, _, _ in self._contents.changed_tensors(True)}
         if any(may_hold_more(change.now) for change in changes):  # new containers, which the walk has not seen
             self._contents = self._holdings.again().contents

@@ -23,15 +23,16 @@ class Contents {
     // Records a container, unless a tensor that was computed is in it. A container that a former solve's result is in
     // would keep the autograd graph of that solve, and with it the container before.
     void add_container(PyObject* holder) {
-        if (!has_history(holder)) add(holder);
+        const Py_ssize_t size = size_of(holder);
+        if (size > left_ || has_history(holder)) return;
+        left_ -= size;
+        add(holder);
     }
 
     // Records a dict, list, tuple, deque, set or closure cell with all its contents; a large one not at all.
     void add(PyObject* holder) {
         Held held{py::reinterpret_borrow<py::object>(holder), {}, {}};
-        const Py_ssize_t size = size_of(holder);
-        if (size > kMaxEntries || size > left_) return;
-        left_ -= size;
+        if (size_of(holder) > kMaxEntries) return;
         read(held);
         if (held.before) helds_.push_back(std::move(held));
     }
@@ -360,7 +361,8 @@ class Contents {
     std::vector<Held> helds_;
     std::vector<std::pair<py::object, TensorState>> tensors_;
     py::object missing_, forgotten_;
-    Py_ssize_t left_ = kMaxInAll;  // entries that may still be recorded
+    Py_ssize_t left_ =
+        kMaxInAll;  // entries of containers that may still be recorded; the attributes of modules always are
 };
 
 }  // namespace aca

@@ -405,6 +405,36 @@ def test_two_backward_passes_in_two_threads() -> None:
                 assert relative_error(one, other) <= 1e-12
 
 
+@pytest.mark.parametrize("n_modules", [3, 600])
+def test_training_modes_of_models_of_any_size(n_modules: int) -> None:
+    """The limit on the entries of containers that are recorded leaves out no module."""
+    found = []
+    for gradient in ("aca", "direct"):
+        torch.manual_seed(0)
+        middle = [nn.Sequential(nn.Identity(), nn.Identity()) for _ in range(n_modules // 3)]
+        net = nn.Sequential(nn.Dropout(0.3), *middle, nn.Linear(3, 3, dtype=DTYPE), nn.Dropout(0.3))
+        y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+        y = aca_ext.odeint(lambda t, y, net=net: net(torch.tanh(y)), y0, [0.0, 1.0], method="rk4", gradient=gradient)
+        net.eval()
+        found.append(torch.autograd.grad(y.square().sum(), [y0, *net.parameters()]))
+        assert not any(module.training for module in net.modules())
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
+def test_a_lazy_module_takes_its_shape_in_the_first_evaluation() -> None:
+    found = []
+    for gradient in ("aca", "direct"):
+        torch.manual_seed(0)
+        net, y0 = nn.LazyLinear(3, dtype=DTYPE), torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)
+        y = aca_ext.odeint(lambda t, y, net=net: torch.tanh(net(y)), y0, [0.0, 1.0], method="rk4", gradient=gradient)
+        y.square().sum().backward()
+        assert type(net) is nn.Linear
+        found.append([y0.grad, *(p.grad for p in net.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= 1e-12
+
+
 def test_a_failing_replay_restores_everything() -> None:
     func = Silent("list")
     y0 = torch.full((4, 3), 0.3, dtype=DTYPE, requires_grad=True)

@@ -17,6 +17,11 @@ from torch import Tensor
 Number = Any
 
 
+def as_float(x: Number) -> float:
+    """A number without its graph."""
+    return x.item() if isinstance(x, Tensor) else x
+
+
 def weighted_sum(base: Tensor | None, h: Number, x: Sequence[Tensor], w: Sequence[float]) -> Tensor:
     """base + h·Σ_j w[j]·x[j], with 0 for a base of None; h is a number, or (batch, 1, ...), one per sample."""
     total: Tensor = x[0] * w[0]

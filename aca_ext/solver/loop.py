@@ -16,7 +16,7 @@ from torch import Tensor
 from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.kernels.extension import step_control_for
 from aca_ext.kernels.fused import TorchOperations, empty_rows
-from aca_ext.kernels.reference import Number
+from aca_ext.kernels.reference import Number, as_float
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
 from aca_ext.problem.problem import Problem
@@ -132,8 +132,8 @@ class Solver:
 
         Not the whole length of the solve, which is without limit where the first event is looked for.
         """
-        h = _float(control.h) if self.problem.adaptive else abs(self.problem.step_ends[0] - control.t)
-        return min(self.problem.length, max(abs(_float(control.t)), _STEPS_BEFORE * h))
+        h = as_float(control.h) if self.problem.adaptive else abs(self.problem.step_ends[0] - control.t)
+        return min(self.problem.length, max(abs(as_float(control.t)), _STEPS_BEFORE * h))
 
     def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
         """Steps until the solve ends or stops; returns the state reached."""
@@ -216,10 +216,10 @@ class Solver:
 
     def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number, y: Tensor) -> None:
         if self.problem.on_step is not None:
-            times, n_accepted = (_float(t), _float(t_next), _float(h)), control.n_accepted
+            times, n_accepted = (as_float(t), as_float(t_next), as_float(h)), control.n_accepted
             counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
             state = self.problem.packing.unpack(y.detach())
-            self.problem.on_step(Step._make((*times, _float(ratio), control.is_accepted, *counts, state)))
+            self.problem.on_step(Step._make((*times, as_float(ratio), control.is_accepted, *counts, state)))
 
     def _choose_first_step(self, controller: Controller, control: AnyStepControl, y: Tensor) -> None:
         """Chooses the first step by Hairer's rule; its evaluation of func is not part of the solution."""
@@ -277,7 +277,7 @@ class Solver:
                 y_i = trial.y1 if out is None else out.copy_(trial.y1)
             self._outputs.append(y_i)
         random_states = self._random_states()
-        self.record.steps.append(AcceptedStep(_float(t), _float(h), _float(t_next), due, random_states))
+        self.record.steps.append(AcceptedStep(as_float(t), as_float(h), as_float(t_next), due, random_states))
         if self._checkpoints is not None:
             self._checkpoints.accept()
         reusable = self.scheme.fsal and t_next not in self.problem.jumps
@@ -311,7 +311,7 @@ class Solver:
         if _is_finite(y) and _is_finite(k):
             return
         what = "func returned NaN or infinity at" if _is_finite(y) else "the state is NaN or infinite at"
-        message = f"{what} t={_float(control.t):.17g}; look at func there."
+        message = f"{what} t={as_float(control.t):.17g}; look at func there."
         raise self._failure(NonFiniteError, control, message, ratio)
 
     def _failure(
@@ -323,9 +323,9 @@ class Solver:
             self.problem,
             kind,
             message,
-            t=_float(control.t),
-            h=_float(control.h if self.problem.adaptive else control.h_trial) or math.nan,  # NaN until a step is chosen
-            error_ratio=_float(control.ratio if ratio is None else ratio),
+            t=as_float(control.t),
+            h=as_float(control.h if self.problem.adaptive else control.h_trial) or math.nan,  # until a step is chosen
+            error_ratio=as_float(control.ratio if ratio is None else ratio),
             n_accepted=n_accepted,
             n_rejected=n_steps - n_accepted,
             n_f_evals=stats.n_f_evals,
@@ -335,10 +335,6 @@ class Solver:
 def _is_finite(x: Tensor) -> bool:
     # If the sum is finite, so is every element; the sum takes a third of the time of isfinite.
     return math.isfinite(x.detach().sum()) or bool(torch.isfinite(x).all())
-
-
-def _float(x: Number) -> float:
-    return x.item() if isinstance(x, Tensor) else x
 
 
 def _position(time: float, t: float, t_next: float) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.kernels.fused import TorchOperations
-from aca_ext.kernels.reference import Number
+from aca_ext.kernels.reference import Number, as_float
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.solver.event_search import EventSearch, Occurrence
@@ -27,7 +27,7 @@ class StepEvents:
 
     def start(self, t: Number, y: Tensor, slope: Tensor | None, reach: float) -> None:
         """Computes the signs of the event functions at the start of the solve."""
-        self._search.start(_float(t), y.detach(), slope, reach)
+        self._search.start(as_float(t), y.detach(), slope, reach)
 
     def find(self, t: Number, t_next: Number, y: Tensor, h: Number, trial: Trial) -> float:
         """Records the events within an accepted step; returns the position at which they end the solve, or infinity."""
@@ -39,7 +39,7 @@ class StepEvents:
             return interpolate(ops, tableau, y, h, trial.k, theta)
 
         with torch.no_grad():
-            found, last = self._search.within(_float(t), _float(t_next), state_at)
+            found, last = self._search.within(as_float(t), as_float(t_next), state_at)
         for theta, event, element in found:
             with torch.no_grad():
                 slopes = zip(tableau.dense_derivative_weights(theta), trial.k, strict=True)
@@ -59,7 +59,3 @@ class StepEvents:
             occurrence.row = len(outputs)
             outputs.append(state)
             self._record.steps[occurrence.step].outputs.append((occurrence.row, occurrence.theta))
-
-
-def _float(x: Number) -> float:
-    return x.item() if isinstance(x, Tensor) else x

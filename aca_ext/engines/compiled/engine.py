@@ -36,9 +36,7 @@ class CompiledEngine:
         Raises:
             CompileError: func cannot be compiled.
         """
-        if request.learnt is not None:
-            return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=_solve_task)
-        return _solve()(request.problem, request.params, request.task)
+        return solve_by(_solve(), request)
 
 
 @cache
@@ -48,11 +46,18 @@ def _solve() -> Callable[..., Result]:
     return solve
 
 
-def _solve_task(task: Task) -> Result:
-    n_evals = task.field.n_evals  # of the gradient of the times; verifying a program does not count
-    result = _solve()(task.problem, task.params, lambda: task)
-    result.stats.n_f_evals += n_evals
-    return result
+def solve_by(solve: Callable[..., Result], request: Request) -> Result:
+    """Solves by compiled programs, with the gradient of the times if they are learnt."""
+    if request.learnt is None:
+        return solve(request.problem, request.params, request.task)
+
+    def solve_task(task: Task) -> Result:
+        n_evals = task.field.n_evals  # of the gradient of the times; verifying a program does not count
+        result = solve(task.problem, task.params, lambda: task)
+        result.stats.n_f_evals += n_evals
+        return result
+
+    return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=solve_task)
 
 
 def obstacle_to_programs(problem: Problem) -> str | None:

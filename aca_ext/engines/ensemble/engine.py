@@ -9,10 +9,8 @@ from collections.abc import Callable
 from functools import cache
 
 from aca_ext.engines.base import Request, obstacle_but_to_eager
-from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs
-from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.requested_times import with_time_gradient
-from aca_ext.problem.batch import BatchProblem
+from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs, solve_by
+from aca_ext.gradients.base import Result
 
 
 class EnsembleEngine(CompiledEngine):
@@ -29,10 +27,7 @@ class EnsembleEngine(CompiledEngine):
         """
         if not request.is_batch:
             return super().solve(request)
-        if request.learnt is not None:
-            return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=_solve_task)
-        assert isinstance(request.problem, BatchProblem)
-        return _solve()(request.problem, request.params, request.task)
+        return solve_by(_solve(), request)
 
 
 @cache
@@ -40,10 +35,3 @@ def _solve() -> Callable[..., Result]:
     from aca_ext.engines.ensemble.run import solve  # brings in the compiler, which takes seconds
 
     return solve
-
-
-def _solve_task(task: Task) -> Result:
-    n_evals = task.field.n_evals  # those for the times; what checks a program when it is made does not count
-    result = _solve()(task.problem, task.params, lambda: task)
-    result.stats.n_f_evals += n_evals
-    return result

@@ -119,15 +119,13 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     problem, t = request.problem, arguments.t
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y, record = problem.packing.unpack_rows(result.ys), result.record
-    if result.is_lazy:
-        return LazySolution.of(times, y, record, result.stats)
     if problem.events:
         assert isinstance(record, StepRecord)
         return _solution_with_events(problem, times, record, result)
-    solution = Solution(times, y, record.bounds(), result.stats)
     if not problem.stops_at_limit:
-        return solution
+        return LazySolution.of(times, y, record, result.stats)
     assert isinstance(record, StepRecord)
+    solution = Solution(times, y, record.bounds(), result.stats)
     # Without state and times, whose memory this would hold; with params of the request, as given ones may be iterators.
     kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
     return stopped(solution, problem, record, partial(_resumed, kept))

@@ -26,6 +26,7 @@ from aca_ext.vector_field.slope_function import SlopeFunction
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 _FEW = 16
+_NONE = type(None)
 
 
 class Replay:
@@ -74,6 +75,7 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
+        self._has_totals = False  # every gradient has a first term
         # After a complete walk, asking for the gradients of a few unused leaves is cheaper than searching every graph.
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
@@ -242,6 +244,9 @@ class Replay:
         )
 
     def _add(self, grads: Sequence[Tensor | None]) -> None:
+        if self._has_totals and _NONE not in map(type, grads):  # the usual case, without a loop in Python
+            torch._foreach_add_(self.grads, grads)  # type: ignore[arg-type]
+            return
         totals: list[Tensor] = []
         terms: list[Tensor] = []
         for i, grad in enumerate(grads) if self._known is None else zip(self._wanted, grads, strict=True):
@@ -255,6 +260,7 @@ class Replay:
                 terms.append(grad)
         if totals:
             torch._foreach_add_(totals, terms)
+        self._has_totals = bool(totals) and self._known is None and _NONE not in map(type, self.grads)
 
 
 _METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")}

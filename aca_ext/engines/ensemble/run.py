@@ -44,7 +44,7 @@ def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable
         ys = with_graph(ys, _Backward(run), [run.states()], problem.y0, [run.p, run.w])
     else:
         ys = run.forward(Keep.NOTHING)
-    return Result(ys, run, run.stats, is_lazy=True)
+    return Result(ys, run, run.stats)
 
 
 def _counts(n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,6 +94,9 @@ class Backward {
         t_[l] = entry.t;
         h_[l] = entry.h;
         t_next_[l] = entry.t_next;
+        const double sign = entry.h < 0 ? -1 : 1;
+        start_[l] = entry.starts_at_jump ? beside(entry.t, sign) : T(entry.t);
+        end_[l] = entry.ends_at_jump ? beside(entry.t_next, -sign) : T(entry.t_next);
         const T* const y = static_cast<const T*>(entry.state);
         for (int c = 0; c < n; ++c) y_[c][l] = y[c];
         const double* const times = task_.times + lane.sample * task_.times_step;
@@ -131,7 +134,10 @@ class Backward {
         V time[s];
         auto &y = stages_, &k = k_, &pulled = pulled_;
         for_each<count>([&](auto i) {
-            time[i] = __builtin_convertvector(control::stage_time(Method::c[i], t_, h_, t_next_), V);
+            constexpr double at = Method::c[i];
+            time[i] = at == 0   ? start_
+                      : at == 1 ? end_
+                                : __builtin_convertvector(control::stage_time(at, t_, h_, t_next_), V);
             for (int c = 0; c < n; ++c) {
                 if constexpr (i == 0) {
                     y[i][c] = y_[c];
@@ -187,6 +193,7 @@ class Backward {
     int64_t chunk_ = 0, next_ = 0, last_ = 0;
     Lane lane_[kLanes];
     R t_{}, h_{}, t_next_{};
+    V start_{}, end_{};  // times of stages at the ends of the step
     M is_inside_{};
     V y_[n], p_[n_by_sample]{}, g_[n]{}, inside_[n]{}, slopes_[s][n]{}, by_sample_[n_by_sample]{}, shared_[n_shared];
     V stages_[s][n], k_[s][n], pulled_[s][n];  // of the step at hand

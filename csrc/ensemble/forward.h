@@ -29,6 +29,7 @@ class Forward {
             for (int l = 0; l < kLanes; ++l)
                 if (lane_[l].is_live) judge(l);
             move_on();
+            if (is_at_jump_) start_anew();
             for (int l = 0; l < kLanes; ++l)
                 if (lane_[l].is_live && has_ended(l)) live -= !take(l);
         }
@@ -40,7 +41,13 @@ class Forward {
         int64_t sample = 0;
         StepControl control{};
         Failure failure = none;
-        double ratio = 0;  // that belongs to the failure
+        double ratio = 0;               // that belongs to the failure
+        const bool* is_jump = nullptr;  // of each stop; null: none is
+        bool starts_at_jump = false, needs_slope = false;
+        int64_t n_restarts = 0;
+
+        // Tells whether the proposed trial ends at a jump.
+        bool ends_at_jump() const { return is_jump && control.is_cut && is_jump[control.next_stop]; }
     };
 
     // Samples with their first slopes and steps, made for all lanes at once.
@@ -96,8 +103,12 @@ class Forward {
         lane.sample = sample;
         lane.control = control::begin(task_.controller, task_.first_step, true, task_.max_num_steps);
         const double* const times = task_.times + sample * task_.times_step;
-        const double* const end = times + task_.n_times - 1;
-        control::set_times(lane.control, times[0], *end, uintptr_t(times), task_.n_times, uintptr_t(end), 1);
+        const int64_t row = sample * task_.stops_step, last = row + task_.n_stops - 1;
+        int64_t stop = row;
+        while (stop < last && task_.stops[stop] != task_.stops[stop]) ++stop;
+        control::set_times(lane.control, times[0], task_.stops[last], uintptr_t(times), task_.n_times,
+                           uintptr_t(task_.stops + stop), last + 1 - stop);
+        if (task_.is_jump) lane.is_jump = task_.is_jump + stop;
         for (int c = 0; c < n; ++c) {
             ready_.y[c][l] = task_.y0[sample * n + c];
             task_.outputs[sample * n + c] = task_.y0[sample * n + c];
@@ -140,9 +151,20 @@ class Forward {
             t_next[l] = lane_[l].is_live ? control.t_next : control.t;
         }
         const V step = __builtin_convertvector(h, V);
+        V first = __builtin_convertvector(t, V), last = __builtin_convertvector(t_next, V);
+        if (task_.is_jump) {
+            for (int l = 0; l < kLanes; ++l) {
+                const Lane& lane = lane_[l];
+                if (lane.is_live && lane.starts_at_jump) first[l] = beside(t[l], lane.control.sign);
+                if (lane.is_live && lane.ends_at_jump()) last[l] = beside(t_next[l], -lane.control.sign);
+            }
+        }
         const auto slope = [&](auto i, const V* y) {
-            const R time = control::stage_time(Method::c[i], t, h, t_next);
-            Field::slope(__builtin_convertvector(time, V), y, p_, task_.shared, k_[i]);
+            constexpr double c = Method::c[i];
+            const V time = c == 0   ? first
+                           : c == 1 ? last
+                                    : __builtin_convertvector(control::stage_time(c, t, h, t_next), V);
+            Field::slope(time, y, p_, task_.shared, k_[i]);
         };
         if (!fsal) slope(std::integral_constant<int, 0>(), y_);
         for_each<s>([&](auto i) {
@@ -173,10 +195,11 @@ class Forward {
         Lane& lane = lane_[l];
         StepControl& control = lane.control;
         const double base = ratio_[l], known = power_[l], exponent = control.controller.shrink_exponent();
+        const bool ends_at_jump = lane.ends_at_jump();
         control::judge(control, base,
                        [=](double x, double e) { return x == base && e == exponent ? known : std::pow(x, e); });
         accepted_[l] = control.is_accepted ? -1 : 0;
-        if (control.is_accepted) return accept(l);
+        if (control.is_accepted) return accept(l, ends_at_jump);
         if (control.status == Status::step_size) {
             lane.failure = step_size;
         } else if (control.status == Status::not_finite) {
@@ -200,10 +223,12 @@ class Forward {
     }
 
     // Keeps the step, and writes the outputs that it reached.
-    void accept(int l) {
-        const Lane& lane = lane_[l];
+    void accept(int l, bool ends_at_jump) {
+        Lane& lane = lane_[l];
         const StepControl& control = lane.control;
-        if (record_.keep != Keep::nothing) keep(l);
+        if (record_.keep != Keep::nothing) keep(l, ends_at_jump);
+        lane.starts_at_jump = lane.needs_slope = ends_at_jump;
+        is_at_jump_ |= fsal && ends_at_jump;
         for (int64_t i = control.first_due; i < control.end_due; ++i) {
             T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
             const double theta = control::position(control, i);
@@ -215,7 +240,7 @@ class Forward {
         }
     }
 
-    void keep(int l) {
+    void keep(int l, bool ends_at_jump) {
         const StepControl& control = lane_[l].control;
         T* y = nullptr;
         if (record_.keep == Keep::states) {
@@ -223,8 +248,15 @@ class Forward {
             for (int c = 0; c < n; ++c) y[c] = y_[c][l];
         }
         const Entry*& last = record_.last[size_t(lane_[l].sample)];
-        last = new (record_.entries[size_t(chunk_)].add(sizeof(Entry)))
-            Entry{control.t_start, control.h_done, control.t_done, control.first_due, control.end_due, y, last};
+        last = new (record_.entries[size_t(chunk_)].add(sizeof(Entry))) Entry{control.t_start,
+                                                                              control.h_done,
+                                                                              control.t_done,
+                                                                              control.first_due,
+                                                                              control.end_due,
+                                                                              lane_[l].starts_at_jump,
+                                                                              ends_at_jump,
+                                                                              y,
+                                                                              last};
     }
 
     void interpolate(T* out, int l, double theta, T h) const {
@@ -246,6 +278,24 @@ class Forward {
         accepted_ = never();
     }
 
+    // First slopes of lanes whose last step ended at a jump.
+    void start_anew() {
+        V time{};
+        M is_new = never();
+        for (int l = 0; l < kLanes; ++l) {
+            Lane& lane = lane_[l];
+            time[l] = T(lane.control.t);
+            if (!lane.needs_slope) continue;
+            time[l] = beside(lane.control.t, lane.control.sign);
+            is_new[l] = -1;
+            lane.needs_slope = false;
+            ++lane.n_restarts;
+        }
+        Field::slope(time, y_, p_, task_.shared, error_);
+        for (int c = 0; c < n; ++c) k_[0][c] = select(is_new, error_[c], k_[0][c]);
+        is_at_jump_ = false;
+    }
+
     // Proposes the next trial of a lane, or finishes its sample.
     bool has_ended(int l) {
         Lane& lane = lane_[l];
@@ -265,8 +315,8 @@ class Forward {
 
     void finish(const Lane& lane) {
         const StepControl& control = lane.control;
-        task_.outcomes[lane.sample] = {control.n_steps, control.n_accepted, lane.failure,
-                                       control.t,       control.h,          lane.ratio};
+        task_.outcomes[lane.sample] = {control.n_steps, control.n_accepted, lane.failure,   control.t,
+                                       control.h,       lane.ratio,         lane.n_restarts};
     }
 
     const Task& task_;
@@ -277,6 +327,7 @@ class Forward {
     V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};
     R ratio_, power_;  // of the trials, and to the power that chooses the next steps
     M accepted_{};
+    bool is_at_jump_ = false;  // some lane
 };
 
 }  // namespace aca

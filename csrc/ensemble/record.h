@@ -11,7 +11,8 @@ namespace aca {
 // An accepted step from t to t_next, computed with h, and the outputs that it reached, `first_due` to `end_due`.
 struct Entry {
     double t, h, t_next;
-    int64_t first_due, end_due;
+    int64_t first_due, end_due : 62;
+    uint64_t starts_at_jump : 1, ends_at_jump : 1;
     const void* state;  // at its start, where states are kept
     const Entry* previous;
 };

@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.engines.ensemble.build import load
@@ -17,8 +18,9 @@ from aca_ext.problem.batch import BatchProblem
 _I64, _F64, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _CHUNKS_AT_ONCE = 64  # for each thread; between calls Python sees an interrupt
 
-# Words of an Outcome: counts of trial and accepted steps and the failure; t, h and error ratio where it happened.
-OUTCOME_WORDS = 6
+# Words of an Outcome: counts of trial and accepted steps and the failure; t, h and error ratio where it happened; count
+# of first slopes after jumps.
+OUTCOME_WORDS = 7
 
 
 class _Controller(ctypes.Structure):
@@ -30,7 +32,8 @@ class _Controller(ctypes.Structure):
 class _Task(ctypes.Structure):
     _fields_ = [
         ("controller", _Controller), ("first_step", _F64), ("max_num_steps", _I64), ("n_samples", _I64),
-        ("n_times", _I64), ("times_step", _I64), ("times", _POINTER), ("rtol", _F64), ("atol", _F64),
+        ("n_times", _I64), ("times_step", _I64), ("times", _POINTER), ("n_stops", _I64), ("stops_step", _I64),
+        ("stops", _POINTER), ("is_jump", _POINTER), ("rtol", _F64), ("atol", _F64),
         ("rtol_each", _POINTER), ("atol_each", _POINTER), ("forbids_error", _I64), ("y0", _POINTER),
         ("by_sample", _POINTER), ("shared", _POINTER), ("outputs", _POINTER), ("outcomes", _POINTER),
     ]  # fmt: skip
@@ -128,19 +131,23 @@ def task_of(
         held.append(value.expand(y0.shape).to(y0.dtype).contiguous())
         return held[-1].data_ptr()
 
-    of_rows = problem.times_of_rows
-    is_one_row = of_rows.strides[0] == 0 or len(of_rows) == 1
-    times = torch.tensor(of_rows[:1] if is_one_row else of_rows, dtype=torch.float64, device="cpu")
-    held.append(times)
+    def rows(x: NDArray[Any]) -> tuple[int, int, int]:
+        """Length of a row, distance to the next, and address of the first."""
+        is_one_row = x.strides[0] == 0 or len(x) == 1
+        held.append(torch.tensor(x[:1] if is_one_row else x, device="cpu"))
+        return x.shape[1], 0 if is_one_row else x.shape[1], held[-1].data_ptr()
+
+    stops = problem.stops_of_rows
+    has_jumps = stops is not None and bool(stops.is_jump.any())
     rtol, atol = tolerance.rtol, tolerance.atol
     return _Task(
         _Controller(**controller.coefficients),
         controller.first_step or 0.0,
         problem.max_num_steps,
         len(y0),
-        times.shape[1],
-        0 if is_one_row else times.shape[1],
-        held[-1].data_ptr(),
+        *rows(problem.times_of_rows),
+        *rows(problem.times_of_rows[:, -1:] if stops is None else stops.times),
+        rows(stops.is_jump)[2] if stops is not None and has_jumps else None,
         0.0 if isinstance(rtol, Tensor) else rtol,
         0.0 if isinstance(atol, Tensor) else atol,
         of_elements(rtol),

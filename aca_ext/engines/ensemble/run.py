@@ -143,6 +143,7 @@ class _Run:
         stats.n_steps, stats.n_accepted = self._outcomes[:, 0].clone(), self._outcomes[:, 1].clone()
         stats.n_rejected = stats.n_steps - stats.n_accepted
         slopes = 1 + (controller.first_step is None) + (tableau.stages - tableau.fsal) * stats.n_steps
+        slopes += self._outcomes[:, 6]
         stats.n_f_evals, stats.n_f_rows = int(slopes.max()), int(slopes.sum())
         if self._counting is not None:
             self._counting.count(stats.n_f_evals)
@@ -151,7 +152,7 @@ class _Run:
         """The error of a sample that failed."""
         problem, stats = self.problem, self.stats
         failure = int(self._outcomes[row, 2])
-        t, h, ratio = self._outcomes[row, 3:].view(torch.float64).tolist()
+        t, h, ratio = self._outcomes[row, 3:6].view(torch.float64).tolist()
         kind, message = _KINDS[failure], None
         if failure in (_OF_STATE, _OF_SLOPE):
             what = "the state is NaN or infinite at" if failure == _OF_STATE else "func returned NaN or infinity at"

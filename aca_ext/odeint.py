@@ -124,7 +124,8 @@ def odeint(arguments: _OdeintArguments) -> State:
         args: further arguments of func; tensors among them receive gradients.
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
-        progress: show a bar of the time reached (needs tqdm).
+        progress: show a bar of the time reached (needs tqdm); of the samples solved, with engine="compiled" and
+            independent samples.
         callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts, state. An
             exception that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: settings of the backward solve of

@@ -17,6 +17,7 @@ from aca_ext.problem.batch import BatchProblem
 
 _I64, _F64, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _CHUNKS_AT_ONCE = 64  # for each thread; between calls Python sees an interrupt
+_CHUNKS_WATCHED = 4  # likewise, with a progress bar
 
 # Words of an Outcome: counts of trial and accepted steps and the failure; t, h and error ratio where it happened; count
 # of first slopes after jumps.
@@ -88,9 +89,9 @@ class Library:
         weakref.finalize(memory, lambda: self._functions.free_states(record))
         return torch.frombuffer(memory, dtype=torch.uint8)
 
-    def forward(self, task: _Task, record: Any) -> None:
-        """Solves; raises MemoryError."""
-        self._in_parts(task, lambda *part: self._functions.forward(ctypes.byref(task), record, *part))
+    def forward(self, task: _Task, record: Any, finished: Callable[[int], object] | None = None) -> None:
+        """Solves, and tells ``finished`` how many more samples are done; raises MemoryError."""
+        self._in_parts(task, lambda *part: self._functions.forward(ctypes.byref(task), record, *part), finished)
 
     def backward(self, task: _Task, record: Any, to: _Cotangents) -> None:
         """Transposes the recorded steps; raises MemoryError."""
@@ -98,11 +99,15 @@ class Library:
             task, lambda *part: self._functions.backward(ctypes.byref(task), record, ctypes.byref(to), *part)
         )
 
-    def _in_parts(self, task: _Task, run: Callable[..., int]) -> None:
+    def _in_parts(self, task: _Task, run: Callable[..., int], finished: Callable[[int], object] | None = None) -> None:
         threads, n = torch.get_num_threads(), self.chunks(task.n_samples)
-        for first in range(0, n, _CHUNKS_AT_ONCE * threads):
-            if not run(first, min(first + _CHUNKS_AT_ONCE * threads, n), threads):
+        step = threads * (_CHUNKS_AT_ONCE if finished is None else _CHUNKS_WATCHED)
+        for first in range(0, n, step):
+            end = min(first + step, n)
+            if not run(first, end, threads):
                 raise MemoryError("no memory for the accepted steps of the samples")
+            if finished is not None:
+                finished(min(end * self._chunk, task.n_samples) - first * self._chunk)
 
     def evaluate(self, t: Tensor, y: Tensor, p: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """func at (t, y), each with a row for each sample, and the cotangents of y, p and w for that of its result."""

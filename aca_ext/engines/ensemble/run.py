@@ -28,8 +28,15 @@ _KINDS: tuple[type[SolveError], ...] = (
 _OF_STATE, _OF_SLOPE, _OF_TOLERANCE = 4, 5, 6  # numbers of failures in csrc/ensemble/task.h
 
 
-def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> Result:
+def solve(
+    problem: BatchProblem,
+    params: Sequence[Tensor] | None,
+    task: Callable[[], Task],
+    finished: Callable[[int], object] | None = None,
+) -> Result:
     """Solves ``problem`` with gradient="aca" on compiled lanes; ``task`` evaluates func itself.
+
+    ``finished`` is called while the solve runs, each time with the number of samples that ended since the last call.
 
     Raises:
         CompileError: func cannot be compiled for one sample, or this kind of solve is not supported.
@@ -40,10 +47,10 @@ def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable
         return Result(torch.stack([problem.y0] * n_times), BatchRecord(len(problem.y0)), stats)
     run = _Run(problem, params, task)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, run.p, run.w)):
-        ys = run.forward(Keep.STATES)
+        ys = run.forward(Keep.STATES, finished)
         ys = with_graph(ys, _Backward(run), [run.states()], problem.y0, [run.p, run.w])
     else:
-        ys = run.forward(Keep.NOTHING)
+        ys = run.forward(Keep.NOTHING, finished)
     return Result(ys, run, run.stats, is_lazy=True)
 
 
@@ -102,7 +109,7 @@ class _Run:
     def _check(self, with_gradient: bool) -> None:
         self._plan.check(self._task, self._used, with_gradient)
 
-    def forward(self, keep: Keep) -> Tensor:
+    def forward(self, keep: Keep, finished: Callable[[int], object] | None) -> Tensor:
         """The outputs, (T, \\*packed shape).
 
         Raises:
@@ -116,7 +123,7 @@ class _Run:
         p, w = self.p.detach(), self.w.detach()
         self._held += [p, w]
         self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
-        self._record(keep)
+        self._record(keep, finished)
         self._count()
         failed = self._outcomes[:, 2].nonzero().flatten()
         if len(failed) and not problem.nan_on_failure:
@@ -130,11 +137,11 @@ class _Run:
         n_times = self.problem.times_of_rows.shape[1]
         return torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype, device="cpu")
 
-    def _record(self, keep: Keep) -> None:
+    def _record(self, keep: Keep, finished: Callable[[int], object] | None = None) -> None:
         """Solves, and keeps what is asked for."""
         library = self._plan.library
         self.record, self._keeps = library.new_record(len(self.y0), keep), keep
-        library.forward(self._library_task, self.record)
+        library.forward(self._library_task, self.record, finished)
 
     def _count(self) -> None:
         stats, tableau = self.stats, self.problem.tableau

@@ -101,7 +101,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             * None (default): the state of every accepted step.
             * an int K: at most K states, chosen while the solve runs, and two of the step at hand. The others are
               computed again, at most r times if there are no more than C(K + r, r) steps. With create_graph=True the
-              backward pass holds the graph of all steps anyway.
+              backward pass holds the graph of all steps anyway. With independent samples, for engine="compiled" alone:
+              K states of each sample, from which every step is computed again once, a few hundred samples at a time;
+              the sums over samples in gradients of what they share are rounded in another order.
             * "cpu": the state of every step in host memory, pinned if the solve runs on a GPU.
         engine: program that runs the solve.
 

@@ -2,7 +2,8 @@
 
 float64, dopri5, tolerance 1e-6, two threads if there are as many, each row in a process of its own (Linux). ``process``
 is the growth of the process to its peak, tracing included; ``held`` is what the caller holds at the end: starts,
-parameters and outputs. The time is that of a second solve, which compiles nothing. The growth should not depend on the length of the solve, and so on the number of steps.
+parameters and outputs. The time is that of a second solve, which compiles nothing. The growth should not depend on the
+length of the solve, and so on the number of steps.
 """
 
 import multiprocessing

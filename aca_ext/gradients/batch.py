@@ -50,7 +50,8 @@ def solve(task: Task, gradient: str) -> Result:
         )
     if task.checkpoints is not None:
         raise ArgumentValueError(
-            f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints out.'
+            f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints '
+            'out, or use engine="compiled".'
         )
     return _GRADIENTS[gradient](task)
 

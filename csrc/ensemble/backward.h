@@ -21,14 +21,17 @@ class Backward {
     static constexpr int needed = count_needed();
 
   public:
-    Backward(const Task& task, const Record& record, const Cotangents& cotangents)
-        : task_(task), record_(record), cotangents_(cotangents) {
+    Backward(const Task& task, const Cotangents& cotangents) : task_(task), cotangents_(cotangents) {
         for (V& each : shared_) each = V{};
     }
 
-    // Samples `first` to `last`, which share a chunk.
-    void run(int64_t first, int64_t last) {
-        next_ = first;
+    // The steps of a round for samples `first` to `last`, which share a chunk. Rounds follow one another; `n_slopes`
+    // holds the evaluations of func for each sample so far.
+    void run(int64_t first, int64_t last, const Record& record, const Round& round, int64_t* n_slopes) {
+        record_ = &record;
+        round_ = round;
+        n_slopes_ = n_slopes;
+        first_ = next_ = first;
         last_ = last;
         chunk_ = first / kChunk;
         for (int c = 0; c < n; ++c) y_[c] = K(double(task_.y0[first * n + c]));
@@ -61,11 +64,14 @@ class Backward {
     bool take(int l) {
         for (; next_ < last_; ++next_) {
             const bool has_failed = task_.outcomes[next_].failure != none;
-            lane_[l] = {has_failed ? nullptr : record_.last[size_t(next_)], next_, 0};
-            for (int c = 0; c < n; ++c) g_[c][l] = 0;
+            if (round_.number > 0 && (has_failed || !round_.has(next_))) continue;
+            lane_[l] = {has_failed ? nullptr : record_->last(next_), next_, n_slopes_[next_ - first_]};
+            const bool is_first = round_.number == 0;
+            for (int c = 0; c < n; ++c) g_[c][l] = is_first ? 0 : cotangents_.y0[next_ * n + c];
+            const T* const so_far = is_first ? nullptr : cotangents_.by_sample;
             for (int i = 0; i < Field::n_by_sample; ++i) {
                 p_[i][l] = task_.by_sample[next_ * Field::n_by_sample + i];
-                by_sample_[i][l] = 0;
+                by_sample_[i][l] = so_far ? so_far[next_ * Field::n_by_sample + i] : 0;
             }
             if (lane_[l].entry) {
                 ++next_;
@@ -174,7 +180,9 @@ class Backward {
         const int64_t sample = lane.sample;
         const bool has_failed = task_.outcomes[sample].failure != none;
         const T* const first = cotangent(0, sample);
-        for (int c = 0; c < n; ++c) cotangents_.y0[sample * n + c] = has_failed ? 0 : g_[c][l] + first[c];
+        const bool is_last = round_.is_last(sample);
+        for (int c = 0; c < n; ++c)
+            cotangents_.y0[sample * n + c] = has_failed ? 0 : is_last ? g_[c][l] + first[c] : g_[c][l];
         if (cotangents_.by_sample)
             for (int i = 0; i < Field::n_by_sample; ++i)
                 cotangents_.by_sample[sample * Field::n_by_sample + i] = by_sample_[i][l];
@@ -183,14 +191,17 @@ class Backward {
             shared[i] += double(shared_[i][l]);
             shared_[i][l] = 0;
         }
+        n_slopes_[sample - first_] = lane.n_slopes;
         int64_t& most = cotangents_.most_slopes[chunk_];
         if (lane.n_slopes > most) most = lane.n_slopes;
     }
 
     const Task& task_;
-    const Record& record_;
     const Cotangents& cotangents_;
-    int64_t chunk_ = 0, next_ = 0, last_ = 0;
+    const Record* record_ = nullptr;
+    Round round_;
+    int64_t* n_slopes_ = nullptr;
+    int64_t chunk_ = 0, first_ = 0, next_ = 0, last_ = 0;
     Lane lane_[kLanes];
     R t_{}, h_{}, t_next_{};
     V start_{}, end_{};  // times of stages at the ends of the step

@@ -1,5 +1,6 @@
 // The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
 #pragma once
+#include <algorithm>
 #include <limits>
 
 #include "ensemble/task.h"
@@ -16,10 +17,14 @@ class Forward {
   public:
     Forward(const Task& task, Record& record) : task_(task), record_(record) {}
 
+    // Repeats the steps of a round, and adds the evaluations of func for each sample to n_slopes.
+    Forward(const Task& task, Record& record, const Round& round, int64_t* n_slopes)
+        : task_(task), record_(record), round_(&round), n_slopes_(n_slopes) {}
+
     // Samples `first` to `last`, which share a chunk.
     void run(int64_t first, int64_t last) {
         chunk_ = first / kChunk;
-        next_ = first;
+        first_ = next_ = first;
         last_ = last;
         int live = 0;
         for (int l = 0; l < kLanes; ++l) live += take(l);
@@ -44,7 +49,7 @@ class Forward {
         double ratio = 0;               // that belongs to the failure
         const bool* is_jump = nullptr;  // of each stop; null: none is
         bool starts_at_jump = false, needs_slope = false;
-        int64_t n_restarts = 0;
+        int64_t n_restarts = 0, last_step = -1;
 
         // Tells whether the proposed trial ends at a jump.
         bool ends_at_jump() const { return is_jump && control.is_cut && is_jump[control.next_stop]; }
@@ -73,6 +78,7 @@ class Forward {
             for (int c = 0; c < n; ++c) y_[c][l] = ready_.y[c][from], k_[0][c][l] = ready_.k[c][from];
             for (int i = 0; i < Field::n_by_sample; ++i) p_[i][l] = ready_.p[i][from];
             for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
+            if (record_.keep == Keep::checkpoints) save(l, ready_.y, from);
             if (propose(l)) return true;
             finish(lane_[l]);
         }
@@ -80,15 +86,22 @@ class Forward {
 
     // Loads as many samples as there are lanes and finds their first slopes and steps.
     bool prepare() {
-        ready_.next = 0;
-        ready_.count = int(last_ - next_ < kLanes ? last_ - next_ : kLanes);
+        ready_.next = ready_.count = 0;
+        int64_t samples[kLanes];
+        for (; ready_.count < kLanes && next_ < last_; ++next_)
+            if (!round_ || (round_->has(next_) && task_.outcomes[next_].failure == none))
+                samples[ready_.count++] = next_;
         if (ready_.count == 0) return false;
-        for (int l = 0; l < kLanes; ++l) load(l, next_ + (l < ready_.count ? l : 0));
-        next_ += ready_.count;
-        R t;
-        for (int l = 0; l < kLanes; ++l) t[l] = ready_.lane[l].control.t;
-        Field::slope(__builtin_convertvector(t, V), ready_.y, ready_.p, task_.shared, ready_.k);
-        if (task_.first_step != 0) {
+        for (int l = 0; l < kLanes; ++l) load(l, samples[l < ready_.count ? l : 0]);
+        V t;
+        for (int l = 0; l < kLanes; ++l) {
+            const Lane& lane = ready_.lane[l];
+            t[l] = lane.starts_at_jump ? beside(lane.control.t, lane.control.sign) : T(lane.control.t);
+        }
+        Field::slope(t, ready_.y, ready_.p, task_.shared, ready_.k);
+        if (round_) {
+            // Steps have their sizes.
+        } else if (task_.first_step != 0) {
             for (Lane& lane : ready_.lane) lane.control.h = task_.first_step;
         } else {
             choose_first_steps();
@@ -111,11 +124,53 @@ class Forward {
         if (task_.is_jump) lane.is_jump = task_.is_jump + stop;
         for (int c = 0; c < n; ++c) {
             ready_.y[c][l] = task_.y0[sample * n + c];
-            task_.outputs[sample * n + c] = task_.y0[sample * n + c];
+            if (!round_) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
             ready_.tolerance[c][l] = task_.rtol_each ? task_.rtol_each[sample * n + c] : T(task_.rtol);
             ready_.tolerance[n + c][l] = task_.atol_each ? task_.atol_each[sample * n + c] : T(task_.atol);
         }
         for (int i = 0; i < Field::n_by_sample; ++i) ready_.p[i][l] = task_.by_sample[sample * Field::n_by_sample + i];
+        if (round_) resume(l);
+    }
+
+    // Puts a prepared sample where its round starts.
+    void resume(int l) {
+        Lane& lane = ready_.lane[l];
+        const Checkpoint& from = round_->start(lane.sample);
+        StepControl& control = lane.control;
+        control.t = from.t;
+        control.h = from.h;
+        std::copy(from.ratios, from.ratios + 3, control.ratios);
+        control.n_ratios = from.n_ratios;
+        control.n_steps = from.n_steps;
+        control.n_accepted = from.n_accepted;
+        control.next_output = from.next_output;
+        control.next_stop = from.next_stop;
+        lane.starts_at_jump = from.starts_at_jump;
+        lane.last_step = round_->end(lane.sample);
+        const T* const y = static_cast<const T*>(from.state);
+        for (int c = 0; c < n; ++c) ready_.y[c][l] = y[c];
+    }
+
+    // Keeps a checkpoint of a lane if it is due; `y` has the state in lane `from`.
+    void save(int l, const V* y, int from) {
+        const Lane& lane = lane_[l];
+        const StepControl& control = lane.control;
+        Checkpoints& kept = record_.checkpoints(lane.sample);
+        if (!kept.takes(control.n_accepted, record_.most_checkpoints)) return;
+        T state[n];
+        for (int c = 0; c < n; ++c) state[c] = y[c][from];
+        const double* const ratios = control.ratios;
+        kept.add({control.t,
+                  control.h,
+                  {ratios[0], ratios[1], ratios[2]},
+                  control.n_ratios,
+                  lane.starts_at_jump,
+                  control.n_steps,
+                  control.n_accepted,
+                  control.next_output,
+                  control.next_stop,
+                  nullptr},
+                 state, sizeof state, record_.states(chunk_));
     }
 
     void choose_first_steps() {
@@ -226,9 +281,11 @@ class Forward {
     void accept(int l, bool ends_at_jump) {
         Lane& lane = lane_[l];
         const StepControl& control = lane.control;
-        if (record_.keep != Keep::nothing) keep(l, ends_at_jump);
+        if (record_.keeps_entries()) keep(l, ends_at_jump);
         lane.starts_at_jump = lane.needs_slope = ends_at_jump;
         is_at_jump_ |= fsal && ends_at_jump;
+        if (round_) return;
+        if (record_.keep == Keep::checkpoints && control.status == Status::running) save(l, y1_, l);
         for (int64_t i = control.first_due; i < control.end_due; ++i) {
             T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
             const double theta = control::position(control, i);
@@ -244,19 +301,19 @@ class Forward {
         const StepControl& control = lane_[l].control;
         T* y = nullptr;
         if (record_.keep == Keep::states) {
-            y = static_cast<T*>(record_.states[size_t(chunk_)].add(n * sizeof(T)));
+            y = static_cast<T*>(record_.states(chunk_).add(n * sizeof(T)));
             for (int c = 0; c < n; ++c) y[c] = y_[c][l];
         }
-        const Entry*& last = record_.last[size_t(lane_[l].sample)];
-        last = new (record_.entries[size_t(chunk_)].add(sizeof(Entry))) Entry{control.t_start,
-                                                                              control.h_done,
-                                                                              control.t_done,
-                                                                              control.first_due,
-                                                                              control.end_due,
-                                                                              lane_[l].starts_at_jump,
-                                                                              ends_at_jump,
-                                                                              y,
-                                                                              last};
+        const Entry*& last = record_.last(lane_[l].sample);
+        last = new (record_.entries(chunk_).add(sizeof(Entry))) Entry{control.t_start,
+                                                                      control.h_done,
+                                                                      control.t_done,
+                                                                      control.first_due,
+                                                                      control.end_due,
+                                                                      lane_[l].starts_at_jump,
+                                                                      ends_at_jump,
+                                                                      y,
+                                                                      last};
     }
 
     void interpolate(T* out, int l, double theta, T h) const {
@@ -299,7 +356,8 @@ class Forward {
     // Proposes the next trial of a lane, or finishes its sample.
     bool has_ended(int l) {
         Lane& lane = lane_[l];
-        if (lane.failure == none && lane.control.status == Status::running && propose(l)) return false;
+        const bool goes_on = lane.failure == none && lane.control.status == Status::running;
+        if (goes_on && lane.control.n_accepted != lane.last_step && propose(l)) return false;
         finish(lane);
         return true;
     }
@@ -315,13 +373,20 @@ class Forward {
 
     void finish(const Lane& lane) {
         const StepControl& control = lane.control;
+        if (round_) {
+            const int64_t n_steps = control.n_steps - round_->start(lane.sample).n_steps;
+            n_slopes_[lane.sample - first_] += 1 + lane.n_restarts + n_steps * (s - fsal);
+            return;
+        }
         task_.outcomes[lane.sample] = {control.n_steps, control.n_accepted, lane.failure,   control.t,
                                        control.h,       lane.ratio,         lane.n_restarts};
     }
 
     const Task& task_;
     Record& record_;
-    int64_t chunk_ = 0, next_ = 0, last_ = 0;
+    const Round* const round_ = nullptr;
+    int64_t* const n_slopes_ = nullptr;  // of each sample of the chunk
+    int64_t chunk_ = 0, first_ = 0, next_ = 0, last_ = 0;
     Lane lane_[kLanes];
     Prepared ready_;
     V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};

@@ -19,7 +19,7 @@ class EnsembleEngine(CompiledEngine):
     def obstacle(self, request: Request) -> str | None:
         if not request.is_batch:
             return super().obstacle(request)
-        others = request._replace(progress=False)  # which lanes have, too
+        others = request._replace(progress=False, checkpoints=None)  # which lanes have, too
         return obstacle_but_to_eager("compiled", others, takes_batches=True) or obstacle_to_programs(request.problem)
 
     def solve(self, request: Request) -> Result:
@@ -32,7 +32,7 @@ class EnsembleEngine(CompiledEngine):
         if not request.is_batch:
             return super().solve(request)
         with samples_bar(len(request.problem.y0)) if request.progress else nullcontext() as finished:
-            return solve_by(partial(_solve(), finished=finished), request)
+            return solve_by(partial(_solve(), checkpoints=request.checkpoints, finished=finished), request)
 
 
 @cache

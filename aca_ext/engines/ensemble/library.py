@@ -50,6 +50,7 @@ class Keep(IntEnum):
     NOTHING = 0
     STEPS = 1
     STATES = 2  # and the steps
+    CHECKPOINTS = 3  # some states, and no steps
 
 
 class Library:
@@ -64,7 +65,7 @@ class Library:
         self.n_learnt = n_learnt
         f = self._functions
         f.chunk.restype = _I64
-        f.new_record.restype, f.new_record.argtypes = _POINTER, [_I64, _I64, ctypes.c_int]
+        f.new_record.restype, f.new_record.argtypes = _POINTER, [_I64, _I64, ctypes.c_int, _I64]
         f.free_record.argtypes = f.free_states.argtypes = [_POINTER]
         f.forward.argtypes = [_POINTER, _POINTER, _I64, _I64, ctypes.c_int]
         f.backward.argtypes = [_POINTER, _POINTER, _POINTER, _I64, _I64, ctypes.c_int]
@@ -75,9 +76,9 @@ class Library:
     def chunks(self, n_samples: int) -> int:
         return -(-n_samples // self._chunk)
 
-    def new_record(self, n_samples: int, keep: Keep) -> Any:
-        """Memory for accepted steps, freed with the object that holds it."""
-        address = self._functions.new_record(n_samples, self.chunks(n_samples), int(keep))
+    def new_record(self, n_samples: int, keep: Keep, most: int) -> Any:
+        """Memory for accepted steps, or at most so many checkpoints of each sample, freed with what holds it."""
+        address = self._functions.new_record(n_samples, self.chunks(n_samples), int(keep), min(most, 2**62))
         memory = ctypes.c_void_p(address)
         weakref.finalize(memory, self._functions.free_record, address)
         return memory

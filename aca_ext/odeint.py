@@ -54,7 +54,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2.
             * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
             * ``step_t``: times that a step must end at.
-            * ``jump_t``: times at which func is discontinuous; steps end there and start anew.
+            * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples
+              and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
               tuple state the largest RMS norm of its components.
             * ``on_min_step``: "raise" (default), or "accept": a step of min_step is accepted whatever its error.
@@ -65,8 +66,8 @@ def odeint(arguments: _OdeintArguments) -> State:
               (batch, 1, ..., 1), with as many dimensions as y (as its largest component), so that formulas for a
               number t remain valid; ``t.flatten()`` is (batch,). Samples must not depend on one another. Finished
               samples are still evaluated, at their end, until the slowest one ends. For gradients "aca" and "direct",
-              without ``norm``, ``step_t`` and ``jump_t``. With engine="compiled", func runs on single samples, in
-              SIMD lanes that take the next sample as soon as one has ended.
+              without ``norm``, and with ``step_t`` and ``jump_t`` for engine="compiled" alone. There, func runs on
+              single samples, in SIMD lanes that take the next sample as soon as one has ended.
             * ``on_failure``: with independent samples and engine="compiled", "raise" (default), or "nan": a sample that
               fails is NaN in the outputs, zero in the gradients, and an error in ``stats.failures``.
 
@@ -100,7 +101,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             * None (default): the state of every accepted step.
             * an int K: at most K states, chosen while the solve runs, and two of the step at hand. The others are
               computed again, at most r times if there are no more than C(K + r, r) steps. With create_graph=True the
-              backward pass holds the graph of all steps anyway.
+              backward pass holds the graph of all steps anyway. With independent samples, for engine="compiled" alone:
+              K states of each sample, from which every step is computed again once, a few hundred samples at a time;
+              the sums over samples in gradients of what they share are rounded in another order.
             * "cpu": the state of every step in host memory, pinned if the solve runs on a GPU.
         engine: program that runs the solve.
 
@@ -123,7 +126,8 @@ def odeint(arguments: _OdeintArguments) -> State:
         args: further arguments of func; tensors among them receive gradients.
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
-        progress: show a bar of the time reached (needs tqdm).
+        progress: show a bar of the time reached (needs tqdm); of the samples solved, with engine="compiled" and
+            independent samples.
         callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts, state. An
             exception that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: settings of the backward solve of

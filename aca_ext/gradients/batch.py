@@ -43,26 +43,32 @@ def solve(task: Task, gradient: str) -> Result:
         ArgumentValueError: the gradient is not available, ``checkpoints`` is given, func changes buffers of its
             modules, or func draws random numbers (with "aca").
     """
-    _check_failures_raise(task)
+    _check_options(task)
     if gradient not in _GRADIENTS:
         raise ArgumentValueError(
             f'gradient is {gradient!r}; option batch="independent" takes one of {", ".join(_GRADIENTS)}.'
         )
     if task.checkpoints is not None:
         raise ArgumentValueError(
-            f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints out.'
+            f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints '
+            'out, or use engine="compiled".'
         )
     return _GRADIENTS[gradient](task)
 
 
-def _check_failures_raise(task: Task) -> None:
+def _check_options(task: Task) -> None:
     assert isinstance(task.problem, BatchProblem)
     if task.problem.nan_on_failure:
         raise OptionError('option on_failure="nan" takes engine="compiled", whose samples see nothing of one another.')
+    if task.problem.stops_of_rows is not None:
+        raise OptionError(
+            'options step_t and jump_t take engine="compiled" where batch="independent" is given. Use it, or leave '
+            "them out."
+        )
 
 
 def solve_without_graph(task: Task) -> Result:
-    _check_failures_raise(task)
+    _check_options(task)
     with torch.no_grad():
         y0 = task.problem.y0.detach()
         return _forward(task, task.first_slope(y0), keep_states=False)[0]

@@ -16,12 +16,13 @@ from aca_ext.errors import ArgumentValueError, OptionError, TimeError
 from aca_ext.problem.options import is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.state import Packing, State
+from aca_ext.problem.stops import STOP_OPTIONS, Stops, stops_of
 from aca_ext.problem.times import as_float64, times_of
 from aca_ext.problem.tolerance import Tolerance
 
 Array = NDArray[np.float64]
 
-_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit", "on_min_step")
+_UNAVAILABLE = ("norm", "on_step_limit", "on_min_step")
 
 
 def is_independent(options: object) -> bool:
@@ -86,11 +87,13 @@ class BatchProblem(Problem):
     Attributes:
         times_of_rows: (batch, T) float64, requested times of each sample; ``times`` are those of the first sample.
         nan_on_failure: a sample that fails becomes NaN, and the others go on.
+        stops_of_rows: times at which steps must end (options step_t and jump_t); None if there are none but the ends.
     """
 
     packing: RowPacking
     times_of_rows: Array
     nan_on_failure: bool = False
+    stops_of_rows: Stops | None = None
 
     @property
     def length(self) -> float:
@@ -125,7 +128,8 @@ def batch_problem_of(
         if options.get(name) is not None:
             raise OptionError(f'option {name} is not available with batch="independent"; remove one of the two.')
     t, first = _times_and_first(t)
-    problem = problem_of(func, y0, first, options=options, **settings)
+    others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
+    problem = problem_of(func, y0, first, options=others, **settings)
     if problem.controller is None:
         raise OptionError(
             'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '
@@ -137,8 +141,13 @@ def batch_problem_of(
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
     given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
-    nan_on_failure = is_nan_on_failure(options.get("on_failure"))
-    return BatchProblem(**given, times_of_rows=_times_of_rows(t, n_rows), nan_on_failure=nan_on_failure)
+    given |= {"times_of_rows": _times_of_rows(t, n_rows)}
+    of_rows = given["times_of_rows"]
+    return BatchProblem(
+        **given,
+        nan_on_failure=is_nan_on_failure(options.get("on_failure")),
+        stops_of_rows=stops_of(options, of_rows[:, 0], of_rows[:, -1]),
+    )
 
 
 def _n_rows(packing: RowPacking) -> int:

@@ -37,9 +37,10 @@ def odeint(arguments: _OdeintArguments) -> State:
         y0: initial state, a tensor of any shape, or a tuple or namedtuple of tensors; float32, float64, complex64 or
             complex128. func receives, and the result has, the same structure.
         t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in the unit that func uses. With
-            option ``batch="independent"`` also (batch, T): times for each sample. The solver keeps time in float64, but
-            func receives it in the state's dtype; a TimeResolutionWarning says if that is too coarse (unix time in
-            float32).
+            option ``batch="independent"`` also (batch, T): times for each sample. NaN pads the end of shorter series: a
+            sample's solve ends at its last time, its outputs at padded times are NaN, and their cotangents are ignored.
+            The solver keeps time in float64, but func receives it in the state's dtype; a TimeResolutionWarning says if
+            that is too coarse (unix time in float32).
         rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tuple state
             also a tuple with one for each component. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.

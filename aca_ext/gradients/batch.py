@@ -161,7 +161,7 @@ class _Steps:
         self._short = solution_only(self._whole)
         self._h = np.zeros(ops.n_rows)
         assert isinstance(task.problem, BatchProblem)
-        self._t = task.problem.times_of_rows[:, -1].copy()  # samples at rest need a time at which f exists
+        self._t = task.problem.last_times.copy()  # samples at rest need a time at which f exists
 
     def take(self, s: AcceptedRows, y: Tensor) -> tuple[Trial, Tensor]:
         """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it."""

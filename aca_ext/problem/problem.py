@@ -116,8 +116,15 @@ class Problem:
         return torch.nextafter(start, torch.full_like(start, self.times[-1]))
 
     def spread_times(self, t: Tensor) -> Tensor:
-        """The times ``t`` as func receives them, stacked along the first dimension; differentiable."""
+        """The times ``t`` as func receives them, stacked along the first dimension; differentiable.
+
+        Padded times are replaced by the first time, where func exists.
+        """
         return t.to(self.y0)
+
+    def padding(self) -> Tensor | None:
+        """A mask over the stacked times that is True for padded times; None if there are none."""
+        return None
 
     def of(self, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> Problem:
         """The same problem with another func, other args, and a y0 of the same layout."""

@@ -113,8 +113,6 @@ class BatchSolver:
         self.stats = BatchStats(n_steps, n_accepted, n_rejected, backend=ops.backend)
         self._scheme = scheme_of(problem.tableau, estimate_error=True)
         self._keep_states = keep_states
-        times = problem.times_of_rows
-        self._sign = np.where(times[:, -1] < times[:, 0], -1.0, 1.0)
         self._outputs: list[tuple[Index, Index, Tensor]] = []
 
     def run(self, y: Tensor) -> Tensor:
@@ -126,7 +124,7 @@ class BatchSolver:
         n = self.ops.n_rows
         self._outputs = [(np.arange(n), np.zeros(n, dtype=np.int64), y)]
         self.y = y
-        if self.problem.times_of_rows.shape[1] > 1 and n > 0:
+        if n > 0 and (self.problem.counts > 1).any():
             self.y = self._run(y)
         control, stats = self._control, self.stats
         stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
@@ -175,7 +173,7 @@ class BatchSolver:
             return
         with torch.no_grad():
             norm_f = ops.error_norm(k, None, 0.0, y, y)
-            self._check_finite(~np.isfinite(norm_f), y, k, norm_f)
+            self._check_finite(~np.isfinite(norm_f) & (control.status == _RUNNING), y, k, norm_f)
             control.propose_euler_steps(ops.error_norm(y, None, 0.0, y, y), norm_f)
             euler = ops.weighted_sum(y, ops.steps(control.h_trial.copy()), [k], (1.0,))
             with self.field.aside():
@@ -244,7 +242,7 @@ class BatchSolver:
             return
         control, row = self._control, int(failed.argmax())
         others = int(failed.sum()) - 1
-        reason = message or reason_of(kind, self.problem.max_num_steps, self.problem.times_of_rows[row, -1])
+        reason = message or reason_of(kind, self.problem.max_num_steps, self.problem.last_times[row])
         raise kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {self.problem.tableau.name} "
             f"stopped: {reason}",
@@ -289,8 +287,15 @@ def outputs_of_step(
 
 
 def assemble(outputs: Sequence[tuple[Index, Index, Tensor]], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Arranges outputs by time and sample into one tensor, (T, \\*packed shape); differentiable."""
+    """Arranges outputs by time and sample into one tensor, (T, \\*packed shape), NaN where there is none.
+
+    Differentiable; the cotangents of missing outputs go nowhere.
+    """
     n_rows, n_times = shape
     places = np.concatenate([index * n_rows + rows for rows, index, _ in outputs])
-    order = index_of(np.argsort(places), like).view(n_times, n_rows)
-    return torch.cat([states for _, _, states in outputs])[order]
+    order = np.full(n_times * n_rows, len(places))
+    order[places] = np.arange(len(places))
+    states = [states for _, _, states in outputs]
+    if len(places) < len(order):
+        states.append(like.new_full((1, *like.shape[1:]), math.nan))
+    return torch.cat(states)[index_of(order, like).view(n_times, n_rows)]

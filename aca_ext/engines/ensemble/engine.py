@@ -11,12 +11,16 @@ from functools import cache
 from aca_ext.engines.base import Request, obstacle_but_to_eager
 from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs, solve_by
 from aca_ext.gradients.base import Result
+from aca_ext.problem.batch import BatchProblem
 
 
 class EnsembleEngine(CompiledEngine):
     def obstacle(self, request: Request) -> str | None:
         if not request.is_batch:
             return super().obstacle(request)
+        assert isinstance(request.problem, BatchProblem)
+        if request.problem.is_ragged:
+            return 'engine="compiled" does not take times padded with NaN. Use engine="eager".'
         return obstacle_but_to_eager("compiled", request, takes_batches=True) or obstacle_to_programs(request.problem)
 
     def solve(self, request: Request) -> Result:

@@ -68,7 +68,7 @@ def odeint(arguments: _OdeintArguments) -> State:
               samples are still evaluated, at their end, until the slowest one ends. For gradients "aca" and "direct",
               without ``norm``, ``step_t`` and ``jump_t``. With engine="compiled", func runs on single samples, in
               SIMD lanes that take the next sample as soon as one has ended.
-            * ``on_failure``: with independent samples and engine="compiled", "raise" (default), or "nan": a sample that
+            * ``on_failure``: with independent samples and gradient="aca", "raise" (default), or "nan": a sample that
               fails is NaN in the outputs, zero in the gradients, and an error in ``stats.failures``.
 
             and for fixed steps of any method one of

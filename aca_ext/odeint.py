@@ -65,9 +65,13 @@ def odeint(arguments: _OdeintArguments) -> State:
               own adaptive steps, the same that it takes alone. func is called on the whole batch with t of shape
               (batch, 1, ..., 1), with as many dimensions as y (as its largest component), so that formulas for a
               number t remain valid; ``t.flatten()`` is (batch,). Samples must not depend on one another. Finished
-              samples are still evaluated, at their end, until the slowest one ends. For gradients "aca" and "direct",
-              without ``norm``, ``step_t`` and ``jump_t``. With engine="compiled", func runs on single samples, in
-              SIMD lanes that take the next sample as soon as one has ended.
+              samples are still evaluated, at their end, until the slowest one ends, unless ``compact`` is given. For
+              gradients "aca" and "direct", without ``norm``, ``step_t`` and ``jump_t``. With engine="compiled", func
+              runs on single samples, in SIMD lanes that take the next sample as soon as one has ended.
+            * ``compact``: True leaves finished samples of an independent batch out of func, once they are half of those
+              that it sees. Tensors in args whose first dimension is the batch follow. func must hold no other tensor
+              with a row per sample, which would no longer match: at each such change its result is compared with that
+              for all samples, and an OptionError raised if they differ. Default False.
             * ``on_failure``: with independent samples and gradient="aca", "raise" (default), or "nan": a sample that
               fails is NaN in the outputs, zero in the gradients, and an error in ``stats.failures``.
 

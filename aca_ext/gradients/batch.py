@@ -25,6 +25,7 @@ from aca_ext.problem.batch import BatchProblem
 from aca_ext.solver.batch_loop import BatchSolver, stage_times
 from aca_ext.solver.batch_record import AcceptedRows, BatchRecord, Mask, assemble, index_of, outputs_of_step
 from aca_ext.solver.runge_kutta import Trial, scheme_of, solution_only, step
+from aca_ext.vector_field.batch_field import RowField
 from aca_ext.vector_field.field import VectorField
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
@@ -67,6 +68,7 @@ def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, 
     assert isinstance(problem, BatchProblem)
     _check_buffers(task.field)
     y0 = problem.y0.detach()
+    assert isinstance(task.field, RowField)
     solver = BatchSolver(problem, task.field, row_operations_for(y0, problem.tolerance), k0, keep_states)
     return Result(solver.run(y0.clone()), solver.record, solver.stats), [*solver.states, solver.y]
 
@@ -77,6 +79,7 @@ def _direct(task: Task) -> Result:
     k0 = first_slope_with_graph(task)
     _check_buffers(task.field)
     ops = row_operations_for(problem.y0.detach(), problem.tolerance, differentiable=True)
+    assert isinstance(task.field, RowField)
     solver = BatchSolver(problem, task.field, ops, k0, keep_states=False)
     return Result(solver.run(problem.y0), solver.record, solver.stats)
 
@@ -183,6 +186,8 @@ class _Steps:
         scheme = self._whole if (s.outputs.theta != 1.0).any() else self._short
         steps = self._ops.steps(h.copy())
         self._replay.begin_step(None)
+        assert isinstance(self._replay.field, RowField)
+        self._replay.field.see(s.seen)
         trial = step(self._replay, self._ops, scheme, stage_times(scheme, t, h, t_next), y, steps)
         h[s.rows] = 0.0
         return trial, steps

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError
-from aca_ext.problem.options import is_nan_on_failure
+from aca_ext.problem.options import is_compact, is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.sample_times import Array, Index, checked_sample_times, counts_of, times_of_samples
 from aca_ext.problem.state import Packing, State
@@ -84,11 +84,13 @@ class BatchProblem(Problem):
         times_of_rows: (batch, T) float64, requested times of each sample, padded with NaN; ``times`` are those of the
             sample with most times.
         nan_on_failure: a sample that fails becomes NaN, and the others go on.
+        is_compact: func no longer sees samples that have ended, once they are half of those that it sees.
     """
 
     packing: RowPacking
     times_of_rows: Array
     nan_on_failure: bool = False
+    is_compact: bool = False
 
     @cached_property
     def counts(self) -> Index:
@@ -157,8 +159,12 @@ def batch_problem_of(
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
     given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
-    nan_on_failure = is_nan_on_failure(options.get("on_failure"))
-    return BatchProblem(**given, times_of_rows=times_of_samples(t, n_rows), nan_on_failure=nan_on_failure)
+    return BatchProblem(
+        **given,
+        times_of_rows=times_of_samples(t, n_rows),
+        nan_on_failure=is_nan_on_failure(options.get("on_failure")),
+        is_compact=is_compact(options),
+    )
 
 
 def _n_rows(packing: RowPacking) -> int:

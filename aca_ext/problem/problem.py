@@ -26,6 +26,7 @@ from aca_ext.problem.options import (
     controller_of,
     inner_times,
     interpolation_of,
+    is_compact,
     is_nan_on_failure,
     is_perturbed,
     max_num_steps_of,
@@ -244,6 +245,7 @@ def checked_problem(
     check_option_names(given, tableau, is_fixed)
     if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
         raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
+    is_compact(given)
     norm = norm_of(given.get("norm"), packing)
     checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
     checked_atol = checked_tolerance("atol", atol, packed, packing)

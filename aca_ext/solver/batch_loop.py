@@ -28,7 +28,7 @@ from aca_ext.solver.batch_record import (
 )
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
 from aca_ext.solver.stats import BatchStats
-from aca_ext.vector_field.field import VectorField
+from aca_ext.vector_field.batch_field import RowField
 
 
 class BatchSolver:
@@ -46,7 +46,7 @@ class BatchSolver:
     """
 
     def __init__(
-        self, problem: BatchProblem, field: VectorField, ops: RowOperations, k0: Tensor | None, keep_states: bool
+        self, problem: BatchProblem, field: RowField, ops: RowOperations, k0: Tensor | None, keep_states: bool
     ) -> None:
         self.problem, self.field, self.ops, self._k = problem, field, ops, k0
         n = ops.n_rows
@@ -74,7 +74,8 @@ class BatchSolver:
         control, stats = self._control, self.stats
         stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
         stats.n_rejected = stats.n_steps - stats.n_accepted
-        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_evals * n
+        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_rows_evaluated
+        self.field.see(None)
         stats.failures = [self._failures.errors[row] for row in sorted(self._failures.errors)]
         return assemble(self._outputs_of_survivors(), self.problem.times_of_rows.shape, y)
 
@@ -94,6 +95,8 @@ class BatchSolver:
         control = self._control
         self._choose_first_steps(y)
         while (active := control.status == RUNNING).any():
+            if self.problem.is_compact:
+                self._leave_out_finished(active, y)
             control.propose()
             self._failures.check_proposal()
             t, h, t_next = control.t.copy(), control.h_trial.copy(), control.t_next.copy()
@@ -112,6 +115,15 @@ class BatchSolver:
                 y = trial.y1 if accepted.all() else torch.where(self._mask(accepted), trial.y1, y)
             del trial
         return y
+
+    def _leave_out_finished(self, active: Mask, y: Tensor) -> None:
+        """Takes finished samples from func once at most half of those that it sees are left."""
+        seen = self.field.seen
+        n_active = int(active.sum())
+        if 2 * n_active <= (len(active) if seen is None else len(seen)):
+            control, ops = self._control, self.ops
+            t, h = ops.scalars([control.t])[0], ops.steps(control.h.copy())
+            self.field.see_fewer(np.flatnonzero(active), t, y.detach(), h.to(y.dtype), self._k)
 
     def _report(self, t: Array, h: Array, accepted: Mask, y: Tensor) -> None:
         if self.problem.on_step is not None:
@@ -140,7 +152,7 @@ class BatchSolver:
     def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> None:
         rows = np.flatnonzero(accepted)
         outputs = self._outputs_due(rows)
-        self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs))
+        self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs, self.field.seen))
         if self._keep_states:
             self.states.append(y if accepted.all() else y[index_of(rows, y)])
         self._outputs += outputs_of_step(outputs, self._scheme, y, self.ops.steps(h), trial)

@@ -46,6 +46,7 @@ class AcceptedRows:
         t, t_next: start and end of the step.
         h: signed step size.
         outputs: outputs that fall into these steps.
+        seen: samples that func evaluated in these steps; None for all.
     """
 
     rows: Index
@@ -53,11 +54,12 @@ class AcceptedRows:
     h: Array
     t_next: Array
     outputs: OutputRows
+    seen: Index | None = None
 
     def where(self, mask: Mask) -> AcceptedRows:
         """The steps of those samples for which ``mask`` is true."""
         outputs = self.outputs.where(np.isin(self.outputs.rows, self.rows[mask]))
-        return AcceptedRows(self.rows[mask], self.t[mask], self.h[mask], self.t_next[mask], outputs)
+        return AcceptedRows(self.rows[mask], self.t[mask], self.h[mask], self.t_next[mask], outputs, self.seen)
 
 
 @dataclass

@@ -37,9 +37,10 @@ def odeint(arguments: _OdeintArguments) -> State:
         y0: initial state, a tensor of any shape, or a tuple or namedtuple of tensors; float32, float64, complex64 or
             complex128. func receives, and the result has, the same structure.
         t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in the unit that func uses. With
-            option ``batch="independent"`` also (batch, T): times for each sample. The solver keeps time in float64, but
-            func receives it in the state's dtype; a TimeResolutionWarning says if that is too coarse (unix time in
-            float32).
+            option ``batch="independent"`` also (batch, T): times for each sample. NaN pads the end of shorter series: a
+            sample's solve ends at its last time, its outputs at padded times are NaN, and their cotangents are ignored.
+            The solver keeps time in float64, but func receives it in the state's dtype; a TimeResolutionWarning says if
+            that is too coarse (unix time in float32).
         rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tuple state
             also a tuple with one for each component. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
@@ -65,10 +66,14 @@ def odeint(arguments: _OdeintArguments) -> State:
               own adaptive steps, the same that it takes alone. func is called on the whole batch with t of shape
               (batch, 1, ..., 1), with as many dimensions as y (as its largest component), so that formulas for a
               number t remain valid; ``t.flatten()`` is (batch,). Samples must not depend on one another. Finished
-              samples are still evaluated, at their end, until the slowest one ends. For gradients "aca" and "direct",
-              without ``norm``, and with ``step_t`` and ``jump_t`` for engine="compiled" alone. There, func runs on
-              single samples, in SIMD lanes that take the next sample as soon as one has ended.
-            * ``on_failure``: with independent samples and engine="compiled", "raise" (default), or "nan": a sample that
+              samples are still evaluated, at their end, until the slowest one ends, unless ``compact`` is given. For
+              gradients "aca" and "direct", without ``norm``, and with ``step_t`` and ``jump_t`` for engine="compiled" alone.
+              There, func runs on single samples, in SIMD lanes that take the next sample as soon as one has ended.
+            * ``compact``: True leaves finished samples of an independent batch out of func, once they are half of those
+              that it sees. Tensors in args whose first dimension is the batch follow. func must hold no other tensor
+              with a row per sample, which would no longer match: at each such change its result is compared with that
+              for all samples, and an OptionError raised if they differ. Default False.
+            * ``on_failure``: with independent samples and gradient="aca", "raise" (default), or "nan": a sample that
               fails is NaN in the outputs, zero in the gradients, and an error in ``stats.failures``.
 
             and for fixed steps of any method one of

@@ -60,7 +60,8 @@ class Solution:
     Attributes:
         t: (T,) requested times as given; (batch, T) for independent samples with times of their own. After a stop at
             the step limit, only the times that were reached.
-        y: state at these times, (T, \\*y0.shape); for a tuple state a tuple of such tensors. Differentiable.
+        y: state at these times, (T, \\*y0.shape), NaN at padded times; for a tuple state a tuple of such tensors.
+            Differentiable.
         steps: (n_accepted, 2) float64 on the CPU, start and end of every accepted step, in the unit of t; for
             independent samples a tuple with one such tensor per sample.
         stats: counts of evaluations and steps, and the backend; a ``BatchStats`` for independent samples.

@@ -26,7 +26,7 @@ from aca_ext.problem.problem import Problem, known_problem, problem_of
 from aca_ext.problem.recorders import recorder
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
-from aca_ext.problem.times import warn_where_time_stands_still
+from aca_ext.problem.times import as_float64, warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
 from aca_ext.solution import LazySolution, Solution, event_record, stopped
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
@@ -117,7 +117,7 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
 def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
     """The ``Solution`` for the user, from the result of an engine."""
     problem, t = request.problem, arguments.t
-    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
+    times = t if isinstance(t, Tensor) else torch.from_numpy(as_float64(t))
     y, record = problem.packing.unpack_rows(result.ys), result.record
     if problem.events:
         assert isinstance(record, StepRecord)

@@ -8,12 +8,13 @@ step sizes, all others make a step of length zero. It pulls the cotangents of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ArgumentValueError, OptionError
+from aca_ext.errors import ArgumentValueError, OptionError, ReplayError
 from aca_ext.gradients.aca import Gate
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation, first_slope_with_graph
@@ -21,16 +22,10 @@ from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.fused import RowOperations, row_operations_for
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.batch import BatchProblem
-from aca_ext.solver.batch_loop import (
-    AcceptedRows,
-    BatchRecord,
-    BatchSolver,
-    assemble,
-    index_of,
-    outputs_of_step,
-    stage_times,
-)
+from aca_ext.solver.batch_loop import BatchSolver, stage_times
+from aca_ext.solver.batch_record import AcceptedRows, BatchRecord, Mask, assemble, index_of, outputs_of_step
 from aca_ext.solver.runge_kutta import Trial, scheme_of, solution_only, step
+from aca_ext.vector_field.batch_field import RowField
 from aca_ext.vector_field.field import VectorField
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
@@ -42,8 +37,9 @@ def solve(task: Task, gradient: str) -> Result:
     Raises:
         ArgumentValueError: the gradient is not available, ``checkpoints`` is given, func changes buffers of its
             modules, or func draws random numbers (with "aca").
+        OptionError: ``on_failure="nan"`` is given with another gradient than "aca".
     """
-    _check_options(task)
+    _check_stops(task)
     if gradient not in _GRADIENTS:
         raise ArgumentValueError(
             f'gradient is {gradient!r}; option batch="independent" takes one of {", ".join(_GRADIENTS)}.'
@@ -53,13 +49,16 @@ def solve(task: Task, gradient: str) -> Result:
             f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints '
             'out, or use engine="compiled".'
         )
+    if task.problem.nan_on_failure and gradient != "aca":
+        raise OptionError(
+            f"gradient is {gradient!r}, whose graph holds the trial steps of failed samples too; option "
+            'on_failure="nan" takes gradient="aca".'
+        )
     return _GRADIENTS[gradient](task)
 
 
-def _check_options(task: Task) -> None:
+def _check_stops(task: Task) -> None:
     assert isinstance(task.problem, BatchProblem)
-    if task.problem.nan_on_failure:
-        raise OptionError('option on_failure="nan" takes engine="compiled", whose samples see nothing of one another.')
     if task.problem.stops_of_rows is not None:
         raise OptionError(
             'options step_t and jump_t take engine="compiled" where batch="independent" is given. Use it, or leave '
@@ -68,7 +67,7 @@ def _check_options(task: Task) -> None:
 
 
 def solve_without_graph(task: Task) -> Result:
-    _check_options(task)
+    _check_stops(task)
     with torch.no_grad():
         y0 = task.problem.y0.detach()
         return _forward(task, task.first_slope(y0), keep_states=False)[0]
@@ -80,6 +79,7 @@ def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, 
     assert isinstance(problem, BatchProblem)
     _check_buffers(task.field)
     y0 = problem.y0.detach()
+    assert isinstance(task.field, RowField)
     solver = BatchSolver(problem, task.field, row_operations_for(y0, problem.tolerance), k0, keep_states)
     return Result(solver.run(y0.clone()), solver.record, solver.stats), [*solver.states, solver.y]
 
@@ -90,6 +90,7 @@ def _direct(task: Task) -> Result:
     k0 = first_slope_with_graph(task)
     _check_buffers(task.field)
     ops = row_operations_for(problem.y0.detach(), problem.tolerance, differentiable=True)
+    assert isinstance(task.field, RowField)
     solver = BatchSolver(problem, task.field, ops, k0, keep_states=False)
     return Result(solver.run(problem.y0), solver.record, solver.stats)
 
@@ -108,7 +109,9 @@ def _aca(task: Task) -> Result:
     first.settle()
     if field.has_drawn_since(random_state):
         raise _random_numbers_error()
-    backward = _BatchBackward(ForwardPass.of(task, first, solved))
+    assert isinstance(solved.record, BatchRecord)
+    record, states = solved.record.without_failures(states)
+    backward = _BatchBackward(ForwardPass.of(task, first, replace(solved, record=record)))
     ys = with_graph(solved.ys, backward, states, task.problem.y0, [*first.params, *args], first.found)
     return Result(ys, solved.record, solved.stats)
 
@@ -147,9 +150,13 @@ class _BatchBackward:
         return _differentiable_backward(self._forward, grad_ys, first if y0 is None else y0, ends, inputs)
 
 
-def _steps(forward: ForwardPass) -> Sequence[AcceptedRows]:
+def _record(forward: ForwardPass) -> BatchRecord:
     assert isinstance(forward.record, BatchRecord)
-    return forward.record.steps
+    return forward.record
+
+
+def _steps(forward: ForwardPass) -> Sequence[AcceptedRows]:
+    return _record(forward).steps
 
 
 def _check_for(forward: ForwardPass, y: Tensor, replay: Replay, *, restarts: bool) -> ReplayCheck:
@@ -158,16 +165,30 @@ def _check_for(forward: ForwardPass, y: Tensor, replay: Replay, *, restarts: boo
 
 
 class _Steps:
-    """Repeats the accepted steps of a batch with their autograd graphs."""
+    """Repeats the accepted steps of a batch with their autograd graphs.
 
-    def __init__(self, task: Task, ops: RowOperations, replay: Replay) -> None:
+    Samples that failed rest in place of a sample that did not, since func may have no derivative where they stopped.
+
+    Args:
+        failed: True for samples that failed.
+    """
+
+    def __init__(self, task: Task, ops: RowOperations, replay: Replay, failed: Mask) -> None:
         self._ops, self._replay = ops, replay
+        self._places = np.arange(ops.n_rows)
+        if failed.any() and not failed.all():
+            self._places[failed] = (~failed).argmax()
         tableau = task.problem.tableau
         self._whole = scheme_of(tableau, estimate_error=False)
         self._short = solution_only(self._whole)
         self._h = np.zeros(ops.n_rows)
         assert isinstance(task.problem, BatchProblem)
-        self._t = task.problem.times_of_rows[:, -1].copy()  # samples at rest need a time at which f exists
+        self._t = task.problem.last_times[self._places]  # samples at rest need a time at which f exists
+
+    def rested(self, y: Tensor) -> Tensor:
+        """The states, with those of failed samples replaced by that of the sample in whose place they rest."""
+        is_moved = self._places != np.arange(len(self._places))
+        return y[index_of(self._places, y)] if is_moved.any() else y
 
     def take(self, s: AcceptedRows, y: Tensor) -> tuple[Trial, Tensor]:
         """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it."""
@@ -176,6 +197,8 @@ class _Steps:
         scheme = self._whole if (s.outputs.theta != 1.0).any() else self._short
         steps = self._ops.steps(h.copy())
         self._replay.begin_step(None)
+        assert isinstance(self._replay.field, RowField)
+        self._replay.field.see(s.seen)
         trial = step(self._replay, self._ops, scheme, stage_times(scheme, t, h, t_next), y, steps)
         h[s.rows] = 0.0
         return trial, steps
@@ -189,7 +212,8 @@ def _replay_backward(
     ops = row_operations_for(y, task.problem.tolerance, differentiable=True)
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     replay = forward.replay(inputs)
-    steps = _Steps(task, ops, replay)
+    steps = _Steps(task, ops, replay, _record(forward).failed)
+    y = steps.rested(y)
     check = _check_for(forward, y, replay, restarts=True)
     g = torch.zeros_like(y)  # cotangents of the samples' states at the end of the step to replay
     with replay.repeating():
@@ -212,7 +236,31 @@ def _replay_backward(
             start = task.problem.y0.detach()
             replay.check_reached(forward.leaves, task.problem.start_time(start), start)
     forward.stats.n_f_evals_backward = replay.n_evals
-    return g + grad_ys[0], *replay.grads
+    return _without_failures(forward, [g + grad_ys[0], *replay.grads], replay.inputs)
+
+
+def _without_failures(forward: ForwardPass, grads: Gradients, inputs: Sequence[Tensor]) -> Gradients:
+    """The gradients of y0 and the inputs, zero for the initial states of samples that failed.
+
+    Raises:
+        ReplayError: func is NaN for a failed sample wherever it rests, which spoils what all samples share.
+    """
+    failed = _record(forward).failed
+    if not failed.any():
+        return grads
+    grad_y0, *others = grads
+    healthy = None if grad_y0 is None else grad_y0.index_fill(0, index_of(np.flatnonzero(failed), grad_y0), 0.0)
+    shared = [g for g in others if g is not None]
+    is_finite = healthy is None or torch.isfinite(healthy).all()
+    if is_finite and not all(torch.isfinite(g).all() for g in shared):
+        raise ReplayError(
+            f"the gradient is NaN or infinite, and sample {int(failed.argmax())} failed. func has no finite derivative "
+            "for that sample, even at the time and state of another one (its parameters may be NaN), which spoils the "
+            "gradients of what all samples share. Leave the sample out of the batch, or mend its parameters."
+        )
+    if failed.all():  # nothing was replayed
+        others = [torch.zeros_like(x) for x in inputs]
+    return healthy, *others
 
 
 def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -235,12 +283,13 @@ def _differentiable_backward(
     scheme = scheme_of(task.problem.tableau, estimate_error=False)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
-    steps = _Steps(task, ops, replay)
-    start = y = gate.of(y0)
-    everything = np.arange(len(y0))
-    outputs = [(everything, np.zeros_like(everything), start)]
+    steps = _Steps(task, ops, replay, _record(forward).failed)
+    start = gate.of(y0)
+    y = steps.rested(start)
+    survivors = np.flatnonzero(~_record(forward).failed)
+    outputs = [(survivors, np.zeros_like(survivors), start[index_of(survivors, y0)])]
     check = _check_for(forward, y0.detach(), replay, restarts=False)
-    expected = y0.detach()
+    expected = y.detach()
     with replay.repeating():
         for n, (s, end) in enumerate(zip(_steps(forward), ends, strict=True)):
             trial, h = steps.take(s, y)
@@ -259,4 +308,4 @@ def _differentiable_backward(
     grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
     with replay.repeating():
         replay.check_reached(forward.leaves, task.problem.start_time(y0), y0)
-    return [grad_y0, *replay.grads]
+    return _without_failures(forward, [grad_y0, *replay.grads], replay.inputs)

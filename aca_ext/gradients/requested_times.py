@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from aca_ext.gradients.base import Result, Task
@@ -34,6 +36,15 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
     solved = field.n_evals
     n_events = len(result.record.events) if problem.events and isinstance(result.record, StepRecord) else 0
     n_reached = len(result.ys) - n_events  # requested times; a terminal event may leave the last ones out
-    moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, n_reached)]
+    padding = problem.padding()
+
+    def moved_to(i: int) -> Tensor:
+        if padding is None:
+            return move(now[i], result.ys[i], times[i] - now[i])
+        # Padded outputs are NaN. Zero times NaN would spoil the gradients that all samples share.
+        safe = torch.where(padding[i], like.detach(), result.ys[i])
+        return move(now[i], safe, times[i] - now[i]).masked_fill(padding[i], math.nan)
+
+    moved = [moved_to(i) for i in range(1, n_reached)]
     result.stats.n_f_evals += field.n_evals - solved
     return replace(result, ys=stack_rows([like, *moved, *result.ys[n_reached:].unbind(0)], like))

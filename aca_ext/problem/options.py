@@ -23,7 +23,7 @@ _CONTROLLER_OPTIONS = (
 )  # fmt: skip
 _ADAPTIVE_OPTIONS = (
     *_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit", "on_failure",
-    "on_min_step",
+    "on_min_step", "compact",
 )  # fmt: skip
 _ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
 DEFAULT_MAX_NUM_STEPS = 100_000
@@ -150,6 +150,16 @@ def is_nan_on_failure(value: object) -> bool:
             "(its outputs are NaN, its gradients zero, and stats.failures holds its error)."
         )
     return value == "nan"
+
+
+def is_compact(given: Options) -> bool:
+    """Tells whether func sees only those samples of a batch that are not finished."""
+    value = given.get("compact")
+    if value not in (None, True, False):
+        raise OptionError(f"option compact is {value!r}; it is True or False.")
+    if value and given.get("batch") != "independent":
+        raise OptionError('option compact=True leaves out samples that ended before others; give batch="independent".')
+    return bool(value)
 
 
 def accepts_min_step(value: object) -> bool:

@@ -26,6 +26,7 @@ from aca_ext.problem.options import (
     controller_of,
     inner_times,
     interpolation_of,
+    is_compact,
     is_nan_on_failure,
     is_perturbed,
     max_num_steps_of,
@@ -116,8 +117,15 @@ class Problem:
         return torch.nextafter(start, torch.full_like(start, self.times[-1]))
 
     def spread_times(self, t: Tensor) -> Tensor:
-        """The times ``t`` as func receives them, stacked along the first dimension; differentiable."""
+        """The times ``t`` as func receives them, stacked along the first dimension; differentiable.
+
+        Padded times are replaced by the first time, where func exists.
+        """
         return t.to(self.y0)
+
+    def padding(self) -> Tensor | None:
+        """A mask over the stacked times that is True for padded times; None if there are none."""
+        return None
 
     def of(self, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> Problem:
         """The same problem with another func, other args, and a y0 of the same layout."""
@@ -237,6 +245,7 @@ def checked_problem(
     check_option_names(given, tableau, is_fixed)
     if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
         raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
+    is_compact(given)
     norm = norm_of(given.get("norm"), packing)
     checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
     checked_atol = checked_tolerance("atol", atol, packed, packing)

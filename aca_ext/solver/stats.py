@@ -41,8 +41,8 @@ class BatchStats:
     """Counts of a solve with independent samples (option ``batch="independent"``).
 
     Attributes:
-        n_f_evals: calls of func in the forward pass; each evaluates the whole batch.
-        n_f_rows: evaluations of single samples, n_f_evals times the batch size.
+        n_f_evals: calls of func in the forward pass; each evaluates the whole batch, or with option ``compact`` a part.
+        n_f_rows: evaluations of single samples; without ``compact``, n_f_evals times the batch size.
         n_steps: (batch,) int64 on the CPU; trial steps of each sample, the same as in a solve of that sample alone.
         n_accepted: (batch,) int64 on the CPU; trial steps that became part of the solution.
         n_rejected: (batch,) int64 on the CPU; trial steps whose error was too large, n_steps - n_accepted.

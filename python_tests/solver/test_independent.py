@@ -313,7 +313,7 @@ class TestRefusals:
             ({"options": INDEPENDENT, "t": torch.zeros(3, 2)}, errors.TimeError, "not repeat|t\\[0\\]"),
             ({"options": INDEPENDENT, "t": torch.tensor([[0.0, 1.0]])}, errors.TimeError, "batch of 2"),
             ({"options": INDEPENDENT, "t": torch.tensor([[0.0, 1.0, 2.0], [0, 2, 1]])}, errors.TimeError, r"t\[1\]"),
-            ({"options": INDEPENDENT, "t": torch.tensor([[0.0, 1.0], [0.0, math.nan]])}, errors.TimeError, r"t\[1\]"),
+            ({"options": INDEPENDENT, "t": torch.tensor([[0.0, 1.0], [math.nan, 1.0]])}, errors.TimeError, r"t\[1\]"),
             ({"options": INDEPENDENT, "t": torch.zeros(0, 2)}, errors.TimeError, "for all samples"),
             ({"options": INDEPENDENT, "t": "now"}, errors.TimeError, "type str"),
             ({"t": torch.tensor([[0.0, 1.0], [0.0, 2.0]])}, errors.TimeError, "independent"),

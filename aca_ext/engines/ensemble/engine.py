@@ -12,6 +12,7 @@ from functools import cache, partial
 from aca_ext.engines.base import Request, obstacle_but_to_eager
 from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs, solve_by
 from aca_ext.gradients.base import Result
+from aca_ext.problem.batch import BatchProblem
 from aca_ext.progress import samples_bar
 
 
@@ -19,6 +20,9 @@ class EnsembleEngine(CompiledEngine):
     def obstacle(self, request: Request) -> str | None:
         if not request.is_batch:
             return super().obstacle(request)
+        assert isinstance(request.problem, BatchProblem)
+        if request.problem.is_ragged:
+            return 'engine="compiled" does not take times padded with NaN. Use engine="eager".'
         others = request._replace(progress=False, checkpoints=None)  # which lanes have, too
         return obstacle_but_to_eager("compiled", others, takes_batches=True) or obstacle_to_programs(request.problem)
 

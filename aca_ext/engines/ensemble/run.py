@@ -19,7 +19,7 @@ from aca_ext.errors import CompileError, NonFiniteError, SolveError, StepLimitEr
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.passes import Gradients, with_graph
 from aca_ext.problem.batch import BatchProblem
-from aca_ext.solver.batch_loop import BatchRecord
+from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import Policy
 from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
 from aca_ext.solver.stats import BatchStats

@@ -388,7 +388,6 @@ class TestFailures:
     def test_the_option_for_failures(self) -> None:
         y0 = torch.ones(2, 1, dtype=torch.float64)
         for engine, options, match in (
-            ("eager", {"on_failure": "nan"}, 'engine="compiled"'),
             ("compiled", {"on_failure": "none"}, '"raise"'),
             ("compiled", {"on_failure": "nan", "batch": "common"}, 'batch="independent"'),
         ):

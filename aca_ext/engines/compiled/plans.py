@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.fingerprint import fingerprint
 from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs
 from aca_ext.engines.compiled.step_graphs import Layout, slope_graph, step_graph, transpose_graph
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
@@ -78,6 +79,10 @@ class Plan:
     def _verification(self, run: Run) -> Verification:
         return Verification(run.task(), self._layout, run.used, self._captured.wants_gradient)
 
+    def _known_by(self, name: str) -> tuple[str, ...] | None:
+        found = fingerprint(self._captured, self._layout)
+        return None if found is None else (name, *found)
+
     def _compiled(
         self,
         name: str,
@@ -89,7 +94,7 @@ class Plan:
             start = time.perf_counter()
             try:
                 with undisturbed():
-                    programs = compile_programs(*trace())
+                    programs = compile_programs(self._known_by(name), trace)
             except AcaError:
                 raise
             except Exception as error:

@@ -64,8 +64,42 @@ def compile_programs(known_by: Sequence[str] | None, trace: Callable[[], Sequenc
             source = _source(trace())
             found = library([*origin(), source], lambda path: _compile(source, path))
         else:
-            found = library([*origin(), *known_by], lambda path: _compile(_source(trace()), path))
+            found = library([*origin(), *known_by], lambda path: _build(trace, path))
     return [_program(found, i) for i in range(_constant(found, "programs"))]
+
+
+def _build(trace: Callable[[], Sequence[Traced]], to: Path) -> None:
+    """Writes the library of the graphs, for the best vector instructions that the processor has.
+
+    Inductor would first compile a test for each set of instructions, which takes longer than the library. If the
+    compiler or torch does not know the best set, the library is built again, from tests.
+    """
+    with _untested_instructions():
+        source = _source(trace())
+        try:
+            _compile(source, to)
+            ctypes.CDLL(str(to))
+            return
+        except (CompileError, OSError):
+            pass
+    _compile(_source(trace()), to)
+
+
+@contextmanager
+def _untested_instructions() -> Iterator[None]:
+    from torch._inductor import config, cpu_vec_isa
+
+    if not _has(config, "cpp.vec_isa_ok") or config.cpp.vec_isa_ok is not None:
+        yield
+        return
+    found: Any = cpu_vec_isa.valid_vec_isa_list
+    are_tested = found.cache_info().currsize > 0
+    try:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            yield
+    finally:
+        if not are_tested:
+            found.cache_clear()  # whoever else compiles may want the tests
 
 
 def _source(traced: Sequence[Traced]) -> str:

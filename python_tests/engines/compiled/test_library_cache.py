@@ -28,9 +28,10 @@ from aca_ext.engines.compiled import inductor
 def refuse(*_):
     raise AssertionError("compiled again")
 inductor._source = refuse
-solution = aca_ext.solve(lambda t, y: torch.sin(y) * 0.625 - t, torch.ones(3).double(), [0.0, 1.0],
-                         rtol=1e-6, atol=1e-8, method="bosh3", engine="compiled")
-print(solution.y[-1].tolist())
+y0 = torch.ones(3).double().requires_grad_()
+y = aca_ext.odeint(lambda t, y: torch.sin(y) * 0.625 - t, y0, [0.0, 1.0],
+                   rtol=1e-6, atol=1e-8, method="bosh3", engine="compiled")
+print(y[-1].tolist(), torch.autograd.grad(y[-1].sum(), y0)[0].tolist())
 """
 
 
@@ -188,17 +189,44 @@ class TestText:
                 text_of(graph)
 
 
+class TestInstructions:
+    def test_are_tested_only_if_the_best_do_not_work(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch._inductor import config
+
+        tested: list[bool] = []
+
+        def compile_for(source: str, to: Path) -> None:
+            tested.append(config.cpp.vec_isa_ok is None)
+            if not tested[-1]:
+                raise CompileError("unknown instructions")
+
+        monkeypatch.setattr(inductor, "_compile", compile_for)
+        inductor._build(lambda: (), tmp_path / "new.so")
+        assert tested == [False, True]
+        assert config.cpp.vec_isa_ok is None
+
+    def test_are_those_of_tests_if_the_library_cannot_be_loaded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sources: list[str] = []
+        monkeypatch.setattr(inductor, "_compile", lambda source, to: sources.append(source))
+        inductor._build(lambda: (), tmp_path / "new.so")  # there is no such file
+        assert len(sources) == 2
+
+
 class TestPrograms:
     """Solves with programs from the cache."""
 
     def test_another_process_finds_them(self, folder: Path) -> None:
-        y0 = torch.ones(3, dtype=torch.float64)
-        found = odeint(lambda t, y: torch.sin(y) * 0.625 - t, y0, TIMES, **SETTINGS)
+        y0 = torch.ones(3, dtype=torch.float64).requires_grad_()
+        y = odeint(lambda t, y: torch.sin(y) * 0.625 - t, y0, TIMES, **SETTINGS)
+        (grad,) = torch.autograd.grad(y[-1].sum(), y0)
+        assert len(list(folder.iterdir())) == 1  # the step and its transpose are one library
         done = subprocess.run(
             [sys.executable, "-c", SECOND_PROCESS], capture_output=True, text=True, check=False, env=os.environ.copy()
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == str(found[-1].tolist())
+        assert done.stdout.strip() == f"{y[-1].tolist()} {grad.tolist()}"
 
     def test_are_those_of_the_same_graph_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         known_by: list[tuple[str, ...]] = []

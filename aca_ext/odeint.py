@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments, takes
-from aca_ext.engines.dispatch import run, run_compiled_again
+from aca_ext.engines.dispatch import engine_of, run, run_again
 from aca_ext.engines.event_segments import solve_with_events, to_event
 from aca_ext.problem.events import refuse_terminal
 from aca_ext.problem.options import refuse_to_stop
@@ -110,9 +110,9 @@ def odeint(arguments: _OdeintArguments) -> State:
               K states of each sample, from which every step is computed again once, a few hundred samples at a time;
               the sums over samples in gradients of what they share are rounded in another order.
             * "cpu": the state of every step in host memory, pinned if the solve runs on a GPU.
-        engine: program that runs the solve.
+        engine: program that runs the solve; None (default) is that of ``aca_ext.set_default_engine``, at first "eager".
 
-            * "eager" (default): calls func at every stage.
+            * "eager": calls func at every stage.
             * "compiled": traces a whole step and its transpose with torch's compiler and runs all steps in compiled
               code. The same steps and gradient up to rounding, many times faster for a small func. Compiling takes
               seconds, once per func, shape and method (``stats.compile_seconds``); new values of parameters, times and
@@ -128,6 +128,10 @@ def odeint(arguments: _OdeintArguments) -> State:
               the eager engine. func is captured again if its operations, the tensors it holds, shapes, dtypes,
               tolerances, autocast or training mode change, but not for parameters updated in place. It must not draw
               random numbers, change what it holds, or decide on the host by the value of a tensor.
+            * "auto": eager for the first two solves of the same func, method, and shapes and dtypes of the state and
+              args; compiled from the third on; eager where "compiled" refuses func or an argument, which is then not
+              tried again. ``stats.engine`` and ``stats.reason`` tell which it was and why. Both engines take the same
+              steps, but round differently, so that the last bits of a result may change at the third solve.
         args: further arguments of func; tensors among them receive gradients.
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
@@ -180,5 +184,6 @@ def solve(arguments: Arguments) -> Solution:
 def _solution(arguments: Arguments) -> Solution:
     if arguments.events:
         return solve_with_events(arguments)
-    solution = run_compiled_again(arguments) if arguments.engine == "compiled" else None
+    engine = engine_of(arguments)
+    solution = run_again(arguments, engine) if engine in ("compiled", "auto") else None
     return run(arguments) if solution is None else solution

@@ -255,4 +255,5 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
 
 def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
     counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
-    return Stats(**{name: getattr(one, name) + getattr(other, name) for name in counts}, backend=other.backend)
+    counted = {name: getattr(one, name) + getattr(other, name) for name in counts}
+    return Stats(**counted, backend=other.backend, engine=other.engine, reason=other.reason)

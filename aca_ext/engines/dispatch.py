@@ -13,6 +13,7 @@ from torch import Tensor
 from aca_ext.engines import ENGINES
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.base import Engine, Request
+from aca_ext.engines.default import get_default_engine
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
@@ -51,7 +52,7 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
     _check_together(request)
     if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
-    result = _result(ENGINES[lookup("engine", arguments.engine, ENGINES)], request)
+    result = _result(ENGINES[lookup("engine", engine_of(arguments), ENGINES)], request)
     return _solution(arguments, request, result)
 
 
@@ -146,7 +147,7 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
 def _check_recorded(recording: str, arguments: Arguments) -> None:
     """Raises if an argument needs Python code or data-dependent steps, which a recording cannot contain."""
     lookup("gradient", arguments.gradient, GRADIENTS)
-    lookup("engine", arguments.engine, ENGINES)
+    lookup("engine", engine_of(arguments), ENGINES)
     is_batch = is_independent(arguments.options)
     what = {
         "callback": arguments.callback is not None,
@@ -159,8 +160,13 @@ def _check_recorded(recording: str, arguments: Arguments) -> None:
             raise ArgumentValueError(f"{name} is given, but {recording} cannot record a solve with it. Leave it out.")
 
 
-def run_compiled_again(given: Arguments) -> Solution | None:
-    """``run`` for engine="compiled" without checks that an earlier solve made; None if there was no such solve."""
+def engine_of(arguments: Arguments) -> str:
+    """The name of the engine, by default that of ``set_default_engine``."""
+    return get_default_engine() if arguments.engine is None else arguments.engine
+
+
+def run_again(given: Arguments, engine: str) -> Solution | None:
+    """``run`` without checks that an earlier solve made; None if there was no such solve."""
     if given.gradient != "aca" or given.checkpoints is not None or given.params is not None:
         return None
     if (
@@ -177,7 +183,7 @@ def run_compiled_again(given: Arguments) -> Solution | None:
     problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
-    result = _result(ENGINES["compiled"], Request(problem))
+    result = _result(ENGINES[engine], Request(problem))
     return LazySolution.of(t, result.ys, result.record, result.stats)
 
 

@@ -67,8 +67,9 @@ def odeint(arguments: _OdeintArguments) -> State:
               (batch, 1, ..., 1), with as many dimensions as y (as its largest component), so that formulas for a
               number t remain valid; ``t.flatten()`` is (batch,). Samples must not depend on one another. Finished
               samples are still evaluated, at their end, until the slowest one ends, unless ``compact`` is given. For
-              gradients "aca" and "direct", without ``norm``, and with ``step_t`` and ``jump_t`` for engine="compiled" alone.
-              There, func runs on single samples, in SIMD lanes that take the next sample as soon as one has ended.
+              gradients "aca" and "direct", without ``norm``, and with ``step_t`` and ``jump_t`` for
+              engine="compiled" alone. There, func runs on single samples, in SIMD lanes that take the next sample as
+              soon as one has ended.
             * ``compact``: True leaves finished samples of an independent batch out of func, once they are half of those
               that it sees. Tensors in args whose first dimension is the batch follow. func must hold no other tensor
               with a row per sample, which would no longer match: at each such change its result is compared with that

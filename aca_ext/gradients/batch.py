@@ -49,6 +49,7 @@ def solve(task: Task, gradient: str) -> Result:
             f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints '
             'out, or use engine="compiled".'
         )
+    assert isinstance(task.problem, BatchProblem)
     if task.problem.nan_on_failure and gradient != "aca":
         raise OptionError(
             f"gradient is {gradient!r}, whose graph holds the trial steps of failed samples too; option "

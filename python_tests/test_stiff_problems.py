@@ -11,7 +11,7 @@ import torch
 from benchmarks.stiff_problems import BRUSSELATOR, E5, END_VALUES, PROBLEMS, ROBERTSON, StiffFunction, StiffProblem
 
 integrate = pytest.importorskip("scipy.integrate")
-# LSODA's error at tolerance 1e-10 is up to 1e-7. All values but the Brusselator's were verified with Radau too, to 1e-11.
+# LSODA's error at tolerance 1e-10 is up to 1e-7. All values but the Brusselator's agree with Radau, too, to 1e-11.
 RTOL, ALLOWED = 1e-10, 1e-7
 every = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 

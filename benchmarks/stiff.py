@@ -5,7 +5,7 @@ is that of the second of two solves without gradient. SciPy does not count the e
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -221,23 +221,21 @@ def _finite_differences(problem: StiffProblem, step: float = 1e-3) -> np.ndarray
 def draw(result: Result):
     """Draws work-precision diagrams: error against time, and against accepted steps, a column per problem."""
     tables = [table for table in result.tables if table.columns is COLUMNS and table.rows]
+    names = list(dict.fromkeys(row["solver"] for table in tables for row in table.rows))
     figure = new_figure(3.2 * len(tables), 7.0)
     panels = figure.subplots(2, len(tables), squeeze=False)
     for column, table in enumerate(tables):
         for axes, (key, label) in zip(
             panels[:, column], (("ms", "time [ms]"), ("steps", "accepted steps")), strict=True
         ):
-            for name, rows in _by_solver(table):
+            for i, name in enumerate(names):
+                own = [row for row in table.rows if row["solver"] == name]
                 style = "o-" if name.startswith("aca_ext") else "x--"
-                axes.loglog([row[key] for row in rows], [row["error"] for row in rows], style, label=name)
+                points = [row[key] for row in own], [row["error"] for row in own]
+                axes.loglog(*points, style, color=f"C{i}", label=name)
             axes.set(xlabel=label, title=table.title if key == "ms" else "")
             axes.grid(alpha=0.3)
     for axes in panels[:, 0]:
         axes.set_ylabel("error")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
-
-
-def _by_solver(table: Table) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    for name in dict.fromkeys(row["solver"] for row in table.rows):
-        yield name, [row for row in table.rows if row["solver"] == name]

@@ -22,6 +22,7 @@ from benchmarks import (
     solve_rate,
     state_size,
     step_throughput,
+    stiff,
 )
 from benchmarks.harness import Result, Settings, Table, first_line, print_table, write_json
 
@@ -37,6 +38,7 @@ BY_DEVICE = {
         checkpoints,
         independent,
         lanes,
+        stiff,
         kernels,
     ),
     "cuda": (solve_rate, kernels, breakdown, convolution, ensemble),

@@ -23,6 +23,7 @@ from benchmarks import (
     solve_rate,
     state_size,
     step_throughput,
+    stiff,
 )
 from benchmarks.harness import Result, Settings, Table, first_line, print_table, write_json
 
@@ -39,6 +40,7 @@ BY_DEVICE = {
         independent,
         lanes,
         lanes_memory,
+        stiff,
         kernels,
     ),
     "cuda": (solve_rate, kernels, breakdown, convolution, ensemble),

@@ -159,6 +159,11 @@ def batch_problem_of(
     t, longest = checked_sample_times(t)
     others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
     problem = problem_of(func, y0, longest, options=others, **settings)
+    if problem.newton is not None:
+        raise OptionError(
+            f'option batch="independent" takes explicit methods, and {problem.tableau.name!r} is implicit. Leave the '
+            'option out: the samples then share their steps, and jacobian="block" keeps their equations apart.'
+        )
     if problem.controller is None:
         raise OptionError(
             'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '

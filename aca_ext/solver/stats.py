@@ -27,6 +27,9 @@ class Stats:
             0 if the caches held everything.
         engine: with engine="auto", the engine that ran, "eager" or "compiled"; else "".
         reason: with engine="auto", the reason why it was not "compiled"; else "".
+        n_jacobians: Jacobians of func that the forward pass of an implicit method evaluated.
+        n_factorizations: matrices that it factorised.
+        n_newton_iterations: iterations of Newton's method, each with one evaluation of func per stage.
     """
 
     n_f_evals: int = 0
@@ -38,6 +41,9 @@ class Stats:
     compile_seconds: float = 0.0
     engine: str = field(default="", repr=False)
     reason: str = field(default="", repr=False)
+    n_jacobians: int = 0
+    n_factorizations: int = 0
+    n_newton_iterations: int = 0
 
 
 @dataclass(repr=False)

@@ -95,7 +95,7 @@ def obstacle_but_to_eager(engine: str, request: Request, takes_batches: bool = F
     name = _for_eager(request, takes_batches)
     if name is None:
         return None
-    value = f" ({request.gradient!r})" if name == "gradient" else ""
+    value = {"gradient": f" ({request.gradient!r})", "method": f" ({request.problem.tableau.name!r})"}.get(name, "")
     return f'engine="{engine}" does not support the given {name}{value}. Use engine="eager".'
 
 
@@ -111,6 +111,8 @@ def _for_eager(request: Request, takes_batches: bool) -> str | None:
     if request.problem.events:
         return "events"
     problem, is_batch = request.problem, request.is_batch and not takes_batches
+    if problem.newton is not None:
+        return "method"
     if problem.stops_at_limit or problem.accepts_min_step or problem.interp is not None or is_batch:
         return "options"
     return "options" if problem.grid is not None and problem.jumps else None

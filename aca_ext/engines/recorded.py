@@ -54,6 +54,11 @@ def solve_recorded(
             'options={"step_size": h} or a method such as "rk4", or record func alone and solve outside of the '
             "recording."
         )
+    if problem.newton is not None:
+        raise ArgumentValueError(
+            f"{by} would record Newton's iterations of its example, but each input needs its own. Use an explicit method "
+            f"instead of {problem.tableau.name!r}."
+        )
     if problem.interp is not None or problem.jumps:
         raise ArgumentValueError(f"{by} records no solve with option interp or perturb; leave them out.")
     ys, record = _solution_on(problem.grid, problem)

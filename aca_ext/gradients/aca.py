@@ -28,18 +28,9 @@ from aca_ext.kernels.pool import pool_for
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, rows
 from aca_ext.solver.loop import Solver
+from aca_ext.solver.method import advancing_method_of, method_of
 from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
-from aca_ext.solver.runge_kutta import (
-    Scheme,
-    compiled_stepper,
-    interpolate,
-    scheme_of,
-    solution_only,
-    stage_times,
-    step,
-    stepper,
-    transposed_stepper,
-)
+from aca_ext.solver.runge_kutta import interpolate, stage_times
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -119,15 +110,15 @@ def _replay_backward(
     problem, steps = forward.task.problem, _steps(forward)
     y0 = problem.y0.detach()
     ops = operations_for(y0, problem.tolerance)
-    scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
     replay = forward.replay(inputs)
-    pull_back = transposed_stepper(replay, ops, scheme)
+    method = method_of(problem, replay, ops, estimate_error=problem.adaptive, repeats=True)
+    scheme = method.scheme
     segments = problem.tolerance.segments
     check = ReplayCheck(y0, segments, len(steps), forward.autocast.dtype, replay.held)
     distance = distances([n for n, _ in held]) if math.isfinite(capacity) else {}
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
-        advance = _advance(replay, ops, scheme, problem, steps)
+        advance = _advance(replay, ops, problem, steps)
         for n, y, y_next in brought_to(y0.device, reversed_states(held, len(steps), capacity, advance)):
             s: AcceptedStep = steps[n]
             outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
@@ -137,7 +128,7 @@ def _replay_backward(
                 times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
                 assert y_next is not None
                 compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance.get(n + 1, 1)), y, y_next)
-                g = pull_back(times, y, s.h, outputs, compare, y_next)
+                g = method.vjp(times, y, s.h, outputs, compare, y_next)
         check.finish()
         if g is not None:
             replay.begin_step(steps[0].random_states)
@@ -148,18 +139,17 @@ def _replay_backward(
 
 
 def _advance(
-    replay: Replay, ops: TorchOperations, scheme: Scheme, problem: Problem, steps: Sequence[AcceptedStep]
+    replay: Replay, ops: TorchOperations, problem: Problem, steps: Sequence[AcceptedStep]
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """Returns a function that computes a state from the one before it, with the arithmetic of the forward pass."""
-    scheme = solution_only(scheme)
-    advance = stepper(replay, ops, scheme, compiled_stepper(ops, scheme))
+    method = advancing_method_of(problem, replay, ops)
 
     def from_state(n: int, y: Tensor, out: Tensor) -> Tensor:
         s = steps[n]
         replay.begin_step(s.random_states)
-        times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
+        times = stage_times(method.scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
         with torch.no_grad():
-            return advance(times, y, s.h, None, out).y1
+            return method.step(times, y, s.h, None, out).y1
 
     return from_state
 
@@ -177,9 +167,9 @@ def differentiable_backward(
     """
     problem, steps = forward.task.problem, _steps(forward)
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
-    scheme = scheme_of(problem.tableau, estimate_error=False)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
+    method = method_of(problem, replay, ops, estimate_error=False, repeats=True)
     start = gate.of(y0)
     y, outputs = start, [start]
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
@@ -188,8 +178,8 @@ def differentiable_backward(
     with replay.repeating():
         for n, s in enumerate(steps):
             replay.begin_step(s.random_states)
-            times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
-            trial = step(replay, ops, scheme, times, y, s.h)
+            times = stage_times(method.scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
+            trial = method.step(times, y, s.h)
             if n + 1 in states:
                 end = states[n + 1].to(y0.device)
                 check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)

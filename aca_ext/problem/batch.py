@@ -126,6 +126,11 @@ def batch_problem_of(
             raise OptionError(f'option {name} is not available with batch="independent"; remove one of the two.')
     t, first = _times_and_first(t)
     problem = problem_of(func, y0, first, options=options, **settings)
+    if problem.newton is not None:
+        raise OptionError(
+            f'option batch="independent" takes explicit methods, and {problem.tableau.name!r} is implicit. Leave the '
+            'option out: the samples then share their steps, and jacobian="block" keeps their equations apart.'
+        )
     if problem.controller is None:
         raise OptionError(
             'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '

@@ -12,8 +12,10 @@ from torch import Tensor
 from aca_ext.errors import OptionError, UnknownNameError
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.tableau import Tableau
+from aca_ext.numerics.weights import Weights
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.arguments import lookup, number_in
+from aca_ext.problem.newton import NEWTON_OPTIONS
 from aca_ext.problem.state import Packing
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
@@ -31,9 +33,10 @@ DEFAULT_MAX_NUM_STEPS = 100_000
 Options = Mapping[str, Any]
 
 
-def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None:
+def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None:
     """Raises UnknownNameError if a name is no option, or an option of adaptive steps in a solve with fixed steps."""
-    allowed = _ALL_FIXED_OPTIONS if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+    of_newton = () if isinstance(tableau, Tableau) else NEWTON_OPTIONS
+    allowed = (*_ALL_FIXED_OPTIONS, *of_newton) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS, *of_newton)
     for name in given:
         if name in allowed:
             continue
@@ -43,6 +46,10 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
                 f"option {name!r} is for adaptive steps, but method {tableau.name!r} {why}, so its steps are fixed. "
                 f"Remove the option; fixed steps take {', '.join(_ALL_FIXED_OPTIONS)}."
             )
+        if name in NEWTON_OPTIONS:
+            raise UnknownNameError(
+                f"option {name!r} is for implicit methods, and method {tableau.name!r} is explicit. Remove the option."
+            )
         if name in _ALL_FIXED_OPTIONS:
             raise UnknownNameError(f"option {name!r} belongs to fixed steps; give step_size too, or leave it out.")
         if name in _ARGUMENTS:
@@ -50,7 +57,7 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
         lookup(f"option of method {tableau.name!r}", name, allowed)
 
 
-def controller_of(given: Options, tableau: Tableau) -> Controller:
+def controller_of(given: Options, tableau: Weights) -> Controller:
     """The controller of adaptive steps.
 
     Raises:
@@ -178,7 +185,7 @@ def is_perturbed(value: object) -> bool:
 
 def option_names() -> tuple[str, ...]:
     """Names of all options, of adaptive and of fixed steps."""
-    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS)
+    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *NEWTON_OPTIONS)
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.controller import Controller
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
-from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
 from aca_ext.problem.events import Event
 from aca_ext.problem.grid import grid_of
+from aca_ext.problem.newton import NewtonOptions, newton_options_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
@@ -64,6 +65,7 @@ class Problem:
         resumed: state of the solver from which a resumed solve continues, else None.
         accepts_min_step: a step of ``min_step`` is accepted whatever its error.
         interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
+        newton: options of an implicit method; None for an explicit one.
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
         settings: shared by problems that differ only in func, args and the values of y0.
@@ -74,7 +76,7 @@ class Problem:
     y0: Tensor
     packing: Packing
     times: tuple[float, ...]
-    tableau: Tableau
+    tableau: Any
     tolerance: Tolerance
     controller: Controller | None
     grid: tuple[float, ...] | None
@@ -84,6 +86,7 @@ class Problem:
     stops_at_limit: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
+    newton: NewtonOptions | None = None
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
@@ -264,18 +267,20 @@ def checked_problem(
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
+        newton=newton_options_of(given, tableau, packing, packed),
     )
 
 
-def _tableau(method: object) -> Tableau:
+def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
-    name = lookup("method", method, [*METHODS, *ALIASES])
-    return METHODS[ALIASES.get(name, name)]
+    methods = {**METHODS, **IMPLICIT_METHODS}
+    name = lookup("method", method, [*methods, *ALIASES])
+    return methods[ALIASES.get(name, name)]
 
 
 @cache
-def _with_interpolation(tableau: Tableau, interp: str) -> Tableau:
+def _with_interpolation(tableau: Any, interp: str) -> Any:
     return tableau.with_linear_output() if interp == "linear" else tableau.with_hermite_output()
 
 

@@ -58,7 +58,7 @@ def meant_by(name: object, allowed: Iterable[str]) -> str | None:
 
 
 def is_implicit(name: object) -> bool:
-    """Tells whether ``name`` looks like an implicit or multistep method; the package has none."""
+    """Tells whether ``name`` looks like an implicit or multistep method."""
     return any(part in _plain(str(name)) for part in _IMPLICIT)
 
 

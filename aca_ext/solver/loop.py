@@ -24,15 +24,8 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
-from aca_ext.solver.runge_kutta import (
-    Trial,
-    compiled_stepper,
-    error_norm,
-    interpolate,
-    scheme_of,
-    stage_times,
-    stepper,
-)
+from aca_ext.solver.method import check_repeatable, method_of
+from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
@@ -70,9 +63,10 @@ class Solver:
         self.problem, self.field, self.ops = problem, field, ops
         self.record = StepRecord()
         self.stats = Stats(backend=ops.backend)
-        self.scheme = scheme_of(problem.tableau, problem.adaptive)
-        self._compiled = compiled_stepper(ops, self.scheme)
-        self._step = stepper(field.fastest, ops, self.scheme, self._compiled)
+        method = method_of(problem, field.fastest, ops, estimate_error=problem.adaptive, counts=self.stats)
+        self.scheme, self._compiled, self._step = method.scheme, method.compiled, method.step
+        if problem.newton is not None:
+            check_repeatable(problem, field)
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
         self._outputs: list[Tensor] = []
@@ -151,6 +145,8 @@ class Solver:
             else:
                 self._reject(trial, buffers)
             self._report(control, t, t_next, h, ratio, y)
+            if trial.failure is not None and not (is_adaptive and control.can_shrink):
+                raise self._failure(StepSizeError if is_adaptive else SolveError, control, trial.failure)
             if control.is_accepted:
                 y = trial.y1
             elif control.status == "not_finite":

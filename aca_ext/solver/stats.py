@@ -25,6 +25,9 @@ class Stats:
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
             0 if the caches held everything.
+        n_jacobians: Jacobians of func that the forward pass of an implicit method evaluated.
+        n_factorizations: matrices that it factorised.
+        n_newton_iterations: iterations of Newton's method, each with one evaluation of func per stage.
     """
 
     n_f_evals: int = 0
@@ -34,6 +37,9 @@ class Stats:
     backend: str = ""
     n_f_evals_backward: int | None = None
     compile_seconds: float = 0.0
+    n_jacobians: int = 0
+    n_factorizations: int = 0
+    n_newton_iterations: int = 0
 
 
 @dataclass(repr=False)

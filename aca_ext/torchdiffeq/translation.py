@@ -14,7 +14,7 @@ from aca_ext.errors import ArgumentTypeError, OptionError
 from aca_ext.problem.arguments import number_in
 from aca_ext.problem.state import State, like_tuple
 from aca_ext.torchdiffeq.callbacks import callback_of, warn_of_unsupported
-from aca_ext.torchdiffeq.names import checked_method, kind_of
+from aca_ext.torchdiffeq.names import IMPLICIT, checked_method, kind_of
 from aca_ext.user_warnings import warn_user
 
 _CONTROL = ("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "max_num_steps")
@@ -88,9 +88,15 @@ def options_of(method: str, options: object, *, n_intervals: int) -> dict[str, A
         found.setdefault("interp", "linear")
     elif kind == "fixed":
         found.pop("interp", None)  # every requested time is a node
+        if method in IMPLICIT:
+            found["grid_constructor"] = _requested  # trbdf2 would choose its steps otherwise
     elif kind == "adaptive":
         _complete_adaptive(found, given, n_intervals)
     return found
+
+
+def _requested(func: Any, y0: Any, t: Tensor) -> Tensor:
+    return t
 
 
 def _complete_adaptive(found: dict[str, Any], given: Mapping[str, Any], n_intervals: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
+from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.numerics.tableau import Tableau
@@ -22,6 +23,7 @@ from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
     accepts_min_step,
+    adams_of,
     check_option_names,
     controller_of,
     inner_times,
@@ -64,6 +66,7 @@ class Problem:
         resumed: state of the solver from which a resumed solve continues, else None.
         accepts_min_step: a step of ``min_step`` is accepted whatever its error.
         interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
+        resolution: relative rounding of the times as they were given.
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
         settings: shared by problems that differ only in func, args and the values of y0.
@@ -84,6 +87,7 @@ class Problem:
     stops_at_limit: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
+    resolution: float = 0.0
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
@@ -237,6 +241,8 @@ def checked_problem(
     check_option_names(given, tableau, is_fixed)
     if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
         raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
+    if isinstance(tableau, Adams):
+        tableau = adams_of(given, tableau)
     norm = norm_of(given.get("norm"), packing)
     checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
     checked_atol = checked_tolerance("atol", atol, packed, packing)
@@ -264,6 +270,7 @@ def checked_problem(
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
+        resolution=resolution_of(t),
     )
 
 

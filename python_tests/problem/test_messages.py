@@ -51,7 +51,7 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "meant"),
         [
-            ("max_steps", "max_num_steps"), ("max_iters", "max_num_steps"), ("mxstep", "max_num_steps"),
+            ("max_steps", "max_num_steps"), ("maxiter", "max_num_steps"), ("mxstep", "max_num_steps"),
             ("dt", "step_size"), ("h", "step_size"), ("stepsize", "step_size"), ("dt0", "first_step"),
             ("dtmax", "max_step"), ("min_dt", "min_step"), ("tstops", "step_t"), ("MAX_STEP", "max_step"),
         ],

@@ -89,6 +89,14 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``perturb``: True evaluates func at the ends of a step at the next number inside the step, for a func
               that jumps at the nodes; default False.
 
+            and for the methods of Adams also
+
+            * ``max_order``: highest order of a formula, 4 to 12; default 12. High orders of explicit_adams need very
+              small steps to be stable; 5 suffices for the order of the whole solve.
+            * ``max_iters``: evaluations of the corrector of implicit_adams in a step; default 4. It stops before if an
+              evaluation changes the step by less than atol + rtol·|step|, and a ConvergenceWarning says where it does
+              not.
+
             Fixed steps on a GPU do not check for NaN, which would synchronise.
         events: list of ``aca_ext.Event``. A reset changes the state at its event, and the solve goes on. Terminal
             events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. For

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aca_ext.errors import OptionError, UnknownNameError
+from aca_ext.numerics.adams import DEFAULT_MAX_ITERS, MAX_ORDER, MIN_ORDER, Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.numerics.weights import Weights
@@ -20,6 +22,7 @@ from aca_ext.problem.state import Packing
 
 FIXED_OPTIONS = ("step_size", "grid_constructor")
 _ALL_FIXED_OPTIONS = (*FIXED_OPTIONS, "interp", "perturb")
+_ADAMS_OPTIONS = ("max_order", "max_iters")
 _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
@@ -37,6 +40,8 @@ def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None
     """Raises UnknownNameError if a name is no option, or an option of adaptive steps in a solve with fixed steps."""
     of_newton = () if isinstance(tableau, Tableau) else NEWTON_OPTIONS
     allowed = (*_ALL_FIXED_OPTIONS, *of_newton) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS, *of_newton)
+    if isinstance(tableau, Adams):
+        allowed = (*allowed, *_ADAMS_OPTIONS[: 2 if tableau.implicit else 1])
     for name in given:
         if name in allowed:
             continue
@@ -44,7 +49,7 @@ def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None
             why = "has no error estimate" if not tableau.adaptive else "was given step_size or grid_constructor"
             raise UnknownNameError(
                 f"option {name!r} is for adaptive steps, but method {tableau.name!r} {why}, so its steps are fixed. "
-                f"Remove the option; fixed steps take {', '.join(_ALL_FIXED_OPTIONS)}."
+                f"Remove the option; here there are {', '.join(allowed)}."
             )
         if name in NEWTON_OPTIONS:
             raise UnknownNameError(
@@ -52,6 +57,9 @@ def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None
             )
         if name in _ALL_FIXED_OPTIONS:
             raise UnknownNameError(f"option {name!r} belongs to fixed steps; give step_size too, or leave it out.")
+        if name in _ADAMS_OPTIONS and (is_fixed or name == "max_order"):
+            only = "implicit_adams" if name == "max_iters" else "explicit_adams and implicit_adams"
+            raise UnknownNameError(f"option {name!r} belongs to {only}; method {tableau.name!r} has no use for it.")
         if name in _ARGUMENTS:
             raise UnknownNameError(f"{name!r} is no option but an argument of its own: give {name}=... beside options.")
         lookup(f"option of method {tableau.name!r}", name, allowed)
@@ -90,6 +98,30 @@ def controller_of(given: Options, tableau: Weights) -> Controller:
             "max_step."
         )
     return Controller(order=tableau.order, **values)
+
+
+def adams_of(given: Options, method: Adams) -> Adams:
+    """The method of Adams with the limits of options max_order and max_iters.
+
+    Raises:
+        OptionError: an option is no integer, or out of range.
+    """
+    max_order, max_iters = given.get("max_order"), given.get("max_iters")
+    order = number_in(MAX_ORDER if max_order is None else max_order)
+    if order is None or order % 1 != 0 or not MIN_ORDER <= order <= MAX_ORDER:
+        raise OptionError(
+            f"option max_order is {max_order!r}; it must be an integer from {MIN_ORDER} to {MAX_ORDER}. For lower "
+            'orders there is method="rk4".'
+        )
+    iters = number_in(DEFAULT_MAX_ITERS if max_iters is None else max_iters)
+    if iters is None or iters % 1 != 0 or iters < 1:
+        raise OptionError(f"option max_iters is {max_iters!r}; it must be an integer of at least 1.")
+    return _limited(method, int(order), int(min(iters, 2**62)))
+
+
+@lru_cache(maxsize=64)
+def _limited(method: Adams, max_order: int, max_iters: int) -> Adams:
+    return method.with_limits(max_order, max_iters)
 
 
 def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[float, ...]:
@@ -195,7 +227,7 @@ def is_perturbed(value: object) -> bool:
 
 def option_names() -> tuple[str, ...]:
     """Names of all options, of adaptive and of fixed steps."""
-    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *NEWTON_OPTIONS)
+    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *NEWTON_OPTIONS, *_ADAMS_OPTIONS)
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

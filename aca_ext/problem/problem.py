@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
+from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
@@ -23,6 +24,7 @@ from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
     accepts_min_step,
+    adams_of,
     check_option_names,
     controller_of,
     inner_times,
@@ -67,6 +69,7 @@ class Problem:
         accepts_min_step: a step of ``min_step`` is accepted whatever its error.
         interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
         newton: options of an implicit method; None for an explicit one.
+        resolution: relative rounding of the times as they were given.
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
         settings: shared by problems that differ only in func, args and the values of y0.
@@ -88,6 +91,7 @@ class Problem:
     accepts_min_step: bool = False
     interp: str | None = None
     newton: NewtonOptions | None = None
+    resolution: float = 0.0
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
@@ -249,6 +253,8 @@ def checked_problem(
     if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
         raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
     is_compact(given)
+    if isinstance(tableau, Adams):
+        tableau = adams_of(given, tableau)
     norm = norm_of(given.get("norm"), packing)
     checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
     checked_atol = checked_tolerance("atol", atol, packed, packing)
@@ -277,6 +283,7 @@ def checked_problem(
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
         newton=newton_options_of(given, tableau, packing, packed),
+        resolution=resolution_of(t),
     )
 
 

@@ -17,15 +17,18 @@ from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeE
 from aca_ext.kernels.extension import step_control_for
 from aca_ext.kernels.fused import TorchOperations, empty_rows
 from aca_ext.kernels.reference import Number, as_float
+from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
+from aca_ext.solver.adams import AdamsSteps
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
 from aca_ext.solver.method import check_repeatable, method_of
 from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
+from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
@@ -57,7 +60,7 @@ class Solver:
         *,
         k0: Tensor | None,
         rows: Sequence[Tensor] | None = None,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Checkpoints | SlopeCheckpoints | None = None,
         differentiable_steps: bool = False,
     ) -> None:
         self.problem, self.field, self.ops = problem, field, ops
@@ -65,10 +68,15 @@ class Solver:
         self.stats = Stats(backend=ops.backend)
         method = method_of(problem, field.fastest, ops, estimate_error=problem.adaptive, counts=self.stats)
         self.scheme, self._compiled, self._step = method.scheme, method.compiled, method.step
+        self._adams = AdamsSteps(field.fastest, ops, problem) if isinstance(problem.tableau, Adams) else None
         if problem.newton is not None:
             check_repeatable(problem, field)
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
+        if self._adams is not None:
+            self._compiled, self._step, self.record.formulas = None, self._adams.step, self._adams.formulas
+            if isinstance(checkpoints, SlopeCheckpoints):
+                checkpoints.slopes = self._adams.slopes
         self._outputs: list[Tensor] = []
         self._events = StepEvents(problem, ops, self.record) if problem.events else None
         # States of the random generators before the first slope of the next step; None if func draws no numbers.
@@ -179,6 +187,8 @@ class Solver:
     def _finish(self, control: AnyStepControl, y: Tensor) -> None:
         """Records where the solve ended, or raises the error of a solve that did not reach its end."""
         problem, status = self.problem, control.status
+        if self._adams is not None:
+            self._adams.finish()
         if status == "event":
             return
         if status == "done":

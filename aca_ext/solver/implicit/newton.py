@@ -107,7 +107,8 @@ class Newton:
         self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
     ) -> list[Tensor]:
         """Iterates until the error, estimated from the rate of convergence, is within the tolerance."""
-        assert self._tolerance is not None and self._start is not None
+        assert self._tolerance is not None
+        assert self._start is not None
         y, ops = self._start[1], self._ops
         # Below this, changes are rounding.
         rounding = 10 * torch.finfo(y.dtype).eps * ops.error_norm(y, None, 0.0, y, y)

@@ -35,7 +35,7 @@ _LARGEST_AT_FIRST = 3.0  # contraction of the second change that may still be on
 _SLOW = 0.1  # contraction above which iterations to rounding take a new Jacobian
 
 
-class NewtonFailure(Exception):
+class NewtonError(Exception):
     """Iterations that did not converge; ``residual`` is the size of the last change of a stage, in ``unit``."""
 
     def __init__(self, residual: float, unit: str) -> None:
@@ -81,7 +81,7 @@ class Newton:
         """The slopes of a group of stages at the times ``t``; ``guess`` has their number of slopes.
 
         Raises:
-            NewtonFailure: the iterations do not converge.
+            NewtonError: the iterations do not converge.
         """
         assert group.a is not None
         if self._linearisation is None:
@@ -90,13 +90,13 @@ class Newton:
         iterate = self._to_tolerance if self._tolerance is not None else self._to_rounding
         try:
             z = iterate(group, t, h, base, start)
-        except NewtonFailure:
-            if self._is_current and self._tolerance is not None:
+        except NewtonError:
+            if self._tolerance is None:  # perhaps because of a guess that is far off
+                start = [torch.zeros_like(x) for x in start]
+            elif self._is_current:
                 raise
             self._linearise_start()
-            z = iterate(
-                group, t, h, base, start if self._tolerance is not None else [torch.zeros_like(z) for z in start]
-            )
+            z = iterate(group, t, h, base, start)
         return [self._ops.admit(k) for k in combined(1 / h, group.inverse, z)]
 
     def filtered(self, group: Group, h: float, error: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Newton:
             if size == 0 or rate * size <= wanted:
                 self._rate = rate if self._rate == 1.0 else max(rate, self._rate)
                 return z
-        raise NewtonFailure(sizes[-1], _TOLERANCES)
+        raise NewtonError(sizes[-1], _TOLERANCES)
 
     def _to_rounding(
         self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
@@ -153,7 +153,7 @@ class Newton:
                 self._factorise(group, h, [self._linearise(*at) for at in zip(t, states, strict=True)])
                 self._linearisation = None
             before = size
-        raise NewtonFailure(largest, "of the state")
+        raise NewtonError(largest, "of the state")
 
     def _iteration(
         self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]

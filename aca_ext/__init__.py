@@ -25,6 +25,7 @@ else:
     from aca_ext import errors
     from aca_ext.gradients import GRADIENTS
     from aca_ext.kernels.extension import config, show_config
+    from aca_ext.known_steps.replay import replay
     from aca_ext.neural_ode import NeuralODE
     from aca_ext.numerics.methods import METHODS
     from aca_ext.odeint import odeint, solve
@@ -49,6 +50,7 @@ else:
         "config",
         "errors",
         "odeint",
+        "replay",
         "show_config",
         "solve",
     ]

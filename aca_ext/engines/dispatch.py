@@ -28,8 +28,10 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solution import LazySolution, Solution, event_record, stopped
+from aca_ext.solution import LazySolution, Solution, checked_plan, event_record, stopped
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
+from aca_ext.solver.stats import BatchStats, Stats
+from aca_ext.solver.step_plan import StepPlan
 
 
 def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
@@ -120,11 +122,11 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y, record = problem.packing.unpack_rows(result.ys), result.record
     if result.is_lazy:
-        return LazySolution.of(times, y, record, result.stats)
+        return LazySolution.of(times, y, record, result.stats, problem)
     if problem.events:
         assert isinstance(record, StepRecord)
         return _solution_with_events(problem, times, record, result)
-    solution = Solution(times, y, record.bounds(), result.stats)
+    solution = Solution(times, y, record.bounds(), result.stats, plan=_plan(problem, record, result.stats))
     if not problem.stops_at_limit:
         return solution
     assert isinstance(record, StepRecord)
@@ -142,7 +144,14 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
     )
     y, is_complete = packing.unpack_rows(ys[:n_reached]), n_reached == len(times)
     solution = Solution(times[:n_reached], y, record.bounds(), result.stats, is_complete)
-    return replace(solution, events=records, ended_by=record.ended_by)
+    plan = _plan(problem, record, result.stats).reaching(n_reached)
+    return replace(solution, events=records, ended_by=record.ended_by, plan=plan)
+
+
+def _plan(problem: Problem, record: Any, stats: Stats | BatchStats) -> StepPlan:
+    if problem.events:
+        record = StepRecord(record.steps)  # without the events, whose tensors would stay
+    return checked_plan(StepPlan(problem.tableau, record, problem.known_times, problem.jumps), stats)
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:
@@ -180,7 +189,7 @@ def run_compiled_again(given: Arguments) -> Solution | None:
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
     result = _result(ENGINES["compiled"], Request(problem))
-    return LazySolution.of(t, result.ys, result.record, result.stats)
+    return LazySolution.of(t, result.ys, result.record, result.stats, problem)
 
 
 def _resumed(

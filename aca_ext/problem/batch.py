@@ -93,6 +93,10 @@ class BatchProblem(Problem):
     nan_on_failure: bool = False
 
     @property
+    def known_times(self) -> Array:
+        return self.times_of_rows
+
+    @property
     def length(self) -> float:
         times = self.times_of_rows
         return float(np.abs(times[:, -1] - times[:, 0]).mean()) if len(times) else 0.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from aca_ext.engines import ENGINES
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.base import Engine, Request
+from aca_ext.engines.dense_solves import check_dense, dense_problem, dense_solution
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
@@ -47,10 +48,15 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
         return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
     problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
+    keeps_ends = arguments.dense or arguments.output_fn is not None
+    if keeps_ends:
+        problem = dense_problem(arguments, problem)
     request = Request(
-        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint
+        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint, keeps_ends
     )
     _check_together(request)
+    if keeps_ends:
+        check_dense(request, arguments.engine)
     if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
     result = _result(ENGINES[lookup("engine", arguments.engine, ENGINES)], request)
@@ -119,6 +125,8 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
 def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
     """The ``Solution`` for the user, from the result of an engine."""
     problem, t = request.problem, arguments.t
+    if request.keeps_ends:
+        return dense_solution(arguments, problem, result)
     times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
     y, record = problem.packing.unpack_rows(result.ys), result.record
     if result.is_lazy:
@@ -164,6 +172,8 @@ def _check_recorded(recording: str, arguments: Arguments) -> None:
         "progress": arguments.progress,
         'option batch="independent"': is_batch,
         "events": len(arguments.events) > 0,
+        "dense": arguments.dense,
+        "output_fn": arguments.output_fn is not None,
     }
     for name, is_given in what.items():
         if is_given:
@@ -176,6 +186,8 @@ def run_compiled_again(given: Arguments) -> Solution | None:
         return None
     if (
         given.events
+        or given.dense
+        or given.output_fn is not None
         or given.adjoint_params is not None
         or given.callback is not None
         or given.progress

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import OptionError, UnknownNameError
+from aca_ext.errors import ArgumentValueError, OptionError, UnknownNameError
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.admission import check_readable
@@ -179,6 +179,15 @@ def is_perturbed(value: object) -> bool:
 def option_names() -> tuple[str, ...]:
     """Names of all options, of adaptive and of fixed steps."""
     return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS)
+
+
+def refuse_dense(caller: str, dense: object) -> None:
+    """Raises ArgumentValueError if ``caller``, which returns only the state, is given ``dense``."""
+    if dense:
+        raise ArgumentValueError(
+            f"dense={dense!r} makes a solution that is a function of time, which the result of {caller} is not. Use "
+            "aca_ext.solve."
+        )
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

@@ -148,6 +148,17 @@ def dense_weights(tableau: Tableau, theta: Any) -> list[Any]:
     return weights
 
 
+def dense_derivative_weights(tableau: Tableau, theta: Any) -> list[Any]:
+    """Derivatives of ``dense_weights`` with respect to ``theta``."""
+    weights: list[Any] = []
+    for row in tableau.dense_coefficients:
+        weight: Any = 0.0
+        for power, coefficient in zip(range(len(row), 0, -1), row, strict=True):
+            weight = weight * theta + power * coefficient
+        weights.append(weight)
+    return weights
+
+
 class Rows:
     """``Lanes`` of a batch whose first dimension counts the samples."""
 

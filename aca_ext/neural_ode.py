@@ -15,7 +15,7 @@ from aca_ext.kernels.extension import known_tensors
 from aca_ext.odeint import solve
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.events import refuse_terminal
-from aca_ext.problem.options import option_names, refuse_to_stop
+from aca_ext.problem.options import option_names, refuse_dense, refuse_to_stop
 from aca_ext.problem.state import State, like_tuple, tensors_in
 from aca_ext.problem.suggestions import meant_by
 from aca_ext.problem.times import times_of
@@ -121,6 +121,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     """Raises if ``odeint`` does not accept one of the settings, or a layer cannot."""
     refuse_to_stop("NeuralODE", settings.get("options"))
     refuse_terminal("NeuralODE", settings.get("events") or ())
+    refuse_dense("NeuralODE", settings.get("dense"))
     allowed = [argument.name for argument in fields(Arguments) if argument.kw_only and argument.name != "args"]
     for name in settings:
         option = None if name in allowed else meant_by(name, option_names())

@@ -12,7 +12,7 @@ from aca_ext.engines.arguments import Arguments, takes
 from aca_ext.engines.dispatch import engine_of, run, run_again
 from aca_ext.engines.event_segments import solve_with_events, to_event
 from aca_ext.problem.events import refuse_terminal
-from aca_ext.problem.options import refuse_to_stop
+from aca_ext.problem.options import refuse_dense, refuse_to_stop
 from aca_ext.problem.state import State
 from aca_ext.solution import Solution
 
@@ -142,6 +142,12 @@ def odeint(arguments: _OdeintArguments) -> State:
               tried again. ``stats.engine`` and ``stats.reason`` tell which it was and why. Both engines take the same
               steps, but round differently, so that the last bits of a result may change at the third solve.
         args: further arguments of func; tensors among them receive gradients.
+        dense: ``solve`` alone: True makes the solution a function of time, ``solution(t)`` for any t between the first
+            and the last, and ``solution.derivative(t)``. A method without dense output gets cubic Hermite
+            interpolation. For engine="eager", gradient="aca" and steps that all samples share.
+        output_fn: function (t, y) of a time and a state that returns a tensor or a tuple of tensors. The result holds
+            its values at the times t in place of the states, which are not kept: memory is that of the steps. A
+            backward pass computes the states again. Conditions as for ``dense``.
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
         progress: show a bar of the time reached (needs tqdm); of the samples solved, with engine="compiled" and
@@ -178,6 +184,7 @@ def odeint(arguments: _OdeintArguments) -> State:
     if arguments.event_fn is not None:
         return to_event(arguments, arguments.event_fn)
     refuse_terminal("odeint", arguments.events)
+    refuse_dense("odeint", arguments.dense)
     return _solution(arguments).y
 
 

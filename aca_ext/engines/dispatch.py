@@ -14,6 +14,7 @@ from aca_ext.engines import ENGINES
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.base import Engine, Request
 from aca_ext.engines.default import get_default_engine
+from aca_ext.engines.dense_solves import check_dense, dense_problem, dense_solution
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
@@ -29,8 +30,10 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import as_float64, warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solution import LazySolution, Solution, event_record, stopped
+from aca_ext.solution import LazySolution, Solution, checked_plan, event_record, stopped
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
+from aca_ext.solver.stats import BatchStats, Stats
+from aca_ext.solver.step_plan import StepPlan
 
 
 def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
@@ -46,13 +49,20 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
         return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
     problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
+    keeps_ends = arguments.dense or arguments.output_fn is not None
+    if keeps_ends:
+        problem = dense_problem(arguments, problem)
     request = Request(
-        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint
+        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint, keeps_ends
     )
     _check_together(request)
+    engine = engine_of(arguments)
+    if keeps_ends:
+        engine = "eager" if engine == "auto" else engine
+        check_dense(request, engine)
     if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
-    result = _result(ENGINES[lookup("engine", engine_of(arguments), ENGINES)], request)
+    result = _result(ENGINES[lookup("engine", engine, ENGINES)], request)
     return _solution(arguments, request, result)
 
 
@@ -118,15 +128,17 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
 def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
     """The ``Solution`` for the user, from the result of an engine."""
     problem, t = request.problem, arguments.t
+    if request.keeps_ends:
+        return dense_solution(arguments, problem, result)
     times = t if isinstance(t, Tensor) else torch.from_numpy(as_float64(t))
     y, record = problem.packing.unpack_rows(result.ys), result.record
     if problem.events:
         assert isinstance(record, StepRecord)
         return _solution_with_events(problem, times, record, result)
     if not problem.stops_at_limit:
-        return LazySolution.of(times, y, record, result.stats)
+        return LazySolution.of(times, y, record, result.stats, problem)
     assert isinstance(record, StepRecord)
-    solution = Solution(times, y, record.bounds(), result.stats)
+    solution = Solution(times, y, record.bounds(), result.stats, plan=_plan(problem, record, result.stats))
     # Without state and times, whose memory this would hold; with params of the request, as given ones may be iterators.
     kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
     return stopped(solution, problem, record, partial(_resumed, kept))
@@ -141,7 +153,14 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
     )
     y, is_complete = packing.unpack_rows(ys[:n_reached]), n_reached == len(times)
     solution = Solution(times[:n_reached], y, record.bounds(), result.stats, is_complete)
-    return replace(solution, events=records, ended_by=record.ended_by)
+    plan = _plan(problem, record, result.stats).reaching(n_reached)
+    return replace(solution, events=records, ended_by=record.ended_by, plan=plan)
+
+
+def _plan(problem: Problem, record: Any, stats: Stats | BatchStats) -> StepPlan:
+    if problem.events:
+        record = StepRecord(record.steps)  # without the events, whose tensors would stay
+    return checked_plan(StepPlan(problem.tableau, record, problem.known_times, problem.jumps), stats)
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:
@@ -154,6 +173,8 @@ def _check_recorded(recording: str, arguments: Arguments) -> None:
         "progress": arguments.progress,
         'option batch="independent"': is_batch,
         "events": len(arguments.events) > 0,
+        "dense": arguments.dense,
+        "output_fn": arguments.output_fn is not None,
     }
     for name, is_given in what.items():
         if is_given:
@@ -171,6 +192,8 @@ def run_again(given: Arguments, engine: str) -> Solution | None:
         return None
     if (
         given.events
+        or given.dense
+        or given.output_fn is not None
         or given.adjoint_params is not None
         or given.callback is not None
         or given.progress
@@ -184,7 +207,7 @@ def run_again(given: Arguments, engine: str) -> Solution | None:
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
     result = _result(ENGINES[engine], Request(problem))
-    return LazySolution.of(t, result.ys, result.record, result.stats)
+    return LazySolution.of(t, result.ys, result.record, result.stats, problem)
 
 
 def _resumed(

@@ -63,6 +63,8 @@ def solve_without_graph(
     """Solves without an autograd graph; ``checkpoints`` receives the states for a backward pass."""
     problem = task.problem
     y0 = problem.y0.detach()
+    if checkpoints is None and task.keeps_ends:
+        checkpoints = Checkpoints(y0)
     with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
         ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
@@ -71,7 +73,21 @@ def solve_without_graph(
             ys = stack_rows(outputs, y0)
         elif problem.stops_at_limit:
             ys = ys[: len(outputs)].clone()
+        if task.keeps_ends:
+            assert isinstance(checkpoints, Checkpoints)
+            ys = _with_ends(ys, solver.record, checkpoints)
     return Result(ys, solver.record, solver.stats)
+
+
+def _with_ends(ys: Tensor, record: StepRecord, checkpoints: Checkpoints) -> Tensor:
+    """The outputs and then the ends of all steps, which the record now lists as outputs of their steps."""
+    n = len(ys)
+    record.steps = [s._replace(outputs=[*s.outputs, (n + i, 1.0)]) for i, s in enumerate(record.steps)]
+    _, *ends = rows(checkpoints.blocks, checkpoints.count)
+    all_rows = empty_rows(n + len(ends), ys[0])
+    for row, state in zip(all_rows.unbind(0), (*ys.unbind(0), *ends), strict=True):
+        row.copy_(state)
+    return all_rows
 
 
 class _EagerBackward:
@@ -171,7 +187,7 @@ def differentiable_backward(
     replay = forward.replay(inputs, gate.of, y0)
     make, scheme = differentiable_step(problem, _record(forward), replay, ops)
     start = gate.of(y0)
-    y, outputs = start, [start]
+    y, outputs = start, {0: start}
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
     check = ReplayCheck(y0.detach(), segments, len(steps), dtype, replay.held, restarts=False)
     distance = distances([0, *(n for n in states if n > 0)])
@@ -183,14 +199,14 @@ def differentiable_backward(
             if n + 1 in states:
                 end = states[n + 1].to(y0.device)
                 check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)
-            for _, theta in s.outputs:
-                y_i = trial.y1 if theta == 1.0 else interpolate(ops, problem.tableau, y, s.h, trial.k, theta)
-                outputs.append(y_i)
+            for i, theta in s.outputs:
+                inside = theta != 1.0
+                outputs[i] = interpolate(ops, problem.tableau, y, s.h, trial.k, theta) if inside else trial.y1
             y = trial.y1
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
-    ys = stack_rows(outputs, y0)
+    ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))

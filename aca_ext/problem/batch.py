@@ -118,6 +118,10 @@ class BatchProblem(Problem):
         return bool((self.counts < self.times_of_rows.shape[1]).any())
 
     @property
+    def known_times(self) -> Array:
+        return self.times_of_rows
+
+    @property
     def length(self) -> float:
         return float(np.abs(self.last_times - self.times_of_rows[:, 0]).mean()) if len(self.counts) else 0.0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import OptionError, UnknownNameError
+from aca_ext.errors import ArgumentValueError, OptionError, UnknownNameError
 from aca_ext.numerics.adams import DEFAULT_MAX_ITERS, MAX_ORDER, MIN_ORDER, Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.tableau import Tableau
@@ -228,6 +228,15 @@ def is_perturbed(value: object) -> bool:
 def option_names() -> tuple[str, ...]:
     """Names of all options, of adaptive and of fixed steps."""
     return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *NEWTON_OPTIONS, *_ADAMS_OPTIONS)
+
+
+def refuse_dense(caller: str, dense: object) -> None:
+    """Raises ArgumentValueError if ``caller``, which returns only the state, is given ``dense``."""
+    if dense:
+        raise ArgumentValueError(
+            f"dense={dense!r} makes a solution that is a function of time, which the result of {caller} is not. Use "
+            "aca_ext.solve."
+        )
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

@@ -107,6 +107,11 @@ class Problem:
         return (*self.stops, self.times[-1]) if self.grid is None else self.grid[1:]
 
     @property
+    def known_times(self) -> Any:
+        """The requested times; of independent samples an array, (batch, T)."""
+        return self.times
+
+    @property
     def length(self) -> float:
         """Length of the solve in time; of independent samples the mean."""
         return abs(self.times[-1] - self.times[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -10,7 +12,7 @@ from aca_ext.errors import ArgumentTypeError
 
 # Private to torch. In a version without them, transforms go undetected here and torch raises its own error.
 _FUNCTORCH = getattr(torch._C, "_functorch", None)
-_is_wrapped = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", lambda x: False)
+is_wrapped: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", lambda x: False)
 _is_batched = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda x: False)
 
 
@@ -18,7 +20,7 @@ def refuse_transforms(what: str, x: object) -> None:
     """Raises ArgumentTypeError if ``x`` is a tensor inside a transform; ``what`` names it in the message."""
     if not isinstance(x, Tensor):
         return
-    if _is_wrapped(x) or _is_batched(x):
+    if is_wrapped(x) or _is_batched(x):
         raise ArgumentTypeError(
             f"{what} is inside a function transform (torch.func.grad, vjp, jvp, jacrev, vmap, or a batched backward "
             "pass), which a solve does not support. For derivatives use torch.autograd.grad (again with "
@@ -30,3 +32,10 @@ def refuse_transforms(what: str, x: object) -> None:
             f"{what} carries a forward-mode derivative (torch.autograd.forward_ad), which a solve does not propagate. "
             "Use torch.autograd.functional.jvp."
         )
+
+
+def version_of(x: Tensor) -> int:
+    """Count of the changes in place of a tensor, inside transforms of the tensor that it stands for."""
+    while is_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x._version

@@ -16,6 +16,7 @@ from aca_ext.engines.base import Engine, Request
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
+from aca_ext.gradients.at_batch_events import at_batch_event
 from aca_ext.gradients.at_events import at_event
 from aca_ext.gradients.base import AdjointOptions, Result
 from aca_ext.gradients.dependencies import checked_params
@@ -28,7 +29,8 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import as_float64, warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solution import LazySolution, Solution, event_record, stopped
+from aca_ext.solution import LazySolution, Solution, batch_event_record, event_record, stopped
+from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
 
 
@@ -104,7 +106,7 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
     """
     obstacles = {
         f'gradient="{arguments.gradient}"': arguments.gradient not in ("aca", "direct", "naive"),
-        'option batch="independent"': is_independent(arguments.options),
+        'option on_failure="nan"': isinstance(problem, BatchProblem) and problem.nan_on_failure,
         'option on_step_limit="stop"': problem.stops_at_limit,
     }
     for what, is_given in obstacles.items():
@@ -121,6 +123,8 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     y, record = problem.packing.unpack_rows(result.ys), result.record
     if result.is_lazy:
         return LazySolution.of(times, y, record, result.stats)
+    if problem.events and isinstance(problem, BatchProblem):
+        return _batch_solution_with_events(problem, times, result)
     if problem.events:
         assert isinstance(record, StepRecord)
         return _solution_with_events(problem, times, record, result)
@@ -143,6 +147,20 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
     y, is_complete = packing.unpack_rows(ys[:n_reached]), n_reached == len(times)
     solution = Solution(times[:n_reached], y, record.bounds(), result.stats, is_complete)
     return replace(solution, events=records, ended_by=record.ended_by)
+
+
+def _batch_solution_with_events(problem: BatchProblem, times: Tensor, result: Result) -> Solution:
+    record, packing, ys = result.record, problem.packing, result.ys
+    assert isinstance(record, BatchRecord)
+    n_times = problem.times_of_rows.shape[1]
+    records = tuple(
+        batch_event_record(*at_batch_event(i, problem, record, ys), packing, event.terminal)
+        for i, event in enumerate(problem.events)
+    )
+    is_complete = not (record.ended_by >= 0).any()
+    y, ended_by = packing.unpack_rows(ys[:n_times]), torch.from_numpy(record.ended_by)
+    solution = Solution(times, y, record.bounds(), result.stats, is_complete)
+    return replace(solution, events=records, ended_by=ended_by)
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -51,6 +52,9 @@ class EventRecord:
             are a floating-point tensor, else float64 on the CPU. Differentiable, once.
         y: (n, \\*y0.shape) states at these times, before a reset; for a tuple state a tuple of such tensors.
             Differentiable, once.
+
+    With independent samples t is (batch, n) and y (batch, n, \\*state of a sample), with n the most occurrences in one
+    sample, and NaN for occurrences that others do not have. Of a terminal event t is (batch,) and y like y0.
     """
 
     t: Tensor
@@ -72,7 +76,9 @@ class Solution:
         is_complete: True if all requested times were reached; False only with option ``on_step_limit="stop"``.
         continuation: data for ``resume``; None without option ``on_step_limit="stop"``.
         events: one ``EventRecord`` per event, in the order in which the events were given.
-        ended_by: index of the terminal event that ended the solve; None if it reached its last time.
+        ended_by: index of the terminal event that ended the solve; None if it reached its last time. With independent
+            samples and events, (batch,) int64 on the CPU, with -1 for a sample that reached its last time; states at
+            times after the event of a sample are NaN.
         plan: data for ``aca_ext.replay``.
     """
 
@@ -83,7 +89,7 @@ class Solution:
     is_complete: bool = True
     continuation: Continuation | None = field(default=None, repr=False, compare=False)
     events: tuple[EventRecord, ...] = ()
-    ended_by: int | None = None
+    ended_by: int | Tensor | None = None
     plan: StepPlan | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -187,6 +193,17 @@ def event_record(found: Sequence[tuple[Tensor, Tensor]], ys: Tensor, packing: Pa
     t = torch.stack([t for t, _ in found]) if found else torch.empty(0, dtype=torch.float64)
     y = torch.stack([y for _, y in found]) if found else ys[:0]
     return EventRecord(t, packing.unpack_rows(y))
+
+
+def batch_event_record(t: Tensor, ys: Tensor, packing: Packing, is_terminal: bool) -> EventRecord:
+    """The record of an event of independent samples from times (n, batch) and packed states (n, batch, ...)."""
+    if is_terminal and len(t) == 0:
+        t, ys = t.new_full((1, *t.shape[1:]), math.nan), ys.new_full((1, *ys.shape[1:]), math.nan)
+    y = packing.unpack_rows(ys)
+    parts = (part[0] if is_terminal else part.transpose(0, 1) for part in (y if isinstance(y, tuple) else (y,)))
+    return EventRecord(
+        t[0] if is_terminal else t.T, like_tuple(type(y), parts) if isinstance(y, tuple) else next(parts)
+    )
 
 
 def joined(parts: Sequence[Solution], times: Tensor) -> Solution:

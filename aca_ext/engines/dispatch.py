@@ -18,6 +18,7 @@ from aca_ext.engines.dense_solves import check_dense, dense_problem, dense_solut
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
+from aca_ext.gradients.at_batch_events import at_batch_event
 from aca_ext.gradients.at_events import at_event
 from aca_ext.gradients.base import AdjointOptions, Result
 from aca_ext.gradients.dependencies import checked_params
@@ -30,7 +31,8 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import as_float64, warn_where_time_stands_still
 from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solution import LazySolution, Solution, checked_plan, event_record, stopped
+from aca_ext.solution import LazySolution, Solution, batch_event_record, checked_plan, event_record, stopped
+from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
 from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.solver.step_plan import StepPlan
@@ -115,7 +117,7 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
     """
     obstacles = {
         f'gradient="{arguments.gradient}"': arguments.gradient not in ("aca", "direct", "naive"),
-        'option batch="independent"': is_independent(arguments.options),
+        'option on_failure="nan"': isinstance(problem, BatchProblem) and problem.nan_on_failure,
         'option on_step_limit="stop"': problem.stops_at_limit,
     }
     for what, is_given in obstacles.items():
@@ -132,6 +134,8 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
         return dense_solution(arguments, problem, result)
     times = t if isinstance(t, Tensor) else torch.from_numpy(as_float64(t))
     y, record = problem.packing.unpack_rows(result.ys), result.record
+    if problem.events and isinstance(problem, BatchProblem):
+        return _batch_solution_with_events(problem, times, result)
     if problem.events:
         assert isinstance(record, StepRecord)
         return _solution_with_events(problem, times, record, result)
@@ -161,6 +165,20 @@ def _plan(problem: Problem, record: Any, stats: Stats | BatchStats) -> StepPlan:
     if problem.events:
         record = StepRecord(record.steps)  # without the events, whose tensors would stay
     return checked_plan(StepPlan(problem.tableau, record, problem.known_times, problem.jumps), stats)
+
+
+def _batch_solution_with_events(problem: BatchProblem, times: Tensor, result: Result) -> Solution:
+    record, packing, ys = result.record, problem.packing, result.ys
+    assert isinstance(record, BatchRecord)
+    n_times = problem.times_of_rows.shape[1]
+    records = tuple(
+        batch_event_record(*at_batch_event(i, problem, record, ys), packing, event.terminal)
+        for i, event in enumerate(problem.events)
+    )
+    is_complete = not (record.ended_by >= 0).any()
+    y, ended_by = packing.unpack_rows(ys[:n_times]), torch.from_numpy(record.ended_by)
+    solution = Solution(times, y, record.bounds(), result.stats, is_complete)
+    return replace(solution, events=records, ended_by=ended_by)
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:

@@ -14,7 +14,8 @@ from aca_ext.kernels.extension import batch_control_for
 from aca_ext.kernels.fused import Array, RowOperations
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.progress import Step
-from aca_ext.solver.batch_failures import RUNNING, SampleFailures
+from aca_ext.solver.batch_events import BatchEvents
+from aca_ext.solver.batch_failures import DONE, RUNNING, SampleFailures
 from aca_ext.solver.batch_record import (
     AcceptedRows,
     BatchRecord,
@@ -24,6 +25,7 @@ from aca_ext.solver.batch_record import (
     Outputs,
     assemble,
     index_of,
+    order_of,
     outputs_of_step,
 )
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
@@ -40,9 +42,11 @@ class BatchSolver:
 
     Attributes:
         record: accepted steps.
-        states: for each entry of the record, the states of its samples before the step; empty without ``keep_states``.
+        states: for each entry of the record, the states of its samples before the step, followed by those at its end of
+            the samples that an event ended in it; empty without ``keep_states``.
         y: states of all samples, each at its own last time.
         stats: counts of the solve.
+        events: events of the solve; None without events.
     """
 
     def __init__(
@@ -59,9 +63,10 @@ class BatchSolver:
         self._scheme = scheme_of(problem.tableau, estimate_error=True)
         self._keep_states = keep_states
         self._outputs: list[Outputs] = []
+        self.events = BatchEvents(problem, ops) if problem.events else None
 
     def run(self, y: Tensor) -> Tensor:
-        """Solves from the packed state ``y`` and returns the outputs, (T, \\*packed shape).
+        """Solves from the packed state ``y`` and returns the outputs, (T, \\*packed shape), and behind them the events.
 
         Raises:
             SolveError: a sample did not reach its last time; the message names the sample.
@@ -77,7 +82,14 @@ class BatchSolver:
         stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_rows_evaluated
         self.field.see(None)
         stats.failures = [self._failures.errors[row] for row in sorted(self._failures.errors)]
-        return assemble(self._outputs_of_survivors(), self.problem.times_of_rows.shape, y)
+        n_outputs = self.problem.times_of_rows.shape[1] + (0 if self.events is None else self.events.n_outputs)
+        outputs = self._outputs_of_survivors()
+        self.record.rest_times = control.t.copy()
+        if self.events is not None:
+            self.record.occurrences, self.record.ended_by = self.events.occurrences(), self.events.ended_by
+        order = order_of(outputs, (n_outputs, n))
+        self.record.is_missing = order == sum(len(states) for _, _, states in outputs)
+        return assemble(outputs, (n_outputs, n), y)
 
     def _outputs_of_survivors(self) -> list[Outputs]:
         """The outputs of the samples that did not fail."""
@@ -94,6 +106,8 @@ class BatchSolver:
     def _run(self, y: Tensor) -> Tensor:
         control = self._control
         self._choose_first_steps(y)
+        if self.events is not None:
+            self.events.start(control.t.copy(), y, self._k, control.h.copy(), control.status == RUNNING)
         while (active := control.status == RUNNING).any():
             if self.problem.is_compact:
                 self._leave_out_finished(active, y)
@@ -107,7 +121,7 @@ class BatchSolver:
             rejected = active & ~accepted
             self._report(t, h, accepted, y)
             if accepted.any():
-                self._accept(accepted, t, y, h, t_next, trial)
+                accepted = self._accept(accepted, t, y, h, t_next, trial)
             if rejected.any():
                 self._failures.check_progress(y, trial.k[0])
             self._k = self._next_slopes(accepted, rejected | ~active, trial)
@@ -149,13 +163,26 @@ class BatchSolver:
                 change = self.field(ops.scalars([control.t_next])[0], euler)
             control.choose_first_steps(ops.error_norm(change, k, -1.0, y, y))
 
-    def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> None:
+    def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> Mask:
+        """Adds the step to the solutions of the samples that accepted it; returns those that go on from its end.
+
+        A sample that an event ends rests where the step started: func need not exist beyond the event.
+        """
         rows = np.flatnonzero(accepted)
-        outputs = self._outputs_due(rows)
-        self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs, self.field.seen))
+        outputs, steps, ended = self._outputs_due(rows), self.ops.steps(h), np.zeros_like(accepted)
+        if self.events is not None:
+            found, end = self.events.find(accepted, t, t_next, y, steps, trial)
+            outputs = outputs.where(outputs.theta <= end[outputs.rows]).followed_by(found)
+            ended = np.isfinite(end)
+            self._control.status[ended] = DONE
+            self._control.t[ended] = t[ended]
+        seen, of_ended = self.field.seen, np.flatnonzero(ended)
+        self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs, seen, of_ended))
         if self._keep_states:
-            self.states.append(y if accepted.all() else y[index_of(rows, y)])
-        self._outputs += outputs_of_step(outputs, self._scheme, y, self.ops.steps(h), trial)
+            starts = y if accepted.all() else y[index_of(rows, y)]
+            self.states.append(torch.cat([starts, trial.y1[index_of(of_ended, y)]]) if len(of_ended) else starts)
+        self._outputs += outputs_of_step(outputs, self._scheme, y, steps, trial)
+        return accepted & ~ended
 
     def _outputs_due(self, rows: Index) -> OutputRows:
         """The requested times inside the steps just accepted; theta is exactly 1 at the end of a step."""

@@ -25,8 +25,8 @@ class OutputRows:
 
     Attributes:
         rows: index of the sample.
-        index: index of the requested time among the times of that sample.
-        theta: position of that time in the step of that sample, in (0, 1].
+        index: index of the requested time among the times of that sample; beyond them, that of an event.
+        theta: position of that time in the step of that sample, from 0 to 1.
     """
 
     rows: Index
@@ -35,6 +35,10 @@ class OutputRows:
 
     def where(self, mask: Mask) -> OutputRows:
         return OutputRows(self.rows[mask], self.index[mask], self.theta[mask])
+
+    def followed_by(self, other: OutputRows) -> OutputRows:
+        rows, index = np.concatenate([self.rows, other.rows]), np.concatenate([self.index, other.index])
+        return OutputRows(rows, index, np.concatenate([self.theta, other.theta]))
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class AcceptedRows:
         h: signed step size.
         outputs: outputs that fall into these steps.
         seen: samples that func evaluated in these steps; None for all.
+        ended: samples whose solve was ended inside these steps, by an event.
     """
 
     rows: Index
@@ -55,11 +60,33 @@ class AcceptedRows:
     t_next: Array
     outputs: OutputRows
     seen: Index | None = None
+    ended: Index = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def where(self, mask: Mask) -> AcceptedRows:
         """The steps of those samples for which ``mask`` is true."""
         outputs = self.outputs.where(np.isin(self.outputs.rows, self.rows[mask]))
-        return AcceptedRows(self.rows[mask], self.t[mask], self.h[mask], self.t_next[mask], outputs, self.seen)
+        ended = self.ended[np.isin(self.ended, self.rows[mask])]
+        return AcceptedRows(self.rows[mask], self.t[mask], self.h[mask], self.t_next[mask], outputs, self.seen, ended)
+
+
+@dataclass(frozen=True)
+class BatchOccurrences:
+    """Occurrences of events, ordered by sample, then along its solve; one entry per occurrence.
+
+    Attributes:
+        rows: index of the sample.
+        event, element: index of the event, and of the element that changed its sign.
+        t: time.
+        index: index of the state there among the outputs of that sample.
+        derivative: dy/dt of the dense output there, packed.
+    """
+
+    rows: Index
+    event: Index
+    element: Index
+    t: Array
+    index: Index
+    derivative: Tensor
 
 
 @dataclass
@@ -68,6 +95,10 @@ class BatchRecord:
 
     Attributes:
         failed: True for samples that failed; they have steps, but no outputs.
+        rest_times: times at which the samples rest after their last step, where func exists.
+        is_missing: (outputs, batch), True for outputs that a sample does not have; set at the end of the solve.
+        occurrences: occurrences of events; None if there are none.
+        ended_by: index of the event that ended the solve of each sample, -1 for none.
     """
 
     n_rows: int
@@ -75,13 +106,17 @@ class BatchRecord:
 
     def __post_init__(self) -> None:
         self.failed: Mask = np.zeros(self.n_rows, dtype=np.bool_)
+        self.rest_times = np.zeros(self.n_rows)
+        self.is_missing: Mask = np.zeros((0, self.n_rows), dtype=np.bool_)
+        self.occurrences: BatchOccurrences | None = None
+        self.ended_by: Index = np.full(self.n_rows, -1)
 
     def without_failures(self, states: Sequence[Tensor]) -> tuple[BatchRecord, list[Tensor]]:
         """The record of the samples that did not fail, with the states before their steps and the last states."""
         if not self.failed.any():
             return self, list(states)
         kept, starts = BatchRecord(self.n_rows), list[Tensor]()
-        kept.failed = self.failed
+        kept.failed, kept.rest_times, kept.is_missing = self.failed, self.rest_times, self.is_missing
         for s, start in zip(self.steps, states, strict=False):
             mask = ~self.failed[s.rows]
             if mask.any():
@@ -124,16 +159,24 @@ def outputs_of_step(outputs: OutputRows, scheme: Scheme, y: Tensor, h: Tensor, t
     return found
 
 
-def assemble(outputs: Sequence[Outputs], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Arranges outputs by time and sample into one tensor, (T, \\*packed shape), NaN where there is none.
+def order_of(outputs: Sequence[Outputs], shape: tuple[int, int]) -> Index:
+    """For each output of each sample its number among ``outputs``; their count for one that a sample does not have.
+
+    ``shape`` is (outputs, batch), as that of the result.
+    """
+    places = np.concatenate([index * shape[1] + rows for rows, index, _ in outputs])
+    order = np.full(shape[0] * shape[1], len(places))
+    order[places] = np.arange(len(places))
+    return order.reshape(shape)
+
+
+def assemble(outputs: Sequence[Outputs], shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Arranges outputs by time and sample into one tensor, (outputs, \\*packed shape), NaN where there is none.
 
     Differentiable; the cotangents of missing outputs go nowhere.
     """
-    n_rows, n_times = shape
-    places = np.concatenate([index * n_rows + rows for rows, index, _ in outputs])
-    order = np.full(n_times * n_rows, len(places))
-    order[places] = np.arange(len(places))
+    order = order_of(outputs, shape)
     states = [states for _, _, states in outputs]
-    if len(places) < len(order):
+    if order.size and order.max() == sum(map(len, states)):
         states.append(like.new_full((1, *like.shape[1:]), math.nan))
-    return torch.cat(states)[index_of(order, like).view(n_times, n_rows)]
+    return torch.cat(states)[index_of(order, like)]

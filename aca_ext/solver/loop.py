@@ -25,6 +25,7 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
 from aca_ext.solver.adams import AdamsSteps
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
+from aca_ext.solver.event_search import STEPS_BEFORE
 from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
 from aca_ext.solver.method import check_repeatable, method_of
 from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
@@ -33,7 +34,6 @@ from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
 
-_STEPS_BEFORE = 16.0  # the step before a start on a surface, in first steps after it
 AnyStepControl = Any  # StepControl, or its C++ counterpart
 
 
@@ -135,7 +135,7 @@ class Solver:
         Not the whole length of the solve, which is without limit where the first event is looked for.
         """
         h = as_float(control.h) if self.problem.adaptive else abs(self.problem.step_ends[0] - control.t)
-        return min(self.problem.length, max(abs(as_float(control.t)), _STEPS_BEFORE * h))
+        return min(self.problem.length, max(abs(as_float(control.t)), STEPS_BEFORE * h))
 
     def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
         """Steps until the solve ends or stops; returns the state reached."""

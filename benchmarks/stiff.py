@@ -18,7 +18,7 @@ from benchmarks.harness import Parts, Result, Settings, Table, first_line, new_f
 from benchmarks.peers import jax_and_diffrax
 from benchmarks.stiff_problems import E5, HIRES, OREGONATOR, POLLUTION, PROBLEMS, ROBERTSON, StiffFunction, StiffProblem
 
-OWN_METHODS = ("kvaerno5", "rodas5p", "kvaerno3", "trbdf2")
+OWN_METHODS = ("kvaerno5", "kvaerno3", "trbdf2")
 TOLERANCES = (1e-4, 1e-6, 1e-8)
 QUICK = (ROBERTSON, OREGONATOR, HIRES, E5, POLLUTION)
 COLUMNS = {

@@ -56,8 +56,8 @@ def solve_recorded(
         )
     if problem.newton is not None:
         raise ArgumentValueError(
-            f"{by} would record Newton's iterations of its example, but each input needs its own. Use an explicit method "
-            f"instead of {problem.tableau.name!r}."
+            f"{by} would record the iterations of Newton's method of its example, but each input needs its own. Use an "
+            f"explicit method instead of {problem.tableau.name!r}."
         )
     if problem.interp is not None or problem.jumps:
         raise ArgumentValueError(f"{by} records no solve with option interp or perturb; leave them out.")

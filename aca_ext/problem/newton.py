@@ -44,8 +44,8 @@ def newton_options_of(given: Mapping[str, Any], tableau: Weights, packing: Packi
         return None
     if y0.dtype.itemsize < 4:
         raise ArgumentTypeError(
-            f"method {tableau.name!r} solves linear systems, and the state has dtype {y0.dtype}, for which PyTorch does "
-            "not. Convert y0, for example with y0.float()."
+            f"method {tableau.name!r} solves linear systems, which PyTorch does not for states of dtype {y0.dtype}. "
+            "Convert y0, for example with y0.float()."
         )
     jacobian = given.get("jacobian")
     if jacobian is None:

@@ -35,7 +35,7 @@ _LARGEST_AT_FIRST = 3.0  # contraction of the second change that may still be on
 _SLOW = 0.1  # contraction above which iterations to rounding take a new Jacobian
 
 
-class NewtonFailure(Exception):
+class NewtonError(Exception):
     """Iterations that did not converge; ``residual`` is the size of the last change of a stage, in ``unit``."""
 
     def __init__(self, residual: float, unit: str) -> None:
@@ -76,27 +76,24 @@ class Newton:
         self._linearisation, self._key = linearisation, None
 
     def solve(
-        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], guess: Sequence[Tensor]
+        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], start: list[Tensor]
     ) -> list[Tensor]:
-        """The slopes of a group of stages at the times ``t``; ``guess`` has their number of slopes.
+        """The slopes of a group of stages at the times ``t``, iterated from z = ``start``.
 
         Raises:
-            NewtonFailure: the iterations do not converge.
+            NewtonError: the iterations do not converge.
         """
         assert group.a is not None
         if self._linearisation is None:
             self._linearise_start()
-        start = combined(h, group.a, guess)
         iterate = self._to_tolerance if self._tolerance is not None else self._to_rounding
         try:
             z = iterate(group, t, h, base, start)
-        except NewtonFailure:
-            if self._is_current and self._tolerance is not None:
+        except NewtonError:
+            if self._is_current:
                 raise
             self._linearise_start()
-            z = iterate(
-                group, t, h, base, start if self._tolerance is not None else [torch.zeros_like(z) for z in start]
-            )
+            z = iterate(group, t, h, base, start)
         return [self._ops.admit(k) for k in combined(1 / h, group.inverse, z)]
 
     def filtered(self, group: Group, h: float, error: Tensor) -> Tensor:
@@ -107,7 +104,8 @@ class Newton:
         self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
     ) -> list[Tensor]:
         """Iterates until the error, estimated from the rate of convergence, is within the tolerance."""
-        assert self._tolerance is not None and self._start is not None
+        assert self._tolerance is not None
+        assert self._start is not None
         y, ops = self._start[1], self._ops
         # Below this, changes are rounding.
         rounding = 10 * torch.finfo(y.dtype).eps * ops.error_norm(y, None, 0.0, y, y)
@@ -131,7 +129,7 @@ class Newton:
             if size == 0 or rate * size <= wanted:
                 self._rate = rate if self._rate == 1.0 else max(rate, self._rate)
                 return z
-        raise NewtonFailure(sizes[-1], _TOLERANCES)
+        raise NewtonError(sizes[-1], _TOLERANCES)
 
     def _to_rounding(
         self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
@@ -150,9 +148,9 @@ class Newton:
             if size > _SLOW * before:
                 states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
                 self._factorise(group, h, [self._linearise(*at) for at in zip(t, states, strict=True)])
-                self._linearisation = None
+                self._linearisation, self._is_current = None, False
             before = size
-        raise NewtonFailure(largest, "of the state")
+        raise NewtonError(largest, "of the state")
 
     def _iteration(
         self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]

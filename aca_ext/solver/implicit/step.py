@@ -22,7 +22,7 @@ from aca_ext.errors import ReplayError
 from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number, as_float
-from aca_ext.solver.implicit.newton import Newton, NewtonFailure, combined
+from aca_ext.solver.implicit.newton import Newton, NewtonError, combined
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, System
 from aca_ext.solver.runge_kutta import PULLED, Compare, Trial
@@ -34,9 +34,8 @@ _MOST_REFINEMENTS = 200  # of a transposed solve with a matrix that is not the d
 _NEAR = 100.0  # distance of a replayed step from the forward pass, in units of the tolerance of Newton's method
 _ROUNDING = 2.0**14  # the same for iterations until rounding, which stiffness magnifies
 _NOT_A_JACOBIAN = (
-    "The transposed stage equations were solved up to a residual of {:.3g} only, so the gradient would be wrong: option "
-    "jacobian is too far from the derivative of func, or func changed since the forward pass. Correct the function, or "
-    'use jacobian="dense".'
+    "The transposed stage equations were solved up to a residual of {:.3g} only, so the gradient would be wrong: the "
+    "matrix of option jacobian is too far from the derivative of func. Correct the option, or leave it out."
 )
 
 
@@ -81,7 +80,7 @@ class ImplicitMethod:
                 continue
             try:
                 found = self._solved(group, t, y, h, k)
-            except NewtonFailure as failure:
+            except NewtonError as failure:
                 start = k_first if k_first is not None else k[0] if k else torch.zeros_like(y)
                 return Trial(y, [start], None, math.inf, _failure_message(failure, as_float(h)))
             k += self._with_graph(group, t, y, h, k, found) if torch.is_grad_enabled() else found
@@ -120,9 +119,8 @@ class ImplicitMethod:
             if all(x is None for x in r):
                 continue
             of_group = [stages[i] for i in group.stages]
-            grad_k = self._transposed(
-                group, h, of_group, [ops.admit(torch.zeros_like(y)) if x is None else x for x in r]
-            )
+            cotangents = [torch.zeros_like(ops.like) if x is None else x for x in r]
+            grad_k = self._transposed(group, h, of_group, cotangents)
             for i, stage, grad in zip(group.stages, of_group, grad_k, strict=True):
                 v = own_result(f.pull_back, stage.y, stage.slope, grad) if stage.slope.requires_grad else None
                 if v is not None:
@@ -136,13 +134,21 @@ class ImplicitMethod:
         return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
 
     def _solved(self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor]) -> list[Tensor]:
-        """The slopes of a group of stages, without a graph; the first guess is the slope before them."""
+        """The slopes of a group of stages, without a graph.
+
+        The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
+        steps start from the state, since the slope may lead to another solution of the equations.
+        """
         stages, size = group.stages, as_float(h)
+        assert group.a is not None
         with torch.no_grad():
             known = [x.detach() for x in k]
             base = [self._base(i, y.detach(), size, known) for i in stages]
-            guess = [known[-1] if known else torch.zeros_like(y)] * len(stages)
-            return self._newton.solve(group, t[stages.start : stages.stop], size, base, guess)
+            if known and self._tolerance is not None:
+                start = combined(size, group.a, known[-1:] * len(stages))
+            else:
+                start = [y.detach() - x for x in base]
+            return self._newton.solve(group, t[stages.start : stages.stop], size, base, start)
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
@@ -265,9 +271,9 @@ class _Solution(torch.autograd.Function):
         return None, None, *_Solution.apply(ctx.system, not ctx.transposed, *grads)
 
 
-def _failure_message(failure: NewtonFailure, h: float) -> str:
+def _failure_message(failure: NewtonError, h: float) -> str:
     return (
         f"Newton's method did not solve the stages of a step of size {h:.6g}; its last change was "
-        f"{failure.residual:.3g} {failure.unit}. Check the Jacobian of func, loosen rtol or atol, use smaller steps, or "
-        "end the solve earlier."
+        f"{failure.residual:.3g} {failure.unit}. Look at func and "
+        "at option jacobian there, use smaller steps, or end the solve earlier."
     )

@@ -1,4 +1,4 @@
-"""IMPLICIT_METHODS: the implicit Runge-Kutta and Rosenbrock methods of the package, with their sources.
+"""IMPLICIT_METHODS and ROSENBROCK_METHODS: coefficients of the methods for stiff problems, with their sources.
 
 Coefficients are exact, or correct to about 40 decimals where they contain a root; those of kvaerno5 and rodas5p are
 the published ones, of about 16 digits. The tests prove the order and the stability of every entry.
@@ -250,10 +250,12 @@ _ENTRIES = (
     _gl6(),
     _kvaerno3(),
     _kvaerno5(),
-    _rodas5p(),
 )
 
 # Implicit methods by the name that ``odeint`` takes as ``method``. Those of fixed steps have the names and coefficients
 # of torchdiffeq (compared entry by entry with fixed_grid_implicit.py at 657943a), except for its gl4: there, both nodes
 # are 1/2 - sqrt(3)/6, so that its order is lost if f depends on t.
-IMPLICIT_METHODS: dict[str, ImplicitTableau | RosenbrockTableau] = {entry.name: entry for entry in _ENTRIES}
+IMPLICIT_METHODS: dict[str, ImplicitTableau] = {entry.name: entry for entry in _ENTRIES}
+
+# Methods whose steps are not in the solver yet, so that ``odeint`` does not take their names.
+ROSENBROCK_METHODS: dict[str, RosenbrockTableau] = {"rodas5p": _rodas5p()}

@@ -18,7 +18,7 @@ from aca_ext.solver.implicit.krylov import gmres
 
 METHODS = {name: tableau for name, tableau in IMPLICIT_METHODS.items() if isinstance(tableau, ImplicitTableau)}
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
-NO_ADAPTIVE_NAMES = {"rtol": 1e-8, "atol": 1e-10}
+TIGHT = {"rtol": 1e-8, "atol": 1e-10}
 
 
 def times(*values: float) -> Tensor:
@@ -71,9 +71,9 @@ class TestOrder:
             exact = torch.tensor([[logistic_solution(t)] for t in inside.tolist()], dtype=torch.float64)
             return float((y - exact)[1:-1].abs().max())
 
-        order = METHODS[method].dense_order
-        assert order is not None
-        assert math.log2(error(8) / error(16)) > order + 0.5
+        tableau = METHODS[method]
+        assert tableau.dense_order is not None
+        assert math.log2(error(8) / error(16)) > min(tableau.order, tableau.dense_order + 1) - 0.4
 
 
 class TestStiffProblems:
@@ -85,11 +85,11 @@ class TestStiffProblems:
         assert ((solution.y[-1] - end).abs() / (1e-4 + end)).max() < 1e-4
         assert solution.stats.n_steps < 1000
         assert 0 < solution.stats.n_jacobians < solution.stats.n_accepted
-        assert solution.stats.n_newton_iterations < solution.stats.n_f_evals < 20 * solution.stats.n_steps
+        assert solution.stats.n_newton_iterations < solution.stats.n_f_evals < 30 * solution.stats.n_steps
 
     @pytest.mark.parametrize("method", ADAPTIVE)
     def test_van_der_pol(self, method: str) -> None:
-        """mu = 1000; the end value was computed by SciPy's Radau with rtol 1e-12."""
+        """mu = 1000; the end value is that of the Bari test set."""
 
         def van_der_pol(t: Tensor, y: Tensor) -> Tensor:
             return torch.stack([y[1], 1000 * (1 - y[0] ** 2) * y[1] - y[0]])
@@ -121,11 +121,11 @@ class TestStiffProblems:
 
         first, rest = odeint(of_tuple, (Y0[0], Y0[1:]), times(0, 1, 10), method="kvaerno3", options={"norm": _rms})
         torch.testing.assert_close(torch.cat([first.unsqueeze(-1), rest], -1), exact, rtol=1e-9, atol=1e-12)
-        turning = odeint(lambda t, y: 1j * y - y, ONE * (1 + 0j), times(0, 1), method="kvaerno5", **NO_ADAPTIVE_NAMES)
+        turning = odeint(lambda t, y: 1j * y - y, ONE * (1 + 0j), times(0, 1), method="kvaerno5", **TIGHT)
         torch.testing.assert_close(turning[-1], torch.exp((1j - 1) * ONE), rtol=1e-6, atol=1e-8)
         image = torch.rand(2, 3, 4, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
         weights = torch.arange(60, dtype=torch.float64).view(3, 4, 5) / 10
-        y = odeint(lambda t, y: -weights * y, image, times(0, 1), method="kvaerno5", **NO_ADAPTIVE_NAMES)
+        y = odeint(lambda t, y: -weights * y, image, times(0, 1), method="kvaerno5", **TIGHT)
         torch.testing.assert_close(y[-1], image * torch.exp(-weights), rtol=1e-5, atol=1e-8)
 
 
@@ -134,7 +134,7 @@ def _rms(y: Any) -> Tensor:
     return flat.square().mean().sqrt()
 
 
-VAN_DER_POL = 1.7061677321048
+VAN_DER_POL = 1.706167732170483
 
 
 class TestJacobians:
@@ -159,7 +159,7 @@ class TestJacobians:
         k = torch.tensor(100.0, dtype=torch.float64)
         y = odeint(
             lambda t, y, k: -k * y, torch.ones(2, dtype=torch.float64), times(0, 0.1), method="kvaerno5",
-            args=(k,), options={"jacobian": jacobian}, **NO_ADAPTIVE_NAMES,
+            args=(k,), options={"jacobian": jacobian}, **TIGHT,
         )  # fmt: skip
         assert calls
         torch.testing.assert_close(y[-1], math.exp(-10) * torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=1e-9)

@@ -76,9 +76,9 @@ class Newton:
         self._linearisation, self._key = linearisation, None
 
     def solve(
-        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], guess: Sequence[Tensor]
+        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], start: list[Tensor]
     ) -> list[Tensor]:
-        """The slopes of a group of stages at the times ``t``; ``guess`` has their number of slopes.
+        """The slopes of a group of stages at the times ``t``, iterated from z = ``start``.
 
         Raises:
             NewtonError: the iterations do not converge.
@@ -86,14 +86,11 @@ class Newton:
         assert group.a is not None
         if self._linearisation is None:
             self._linearise_start()
-        start = combined(h, group.a, guess)
         iterate = self._to_tolerance if self._tolerance is not None else self._to_rounding
         try:
             z = iterate(group, t, h, base, start)
         except NewtonError:
-            if self._tolerance is None:  # perhaps because of a guess that is far off
-                start = [torch.zeros_like(x) for x in start]
-            elif self._is_current:
+            if self._is_current:
                 raise
             self._linearise_start()
             z = iterate(group, t, h, base, start)
@@ -151,7 +148,7 @@ class Newton:
             if size > _SLOW * before:
                 states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
                 self._factorise(group, h, [self._linearise(*at) for at in zip(t, states, strict=True)])
-                self._linearisation = None
+                self._linearisation, self._is_current = None, False
             before = size
         raise NewtonError(largest, "of the state")
 

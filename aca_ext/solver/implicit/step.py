@@ -134,13 +134,21 @@ class ImplicitMethod:
         return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
 
     def _solved(self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor]) -> list[Tensor]:
-        """The slopes of a group of stages, without a graph; the first guess is the slope before them."""
+        """The slopes of a group of stages, without a graph.
+
+        The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
+        steps start from the state, since the slope may lead to another solution of the equations.
+        """
         stages, size = group.stages, as_float(h)
+        assert group.a is not None
         with torch.no_grad():
             known = [x.detach() for x in k]
             base = [self._base(i, y.detach(), size, known) for i in stages]
-            guess = [known[-1] if known else torch.zeros_like(y)] * len(stages)
-            return self._newton.solve(group, t[stages.start : stages.stop], size, base, guess)
+            if known and self._tolerance is not None:
+                start = combined(size, group.a, known[-1:] * len(stages))
+            else:
+                start = [y.detach() - x for x in base]
+            return self._newton.solve(group, t[stages.start : stages.stop], size, base, start)
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]

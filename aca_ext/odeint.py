@@ -74,6 +74,8 @@ def odeint(arguments: _OdeintArguments) -> State:
 
             * ``step_size``: size of the steps; the last one before each time in t is shorter.
             * ``grid_constructor``: function of (func, y0, t) that returns the grid, a tensor that contains t.
+            * ``n_steps``: number of equal steps from t[0] to t[-1]; requested times between their ends are further
+              nodes.
 
             and with it
 
@@ -133,7 +135,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
         progress: show a bar of the time reached (needs tqdm).
         callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts, state. An
-            exception that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
+            exception that it raises ends the solve, and ``solve`` ends if it returns True. With a callback or a bar the
+            steps run in Python, which is slower.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: settings of the backward solve of
             gradient="adjoint"; by default those of the forward solve. ``norm`` in adjoint_options is "seminorm", which
             leaves the parameters out of the error norm, or a function of (t, \\*y, \\*adjoint of y, \\*gradients) as
@@ -164,20 +167,23 @@ def odeint(arguments: _OdeintArguments) -> State:
     if arguments.event_fn is not None:
         return to_event(arguments, arguments.event_fn)
     refuse_terminal("odeint", arguments.events)
-    return _solution(arguments).y
+    return _solution(arguments, may_stop=False).y
 
 
 @takes(Arguments)
 def solve(arguments: Arguments) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``.
 
-    Arguments as there, and option ``on_step_limit="stop"``.
+    Arguments as there, and option ``on_step_limit="stop"``. If ``callback`` returns True, the solve ends where it is:
+    the solution holds the requested times that were reached, ``t_reached`` and ``y_reached``, ``is_complete`` is False,
+    and ``resume`` continues adaptive steps. For gradients "aca" and "direct", without events, and with times that do
+    not require grad and samples that share their steps.
     """
-    return _solution(arguments)
+    return _solution(arguments, may_stop=True)
 
 
-def _solution(arguments: Arguments) -> Solution:
+def _solution(arguments: Arguments, *, may_stop: bool) -> Solution:
     if arguments.events:
         return solve_with_events(arguments)
     solution = run_compiled_again(arguments) if arguments.engine == "compiled" else None
-    return run(arguments) if solution is None else solution
+    return run(arguments, may_stop=may_stop) if solution is None else solution

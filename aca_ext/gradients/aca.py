@@ -64,12 +64,12 @@ def solve_without_graph(
     problem = task.problem
     y0 = problem.y0.detach()
     with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
-        ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
+        ys = empty_rows(len(problem.times) + problem.may_stop, y0)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
         outputs = solver.run(y0)
         if problem.events:
             ys = stack_rows(outputs, y0)
-        elif problem.stops_at_limit:
+        elif problem.may_stop:
             ys = ys[: len(outputs)].clone()
     return Result(ys, solver.record, solver.stats)
 

@@ -190,12 +190,13 @@ def differentiable_backward(
             y = trial.y1
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
-    wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
+    wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
     ys = stack_rows(outputs, y0)
     replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    grad_y0, *grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    replay.grads = replay.with_origins([*grads, *found])
     with replay.repeating():
         replay.check_reached(forward.leaves, problem.start_time(y0), y0)
     return [grad_y0, *replay.grads]

@@ -106,7 +106,7 @@ def _interval(
             found: Sequence[Tensor | None] = (None,) * len(wanted)
             if k.requires_grad:
                 replay.check(k, leaf)
-                found = torch.autograd.grad(k, wanted, -a_t, allow_unused=True)
+                found = replay.gradients(k, wanted, -a_t)
         minus_a_fy, *rest = [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
         flat = torch.cat([_flat(g).to(y_t.dtype) for g in rest]) if rest else y_t.new_zeros(0)
         return k.detach(), minus_a_fy, flat

@@ -81,6 +81,8 @@ def odeint(arguments: _OdeintArguments) -> State:
 
             * ``step_size``: size of the steps; the last one before each time in t is shorter.
             * ``grid_constructor``: function of (func, y0, t) that returns the grid, a tensor that contains t.
+            * ``n_steps``: number of equal steps from t[0] to t[-1]; requested times between their ends are further
+              nodes.
 
             and with it
 
@@ -154,7 +156,8 @@ def odeint(arguments: _OdeintArguments) -> State:
         progress: show a bar of the time reached (needs tqdm); of the samples solved, with engine="compiled" and
             independent samples.
         callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts, state. An
-            exception that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
+            exception that it raises ends the solve, and ``solve`` ends if it returns True. With a callback or a bar the
+            steps run in Python, which is slower.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: settings of the backward solve of
             gradient="adjoint"; by default those of the forward solve. ``norm`` in adjoint_options is "seminorm", which
             leaves the parameters out of the error norm, or a function of (t, \\*y, \\*adjoint of y, \\*gradients) as
@@ -186,21 +189,24 @@ def odeint(arguments: _OdeintArguments) -> State:
         return to_event(arguments, arguments.event_fn)
     refuse_terminal("odeint", arguments.events)
     refuse_dense("odeint", arguments.dense)
-    return _solution(arguments).y
+    return _solution(arguments, may_stop=False).y
 
 
 @takes(Arguments)
 def solve(arguments: Arguments) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``.
 
-    Arguments as there, and option ``on_step_limit="stop"``.
+    Arguments as there, and option ``on_step_limit="stop"``. If ``callback`` returns True, the solve ends where it is:
+    the solution holds the requested times that were reached, ``t_reached`` and ``y_reached``, ``is_complete`` is False,
+    and ``resume`` continues adaptive steps. For gradients "aca" and "direct", without events, and with times that do
+    not require grad and samples that share their steps.
     """
-    return _solution(arguments)
+    return _solution(arguments, may_stop=True)
 
 
-def _solution(arguments: Arguments) -> Solution:
+def _solution(arguments: Arguments, *, may_stop: bool) -> Solution:
     if arguments.events:
         return solve_with_events(arguments)
     engine = engine_of(arguments)
     solution = run_again(arguments, engine) if engine in ("compiled", "auto") else None
-    return run(arguments) if solution is None else solution
+    return run(arguments, may_stop=may_stop) if solution is None else solution

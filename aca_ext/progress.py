@@ -42,14 +42,22 @@ class Step(NamedTuple):
 Callback = Callable[[Step], object]
 
 
+def asks_to_stop(result: object) -> bool:
+    """Tells whether a callback returned True, as a bool of Python, NumPy or PyTorch."""
+    if str(getattr(result, "dtype", None)) in ("bool", "torch.bool"):
+        return bool(result)
+    return result is True
+
+
 def both(one: Callback | None, other: Callback | None) -> Callback | None:
-    """A callback that calls both, or the one that is given."""
+    """A callback that calls both and returns the result of the first, or the one that is given."""
     if one is None or other is None:
         return one or other
 
-    def call_both(step: Step) -> None:
-        one(step)
+    def call_both(step: Step) -> object:
+        result = one(step)
         other(step)
+        return result
 
     return call_both
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -38,8 +39,8 @@ from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.solver.step_plan import StepPlan
 
 
-def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
-    """Runs ``solve``, or the part of a solve that continues from ``resumed``."""
+def run(arguments: Arguments, resumed: SolverState | None = None, *, may_stop: bool = False) -> Solution:
+    """Runs a solve, or the part of one that continues from ``resumed``; a callback ends it if it ``may_stop``."""
     policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
     adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
     for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
@@ -51,6 +52,8 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
         return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
     problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
+    if may_stop and arguments.callback is not None:
+        problem = replace(problem, callback_stops=_can_stop(arguments, learnt))
     keeps_ends = arguments.dense or arguments.output_fn is not None
     if keeps_ends:
         problem = dense_problem(arguments, problem)
@@ -68,6 +71,11 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
     return _solution(arguments, request, result)
 
 
+def _can_stop(arguments: Arguments, learnt: Tensor | None) -> bool:
+    is_simple = not arguments.events and not is_independent(arguments.options) and learnt is None
+    return is_simple and arguments.gradient in ("aca", "direct")
+
+
 def _named_params(arguments: Arguments) -> Any:
     params, adjoint_params = arguments.params, arguments.adjoint_params
     if params is not None and adjoint_params is not None:
@@ -83,6 +91,11 @@ def _adjoint_options(given: Arguments) -> AdjointOptions:
         of_forward = given.options if isinstance(given.options, Mapping) else {}  # problem_of raises for other types
         # The forward norm and grid do not fit the augmented state and the reversed times.
         options = {name: value for name, value in of_forward.items() if name not in ("norm", "grid_constructor")}
+        if given.gradient == "adjoint" and options.get("n_steps") is not None:
+            raise OptionError(
+                'gradient="adjoint" solves backward from each requested time to the one before, where option n_steps '
+                "does not say how many steps to take. Give step_size, or adjoint_options."
+            )
     return AdjointOptions(
         rtol=given.rtol if given.adjoint_rtol is None else given.adjoint_rtol,
         atol=given.atol if given.adjoint_atol is None else given.adjoint_atol,
@@ -139,9 +152,8 @@ def _solution(arguments: Arguments, request: Request, result: Result) -> Solutio
     if problem.events:
         assert isinstance(record, StepRecord)
         return _solution_with_events(problem, times, record, result)
-    if not problem.stops_at_limit:
+    if not isinstance(record, StepRecord) or record.end is None:
         return LazySolution.of(times, y, record, result.stats, problem)
-    assert isinstance(record, StepRecord)
     solution = Solution(times, y, record.bounds(), result.stats, plan=_plan(problem, record, result.stats))
     # Without state and times, whose memory this would hold; with params of the request, as given ones may be iterators.
     kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
@@ -231,12 +243,20 @@ def run_again(given: Arguments, engine: str) -> Solution | None:
 def _resumed(
     arguments: Arguments, y: State, t: Tensor, state: SolverState, *, max_num_steps: int | None, is_beyond: bool
 ) -> Solution:
-    """Continues a solve from where it stopped, or beyond its end."""
+    """Continues a solve from where it stopped, or beyond its end.
+
+    Raises:
+        ArgumentValueError: its steps are fixed, so that others would follow.
+    """
     options = arguments.options or {}
+    if math.isnan(state.h):
+        raise ArgumentValueError(
+            "a solve with fixed steps cannot be resumed on its grid. Solve again, from y_reached at t_reached."
+        )
     limit = options.get("max_num_steps") if max_num_steps is None else max_num_steps
     if is_beyond and max_num_steps is None:
         limit = max(max_num_steps_of(limit), DEFAULT_MAX_NUM_STEPS)
-    return run(replace(arguments, y0=y, t=t, options={**options, "max_num_steps": limit}), state)
+    return run(replace(arguments, y0=y, t=t, options={**options, "max_num_steps": limit}), state, may_stop=True)
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:

@@ -71,8 +71,9 @@ def _checked(arguments: Arguments) -> tuple[Event, ...]:
     for i, event in enumerate(events):
         if not isinstance(event, Event):
             raise ArgumentTypeError(f"events[{i}] is of type {type(event).__name__}; give an aca_ext.Event(fn).")
-    if options is not None and options.get("grid_constructor") is not None and any(e.reset for e in events):
-        raise OptionError("option grid_constructor makes one grid, but a reset starts a new one. Use step_size.")
+    for name in ("grid_constructor", "n_steps"):
+        if options is not None and options.get(name) is not None and any(e.reset for e in events):
+            raise OptionError(f"option {name} makes one grid, but a reset starts a new one. Use step_size.")
     return tuple(events)
 
 

@@ -66,12 +66,12 @@ def solve_without_graph(
     if checkpoints is None and task.keeps_ends:
         checkpoints = Checkpoints(y0)
     with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
-        ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
+        ys = empty_rows(len(problem.times) + problem.may_stop, y0)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
         outputs = solver.run(y0)
         if problem.events:
             ys = stack_rows(outputs, y0)
-        elif problem.stops_at_limit:
+        elif problem.may_stop:
             ys = ys[: len(outputs)].clone()
         if task.keeps_ends:
             assert isinstance(checkpoints, Checkpoints)
@@ -205,12 +205,13 @@ def differentiable_backward(
             y = trial.y1
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
-    wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
+    wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
     ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    grad_y0, *grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    replay.grads = replay.with_origins([*grads, *found])
     with replay.repeating():
         replay.check_reached(forward.leaves, problem.start_time(y0), y0)
     return [grad_y0, *replay.grads]

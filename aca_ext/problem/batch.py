@@ -171,7 +171,8 @@ def batch_problem_of(
     if problem.controller is None:
         raise OptionError(
             'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '
-            "every sample anyway. Remove the option, or use an adaptive method without step_size and grid_constructor."
+            "every sample anyway. Remove the option, or use an adaptive method without "
+            "step_size, grid_constructor and n_steps."
         )
     flat = problem.packing
     packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)

@@ -1,4 +1,4 @@
-"""Validation of ``options``, one by one; ``grid.py`` validates step_size and grid_constructor."""
+"""Validation of ``options``, one by one; ``grid.py`` validates those that make a grid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from aca_ext.problem.arguments import lookup, number_in
 from aca_ext.problem.newton import NEWTON_OPTIONS
 from aca_ext.problem.state import Packing
 
-FIXED_OPTIONS = ("step_size", "grid_constructor")
+FIXED_OPTIONS = ("step_size", "grid_constructor", "n_steps")
 _ALL_FIXED_OPTIONS = (*FIXED_OPTIONS, "interp", "perturb")
 _ADAMS_OPTIONS = ("max_order", "max_iters")
 _CONTROLLER_OPTIONS = (
@@ -46,7 +46,11 @@ def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None
         if name in allowed:
             continue
         if name in _ADAPTIVE_OPTIONS:
-            why = "has no error estimate" if not tableau.adaptive else "was given step_size or grid_constructor"
+            why = (
+                "has no error estimate"
+                if not tableau.adaptive
+                else f"was given {', '.join(name for name in FIXED_OPTIONS if given.get(name) is not None)}"
+            )
             raise UnknownNameError(
                 f"option {name!r} is for adaptive steps, but method {tableau.name!r} {why}, so its steps are fixed. "
                 f"Remove the option; here there are {', '.join(allowed)}."

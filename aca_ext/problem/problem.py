@@ -65,6 +65,7 @@ class Problem:
             fixed grid, all of its nodes.
         max_num_steps: limit on the trial steps of an adaptive solve.
         stops_at_limit: at that limit, the solve returns what it reached instead of raising.
+        callback_stops: the solve returns what it reached if ``on_step`` returns True.
         resumed: state of the solver from which a resumed solve continues, else None.
         accepts_min_step: a step of ``min_step`` is accepted whatever its error.
         interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
@@ -88,6 +89,7 @@ class Problem:
     jumps: frozenset[float]
     max_num_steps: int
     stops_at_limit: bool = False
+    callback_stops: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
     newton: NewtonOptions | None = None
@@ -100,6 +102,11 @@ class Problem:
     @property
     def adaptive(self) -> bool:
         return self.controller is not None
+
+    @property
+    def may_stop(self) -> bool:
+        """True if the solve may end before its last time, with the state there as a further output."""
+        return self.stops_at_limit or self.callback_stops
 
     @property
     def step_ends(self) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from aca_ext.solver.batch_record import (
     order_of,
     outputs_of_step,
 )
+from aca_ext.solver.failures import stops
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
 from aca_ext.solver.stats import BatchStats
 from aca_ext.vector_field.batch_field import RowField
@@ -145,7 +146,8 @@ class BatchSolver:
             counts = control.n_steps, control.n_accepted, control.n_steps - control.n_accepted
             arrays = (t, control.t, h, control.ratio, accepted, *counts)
             found = (torch.from_numpy(x.copy()) for x in arrays)
-            self.problem.on_step(Step._make((*found, self.field.n_evals, self.problem.packing.unpack(y.detach()))))
+            step = Step._make((*found, self.field.n_evals, self.problem.packing.unpack(y.detach())))
+            stops(self.problem, self.problem.on_step(step))
 
     def _choose_first_steps(self, y: Tensor) -> None:
         """Chooses the first step of each sample by Hairer's rule; its evaluation is not part of the solution."""

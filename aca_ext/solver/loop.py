@@ -26,7 +26,7 @@ from aca_ext.progress import Step
 from aca_ext.solver.adams import AdamsSteps
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.solver.event_search import STEPS_BEFORE
-from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
+from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of, stops
 from aca_ext.solver.method import check_repeatable, method_of
 from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
@@ -90,7 +90,7 @@ class Solver:
     def run(self, y0: Tensor) -> list[Tensor]:
         """Solves from the packed state ``y0``; returns one output per requested time, then one per event.
 
-        A solve that may stop at its step limit returns the outputs reached, then the state where it stopped.
+        A solve that stops early returns the outputs reached, then the state where it stopped.
 
         Raises:
             SolveError: the solve did not reach its last time.
@@ -98,7 +98,7 @@ class Solver:
         problem, stats = self.problem, self.stats
         compiled = self._runs_of_steps()
         if compiled is not None and self._rows is None:
-            self._rows = empty_rows(len(problem.times) + problem.stops_at_limit, y0).unbind(0)
+            self._rows = empty_rows(len(problem.times) + problem.may_stop, y0).unbind(0)
         self._outputs = [y0 if self._rows is None else self._rows[0].copy_(y0)]
         kind: Callable[..., AnyStepControl] = StepControl if compiled is None else step_control_for
         control = kind(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
@@ -152,7 +152,7 @@ class Solver:
                 self._accept(control, t, y, h, trial)
             else:
                 self._reject(trial, buffers)
-            self._report(control, t, t_next, h, ratio, y)
+            is_stopped = self._report(control, t, t_next, h, ratio, y)
             if trial.failure is not None and not (is_adaptive and control.can_shrink):
                 raise self._failure(StepSizeError if is_adaptive else SolveError, control, trial.failure)
             if control.is_accepted:
@@ -160,6 +160,8 @@ class Solver:
             elif control.status == "not_finite":
                 self._look(control, y)
             del trial  # frees its slopes before the next step allocates its own
+            if is_stopped and control.status == "running":
+                control.status = "stopped"
         return y
 
     def _run_compiled(self, compiled: Any, control: AnyStepControl, y: Tensor) -> Tensor:
@@ -197,7 +199,7 @@ class Solver:
             # A fixed grid is checked for NaN once, at its end, and only on the CPU: on a GPU it would synchronise.
             if not problem.adaptive and y.device.type == "cpu" and not _is_finite(y):
                 raise self._failure(NonFiniteError, control, NOT_FINITE_ON_GRID)
-        elif status == "step_limit" and problem.stops_at_limit:
+        elif status == "stopped" or (status == "step_limit" and problem.stops_at_limit):
             self._stop(control, y)
         else:
             raise self._failure(StepLimitError if status == "step_limit" else StepSizeError, control)
@@ -211,21 +213,23 @@ class Solver:
         self.record.end = self._state(control, is_complete=False)
 
     def _state(self, control: AnyStepControl, is_complete: bool) -> SolverState:
-        return SolverState(
-            control.t, control.h, control.sign, control.ratios, self._k, self._first_random_state, is_complete
-        )
+        h = control.h if self.problem.adaptive else math.nan
+        return SolverState(control.t, h, control.sign, control.ratios, self._k, self._first_random_state, is_complete)
 
     def _is_smallest(self, h: Number) -> bool:
         """Tells whether a step is accepted whatever its error."""
         problem = self.problem
         return problem.accepts_min_step and problem.controller is not None and abs(h) <= problem.controller.min_step
 
-    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number, y: Tensor) -> None:
-        if self.problem.on_step is not None:
-            times, n_accepted = (as_float(t), as_float(t_next), as_float(h)), control.n_accepted
-            counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
-            state = self.problem.packing.unpack(y.detach())
-            self.problem.on_step(Step._make((*times, as_float(ratio), control.is_accepted, *counts, state)))
+    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number, y: Tensor) -> bool:
+        """Calls the callback; returns True if it stops the solve."""
+        if self.problem.on_step is None:
+            return False
+        times, n_accepted = (as_float(t), as_float(t_next), as_float(h)), control.n_accepted
+        counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
+        state = self.problem.packing.unpack(y.detach())
+        step = Step._make((*times, as_float(ratio), control.is_accepted, *counts, state))
+        return stops(self.problem, self.problem.on_step(step))
 
     def _choose_first_step(self, controller: Controller, control: AnyStepControl, y: Tensor) -> None:
         """Chooses the first step by Hairer's rule; its evaluation of func is not part of the solution."""

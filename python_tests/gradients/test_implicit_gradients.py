@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from autograd_reference import relative_error
 from torch import Tensor, nn
 
 from aca_ext import Event, odeint, solve
 from aca_ext.errors import ReplayError
 from aca_ext.numerics.implicit import ImplicitTableau
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
-from autograd_reference import relative_error
 
 METHODS = {name: tableau for name, tableau in IMPLICIT_METHODS.items() if isinstance(tableau, ImplicitTableau)}
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
@@ -155,7 +155,9 @@ class TestAdaptiveSteps:
         how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-6, "atol": 1e-10, "args": (rate,)}
         options = {"newton_tol": 1e-6, "jacobian": nearly if jacobian == "nearly" else jacobian}
         solution = solve(func, y0, T, options=options, **how)
-        expected = reference(lambda t, y: func(t, y, rate), y0, solution.steps.tolist(), METHODS["kvaerno5"], T.tolist())
+        expected = reference(
+            lambda t, y: func(t, y, rate), y0, solution.steps.tolist(), METHODS["kvaerno5"], T.tolist()
+        )
         inputs = (y0, func.p, rate)
         assert worst(gradients(solution.y, inputs), gradients(expected, inputs)) < 1e-8
 
@@ -173,7 +175,9 @@ class TestAdaptiveSteps:
         func, y0, rate = start()
         found = []
         for checkpoints in (None, 3, "cpu"):
-            ys = odeint(func, y0, T, method="kvaerno5", args=(rate,), checkpoints=checkpoints, options={"newton_tol": 1e-7})
+            ys = odeint(
+                func, y0, T, method="kvaerno5", args=(rate,), checkpoints=checkpoints, options={"newton_tol": 1e-7}
+            )
             found.append(gradients(ys, (y0, func.p, rate)))
         assert worst(found[1], found[0]) < 1e-9
         assert worst(found[2], found[0]) == 0

@@ -39,6 +39,7 @@ def _settings() -> str:
     found = {
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "precision": torch.get_float32_matmul_precision(),
     }

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source
 from aca_ext.engines.compiled.library_cache import library, origin, run_compiler, source_file
-from aca_ext.engines.compiled.lowerings import lowerings
+from aca_ext.engines.compiled.lowerings import dtype_rules_made_once, lowerings
 from aca_ext.errors import CompileError
 
 Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
@@ -216,7 +216,7 @@ def _record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Call]:
     AsyncCompile.cpp_pybinding = lambda self, types, source, *_: _Kernel(types, source)
     recorder = _Recorder()
     try:
-        with torch.no_grad(), _inductor_settings(), lowerings():
+        with torch.no_grad(), _inductor_settings(), lowerings(), dtype_rules_made_once():
             wrapper: Any = compile_fx_inner(graph, list(inputs))
             _recorders.append(recorder)
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -83,6 +84,23 @@ class TestLibrary:
         assert numbers(3) == 3
         assert numbers.built == 2
         assert library_cache._is_intact(path)
+
+    def test_may_be_built_by_several_processes_at_once(self, folder: Path) -> None:
+        folder.mkdir()
+        path, together = folder / "one.so", threading.Barrier(4)
+
+        def build(to: Path) -> None:
+            Numbers()._build(4, to)
+            together.wait(60)  # all have compiled, none has moved its file yet
+
+        threads = [threading.Thread(target=library_cache._built, args=(path, build)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert library_cache._is_intact(path)
+        assert library_cache._loaded(path).number() == 4
+        assert list(folder.iterdir()) == [path]
 
     def test_leaves_no_entry_if_the_compiler_fails(self, folder: Path) -> None:
         def build(to: Path) -> None:

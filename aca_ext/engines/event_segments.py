@@ -15,6 +15,7 @@ from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, Op
 from aca_ext.problem.events import Event
 from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.problem.times import times_of
+from aca_ext.problem.transforms import is_transformed
 from aca_ext.progress import Step
 from aca_ext.solution import EventRecord, Solution, joined
 
@@ -33,6 +34,8 @@ def solve_with_events(arguments: Arguments) -> Solution:
         EventError: resets follow one another without end, or a reset returned something that is no state.
         Those of ``run``.
     """
+    if is_transformed():
+        return run(arguments)  # raises: transforms exclude events
     events, given = _checked(arguments), arguments.t
     times = times_of(given)
     # Times of events are float64 between the parts, whatever dtype the given times have.

@@ -128,11 +128,14 @@ class BatchSolver:
         self.y = y
         if self.problem.times_of_rows.shape[1] > 1 and n > 0:
             self.y = self._run(y)
+        self._count()
+        return assemble(self._outputs, self.problem.times_of_rows.shape, y)
+
+    def _count(self) -> None:
         control, stats = self._control, self.stats
         stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
         stats.n_rejected = stats.n_steps - stats.n_accepted
-        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_evals * n
-        return assemble(self._outputs, self.problem.times_of_rows.shape, y)
+        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_evals * self.ops.n_rows
 
     def _run(self, y: Tensor) -> Tensor:
         control = self._control
@@ -229,13 +232,19 @@ class BatchSolver:
         if not suspects.any() or y.numel() == 0:
             return
         for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
-            failed = suspects & ~torch.isfinite(x).reshape(len(x), -1).all(1).cpu().numpy()
+            failed = suspects & ~self._are_finite(x)
             if not failed.any():
                 continue
             row = int(failed.argmax())
-            fault = fault_of_start(self.problem.y0[row])
-            message = fault or f"{what} t={self._control.t[row]:.17g}; look at func there."
+            message = self._fault_of_start(row) or f"{what} t={self._control.t[row]:.17g}; look at func there."
             self._check(failed, NonFiniteError, message, ratio)
+
+    def _are_finite(self, x: Tensor) -> Mask:
+        finite: Mask = torch.isfinite(x).reshape(len(x), -1).all(1).cpu().numpy()
+        return finite
+
+    def _fault_of_start(self, row: int) -> str | None:
+        return fault_of_start(self.problem.y0[row])
 
     def _check(
         self, failed: Mask, kind: type[SolveError], message: str | None = None, ratio: Array | None = None

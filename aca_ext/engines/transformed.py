@@ -28,7 +28,7 @@ from aca_ext.solver.lane_loop import LaneField, LaneOperations, LaneSolver, Tran
 from aca_ext.solver.repeated_steps import PlainOperations, fixed_steps, repeated_states, repeated_states_of_lanes
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_plan import KnownSteps, StepPlan
-from aca_ext.vector_field.repeatable import refuse_unrepeatable, repeatable
+from aca_ext.vector_field.repeatable import leaving_no_trace, refuse_unrepeatable, repeatable
 from aca_ext.vector_field.slope_check import plain_slope_function
 
 _UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit", "on_min_step", "on_failure", "grid_constructor")
@@ -52,7 +52,7 @@ def solve_transformed(arguments: Arguments) -> Solution:
     time_shape = packing.time_shape if isinstance(packing, RowPacking) else None
     ops = PlainOperations(y)
     refuse_unrepeatable(problem.func)
-    f = repeatable(plain_slope_function(problem.func, problem.args, packing, ops, time_shape), y)
+    f = repeatable(plain_slope_function(problem.func, problem.args, packing, ops, time_shape), y, problem.func)
     t = arguments.t if isinstance(arguments.t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
     if problem.grid is not None:
         steps = [AcceptedStep(t, t_next - t, t_next, []) for t, t_next in pairwise(problem.grid)]
@@ -136,16 +136,17 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
 
 def _adaptive(f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor, batches: Batches) -> Solution:
     """Chooses the steps of all samples and repeats them."""
-    field = LaneField(f)
+    field, func = LaneField(f), problem.func
     row_shape = (len(y), *(1,) * (y.dim() - 1)) if isinstance(packing, RowPacking) else ()
     problem = _of_lanes(problem, batches)
     lanes = TransformedLanes(batches, row_shape)
     ops = LaneOperations(y, problem.tolerance, lanes)
     start = ops.scalars([problem.times_of_rows[:, 0]])[0]
-    k0 = field(start, y.detach()).detach()
-    batches.read(k0)  # raises FurtherBatchError
-    solver = LaneSolver(problem, field, ops, k0, lanes)
-    solver.choose_steps(y)
+    with leaving_no_trace(func, problem.args):
+        k0 = field(start, y.detach()).detach()
+        batches.read(k0)  # raises FurtherBatchError
+        solver = LaneSolver(problem, field, ops, k0, lanes)
+        solver.choose_steps(y)
     plan = StepPlan(problem.tableau, solver.record, problem.times_of_rows)
     if lanes.count == 1 and not row_shape:
         counts = solver.stats

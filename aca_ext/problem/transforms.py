@@ -72,7 +72,8 @@ def constant_of(what: str, x: Tensor) -> Tensor:
 
 def version_of(x: Tensor) -> int:
     """Count of the changes in place of a tensor, inside transforms of the tensor that it stands for."""
-    return _unwrapped(x)[0]._version
+    plain = _unwrapped(x)[0]
+    return 0 if plain.is_inference() else plain._version  # tensors of inference mode have no such count
 
 
 def _unwrapped(x: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -11,6 +11,7 @@ import torch
 from autograd_reference import relative_error
 from problems import Mlp, sample
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import aca_ext
@@ -221,6 +222,37 @@ def test_times_that_decrease_and_times_of_samples() -> None:
     assert relative_error(jacfwd(own)(ys[0]).detach(), jacobian) <= 1e-12
 
 
+def test_what_func_keeps_has_its_derivative() -> None:
+    """The evaluations that choose the steps leave nothing behind, so that func computes it again."""
+
+    class Keeping:
+        def __init__(self) -> None:
+            self.rate: Tensor | None = None
+            self.calls = 0
+
+        def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            if self.rate is None:
+                self.rate = y.sum()
+            return -self.rate * y
+
+    def value(y: Tensor, **settings: Any) -> Tensor:
+        return odeint(Keeping(), y, T, **LOOSE | settings).sum()
+
+    expected = torch.autograd.functional.jacobian(lambda y: value(y, gradient="direct"), spread().abs())
+    assert relative_error(grad(value)(spread().abs()), expected) <= 1e-12
+    assert relative_error(jacfwd(value)(spread().abs()), expected) <= 1e-12
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        ys = many()
+        assert relative_error(vmap(solver("dopri5"))(ys), loop(solver("dopri5"), ys)) <= 1e-12
+        solution = aca_ext.solve(NET, spread(), T, dense=True, **LOOSE)
+        assert relative_error(solution(T), solution.y) <= 1e-12
+        assert relative_error(aca_ext.replay(NET, solution, spread()), solution.y) <= 1e-12
+
+
 def test_a_single_time() -> None:
     assert torch.equal(vmap(lambda y: odeint(NET, y, T[:1]))(many()), many()[:, None])
 
@@ -258,6 +290,25 @@ class TestErrors:
             vmap(solve, randomness=randomness)(many())
         with pytest.raises(errors.ArgumentValueError, match="random"):
             grad(lambda y: solve(y).sum())(spread())
+
+    def test_random_numbers_of_a_generator_that_func_holds(self) -> None:
+        generator = torch.Generator()
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return y * torch.rand((), generator=generator, dtype=y.dtype)
+
+        with pytest.raises(errors.ArgumentValueError, match="random"):
+            grad(lambda y: odeint(func, y, T).sum())(spread())
+
+    def test_a_tensor_that_func_writes_into(self) -> None:
+        total = torch.zeros(3, dtype=torch.float64)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            total.add_(1.0)
+            return -y
+
+        with forward_ad.dual_level(), pytest.raises(errors.ArgumentValueError, match="writes into"):
+            odeint(func, forward_ad.make_dual(spread(), spread()), T)
 
     def test_batch_normalisation_in_training(self) -> None:
         class Slope(nn.Module):

@@ -181,6 +181,12 @@ def odeint(arguments: _OdeintArguments) -> State:
     torch.jit.trace and torch.export (with strict=False) record solves with fixed steps, in plain PyTorch; the gradient
     is then that of the steps, whatever ``gradient`` says. Adaptive steps would be those of the example and are refused.
 
+    A solve may stand inside torch.func.grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and torch.autograd.forward_ad, for
+    gradients "aca" and "direct" and engine="eager". Derivatives with respect to y0, args and tensors that func uses go
+    through the steps, which keep their graph. In vmap each sample takes the steps that it takes alone. Not with
+    checkpoints, events, callbacks, times or tolerances inside the transform, random numbers in func, or the options
+    norm, step_t, jump_t, on_min_step, on_failure and grid_constructor.
+
     Sources: adaptive steps as in Hairer, Nørsett & Wanner, Solving ODEs I, II.4; gradient "aca" in Zhuang et al., ICML
     2020; gradients of events in Chen, Amos & Nickel, ICLR 2021; thinned checkpoints as in Griewank & Walther's revolve.
     """

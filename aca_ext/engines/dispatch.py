@@ -17,6 +17,7 @@ from aca_ext.engines.base import Engine, Request
 from aca_ext.engines.default import get_default_engine
 from aca_ext.engines.dense_solves import check_dense, dense_problem, dense_solution
 from aca_ext.engines.recorded import solve_recorded
+from aca_ext.engines.transformed import solve_transformed
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
 from aca_ext.gradients.at_batch_events import at_batch_event
@@ -31,7 +32,7 @@ from aca_ext.problem.recorders import recorder
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
 from aca_ext.problem.times import as_float64, warn_where_time_stands_still
-from aca_ext.problem.transforms import refuse_transforms
+from aca_ext.problem.transforms import is_transformed, refuse_transforms
 from aca_ext.solution import LazySolution, Solution, batch_event_record, checked_plan, event_record, stopped
 from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
@@ -41,6 +42,8 @@ from aca_ext.solver.step_plan import StepPlan
 
 def run(arguments: Arguments, resumed: SolverState | None = None, *, may_stop: bool = False) -> Solution:
     """Runs a solve, or the part of one that continues from ``resumed``; a callback ends it if it ``may_stop``."""
+    if is_transformed():
+        return solve_transformed(arguments)
     policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
     adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
     for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
@@ -218,7 +221,7 @@ def engine_of(arguments: Arguments) -> str:
 
 def run_again(given: Arguments, engine: str) -> Solution | None:
     """``run`` without checks that an earlier solve made; None if there was no such solve."""
-    if given.gradient != "aca" or given.checkpoints is not None or given.params is not None:
+    if given.gradient != "aca" or given.checkpoints is not None or given.params is not None or is_transformed():
         return None
     if (
         given.events

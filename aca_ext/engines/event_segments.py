@@ -17,6 +17,7 @@ from aca_ext.problem.batch import is_independent
 from aca_ext.problem.events import Event
 from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.problem.times import times_of
+from aca_ext.problem.transforms import is_transformed
 from aca_ext.progress import Step
 from aca_ext.solution import EventRecord, Solution, joined
 
@@ -35,6 +36,8 @@ def solve_with_events(arguments: Arguments) -> Solution:
         EventError: resets follow one another without end, or a reset returned something that is no state.
         Those of ``run``.
     """
+    if is_transformed():
+        return run(arguments)  # raises: transforms exclude events
     events, given = _checked(arguments), arguments.t
     if is_independent(arguments.options):
         return solve_batch_with_events(replace(arguments, events=events))

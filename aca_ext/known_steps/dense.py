@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from aca_ext.errors import ReplayError, TimeError
+from aca_ext.errors import ArgumentTypeError, ReplayError, TimeError
 from aca_ext.problem.state import Packing, State
+from aca_ext.problem.transforms import Batches
 from aca_ext.solution import Solution
 from aca_ext.solver.repeated_steps import PlainOperations, dense_derivative_weights, dense_weights
 from aca_ext.solver.runge_kutta import scheme_of, stage_times, step
@@ -48,6 +49,7 @@ class DenseSolution(Solution):
 
         Raises:
             TimeError: a time lies outside of the solution.
+            ArgumentTypeError: t is batched by vmap.
             ReplayError: func does not repeat the steps of the solve; it has changed.
         """
         assert self.interpolant is not None
@@ -75,7 +77,7 @@ class Interpolant:
         self, func: Any, args: Sequence[Any], packing: Packing, plan: StepPlan, y0: Tensor, ends: Tensor
     ) -> None:
         self._packing, self._plan, self._ops = packing, plan, PlainOperations(y0.detach())
-        self._f = repeatable(plain_slope_function(func, args, packing, self._ops), y0)
+        self._f = repeatable(plain_slope_function(func, args, packing, self._ops), y0, func)
         self._scheme = scheme_of(plan.tableau, estimate_error=False)
         self._states = [y0, *ends.unbind(0)]
         steps = plan.known.common
@@ -85,6 +87,8 @@ class Interpolant:
     def at(self, t: Any, weights_at: Callable[..., list[Any]]) -> State:
         """The state at times ``t``, or its derivative: the function gives the weights of the slopes in a step."""
         time = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        if not Batches().with_those_of(time).is_empty:
+            raise ArgumentTypeError("t is batched by vmap. Give all times in one call: t may have any shape.")
         flat = time.reshape(-1)
         found: list[Tensor] = [self._states[0][None][:0]]
         order: list[Tensor] = []

@@ -71,7 +71,7 @@ def replay(
     if y.dtype != prepared.dtype:
         raise ArgumentTypeError(f"y0 has real dtype {y.dtype}, but the solution has {prepared.dtype}. Convert y0.")
     time_shape = packing.time_shape if isinstance(packing, RowPacking) else None
-    f = repeatable(plain_slope_function(called, args, packing, PlainOperations(y), time_shape), y)
+    f = repeatable(plain_slope_function(called, args, packing, PlainOperations(y), time_shape), y, func)
     if prepared.lanes is None:
         return packing.unpack_rows(torch.stack(repeated_states(f, prepared.steps, y)))
     return packing.unpack_rows(repeated_states_of_lanes(f, prepared.lanes, y, Rows(y)))

@@ -135,6 +135,17 @@ def test_a_changed_func_is_an_error() -> None:
         solution(0.5)
 
 
+def test_transforms_of_the_time() -> None:
+    solution, t = dense(sample(4, 3)), INNER[1:4]
+    expected = torch.zeros(3, 4, 3, 3, dtype=torch.float64)
+    for i in range(3):
+        expected[i, :, :, i] = solution.derivative(t[i]).detach()
+    assert relative_error(torch.func.jacrev(solution)(t).detach(), expected) <= 1e-12
+    assert relative_error(torch.func.jacfwd(solution)(t).detach(), expected) <= 1e-12
+    with pytest.raises(errors.ArgumentTypeError, match="vmap"):
+        torch.func.vmap(solution)(t)
+
+
 @pytest.mark.parametrize("t", [-1e-9, 1.0000001, float("nan"), [0.5, 2.0]])
 def test_times_outside(t: Any) -> None:
     with pytest.raises(errors.TimeError, match="beyond"):

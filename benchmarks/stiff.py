@@ -252,6 +252,7 @@ def draw(result: Result):
                 points = [row[key] for row in own], [row["error"] for row in own]
                 axes.loglog(*points, style, color=f"C{i}", label=name)
             axes.set(xlabel=label, title=table.title if key == "ms" else "")
+            axes.tick_params(which="both", labelsize=6)
             axes.grid(alpha=0.3)
     for axes in panels[:, 0]:
         axes.set_ylabel("error")

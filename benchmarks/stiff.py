@@ -117,7 +117,9 @@ def _times(problem: StiffProblem) -> torch.Tensor:
 
 
 def _solve(func: Any, y0: torch.Tensor, t: torch.Tensor, problem: StiffProblem, method: str, rtol: float) -> Any:
-    return aca_ext.solve(func, y0, t, rtol=rtol, atol=problem.atol(rtol), method=method)
+    # The Brusselator would get Krylov iterations, which are far slower there: they have no preconditioner.
+    options = {} if problem.bandwidth is None else {"jacobian": "dense"}
+    return aca_ext.solve(func, y0, t, rtol=rtol, atol=problem.atol(rtol), method=method, options=options)
 
 
 def _outcome(solution: Any) -> Outcome:

@@ -44,7 +44,10 @@ def odeint(arguments: _OdeintArguments) -> State:
         rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tuple state
             also a tuple with one for each component. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
-        method: a key of ``aca_ext.METHODS``; default "dopri5".
+        method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
+            "kvaerno5"); default "dopri5". Implicit methods need engine="eager" and a func that neither draws random
+            numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method, with
+            derivatives up to the second; gradient="adjoint" solves the state backward, which stiffness makes unstable.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.
@@ -57,6 +60,12 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``step_t``: times that a step must end at.
             * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples
               and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
+            * ``jacobian``: of implicit methods: "dense" (default for up to 512 elements: a matrix by autograd), "block"
+              (one matrix per sample along the first dimension of y0; samples must not depend on one another), "krylov"
+              (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args) that returns
+              the derivative of func as a matrix. With every choice the gradient is that of func.
+            * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
+              gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
               tuple state the largest RMS norm of its components.
             * ``on_min_step``: "raise" (default), or "accept": a step of min_step is accepted whatever its error.

@@ -500,7 +500,7 @@ class TestOptionsOfSolve:
 class TestImplicitMethods:
     @pytest.mark.parametrize("method", IMPLICIT)
     def test_take_steps_from_one_requested_time_to_the_next(self, method: str) -> None:
-        """As in torchdiffeq, trbdf2 too. The release of torchdiffeq on PyPI has none of these methods to compare with."""
+        """As in torchdiffeq, trbdf2 too. Its release on PyPI has none of these methods to compare with."""
         t = times(0.0, 0.35, 0.7, 1.0)
         func = LotkaVolterra()
         expected = aca_ext.odeint(func, Y0, t, method=method, options={"grid_constructor": lambda func, y0, t: t})

@@ -62,8 +62,8 @@ def odeint(arguments: _OdeintArguments) -> State:
               and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
             * ``jacobian``: of implicit methods: "dense" (default for up to 512 elements: a matrix by autograd), "block"
               (one matrix per sample along the first dimension of y0; samples must not depend on one another), "krylov"
-              (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args) that returns
-              the derivative of func as a matrix. With every choice the gradient is that of func.
+              (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args) that
+              returns the derivative of func as a matrix. With every choice the gradient is that of func.
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
               gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a

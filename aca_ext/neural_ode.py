@@ -80,10 +80,16 @@ class NeuralODE(nn.Module):
             args: further arguments of func.
 
         Raises:
+            ArgumentValueError: a callback ended the solve early.
             Those of ``solve``.
         """
         solution = solve(self.func, y0, self.t if t is None else t, args=args, **self.settings)
         self.stats = solution.stats
+        if not solution.is_complete:
+            raise ArgumentValueError(
+                "callback returned True, which ends a solve early, and a layer does not show where. Only aca_ext.solve "
+                "does; a callback that returns None lets the solve go on."
+            )
         if not self._looked_for_unregistered:
             self._look_for_unregistered(solution.y, y0, args)
         if self.output == "all":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.gradients.base import Record
 from aca_ext.kernels.layout import stack_rows
+from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import Packing, State, like_tuple
@@ -22,6 +24,7 @@ from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.solver.step_plan import StepPlan
 
 _RESETS = "a reset changed the state during the solve, at a time that depends on it."
+_STOPS = "independent samples were solved with option step_t or jump_t. Solve them with common steps, or without it."
 _FAILED = "samples failed, so they have no steps to their last times."
 
 
@@ -51,6 +54,9 @@ class EventRecord:
             are a floating-point tensor, else float64 on the CPU. Differentiable, once.
         y: (n, \\*y0.shape) states at these times, before a reset; for a tuple state a tuple of such tensors.
             Differentiable, once.
+
+    With independent samples t is (batch, n) and y (batch, n, \\*state of a sample), with n the most occurrences in one
+    sample, and NaN for occurrences that others do not have. Of a terminal event t is (batch,) and y like y0.
     """
 
     t: Tensor
@@ -64,14 +70,17 @@ class Solution:
     Attributes:
         t: (T,) requested times as given; (batch, T) for independent samples with times of their own. After a stop at
             the step limit, only the times that were reached.
-        y: state at these times, (T, \\*y0.shape); for a tuple state a tuple of such tensors. Differentiable.
+        y: state at these times, (T, \\*y0.shape), NaN at padded times; for a tuple state a tuple of such tensors.
+            Differentiable.
         steps: (n_accepted, 2) float64 on the CPU, start and end of every accepted step, in the unit of t; for
             independent samples a tuple with one such tensor per sample.
         stats: counts of evaluations and steps, and the backend; a ``BatchStats`` for independent samples.
         is_complete: True if all requested times were reached; False only with option ``on_step_limit="stop"``.
         continuation: data for ``resume``; None without option ``on_step_limit="stop"``.
         events: one ``EventRecord`` per event, in the order in which the events were given.
-        ended_by: index of the terminal event that ended the solve; None if it reached its last time.
+        ended_by: index of the terminal event that ended the solve; None if it reached its last time. With independent
+            samples and events, (batch,) int64 on the CPU, with -1 for a sample that reached its last time; states at
+            times after the event of a sample are NaN.
         plan: data for ``aca_ext.replay``.
     """
 
@@ -82,7 +91,7 @@ class Solution:
     is_complete: bool = True
     continuation: Continuation | None = field(default=None, repr=False, compare=False)
     events: tuple[EventRecord, ...] = ()
-    ended_by: int | None = None
+    ended_by: int | Tensor | None = None
     plan: StepPlan | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -188,6 +197,17 @@ def event_record(found: Sequence[tuple[Tensor, Tensor]], ys: Tensor, packing: Pa
     return EventRecord(t, packing.unpack_rows(y))
 
 
+def batch_event_record(t: Tensor, ys: Tensor, packing: Packing, is_terminal: bool) -> EventRecord:
+    """The record of an event of independent samples from times (n, batch) and packed states (n, batch, ...)."""
+    if is_terminal and len(t) == 0:
+        t, ys = t.new_full((1, *t.shape[1:]), math.nan), ys.new_full((1, *ys.shape[1:]), math.nan)
+    y = packing.unpack_rows(ys)
+    parts = (part[0] if is_terminal else part.transpose(0, 1) for part in (y if isinstance(y, tuple) else (y,)))
+    return EventRecord(
+        t[0] if is_terminal else t.T, like_tuple(type(y), parts) if isinstance(y, tuple) else next(parts)
+    )
+
+
 def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
     """One solution to ``times`` of parts that follow one another, each from a reset of the one before it."""
     y, stats = parts[0].y, parts[0].stats
@@ -251,7 +271,8 @@ class LazySolution(Solution):
     def of(cls, t: Tensor, y: State, record: Record, stats: Stats | BatchStats, problem: Problem) -> LazySolution:
         solution = object.__new__(cls)
         plan = problem.tableau, record, problem.known_times, problem.jumps
-        vars(solution).update(t=t, y=y, stats=stats, _plan=plan)
+        jumps_of_samples = isinstance(problem, BatchProblem) and problem.stops_of_rows is not None
+        vars(solution).update(t=t, y=y, stats=stats, _plan=plan, _jumps_of_samples=jumps_of_samples)
         return solution
 
     @cached_property
@@ -261,7 +282,8 @@ class LazySolution(Solution):
 
     @cached_property
     def plan(self) -> StepPlan:
-        return checked_plan(StepPlan(*vars(self)["_plan"]), self.stats)
+        plan = checked_plan(StepPlan(*vars(self)["_plan"]), self.stats)
+        return plan.refused(_STOPS) if vars(self)["_jumps_of_samples"] else plan
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _loaded, (self.t, self.y, self.steps, self.stats, self.plan)
@@ -282,4 +304,5 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
 
 def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
     counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
-    return Stats(**{name: getattr(one, name) + getattr(other, name) for name in counts}, backend=other.backend)
+    counted = {name: getattr(one, name) + getattr(other, name) for name in counts}
+    return Stats(**counted, backend=other.backend, engine=other.engine, reason=other.reason)

@@ -43,7 +43,7 @@ class Arguments:
     events: Sequence[Event] = ()
     gradient: str = "aca"
     checkpoints: int | str | None = None
-    engine: str = "eager"
+    engine: str | None = None
     args: Sequence[Any] = ()
     params: Sequence[Tensor] | None = None
     progress: bool = False

@@ -13,6 +13,7 @@ from aca_ext.engines.base import Request
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.gradients.base import Result
 from aca_ext.known_steps.dense import DenseSolution, Interpolant
+from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.times import times_of
 from aca_ext.solver.checkpoints import StepRecord
@@ -53,6 +54,7 @@ def check_dense(request: Request, engine: str) -> None:
         f"engine={engine!r}": engine != "eager",
         f"gradient={request.gradient!r}": request.gradient != "aca",
         f"checkpoints={request.checkpoints!r}": request.checkpoints is not None,
+        f"method={problem.tableau.name!r}": type(problem.tableau) is not Tableau,
         'option batch="independent"': request.is_batch,
         'option on_step_limit="stop"': problem.stops_at_limit,
         "events": len(problem.events) > 0,
@@ -62,7 +64,7 @@ def check_dense(request: Request, engine: str) -> None:
         if is_given:
             raise ArgumentValueError(
                 f"dense or output_fn is given, but does not support {what}. Leave one of the two out; both need "
-                'engine="eager", gradient="aca" and steps that all samples share.'
+                'engine="eager", gradient="aca", an explicit Runge-Kutta method and steps that all samples share.'
             )
 
 

@@ -20,6 +20,7 @@ from torch.jit._trace import TracerWarning
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.kernels.operations import TorchOperations
 from aca_ext.kernels.reference import Number
+from aca_ext.numerics.adams import Adams
 from aca_ext.problem.options import FIXED_OPTIONS, Options
 from aca_ext.problem.problem import Problem, checked_problem
 from aca_ext.problem.recorders import JIT
@@ -55,8 +56,15 @@ def solve_recorded(
             'options={"step_size": h} or a method such as "rk4", or record func alone and solve outside of the '
             "recording."
         )
+    if problem.newton is not None:
+        raise ArgumentValueError(
+            f"{by} would record the iterations of Newton's method of its example, but each input needs its own. Use an "
+            f"explicit method instead of {problem.tableau.name!r}."
+        )
     if problem.interp is not None or problem.jumps:
         raise ArgumentValueError(f"{by} records no solve with option interp or perturb; leave them out.")
+    if isinstance(problem.tableau, Adams):
+        raise ArgumentValueError(f"{by} records no solve with method {problem.tableau.name!r}; use rk4, for example.")
     ys, record = _solution_on(problem.grid, problem)
     stats = Stats(n_steps=len(record.steps), n_accepted=len(record.steps), backend=TorchOperations.backend)
     with _quiet():

@@ -7,7 +7,7 @@ every sample of vmap has the steps that it takes alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError, TimeError
+from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.batch import BatchProblem, RowPacking, batch_problem_of, is_independent
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.recorders import recorder
@@ -31,7 +32,9 @@ from aca_ext.solver.step_plan import KnownSteps, StepPlan
 from aca_ext.vector_field.repeatable import leaving_no_trace, refuse_unrepeatable, repeatable
 from aca_ext.vector_field.slope_check import plain_slope_function
 
-_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit", "on_min_step", "on_failure", "grid_constructor")
+_UNAVAILABLE = (
+    "norm", "step_t", "jump_t", "on_step_limit", "on_min_step", "on_failure", "grid_constructor", "compact",
+)  # fmt: skip
 _IN_VMAP = "it was solved inside vmap, where each sample has steps of its own. Replay it there, or solve again."
 
 
@@ -72,7 +75,7 @@ def _check_available(given: Arguments) -> None:
     options = given.options or {}
     unavailable = {
         f"gradient={given.gradient!r}": given.gradient not in ("aca", "direct"),
-        f"engine={given.engine!r}": given.engine != "eager",
+        f"engine={given.engine!r}": given.engine not in (None, "auto", "eager"),
         f"checkpoints={given.checkpoints!r}": given.checkpoints is not None,
         "callback": given.callback is not None,
         "progress": given.progress,
@@ -131,6 +134,16 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
         )
         y0: State = packing.as_given(parts) if packing.is_tuple else parts[0]
         problem: Problem = make(arguments.func, y0, arguments.t, **arguments.of_problem)
+    if type(problem.tableau) is not Tableau:
+        raise ArgumentValueError(
+            f"method {problem.tableau.name!r} is not available inside a function transform, as it is implicit or a "
+            "multistep method. Use an explicit Runge-Kutta method, such as dopri5."
+        )
+    if isinstance(problem, BatchProblem) and problem.is_ragged:
+        raise TimeError(
+            "t is padded with NaN, which is not available inside a function transform. Solve samples with equally many "
+            "times together."
+        )
     return problem
 
 
@@ -166,7 +179,7 @@ def _of_lanes(problem: Problem, batches: Batches) -> BatchProblem:
     """The problem of all samples: those of vmap, and in each of them the rows if these are independent."""
     if isinstance(problem, BatchProblem):
         return replace(problem, times_of_rows=np.tile(problem.times_of_rows, (batches.count, 1)))
-    given = {name: value for name, value in vars(problem).items() if name != "packing"}
+    given = {field.name: getattr(problem, field.name) for field in fields(Problem) if field.name != "packing"}
     flat = problem.packing
     times = np.tile(np.array(problem.times), (batches.count, 1))
     packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)

@@ -73,16 +73,11 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """Outputs of a solve, (T, \\*packed shape), with its record and statistics.
-
-    Attributes:
-        is_lazy: the record is slow to read (it is on a device, or made by another solve), and read only on demand.
-    """
+    """Outputs of a solve, (T, \\*packed shape), with its record and statistics."""
 
     ys: Tensor
     record: Record
     stats: Stats | BatchStats
-    is_lazy: bool = False
 
 
 class Gradient(Protocol):

@@ -21,7 +21,9 @@ from aca_ext.kernels.reference import Number
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.tolerance import Tolerance
 from aca_ext.problem.transforms import Batches
-from aca_ext.solver.batch_loop import AcceptedRows, BatchSolver, Index, Mask, OutputRows
+from aca_ext.solver.batch_failures import SampleFailures
+from aca_ext.solver.batch_loop import BatchSolver
+from aca_ext.solver.batch_record import AcceptedRows, Index, Mask, OutputRows
 from aca_ext.solver.runge_kutta import Trial
 from aca_ext.vector_field.slope_function import SlopeFunction
 
@@ -94,6 +96,8 @@ class LaneOperations(RowOperations):
 class LaneField:
     """f with a count of its evaluations, as ``BatchSolver`` calls it."""
 
+    seen = None  # every evaluation sees all samples
+
     def __init__(self, f: SlopeFunction) -> None:
         self._f, self.n_evals = f, 0
 
@@ -105,6 +109,20 @@ class LaneField:
         return nullcontext()
 
 
+class _LaneFailures(SampleFailures):
+    """``SampleFailures`` for tensors inside transforms."""
+
+    def __init__(self, problem: BatchProblem, field: Any, control: Any, lanes: TransformedLanes) -> None:
+        super().__init__(problem, field, control)
+        self._lanes = lanes
+
+    def _are_finite(self, x: Tensor) -> Mask:
+        return np.asarray(self._lanes.read(torch.isfinite(x)).reshape(self._lanes.count, -1).all(1))
+
+    def _fault_of_start(self, row: int) -> str | None:
+        return None
+
+
 class LaneSolver(BatchSolver):
     """``BatchSolver`` that only chooses steps: it keeps no states and makes no outputs."""
 
@@ -113,6 +131,7 @@ class LaneSolver(BatchSolver):
     ) -> None:
         super().__init__(problem, field, ops, k0, keep_states=False)  # type: ignore[arg-type]
         self._lanes = lanes
+        self._failures = _LaneFailures(problem, field, self._control, lanes)
 
     def choose_steps(self, y: Tensor) -> None:
         """Solves from the packed state ``y``; fills the record and the counts.
@@ -123,17 +142,15 @@ class LaneSolver(BatchSolver):
         """
         if self.problem.times_of_rows.shape[1] > 1 and self._lanes.count > 0:
             self._run(y.detach())
-        self._count()
+        control, stats, n_evals = self._control, self.stats, self.field.n_evals
+        stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
+        stats.n_rejected = stats.n_steps - stats.n_accepted
+        stats.n_f_evals, stats.n_f_rows = n_evals, n_evals * self._lanes.count
 
-    def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> None:
+    def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> Mask:
         rows = np.flatnonzero(accepted)
         self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], _NO_OUTPUTS))
+        return accepted
 
     def _mask(self, rows: Mask) -> Tensor:
         return self._lanes.wrap(rows, torch.bool, self.ops.like.device)
-
-    def _are_finite(self, x: Tensor) -> Mask:
-        return np.asarray(self._lanes.read(torch.isfinite(x)).reshape(self._lanes.count, -1).all(1))
-
-    def _fault_of_start(self, row: int) -> str | None:
-        return None

@@ -14,6 +14,7 @@ from aca_ext.kernels import reference
 from aca_ext.kernels.operations import Floats, Tensors, TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.tableau import Tableau
+from aca_ext.numerics.weights import Weights as AnyWeights
 from aca_ext.problem.tolerance import Tolerance
 from aca_ext.solver.runge_kutta import Scheme, Weights, nonzero, scheme_of, solution_only, stage_times, step
 from aca_ext.solver.step_plan import Array, StepPlan, outputs_by_step, places_of
@@ -137,7 +138,7 @@ def _inside(lanes: Lanes, plan: StepPlan, starts: Tensor, slopes: Sequence[Seque
     return total
 
 
-def dense_weights(tableau: Tableau, theta: Any) -> list[Any]:
+def dense_weights(tableau: AnyWeights, theta: Any) -> list[Any]:
     """The weights of the slopes at positions ``theta``, an array or a tensor; 0.0 for slopes without weight."""
     weights: list[Any] = []
     for row in tableau.dense_coefficients:

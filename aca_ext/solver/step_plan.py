@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aca_ext.numerics.tableau import Tableau
-from aca_ext.solver.batch_loop import BatchRecord
+from aca_ext.numerics.weights import Weights
+from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord
 
 Array = NDArray[np.float64]
@@ -22,6 +23,10 @@ _RANDOM = (
     "func draws random numbers, so another evaluation would use others than the solve. Use a func without them, for "
     "example a module in evaluation mode."
 )
+
+
+_PADDED = "the requested times are padded with NaN. Solve samples with equally many times together."
+_NOT_EXPLICIT = "is an implicit or multistep method. Use an explicit Runge-Kutta method, such as dopri5."
 
 
 class KnownSteps(NamedTuple):
@@ -50,7 +55,7 @@ class StepPlan:
         jumps: times at which func jumps.
     """
 
-    tableau: Tableau
+    tableau: Weights
     record: Any
     times: Any
     jumps: frozenset[float] = frozenset()
@@ -61,11 +66,15 @@ class StepPlan:
         record = self.record
         if isinstance(record, KnownSteps):
             return record
+        if type(self.tableau) is not Tableau:
+            return KnownSteps(refusal=f"{self.tableau.name} {_NOT_EXPLICIT}")
         if isinstance(record, StepRecord):
             steps = record.steps
             if any(s.random_states is not None for s in steps):
                 return KnownSteps(refusal=_RANDOM)
             return KnownSteps(tuple((s.t, s.h, s.t_next) for s in steps))
+        if np.isnan(self.times).any():
+            return KnownSteps(refusal=_PADDED)
         found = _of_batch(record) if isinstance(record, BatchRecord) else _of_bounds(record.bounds())
         return KnownSteps(of_rows=_padded(found, self.times[:, -1]))
 

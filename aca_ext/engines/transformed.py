@@ -7,7 +7,7 @@ every sample of vmap has the steps that it takes alone.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError, TimeError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.batch import BatchProblem, RowPacking, batch_problem_of, is_independent
 from aca_ext.problem.problem import Problem, problem_of
@@ -75,7 +75,7 @@ def _check_available(given: Arguments) -> None:
     options = given.options or {}
     unavailable = {
         f"gradient={given.gradient!r}": given.gradient not in ("aca", "direct"),
-        f"engine={given.engine!r}": given.engine not in (None, "auto", "eager"),
+        f"engine={given.engine!r}": given.engine not in (None, "eager", "auto"),
         f"checkpoints={given.checkpoints!r}": given.checkpoints is not None,
         "callback": given.callback is not None,
         "progress": given.progress,
@@ -136,23 +136,24 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
         problem: Problem = make(arguments.func, y0, arguments.t, **arguments.of_problem)
     if type(problem.tableau) is not Tableau:
         raise ArgumentValueError(
-            f"method {problem.tableau.name!r} is not available inside a function transform, as it is implicit or a "
-            "multistep method. Use an explicit Runge-Kutta method, such as dopri5."
+            f"method {problem.tableau.name!r} is not available inside a function transform (torch.func, forward_ad). "
+            "Use an explicit Runge-Kutta method, such as dopri5."
         )
     if isinstance(problem, BatchProblem) and problem.is_ragged:
-        raise TimeError(
-            "t is padded with NaN, which is not available inside a function transform. Solve samples with equally many "
-            "times together."
+        raise ArgumentValueError(
+            "t is padded with NaN, which is not available inside a function transform (torch.func, forward_ad). Solve "
+            "samples with equally many times together."
         )
     return problem
 
 
 def _adaptive(f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor, batches: Batches) -> Solution:
     """Chooses the steps of all samples and repeats them."""
-    field, func = LaneField(f), problem.func
+    func = problem.func
     row_shape = (len(y), *(1,) * (y.dim() - 1)) if isinstance(packing, RowPacking) else ()
     problem = _of_lanes(problem, batches)
     lanes = TransformedLanes(batches, row_shape)
+    field = LaneField(f, lanes.count)
     ops = LaneOperations(y, problem.tolerance, lanes)
     start = ops.scalars([problem.times_of_rows[:, 0]])[0]
     with leaving_no_trace(func, problem.args):
@@ -179,7 +180,7 @@ def _of_lanes(problem: Problem, batches: Batches) -> BatchProblem:
     """The problem of all samples: those of vmap, and in each of them the rows if these are independent."""
     if isinstance(problem, BatchProblem):
         return replace(problem, times_of_rows=np.tile(problem.times_of_rows, (batches.count, 1)))
-    given = {field.name: getattr(problem, field.name) for field in fields(Problem) if field.name != "packing"}
+    given = {name: value for name, value in vars(problem).items() if name != "packing"}
     flat = problem.packing
     times = np.tile(np.array(problem.times), (batches.count, 1))
     packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)

@@ -94,12 +94,14 @@ class LaneOperations(RowOperations):
 
 
 class LaneField:
-    """f with a count of its evaluations, as ``BatchSolver`` calls it."""
+    """f with a count of its evaluations, as ``BatchSolver`` calls it; each evaluates ``n_lanes`` samples."""
 
-    seen = None  # every evaluation sees all samples
+    def __init__(self, f: SlopeFunction, n_lanes: int) -> None:
+        self._f, self._n_lanes, self.n_evals = f, n_lanes, 0
 
-    def __init__(self, f: SlopeFunction) -> None:
-        self._f, self.n_evals = f, 0
+    @property
+    def n_rows_evaluated(self) -> int:
+        return self.n_evals * self._n_lanes
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         self.n_evals += 1
@@ -109,11 +111,9 @@ class LaneField:
         return nullcontext()
 
 
-class _LaneFailures(SampleFailures):
-    """``SampleFailures`` for tensors inside transforms."""
-
-    def __init__(self, problem: BatchProblem, field: Any, control: Any, lanes: TransformedLanes) -> None:
-        super().__init__(problem, field, control)
+class LaneFailures(SampleFailures):
+    def __init__(self, problem: BatchProblem, field: LaneField, control: Any, lanes: TransformedLanes) -> None:
+        super().__init__(problem, field, control)  # type: ignore[arg-type]
         self._lanes = lanes
 
     def _are_finite(self, x: Tensor) -> Mask:
@@ -131,7 +131,7 @@ class LaneSolver(BatchSolver):
     ) -> None:
         super().__init__(problem, field, ops, k0, keep_states=False)  # type: ignore[arg-type]
         self._lanes = lanes
-        self._failures = _LaneFailures(problem, field, self._control, lanes)
+        self._failures = LaneFailures(problem, field, self._control, lanes)
 
     def choose_steps(self, y: Tensor) -> None:
         """Solves from the packed state ``y``; fills the record and the counts.
@@ -142,10 +142,7 @@ class LaneSolver(BatchSolver):
         """
         if self.problem.times_of_rows.shape[1] > 1 and self._lanes.count > 0:
             self._run(y.detach())
-        control, stats, n_evals = self._control, self.stats, self.field.n_evals
-        stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
-        stats.n_rejected = stats.n_steps - stats.n_accepted
-        stats.n_f_evals, stats.n_f_rows = n_evals, n_evals * self._lanes.count
+        self._count()
 
     def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> Mask:
         rows = np.flatnonzero(accepted)

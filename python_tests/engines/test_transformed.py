@@ -342,7 +342,7 @@ class TestErrors:
         ids=lambda settings: str(next(iter(settings.items()))),
     )
     def test_what_is_not_available(self, settings: dict[str, Any]) -> None:
-        with pytest.raises(errors.ArgumentValueError, match=r"not available inside a function transform"):
+        with pytest.raises(errors.ArgumentValueError, match="not available inside a function transform"):
             grad(lambda y: odeint(NET, y, T, **settings).sum())(spread())
 
     def test_times_and_tolerances_of_a_transform(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.gradients.base import Record
 from aca_ext.kernels.layout import stack_rows
+from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import Packing, State, like_tuple
@@ -23,6 +24,7 @@ from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.solver.step_plan import StepPlan
 
 _RESETS = "a reset changed the state during the solve, at a time that depends on it."
+_STOPS = "independent samples were solved with option step_t or jump_t. Solve them with common steps, or without it."
 _FAILED = "samples failed, so they have no steps to their last times."
 
 
@@ -269,7 +271,8 @@ class LazySolution(Solution):
     def of(cls, t: Tensor, y: State, record: Record, stats: Stats | BatchStats, problem: Problem) -> LazySolution:
         solution = object.__new__(cls)
         plan = problem.tableau, record, problem.known_times, problem.jumps
-        vars(solution).update(t=t, y=y, stats=stats, _plan=plan)
+        jumps_of_samples = isinstance(problem, BatchProblem) and problem.stops_of_rows is not None
+        vars(solution).update(t=t, y=y, stats=stats, _plan=plan, _jumps_of_samples=jumps_of_samples)
         return solution
 
     @cached_property
@@ -279,7 +282,8 @@ class LazySolution(Solution):
 
     @cached_property
     def plan(self) -> StepPlan:
-        return checked_plan(StepPlan(*vars(self)["_plan"]), self.stats)
+        plan = checked_plan(StepPlan(*vars(self)["_plan"]), self.stats)
+        return plan.refused(_STOPS) if vars(self)["_jumps_of_samples"] else plan
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _loaded, (self.t, self.y, self.steps, self.stats, self.plan)

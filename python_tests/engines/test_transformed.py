@@ -331,6 +331,8 @@ class TestErrors:
             {"options": {"on_min_step": "accept"}},
             {"options": {"grid_constructor": lambda f, y, t: t}},
             {"engine": "compiled"},
+            {"options": {"batch": "independent", "compact": True}},
+            {"method": "kvaerno5"},
             {"checkpoints": 3},
             {"callback": print},
             {"progress": True},

@@ -296,6 +296,21 @@ class TestEvents:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("option", ["step_t", "jump_t"])
+    def test_stops_of_independent_samples(self, option: str) -> None:
+        func = lambda t, y: -y * t  # noqa: E731
+        options = {"batch": "independent", option: [0.5]}
+        solution = solved(spread(), func=func, options=options, engine="compiled")
+        with pytest.raises(errors.ArgumentValueError, match="jump_t"):
+            aca_ext.replay(func, solution, spread())
+
+    def test_methods_that_are_not_explicit(self) -> None:
+        for method in ("kvaerno5", "fixed_adams"):
+            options = {"step_size": 0.1} if method == "fixed_adams" else {}
+            solution = solved(spread(), method=method, options=options)
+            with pytest.raises(errors.ArgumentValueError, match="implicit or multistep"):
+                aca_ext.replay(NET, solution, spread())
+
     def test_random_numbers(self) -> None:
         func = nn.Sequential(nn.Linear(3, 3), nn.Dropout()).double()
         slope = lambda t, y: func(y)  # noqa: E731

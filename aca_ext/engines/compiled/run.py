@@ -276,7 +276,7 @@ class _LoopRecord(StepRecord):
     """Record of the accepted steps of a compiled loop; its Python objects are made on demand."""
 
     def __init__(self, loop: Any) -> None:
-        self._loop = loop
+        self._loop, self.end = loop, None
 
     @property
     def steps(self) -> list[AcceptedStep]:  # type: ignore[override]

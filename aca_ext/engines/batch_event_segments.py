@@ -77,14 +77,14 @@ class _Segments:
         self._steps = [[steps] for steps in first.steps]
         self._events: list[list[tuple[Tensor, Parts]]] = [[] for _ in arguments.events]
         self._take_events(first, None)
-        self._rows = torch.ones(self._n, dtype=torch.bool)  # samples in the last segment
+        self._rows = torch.ones(self._n, dtype=torch.bool, device="cpu")  # samples in the last segment
         self._start = times.detach()[:, 0]
         self._n_segments = 1
 
     def rows_to_reset(self) -> Tensor:
         """A mask of the samples whose last segment ended at a reset, with requested times left."""
         with_reset = [i for i, event in enumerate(self._arguments.events) if event.reset is not None]
-        is_reset = self._rows & torch.isin(self._ended_by, torch.tensor(with_reset))
+        is_reset = self._rows & torch.isin(self._ended_by, torch.tensor(with_reset, device="cpu"))
         is_at_end = is_reset & (self._n_reached >= self._n_wanted)
         self._ended_by[is_at_end] = -1
         return is_reset & ~is_at_end
@@ -97,9 +97,9 @@ class _Segments:
         solution = run(self._segment(rows, time, y))
         parts, n_before = _parts(solution.y), self._n_reached
         n_times = len(parts[0])
-        number = torch.arange(self._times.shape[1]).unsqueeze(1) - n_before + 1  # of an output within the segment
+        number = torch.arange(self._times.shape[1], device="cpu").unsqueeze(1) - n_before + 1  # of an output within the segment
         is_new = rows & (number >= 1) & (number < n_times)
-        index, everyone = number.clamp(0, n_times - 1), torch.arange(self._n)
+        index, everyone = number.clamp(0, n_times - 1), torch.arange(self._n, device="cpu")
         self._y = tuple(
             torch.where(_beside(is_new, old), new[index.to(new.device), everyone.to(new.device)], old)
             for old, new in zip(self._y, parts, strict=True)
@@ -175,7 +175,7 @@ class _Segments:
         """The solve from ``start`` on, in the time since then; samples other than ``rows`` have no step."""
         arguments, times = self._arguments, self._times
         n_left = torch.where(rows, self._n_wanted - self._n_reached, 0)
-        position = torch.arange(int(n_left.max())).expand(self._n, -1)
+        position = torch.arange(int(n_left.max()), device="cpu").expand(self._n, -1)
         is_time = position < n_left.unsqueeze(1)
         index = (self._n_reached.unsqueeze(1) + position).clamp(max=times.shape[1] - 1)
         sign = torch.where((times.detach()[:, :1] > times.detach()).any(1), -1.0, 1.0).double().unsqueeze(1)
@@ -188,7 +188,7 @@ class _Segments:
             arguments,
             func=Since(arguments.func),
             y0=_like(arguments.y0, y),
-            t=torch.cat([torch.zeros(self._n, 1, dtype=torch.float64), since], 1),
+            t=torch.cat([torch.zeros(self._n, 1, dtype=torch.float64, device="cpu"), since], 1),
             args=(start, *arguments.args),
             events=tuple(replace(event, fn=At(event.fn, start)) for event in arguments.events),
             callback=None if callback is None else lambda step: callback(moved(step, at)),
@@ -213,8 +213,8 @@ def _joined(found: Sequence[tuple[Tensor, Parts]], y0: State, is_terminal: bool)
     is_none = t.detach().isnan()
     order = is_none.long().argsort(dim=1, stable=True)[:, : int((~is_none).sum(1).max())]
     if is_terminal and order.shape[1] == 0:
-        order = torch.zeros(len(t), 1, dtype=torch.int64)
-    everyone = torch.arange(len(t)).unsqueeze(1)
+        order = torch.zeros(len(t), 1, dtype=torch.int64, device="cpu")
+    everyone = torch.arange(len(t), device="cpu").unsqueeze(1)
     t, y = t[everyone, order], tuple(part[everyone.to(part.device), order.to(part.device)] for part in y)
     return EventRecord(t[:, 0], _like(y0, (part[:, 0] for part in y))) if is_terminal else EventRecord(t, _like(y0, y))
 
@@ -263,7 +263,7 @@ def to_batch_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tenso
 
 def _ends(given: Any) -> Tensor:
     """The first and the last time; of each sample if they differ."""
-    t = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=torch.float64)
+    t = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=torch.float64, device="cpu")
     if t.dim() == 1:
         return torch.cat([t[:1], t[-1:].detach()])
     last = (~t.isnan()).sum(1, keepdim=True) - 1

@@ -31,6 +31,10 @@ SOLVES: dict[str, dict[str, Any]] = {
     "independent, direct": {"options": {"batch": "independent"}, "gradient": "direct"},
     "independent, tolerances": {"options": {"batch": "independent"}, "atol": ATOL},
     "independent, times": {"options": {"batch": "independent"}, "t": torch.stack([T, 2 * T])},
+    "independent, ragged": {
+        "options": {"batch": "independent", "compact": True, "on_failure": "nan"},
+        "t": torch.tensor([[0.0, 0.3, 1.0], [0.0, 0.1, float("nan")]], dtype=torch.float64),
+    },
     "times as a list": {"t": [0.0, 0.3, 1.0]},
     "callback": {"callback": lambda step: None},
 }

@@ -97,7 +97,8 @@ class _Segments:
         solution = run(self._segment(rows, time, y))
         parts, n_before = _parts(solution.y), self._n_reached
         n_times = len(parts[0])
-        number = torch.arange(self._times.shape[1], device="cpu").unsqueeze(1) - n_before + 1  # of an output within the segment
+        # Numbers of the outputs within the segment, whose first is the start.
+        number = torch.arange(self._times.shape[1], device="cpu").unsqueeze(1) - n_before + 1
         is_new = rows & (number >= 1) & (number < n_times)
         index, everyone = number.clamp(0, n_times - 1), torch.arange(self._n, device="cpu")
         self._y = tuple(

@@ -18,6 +18,7 @@ from aca_ext.problem.batch import is_independent
 from aca_ext.problem.events import Event
 from aca_ext.problem.state import State, like_tuple
 from aca_ext.problem.times import times_of
+from aca_ext.problem.transforms import is_transformed
 from aca_ext.solution import EventRecord, Solution, joined
 
 _TIMES = ("step_t", "jump_t")
@@ -33,6 +34,8 @@ def solve_with_events(arguments: Arguments) -> Solution:
         EventError: resets follow one another without end, or a reset returned something that is no state.
         Those of ``run``.
     """
+    if is_transformed():
+        return run(arguments)  # raises: transforms exclude events
     events, given = _checked(arguments), arguments.t
     if is_independent(arguments.options):
         return solve_batch_with_events(replace(arguments, events=events))
@@ -69,8 +72,9 @@ def _checked(arguments: Arguments) -> tuple[Event, ...]:
     for i, event in enumerate(events):
         if not isinstance(event, Event):
             raise ArgumentTypeError(f"events[{i}] is of type {type(event).__name__}; give an aca_ext.Event(fn).")
-    if options is not None and options.get("grid_constructor") is not None and any(e.reset for e in events):
-        raise OptionError("option grid_constructor makes one grid, but a reset starts a new one. Use step_size.")
+    for name in ("grid_constructor", "n_steps"):
+        if options is not None and options.get(name) is not None and any(e.reset for e in events):
+            raise OptionError(f"option {name} makes one grid, but a reset starts a new one. Use step_size.")
     return tuple(events)
 
 

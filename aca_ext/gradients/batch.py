@@ -29,15 +29,17 @@ def solve(task: Task, gradient: str) -> Result:
             modules, or func draws random numbers (with "aca").
         OptionError: ``on_failure="nan"`` is given with another gradient than "aca".
     """
-    assert isinstance(task.problem, BatchProblem)
+    _check_stops(task)
     if gradient not in _GRADIENTS:
         raise ArgumentValueError(
             f'gradient is {gradient!r}; option batch="independent" takes one of {", ".join(_GRADIENTS)}.'
         )
     if task.checkpoints is not None:
         raise ArgumentValueError(
-            f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints out.'
+            f'checkpoints is {task.checkpoints!r}; option batch="independent" keeps every state. Leave checkpoints '
+            'out, or use engine="compiled".'
         )
+    assert isinstance(task.problem, BatchProblem)
     if task.problem.nan_on_failure and gradient != "aca":
         raise OptionError(
             f"gradient is {gradient!r}, whose graph holds the trial steps of failed samples too; option "
@@ -46,7 +48,17 @@ def solve(task: Task, gradient: str) -> Result:
     return _GRADIENTS[gradient](task)
 
 
+def _check_stops(task: Task) -> None:
+    assert isinstance(task.problem, BatchProblem)
+    if task.problem.stops_of_rows is not None:
+        raise OptionError(
+            'options step_t and jump_t take engine="compiled" where batch="independent" is given. Use it, or leave '
+            "them out."
+        )
+
+
 def solve_without_graph(task: Task) -> Result:
+    _check_stops(task)
     with torch.no_grad():
         y0 = task.problem.y0.detach()
         return _forward(task, task.first_slope(y0), keep_states=False)[0]

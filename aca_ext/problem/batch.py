@@ -14,11 +14,19 @@ from torch import Tensor
 from aca_ext.errors import ArgumentValueError, OptionError
 from aca_ext.problem.options import is_compact, is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
-from aca_ext.problem.sample_times import Array, Index, checked_sample_times, counts_of, times_of_samples
+from aca_ext.problem.sample_times import (
+    Array,
+    Index,
+    checked_sample_times,
+    counts_of,
+    last_times_of,
+    times_of_samples,
+)
 from aca_ext.problem.state import Packing, State
+from aca_ext.problem.stops import STOP_OPTIONS, Stops, stops_of
 from aca_ext.problem.tolerance import Tolerance
 
-_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit", "on_min_step")
+_UNAVAILABLE = ("norm", "on_step_limit", "on_min_step")
 
 
 def is_independent(options: object) -> bool:
@@ -85,11 +93,13 @@ class BatchProblem(Problem):
             sample with most times.
         nan_on_failure: a sample that fails becomes NaN, and the others go on.
         is_compact: func no longer sees samples that have ended, once they are half of those that it sees.
+        stops_of_rows: times at which steps must end (options step_t and jump_t); None if there are none but the ends.
     """
 
     packing: RowPacking
     times_of_rows: Array
     nan_on_failure: bool = False
+    stops_of_rows: Stops | None = None
     is_compact: bool = False
 
     @cached_property
@@ -100,12 +110,16 @@ class BatchProblem(Problem):
     @cached_property
     def last_times(self) -> Array:
         """Last requested time of each sample."""
-        return self.times_of_rows[np.arange(len(self.counts)), self.counts - 1]
+        return last_times_of(self.times_of_rows)
 
     @property
     def is_ragged(self) -> bool:
         """True if some samples have fewer times than others."""
         return bool((self.counts < self.times_of_rows.shape[1]).any())
+
+    @property
+    def known_times(self) -> Array:
+        return self.times_of_rows
 
     @property
     def length(self) -> float:
@@ -147,11 +161,18 @@ def batch_problem_of(
         if options.get(name) is not None:
             raise OptionError(f'option {name} is not available with batch="independent"; remove one of the two.')
     t, longest = checked_sample_times(t)
-    problem = problem_of(func, y0, longest, options=options, **settings)
+    others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
+    problem = problem_of(func, y0, longest, options=others, **settings)
+    if problem.newton is not None:
+        raise OptionError(
+            f'option batch="independent" takes explicit methods, and {problem.tableau.name!r} is implicit. Leave the '
+            'option out: the samples then share their steps, and jacobian="block" keeps their equations apart.'
+        )
     if problem.controller is None:
         raise OptionError(
             'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '
-            "every sample anyway. Remove the option, or use an adaptive method without step_size and grid_constructor."
+            "every sample anyway. Remove the option, or use an adaptive method without "
+            "step_size, grid_constructor and n_steps."
         )
     flat = problem.packing
     packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
@@ -159,11 +180,12 @@ def batch_problem_of(
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
     given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
+    given["times_of_rows"] = of_rows = times_of_samples(t, n_rows)
     return BatchProblem(
         **given,
-        times_of_rows=times_of_samples(t, n_rows),
         nan_on_failure=is_nan_on_failure(options.get("on_failure")),
         is_compact=is_compact(options),
+        stops_of_rows=stops_of(options, of_rows[:, 0], last_times_of(of_rows)),
     )
 
 

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
+from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
-from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
 from aca_ext.problem.events import Event
 from aca_ext.problem.grid import grid_of
+from aca_ext.problem.newton import NewtonOptions, newton_options_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
     accepts_min_step,
+    adams_of,
     check_option_names,
     controller_of,
     inner_times,
@@ -62,9 +65,12 @@ class Problem:
             fixed grid, all of its nodes.
         max_num_steps: limit on the trial steps of an adaptive solve.
         stops_at_limit: at that limit, the solve returns what it reached instead of raising.
+        callback_stops: the solve returns what it reached if ``on_step`` returns True.
         resumed: state of the solver from which a resumed solve continues, else None.
         accepts_min_step: a step of ``min_step`` is accepted whatever its error.
         interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
+        newton: options of an implicit method; None for an explicit one.
+        resolution: relative rounding of the times as they were given.
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
         settings: shared by problems that differ only in func, args and the values of y0.
@@ -75,7 +81,7 @@ class Problem:
     y0: Tensor
     packing: Packing
     times: tuple[float, ...]
-    tableau: Tableau
+    tableau: Any
     tolerance: Tolerance
     controller: Controller | None
     grid: tuple[float, ...] | None
@@ -83,8 +89,11 @@ class Problem:
     jumps: frozenset[float]
     max_num_steps: int
     stops_at_limit: bool = False
+    callback_stops: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
+    newton: NewtonOptions | None = None
+    resolution: float = 0.0
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
@@ -95,9 +104,19 @@ class Problem:
         return self.controller is not None
 
     @property
+    def may_stop(self) -> bool:
+        """True if the solve may end before its last time, with the state there as a further output."""
+        return self.stops_at_limit or self.callback_stops
+
+    @property
     def step_ends(self) -> tuple[float, ...]:
         """Times at which a step must end: the nodes of the grid or the stops; the last one ends the solve."""
         return (*self.stops, self.times[-1]) if self.grid is None else self.grid[1:]
+
+    @property
+    def known_times(self) -> Any:
+        """The requested times; of independent samples an array, (batch, T)."""
+        return self.times
 
     @property
     def length(self) -> float:
@@ -246,6 +265,8 @@ def checked_problem(
     if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
         raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
     is_compact(given)
+    if isinstance(tableau, Adams):
+        tableau = adams_of(given, tableau)
     norm = norm_of(given.get("norm"), packing)
     checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
     checked_atol = checked_tolerance("atol", atol, packed, packing)
@@ -273,18 +294,22 @@ def checked_problem(
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
+        newton=newton_options_of(given, tableau, packing, packed),
+        resolution=resolution_of(t),
     )
 
 
-def _tableau(method: object) -> Tableau:
+def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
-    name = lookup("method", method, [*METHODS, *ALIASES])
-    return METHODS[ALIASES.get(name, name)]
+    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS}
+    methods.pop("rodas5p", None)
+    name = lookup("method", method, [*methods, *ALIASES])
+    return methods[ALIASES.get(name, name)]
 
 
 @cache
-def _with_interpolation(tableau: Tableau, interp: str) -> Tableau:
+def _with_interpolation(tableau: Any, interp: str) -> Any:
     return tableau.with_linear_output() if interp == "linear" else tableau.with_hermite_output()
 
 

@@ -24,6 +24,11 @@ def counts_of(times: Array) -> Index:
     return (~np.isnan(times)).sum(1)
 
 
+def last_times_of(times: Array) -> Array:
+    """The last time of each sample."""
+    return times[np.arange(len(times)), counts_of(times) - 1]
+
+
 def checked_sample_times(given: Any) -> tuple[Array, Any]:
     """All times as a float64 array, (T,) or (batch, T), and the times of the sample with most times as given.
 

@@ -45,7 +45,7 @@ class BatchEvents:
         is_accepted = torch.from_numpy(rows).view(self._ops.row_shape).to(y.device)
 
         def state_at(theta: Array) -> Tensor:
-            weights = [np.broadcast_to(w, theta.shape) for w in tableau.dense_weights(theta)]  # type: ignore[arg-type]
+            weights = [np.broadcast_to(w, theta.shape) for w in tableau.dense_weights(theta)]
             is_end = torch.from_numpy(theta == 1.0).view(self._ops.row_shape).to(y.device)
             inside = y + h.to(y.dtype) * self._weighted(weights, trial)
             return torch.where(is_accepted, torch.where(is_end, trial.y1, inside), y)
@@ -72,7 +72,7 @@ class BatchEvents:
         time = np.where(theta == 1.0, t_next[rows], t[rows] + theta * (t_next - t)[rows])
         of_rows = index_of(rows, y)
         derivative = torch.zeros_like(y[of_rows])
-        for w, k in zip(self._problem.tableau.dense_derivative_weights(theta), trial.k, strict=True):  # type: ignore[arg-type]
+        for w, k in zip(self._problem.tableau.dense_derivative_weights(theta), trial.k, strict=True):
             each = torch.from_numpy(np.broadcast_to(w, theta.shape).copy()).to(k)
             derivative += each.view(-1, *self._ops.row_shape[1:]) * k[of_rows]
         # Occurrences of one sample follow one another in ``found``.

@@ -71,14 +71,20 @@ class SampleFailures:
         for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
             if not suspects.any():
                 return
-            failed = suspects & ~torch.isfinite(x).reshape(len(x), -1).all(1).cpu().numpy()
+            failed = suspects & ~self._are_finite(x)
 
             def reason(row: int, what: str = what) -> str:
-                fault = fault_of_start(self._problem.y0[row])
-                return fault or f"{what} t={self._control.t[row]:.17g}; look at func there."
+                return self._fault_of_start(row) or f"{what} t={self._control.t[row]:.17g}; look at func there."
 
             self._end(failed, NonFiniteError, reason, ratio)
             suspects = suspects & ~failed
+
+    def _are_finite(self, x: Tensor) -> Mask:
+        finite: Mask = torch.isfinite(x).reshape(len(x), -1).all(1).cpu().numpy()
+        return finite
+
+    def _fault_of_start(self, row: int) -> str | None:
+        return fault_of_start(self._problem.y0[row])
 
     def _end(
         self,

@@ -28,6 +28,7 @@ from aca_ext.solver.batch_record import (
     order_of,
     outputs_of_step,
 )
+from aca_ext.solver.failures import stops
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
 from aca_ext.solver.stats import BatchStats
 from aca_ext.vector_field.batch_field import RowField
@@ -76,20 +77,23 @@ class BatchSolver:
         self.y = y
         if n > 0 and (self.problem.counts > 1).any():
             self.y = self._run(y)
-        control, stats = self._control, self.stats
-        stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
-        stats.n_rejected = stats.n_steps - stats.n_accepted
-        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_rows_evaluated
+        self._count()
         self.field.see(None)
-        stats.failures = [self._failures.errors[row] for row in sorted(self._failures.errors)]
         n_outputs = self.problem.times_of_rows.shape[1] + (0 if self.events is None else self.events.n_outputs)
         outputs = self._outputs_of_survivors()
-        self.record.rest_times = control.t.copy()
+        self.record.rest_times = self._control.t.copy()
         if self.events is not None:
             self.record.occurrences, self.record.ended_by = self.events.occurrences(), self.events.ended_by
         order = order_of(outputs, (n_outputs, n))
         self.record.is_missing = order == sum(len(states) for _, _, states in outputs)
         return assemble(outputs, (n_outputs, n), y)
+
+    def _count(self) -> None:
+        control, stats = self._control, self.stats
+        stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
+        stats.n_rejected = stats.n_steps - stats.n_accepted
+        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_rows_evaluated
+        stats.failures = [self._failures.errors[row] for row in sorted(self._failures.errors)]
 
     def _outputs_of_survivors(self) -> list[Outputs]:
         """The outputs of the samples that did not fail."""
@@ -145,7 +149,8 @@ class BatchSolver:
             counts = control.n_steps, control.n_accepted, control.n_steps - control.n_accepted
             arrays = (t, control.t, h, control.ratio, accepted, *counts)
             found = (torch.from_numpy(x.copy()) for x in arrays)
-            self.problem.on_step(Step._make((*found, self.field.n_evals, self.problem.packing.unpack(y.detach()))))
+            step = Step._make((*found, self.field.n_evals, self.problem.packing.unpack(y.detach())))
+            stops(self.problem, self.problem.on_step(step))
 
     def _choose_first_steps(self, y: Tensor) -> None:
         """Chooses the first step of each sample by Hairer's rule; its evaluation is not part of the solution."""

@@ -67,7 +67,7 @@ def test_solves(kind: str) -> None:
     y0, func = sample(2, 3).requires_grad_(), Mlp()
     found, expected = (results(kind, y0, func, default, **SOLVES[kind]) for default in ("meta", None))
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
 
 @pytest.mark.usefixtures("_another_default_device")

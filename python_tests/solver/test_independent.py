@@ -302,8 +302,8 @@ class TestRefusals:
         [
             ({"options": {"batch": "own"}}, errors.OptionError, '"independent"'),
             ({"options": INDEPENDENT | {"norm": torch.max}}, errors.OptionError, "norm is not available"),
-            ({"options": INDEPENDENT | {"step_t": [0.5]}}, errors.OptionError, "step_t is not available"),
-            ({"options": INDEPENDENT | {"jump_t": [0.5]}}, errors.OptionError, "jump_t is not available"),
+            ({"options": INDEPENDENT | {"step_t": [0.5]}}, errors.OptionError, "engine=\"compiled\""),
+            ({"options": INDEPENDENT | {"jump_t": [0.5]}}, errors.OptionError, "engine=\"compiled\""),
             ({"options": INDEPENDENT | {"frist_step": 1}}, errors.UnknownNameError, "first_step"),
             ({"options": INDEPENDENT, "method": "rk4"}, errors.UnknownNameError, "batch"),
             ({"options": INDEPENDENT | {"step_size": 0.1}}, errors.UnknownNameError, "batch"),

@@ -117,3 +117,18 @@ def test_a_solution_that_says_where_it_stepped() -> None:
     assert all(steps.device.type == "cpu" for steps in solution.steps)
     empty = aca_ext.solve(lambda t, y: -y, y0, T[:1], options={"batch": "independent"})
     assert [steps.shape for steps in empty.steps] == [(0, 2), (0, 2)]
+
+
+@pytest.mark.usefixtures("_another_default_device")
+def test_events_of_independent_samples() -> None:
+    y0 = sample(3, 1).abs().requires_grad_()
+    events = [
+        aca_ext.Event(lambda t, y: y - 0.5, reset=lambda t, y: y + 0.2),
+        aca_ext.Event(lambda t, y: t - 0.9 + 0 * y, terminal=True),
+    ]
+    torch.set_default_device("meta")
+    solution = aca_ext.solve(lambda t, y: -y, y0, T, events=events, options={"batch": "independent"})
+    assert isinstance(solution.y, Tensor)
+    loss = solution.y.nansum() + solution.events[0].t.nansum() + solution.events[1].t.nansum()
+    (grad,) = torch.autograd.grad(loss, y0)
+    assert {x.device.type for x in (solution.y, solution.events[0].t, solution.ended_by, grad)} == {"cpu"}

@@ -111,8 +111,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             Fixed steps on a GPU do not check for NaN, which would synchronise.
         events: list of ``aca_ext.Event``. A reset changes the state at its event, and the solve goes on. Terminal
             events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. For
-            engine="eager", gradients "aca", "direct" and "naive". Independent samples have each their own events and
-            ends, without resets; func and event functions are still called on the whole batch.
+            engine="eager", gradients "aca", "direct" and "naive". Independent samples have each their own events,
+            resets and ends; func, event functions and resets are called on the whole batch.
         event_fn: torchdiffeq's form of a single terminal event: a function g(t, y) that returns a tensor. ``odeint``
             returns (event_t, y), with y at t[0] and at the first sign change of an element of g. t then holds the start
             and the end of the search, which raises EventError if there is no sign change.

@@ -78,6 +78,11 @@ class BatchStats:
     engine: str = ""
     reason: str = ""
 
+    def followed_by(self, rest: BatchStats) -> BatchStats:
+        """The sums over two parts of a solve; ``n_f_evals_backward`` is None."""
+        names = ("n_steps", "n_accepted", "n_rejected", "n_f_evals", "n_f_rows")
+        return BatchStats(**{name: getattr(self, name) + getattr(rest, name) for name in names}, backend=rest.backend)
+
     def __repr__(self) -> str:
         """Shows each per-sample count as its range over the batch."""
         parts = [f"n_f_evals={self.n_f_evals}", f"n_f_rows={self.n_f_rows}"]

@@ -275,6 +275,11 @@ class _Run:
 class _LoopRecord(StepRecord):
     """Record of the accepted steps of a compiled loop; its Python objects are made on demand."""
 
+    end = None  # StepRecord has slots, which its constructor would fill in each solve
+    events: tuple[()] = ()  # type: ignore[assignment]
+    ended_by = None
+    formulas = ()
+
     def __init__(self, loop: Any) -> None:
         self._loop, self.end = loop, None
 

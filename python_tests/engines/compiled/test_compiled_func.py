@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -358,18 +359,22 @@ class TestRefusals:
         with pytest.raises(CompileError, match="scripted"):
             steps(func, sample(3))
 
-    def test_of_what_differs_from_func(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_what_differs_from_func(self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         evaluated = graphs._Slope._evaluated
         monkeypatch.setattr(graphs._Slope, "_evaluated", lambda self, t, y: evaluated(self, t, y) * (1 + 1e-6))
         with pytest.raises(CompileError, match="slope that torch's compiler made"):
             steps(lambda t, y: -y, sample(3))
+        assert list(empty_cache.iterdir()) == []  # other processes do not find it
 
-    def test_of_gradients_that_differ_from_those_of_func(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_gradients_that_differ_from_those_of_func(
+        self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pull_back = graphs._Replay.pull_back
         monkeypatch.setattr(graphs._Replay, "pull_back", lambda self, y, k, g: pull_back(self, y, k, g * (1 + 1e-6)))
         y = steps(lambda t, y: -y, sample(3).requires_grad_()).y
         with pytest.raises(CompileError, match="gradient that torch's compiler made"):
             y.sum().backward()
+        assert list(empty_cache.iterdir()) == []
 
 
 class TestSavedTensors:

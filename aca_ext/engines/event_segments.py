@@ -135,6 +135,8 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
 class _Since:
     """func as a function of the time since ``start``, its first further argument."""
 
+    wraps_func = True  # what func holds is found through it
+
     def __init__(self, func: Callable[..., State]) -> None:
         self.func = func
 

@@ -36,6 +36,8 @@ def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> 
 class Since:
     """func as a function of the time since ``start``, its first further argument; of each sample or of all."""
 
+    wraps_func = True  # what func holds is found through it
+
     def __init__(self, func: Callable[..., State]) -> None:
         self.func = func
 

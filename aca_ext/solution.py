@@ -254,4 +254,11 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
 
 def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
     counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
-    return Stats(**{name: getattr(one, name) + getattr(other, name) for name in counts}, backend=other.backend)
+    seconds = one.compile_seconds + other.compile_seconds
+    return Stats(
+        **{name: getattr(one, name) + getattr(other, name) for name in counts},
+        backend=other.backend,
+        compile_seconds=seconds,
+        compiled=other.compiled,
+        reason=other.reason,
+    )

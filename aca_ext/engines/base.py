@@ -90,18 +90,16 @@ def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
         raise
 
 
-def obstacle_but_to_eager(engine: str, request: Request, takes_batches: bool = False) -> str | None:
-    """Obstacle of ``engine`` if an argument needs the eager engine; None if no argument does."""
-    name = _for_eager(request, takes_batches)
-    if name is None:
-        return None
-    value = f" ({request.gradient!r})" if name == "gradient" else ""
-    return f'engine="{engine}" does not support the given {name}{value}. Use engine="eager".'
+def obstacle_but_to_eager(engine: str, request: Request) -> str | None:
+    """Obstacle of ``engine`` if an argument needs the loop of the eager engine; None if no argument does."""
+    name = argument_for_eager(request, takes_batches=False)
+    return None if name is None else f'engine="{engine}" does not support the given {name}. Use engine="eager".'
 
 
-def _for_eager(request: Request, takes_batches: bool) -> str | None:
+def argument_for_eager(request: Request, takes_batches: bool) -> str | None:
+    """Name of an argument for which the loop of the eager engine is needed; None if there is none."""
     if request.gradient != "aca":
-        return "gradient"
+        return f"gradient ({request.gradient!r})"
     if request.checkpoints is not None:
         return "checkpoints"
     if request.progress:

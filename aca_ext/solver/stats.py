@@ -25,6 +25,9 @@ class Stats:
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
             0 if the caches held everything.
+        compiled: with engine="compiled", the part that ran in compiled code: "solve" (all of it), "evaluations" (func
+            and its derivative, between the steps of the eager engine), or "" (nothing).
+        reason: with engine="compiled", the reason why it was not the whole solve; else "".
     """
 
     n_f_evals: int = 0
@@ -34,6 +37,8 @@ class Stats:
     backend: str = ""
     n_f_evals_backward: int | None = None
     compile_seconds: float = 0.0
+    compiled: str = ""
+    reason: str = ""
 
 
 @dataclass(repr=False)
@@ -50,6 +55,7 @@ class BatchStats:
         n_f_evals_backward: calls of func in the backward pass; None until it has run.
         failures: errors of the samples that failed, with option ``on_failure="nan"``.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling.
+        compiled, reason: as in ``Stats``.
 
     engine="compiled" evaluates single samples, no more often than each needs: ``n_f_rows`` is the sum of these
     evaluations, and ``n_f_evals`` and ``n_f_evals_backward`` are the most that one sample took.
@@ -64,6 +70,8 @@ class BatchStats:
     n_f_evals_backward: int | None = None
     failures: Sequence[SolveError] = ()
     compile_seconds: float = 0.0
+    compiled: str = ""
+    reason: str = ""
 
     def __repr__(self) -> str:
         """Shows each per-sample count as its range over the batch."""

@@ -26,7 +26,7 @@ from aca_ext.errors import CompileError
 Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
 
 _libraries: list[Any] = []
-_LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
+LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
 
 class Program(NamedTuple):
@@ -57,7 +57,7 @@ def compile_programs(*traced: Traced) -> list[Program]:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    with _LOCK:
+    with LOCK:
         source = Source()
         workspaces = [source.add(_record(graph, inputs), inputs, constant) for graph, inputs, constant in traced]
         with _inductor_settings():

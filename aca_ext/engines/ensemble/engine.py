@@ -8,26 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from aca_ext.engines.base import Request, obstacle_but_to_eager
+from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs, solve_by
 from aca_ext.gradients.base import Result
 
 
 class EnsembleEngine(CompiledEngine):
-    def obstacle(self, request: Request) -> str | None:
-        if not request.is_batch:
-            return super().obstacle(request)
-        return obstacle_but_to_eager("compiled", request, takes_batches=True) or obstacle_to_programs(request.problem)
-
     def solve(self, request: Request) -> Result:
-        """The solve by compiled programs.
+        """The solve by compiled lanes or programs if they can hold it, else by compiled evaluations of func.
 
         Raises:
-            CompileError: func cannot be compiled.
+            CompileError: no engine can solve with this func.
         """
         if not request.is_batch:
             return super().solve(request)
-        return solve_by(_solve(), request)
+        return solve_by(_solve, request, obstacle_to_programs(request, takes_batches=True))
 
 
 @cache

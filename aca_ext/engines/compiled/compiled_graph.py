@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor, fx
 
 from aca_ext.engines.compiled.backend import Captured
@@ -80,7 +78,8 @@ class CompiledGraph:
             leaves = [x.detach().requires_grad_(records and w) for x, w in zip(inputs, wanted, strict=True)]
             y = [x.detach().requires_grad_(records) for x in y]
             operands = self._operands(t.detach().requires_grad_(key[1]), y, leaves)
-            with torch.set_grad_enabled(records), self._autocast.restored():
+            # Enabled for values, too, since func may differentiate inside (torch.func).
+            with torch.enable_grad(), self._autocast.restored():
                 function = self._functions[key] = _compiled(self._captured.graph, operands)
         return function
 
@@ -91,16 +90,21 @@ def _compiled(graph: fx.GraphModule, operands: Sequence[Tensor]) -> Callable[...
     Raises:
         CompileError: torch's compiler fails.
     """
-    settings = torch._functorch.config.patch(donated_buffer=False)  # a graph may be used twice (retain_graph=True)
     try:
-        with undisturbed(), LOCK, settings, _inductor_settings():
-            return backend(fx.GraphModule(graph, copy.deepcopy(graph.graph)), list(operands))
+        with undisturbed(), LOCK, _inductor_settings():
+            compiled = backend(fx.GraphModule(graph, copy.deepcopy(graph.graph)), list(operands))
+            results = [k for k in compiled(*operands) if k.requires_grad]
+            if results:  # torch compiles the transpose at its first use, which must be here
+                wanted = [x for x in operands if x.requires_grad]
+                torch.autograd.grad(results, wanted, [torch.zeros_like(k) for k in results], allow_unused=True)
     except Exception as error:
-        raise CompileError(f"torch's compiler failed on func: {type(error).__name__}: {error}") from error
+        message = str(error).strip().partition("\n")[0]
+        raise CompileError(f"torch's compiler failed on func: {type(error).__name__}: {message}") from error
+    return compiled
 
 
 def backend(graph: fx.GraphModule, operands: list[Tensor]) -> Callable[..., Any]:
-    """The backend of ``torch.compile``, which records an autograd graph if gradients are enabled."""
+    """The backend of ``torch.compile``; the function records an autograd graph if an operand requires grad."""
     from torch._inductor.compile_fx import compile_fx
 
     compiled: Callable[..., Any] = compile_fx(graph, operands)
@@ -120,7 +124,7 @@ def changes_or_draws(captured: Captured, t: Tensor, y: Sequence[Tensor], inputs:
         "y": [x.detach().clone().requires_grad_() for x in y],
         "input": [x.detach().requires_grad_() if x.requires_grad else x.clone() for x in inputs],
     }
-    with undisturbed(), torch.enable_grad() if captured.differentiates else nullcontext():
+    with undisturbed(), torch.enable_grad():
         before = torch.get_rng_state()
         captured.graph.forward(*(of[kind][i] for kind, i in captured.roles))
         if not torch.equal(torch.get_rng_state(), before):

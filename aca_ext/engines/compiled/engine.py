@@ -46,6 +46,7 @@ class CompiledEngine:
 
 def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, obstacle: str | None) -> Result:
     """Solves by the compiled programs of ``programs()``, or by compiled evaluations if there is an obstacle to them."""
+    is_traced = True
     if obstacle is None:
         from aca_ext.engines.compiled.backend import TraceError, UnusableFuncError
 
@@ -56,13 +57,11 @@ def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, ob
         except UnusableFuncError:
             raise
         except CompileError as error:
-            obstacle = shortened(error)
-            if isinstance(error, TraceError) and not request.is_batch:
-                return solve_uncompiled(request, obstacle)
+            obstacle, is_traced = shortened(error), not isinstance(error, TraceError)
     problem = request.problem
     if isinstance(problem, BatchProblem) and problem.nan_on_failure:
         raise CompileError(f'option on_failure="nan" needs compiled lanes, which cannot take this solve. {obstacle}')
-    return _solve_by_evaluations()(request, obstacle)
+    return _solve_by_evaluations()(request, obstacle) if is_traced else solve_uncompiled(request, obstacle)
 
 
 @cache

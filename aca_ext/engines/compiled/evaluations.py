@@ -1,4 +1,4 @@
-"""engine="compiled" for solves that no program can hold: compiled evaluations of func, and the loop of the eager engine.
+"""engine="compiled" for solves that no program can hold: compiled evaluations of func in the loop of the eager engine.
 
 The eager engine solves with ``Evaluation`` in place of func: a function of time, state and the tensors that func reads,
 which become its args. So steps, gradient methods, checkpoints, events and batches are those of the eager engine. What
@@ -18,11 +18,11 @@ from torch import Tensor
 from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.backend import Captured, UnusableFuncError
 from aca_ext.engines.compiled.compiled_graph import CompiledGraph, changes_or_draws
+from aca_ext.engines.compiled.engine import shortened, solve_uncompiled
 from aca_ext.engines.compiled.graph_check import check
 from aca_ext.engines.compiled.inputs import addresses_of
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
-from aca_ext.engines.compiled.engine import shortened, solve_uncompiled
 from aca_ext.engines.eager import EagerEngine
 from aca_ext.errors import CompileError, ReplayError
 from aca_ext.gradients.base import Result
@@ -141,9 +141,7 @@ class Evaluation:
     ) -> None:
         self._captured, self._compiled, self._used, self._is_replayed = captured, compiled, used, is_replayed
         self._counting: Counting | None = None
-        self._versions = [
-            (i, x._version) for i, x in enumerate(used) if not x.requires_grad and not x.is_inference()
-        ]
+        self._versions = [(i, x._version) for i, x in enumerate(used) if not x.requires_grad and not x.is_inference()]
 
     def count_in(self, counting: Counting) -> None:
         """From now on evaluations count in func's counters."""
@@ -178,9 +176,8 @@ class Evaluation:
         return tuple(k) if isinstance(y, tuple) else k[0]
 
     def _recorded(self, t: Tensor, y: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        roots = (x if x._base is None else x._base for x in (*y, *inputs))  # components of a state are views of it
-        if self._is_replayed and all(x.grad_fn is None for x in roots):
-            return self._compiled.with_graph(t, y, inputs)  # only its first derivatives can be asked for
+        if self._is_replayed and not _belong_to_graph(y, inputs):
+            return self._compiled.with_graph(t, y, inputs)
         found: Sequence[Tensor] = _Twice.apply(self._compiled, len(y), t, *y, *inputs)
         return found
 
@@ -188,6 +185,16 @@ class Evaluation:
         for i, version in self._versions:
             if inputs[i]._version != version:
                 raise ReplayError(overwritten_message(inputs[i]))
+
+
+def _belong_to_graph(y: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Tells whether a replay repeats a solve in one graph (create_graph=True): its inputs, or else its state, have one.
+
+    Otherwise only first derivatives can be asked for.
+    """
+    learnt = [x for x in inputs if x.requires_grad]
+    # The components of a state are views of it.
+    return any(x.grad_fn is not None for x in learnt or (x if x._base is None else x._base for x in y))
 
 
 class _Watched:
@@ -211,22 +218,24 @@ class _Twice(torch.autograd.Function):
         ctx.k = compiled.with_graph(*_split(leaves, n_y))
         ctx.compiled, ctx.n_y, ctx.leaves = compiled, n_y, leaves
         ctx.save_for_backward(*operands)
-        return tuple(k.detach() for k in ctx.k)
+        return tuple(k.detach() for k in ctx.k)  # ctx.k can be differentiated once
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        operands, k = ctx.leaves, ctx.k
+        operands = ctx.leaves
         saved = ctx.saved_tensors  # raises if one was changed in place
         if torch.is_grad_enabled():
             operands = [x.view_as(x) for x in saved]  # views, so that no gradient flows into the history of an operand
             k = ctx.compiled.uncompiled(*_split(operands, ctx.n_y))
+        else:
+            k, ctx.k = ctx.k or ctx.compiled.with_graph(*_split(operands, ctx.n_y)), None
         given = [(x, g) for x, g in zip(k, grads, strict=True) if g is not None and x.requires_grad]
         wanted = [i for i, x in enumerate(operands) if x.requires_grad]
         found: list[Tensor | None] = [None] * len(operands)
         if given and wanted:
             slopes, cotangents = zip(*given, strict=True)
             of = torch.autograd.grad(
-                slopes, [operands[i] for i in wanted], cotangents, retain_graph=True, allow_unused=True,
+                slopes, [operands[i] for i in wanted], cotangents, allow_unused=True,
                 create_graph=torch.is_grad_enabled(),
             )  # fmt: skip
             for i, g in zip(wanted, of, strict=True):

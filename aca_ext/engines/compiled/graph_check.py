@@ -24,9 +24,7 @@ _ROUNDS, _SECONDS = 5, 0.3  # of timing
 _LAST_BITS = 4.0  # largest difference, in units of the last bit, between the two compiled functions of a graph
 
 
-def check(
-    request: Request, evaluation: Callable[..., Any], compiled: CompiledGraph, inputs: Sequence[Tensor]
-) -> bool:
+def check(request: Request, evaluation: Callable[..., Any], compiled: CompiledGraph, inputs: Sequence[Tensor]) -> bool:
     """Compares what the solve needs and was not compared before; tells if there was anything.
 
     Raises:

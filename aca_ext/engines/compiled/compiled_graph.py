@@ -107,8 +107,7 @@ def backend(graph: fx.GraphModule, operands: list[Tensor]) -> Callable[..., Any]
     """The backend of ``torch.compile``; the function records an autograd graph if an operand requires grad."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(graph, operands)
-    return compiled
+    return compile_fx(graph, operands)  # type: ignore[return-value]
 
 
 def _inductor_settings() -> Any:

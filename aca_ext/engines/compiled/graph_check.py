@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class _Comparison:
         what, evaluate = ("gradient", self._gradients) if with_gradients else ("slope", self._values)
         for t, point in points:
             expected, found = evaluate(self._of_func, t, point), evaluate(self._of_compiled, t, point)
-            check_close(what, expected, found, point, lambda p, t=t: evaluate(self._of_func, t, p), self._dtype)
+            check_close(what, expected, found, point, partial(evaluate, self._of_func, t), self._dtype)
             if with_gradients:
                 self._compare_functions(t, point, found[0])
         t, point = points[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,10 @@ def _captured(
     # The state requires grad, since TorchDynamo would ignore custom derivatives otherwise.
     y: State
     given = y0.detach() if packing.is_trivial else packing.unpack(y0.detach())
+    parts: Sequence[Tensor]
     if isinstance(given, tuple):
-        y = parts = packing.as_given(part.detach().requires_grad_() for part in given)
+        parts = tuple(part.detach().requires_grad_() for part in given)
+        y = packing.as_given(parts)
     else:
         y = given.detach().requires_grad_()
         parts = (y,)

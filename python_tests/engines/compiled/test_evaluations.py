@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -39,14 +41,6 @@ def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "obstacle_to_programs", lambda *_, **__: REASON)
     monkeypatch.setattr(graph_check, "is_worthwhile", lambda *_: True)
     monkeypatch.setattr(compiled_graph, "backend", aot_eager)
-
-
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes compiled evaluations, whatever their time."""
-    from aca_ext.engines.compiled import graph_check
-
-    monkeypatch.setattr(graph_check, "is_worthwhile", lambda *_: True)
 
 
 def both(
@@ -356,11 +350,14 @@ class TestChanges:
             seconds = both(func, sample(2, 3)).stats.compile_seconds
             assert (seconds > 0) == (i < 2)
 
-    def test_of_shapes_end_in_func_itself(self) -> None:
+    def test_of_shapes_end_in_func_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from aca_ext.engines.compiled import evaluations
+
+        monkeypatch.setattr(evaluations, "_MAX_GRAPHS", 2)
         func = Wave()
-        found = [solve(func, sample(n), [0.0, 0.1], engine="compiled", **TOLERANCES).stats for n in range(1, 11)]
-        assert [stats.compiled for stats in found] == ["evaluations"] * 8 + [""] * 2
-        assert "compiled 8 times" in found[-1].reason
+        found = [solve(func, sample(n), [0.0, 0.1], engine="compiled", **TOLERANCES).stats for n in (1, 2, 3, 1)]
+        assert [stats.compiled for stats in found] == ["evaluations", "evaluations", "", "evaluations"]
+        assert "compiled 2 times" in found[2].reason
 
     @pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
     def test_of_the_training_mode(self) -> None:
@@ -395,3 +392,43 @@ class TestChanges:
             func.p.mul_(1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+class TestByInductor:
+    def test_convolutions_and_attention(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The whole way, which leaves no trace: no warning, no log, the same random numbers."""
+        from aca_ext.engines.compiled import graph_check
+
+        monkeypatch.setattr(graph_check, "is_worthwhile", lambda *_: True)
+        mixed, conv = nn.MultiheadAttention(4, 2, batch_first=True).double(), Conv()
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            z = conv(t, y.reshape(3, 2, 2))
+            return mixed(y[None], y[None], y[None], need_weights=False)[0][0] + z.reshape(3, 4).roll(1, -1)
+
+        drawn = torch.get_rng_state()
+        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+            warnings.simplefilter("error")
+            stats = both(func, sample(3, 4) / 3, inputs=(*mixed.parameters(), *conv.parameters())).stats
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        torch.manual_seed(0)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert stats.compile_seconds > 0
+
+    def test_only_if_it_is_faster(self, monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:
+        from aca_ext.engines.compiled import graph_check
+
+        times: list[tuple[float, float]] = []
+
+        def is_worthwhile(of_compiled: float, of_func: float) -> bool:
+            times.append((of_compiled, of_func))
+            return False
+
+        monkeypatch.setattr(graph_check, "is_worthwhile", is_worthwhile)
+        func = Wave()
+        for _ in range(2):
+            assert "not faster" in both(func, sample(2, 3), compiled="").stats.reason
+        assert len(times) == 1
+        assert min(times[0]) > 0

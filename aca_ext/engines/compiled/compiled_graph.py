@@ -125,7 +125,10 @@ def changes_or_draws(captured: Captured, t: Tensor, y: Sequence[Tensor], inputs:
     }
     with undisturbed(), torch.enable_grad():
         before = torch.get_rng_state()
-        captured.graph.forward(*(of[kind][i] for kind, i in captured.roles))
+        try:
+            captured.graph.forward(*(of[kind][i] for kind, i in captured.roles))
+        except Exception as error:  # perhaps of func, which then raises it again when it runs uncompiled
+            return f"an evaluation failed: {type(error).__name__}: {error}"
         if not torch.equal(torch.get_rng_state(), before):
             return "func draws random numbers, which compiled code draws differently"
     for name, x, copied in zip(captured.names, inputs, of["input"], strict=True):

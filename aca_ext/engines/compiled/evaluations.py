@@ -22,7 +22,7 @@ from aca_ext.engines.compiled.engine import shortened, solve_uncompiled
 from aca_ext.engines.compiled.graph_check import check
 from aca_ext.engines.compiled.inputs import addresses_of
 from aca_ext.engines.compiled.side_effects import Counting
-from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
+from aca_ext.engines.compiled.tracing import capture, innermost, scope_of, specialise
 from aca_ext.engines.eager import EagerEngine
 from aca_ext.errors import CompileError, ReplayError
 from aca_ext.gradients.base import Result
@@ -96,7 +96,7 @@ def _evaluation(request: Request) -> tuple[Evaluation, tuple[Tensor, ...], bool]
 
 
 def _new(captured: Captured, used: Sequence[Tensor], problem: Problem) -> CompiledGraph:
-    count = _counts.of(problem.func)
+    count = _counts.of(innermost(problem.func))
     if count.graphs >= _MAX_GRAPHS:
         raise CompileError(f"func was compiled {_MAX_GRAPHS} times, for shapes, flags or numbers that changed")
     obstacle = changes_or_draws(captured, _time(problem), components(problem.packing.unpack(problem.y0.detach())), used)

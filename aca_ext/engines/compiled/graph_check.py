@@ -36,9 +36,13 @@ def check(request: Request, evaluation: Callable[..., Any], compiled: CompiledGr
     for with_gradients in (False, True) if needs_gradients else (False,):
         if not compiled.is_checked[with_gradients]:
             is_new = True
-            problem = request.problem
-            with unchanged(problem.func, problem.args):
-                _Comparison(request, evaluation, compiled, inputs).run(with_gradients)
+            try:
+                with unchanged(request.problem.func, request.problem.args):
+                    _Comparison(request, evaluation, compiled, inputs).run(with_gradients)
+            except CompileError:
+                raise
+            except Exception as error:  # perhaps of func, which then raises it again when it runs uncompiled
+                raise CompileError(f"an evaluation failed: {type(error).__name__}: {error}") from error
             compiled.is_checked[with_gradients] = True
     of_compiled, of_func = (sum(seconds) for seconds in zip(*compiled.seconds.values(), strict=True))
     if needs_gradients or len(compiled.seconds) == 1:

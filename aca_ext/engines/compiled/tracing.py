@@ -89,7 +89,7 @@ def _captured(
         captured = request.captured
         if captured is None:
             refuse_swapped(func)
-            failures = _failures.of(_innermost(func))
+            failures = _failures.of(innermost(func))
             failures.check()
             request.t, request.y = t, parts
             try:
@@ -249,7 +249,7 @@ class _Failures:
 _failures = PerOwner(_Failures)
 
 
-def _innermost(func: Any) -> Any:
+def innermost(func: Any) -> Any:
     """The callable inside partials and the like, whose owner would be a class that many share."""
     while not isinstance(func, torch.nn.Module) and callable(getattr(func, "func", None)):
         func = func.func

@@ -48,15 +48,15 @@ def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, ob
     """Solves by the compiled programs of ``programs()``, or by compiled evaluations if there is an obstacle to them."""
     is_traced = True
     if obstacle is None:
-        from aca_ext.engines.compiled.backend import TraceError, UnusableFuncError
-
         try:
             result = _by_programs(programs(), request)
             result.stats.compiled = "solve"
             return result
-        except UnusableFuncError:
-            raise
         except CompileError as error:
+            from aca_ext.engines.compiled.backend import TraceError, UnusableFuncError
+
+            if isinstance(error, UnusableFuncError):
+                raise
             obstacle, is_traced = shortened(error), not isinstance(error, TraceError)
     problem = request.problem
     if isinstance(problem, BatchProblem) and problem.nan_on_failure:
@@ -130,5 +130,5 @@ def solve_uncompiled(request: Request, reason: str) -> Result:
 
 
 def shortened(error: CompileError) -> str:
-    """The message of an error without its advice to use the eager engine, which is followed."""
-    return re.sub(r' Use engine="eager"[^.]*\.', "", str(error))
+    """The first line of an error without its advice to use the eager engine, which is followed."""
+    return re.sub(r' Use engine="eager"[^.]*\.', "", str(error)).partition("\n")[0]

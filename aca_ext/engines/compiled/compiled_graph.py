@@ -28,6 +28,10 @@ _SETTINGS = {
 }
 
 
+class UnsuitableError(CompileError):
+    """A traced graph that should not be compiled, although it could be."""
+
+
 class CompiledGraph:
     """Compiled functions of one traced graph, made at their first use.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.backend import Captured, UnusableFuncError
-from aca_ext.engines.compiled.compiled_graph import CompiledGraph, changes_or_draws
+from aca_ext.engines.compiled.compiled_graph import CompiledGraph, UnsuitableError, changes_or_draws
 from aca_ext.engines.compiled.engine import shortened, solve_uncompiled
 from aca_ext.engines.compiled.graph_check import check
 from aca_ext.engines.compiled.inputs import addresses_of
@@ -41,7 +41,7 @@ def solve(request: Request, reason: str) -> Result:
     """Solves by compiled evaluations, or by func itself; ``reason`` tells why no program holds the whole solve.
 
     Raises:
-        UnusableFuncError: func cannot be evaluated.
+        UnusableFuncError: the memory of a tensor that func reads was freed.
     """
     start = time.perf_counter()
     try:
@@ -82,10 +82,10 @@ def _evaluation(request: Request) -> tuple[Evaluation, tuple[Tensor, ...], bool]
     try:
         if compiled is None:
             compiled = captured.plans["evaluations"] = _new(captured, used, problem)
-        evaluation = Evaluation(captured, compiled, used, problem, request.gradient in ("aca", "adjoint"))
+        evaluation = Evaluation(captured, compiled, used, request.gradient in ("aca", "adjoint"))
         is_new = check(request, evaluation, compiled, used)
     except CompileError as error:
-        if captured.lifted:
+        if captured.lifted and not isinstance(error, UnsuitableError):
             specialise(problem.func)  # func may need its numbers as numbers
             return _evaluation(request)
         captured.obstacles["evaluations"] = str(error)
@@ -98,10 +98,10 @@ def _evaluation(request: Request) -> tuple[Evaluation, tuple[Tensor, ...], bool]
 def _new(captured: Captured, used: Sequence[Tensor], problem: Problem) -> CompiledGraph:
     count = _counts.of(innermost(problem.func))
     if count.graphs >= _MAX_GRAPHS:
-        raise CompileError(f"func was compiled {_MAX_GRAPHS} times, for shapes, flags or numbers that changed")
+        raise UnsuitableError(f"func was compiled {_MAX_GRAPHS} times, for shapes, flags or numbers that changed")
     obstacle = changes_or_draws(captured, _time(problem), components(problem.packing.unpack(problem.y0.detach())), used)
     if obstacle:
-        raise CompileError(obstacle)
+        raise UnsuitableError(obstacle)
     count.graphs += 1
     return CompiledGraph(captured)
 
@@ -136,12 +136,15 @@ class Evaluation:
 
     __slots__ = ("_captured", "_compiled", "_counting", "_is_replayed", "_used", "_versions")
 
-    def __init__(
-        self, captured: Captured, compiled: CompiledGraph, used: Sequence[Tensor], problem: Problem, is_replayed: bool
-    ) -> None:
+    def __init__(self, captured: Captured, compiled: CompiledGraph, used: Sequence[Tensor], is_replayed: bool) -> None:
         self._captured, self._compiled, self._used, self._is_replayed = captured, compiled, used, is_replayed
         self._counting: Counting | None = None
-        self._versions = [(i, x._version) for i, x in enumerate(used) if not x.requires_grad and not x.is_inference()]
+        counters = {counter.place.name for counter in captured.counters}
+        self._versions = [
+            (i, x._version)
+            for i, (name, x) in enumerate(zip(captured.names, used, strict=True))
+            if name not in counters and not x.requires_grad and not x.is_inference()
+        ]
 
     def count_in(self, counting: Counting) -> None:
         """From now on evaluations count in func's counters."""

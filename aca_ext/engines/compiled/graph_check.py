@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.base import Request
-from aca_ext.engines.compiled.compiled_graph import CompiledGraph
+from aca_ext.engines.compiled.compiled_graph import CompiledGraph, UnsuitableError
 from aca_ext.engines.compiled.undisturbed import unchanged
 from aca_ext.engines.compiled.verification import Point, check_close, inputs_by_kind
 from aca_ext.errors import CompileError
@@ -52,8 +52,8 @@ def check(request: Request, evaluation: Callable[..., Any], compiled: CompiledGr
 
 def _refuse_slower(of_compiled: float, of_func: float) -> None:
     if not is_worthwhile(of_compiled, of_func):
-        raise CompileError(
-            f"Evaluations in compiled code are not faster: they take {of_compiled * 1e6:.0f} µs and those of func "
+        raise UnsuitableError(
+            f"compiled code is not faster: they take {of_compiled * 1e6:.0f} µs and those of func "
             f"{of_func * 1e6:.0f} µs, as measured before the first solve"
         )
 
@@ -70,8 +70,8 @@ class _Comparison:
         self, request: Request, evaluation: Callable[..., Any], compiled: CompiledGraph, inputs: Sequence[Tensor]
     ) -> None:
         self._problem, self._compiled, self._inputs = request.problem, compiled, inputs
+        request.task().field.prepare_replay()  # refuses distributed modules
         self._of_func = request.task()
-        self._of_func.field.prepare_replay()  # refuses distributed modules
         self._of_func.field.calls_autograd = compiled.records_always
         same = replace(request.problem, func=evaluation, args=tuple(inputs))
         self._of_compiled = request._replace(problem=same).task()

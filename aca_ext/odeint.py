@@ -110,9 +110,9 @@ def odeint(arguments: _OdeintArguments) -> State:
 
             Fixed steps on a GPU do not check for NaN, which would synchronise.
         events: list of ``aca_ext.Event``. A reset changes the state at its event, and the solve goes on. Terminal
-            events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. For
-            engine="eager", gradients "aca", "direct" and "naive". Independent samples have each their own events,
-            resets and ends; func, event functions and resets are called on the whole batch.
+            events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. Not
+            for engine="graph"; for gradients "aca", "direct" and "naive". Independent samples have each their own
+            events, resets and ends; func, event functions and resets are called on the whole batch.
         event_fn: torchdiffeq's form of a single terminal event: a function g(t, y) that returns a tensor. ``odeint``
             returns (event_t, y), with y at t[0] and at the first sign change of an element of g. t then holds the start
             and the end of the search, which raises EventError if there is no sign change.
@@ -137,12 +137,14 @@ def odeint(arguments: _OdeintArguments) -> State:
             * "compiled": traces a whole step and its transpose with torch's compiler and runs all steps in compiled
               code. The same steps and gradient up to rounding, many times faster for a small func. Compiling takes
               seconds, once per func, shape and method (``stats.compile_seconds``); new values of parameters, times and
-              tolerances need no new compilation. For real float32 and float64 states on the CPU, gradient="aca" and
-              checkpoints=None; second derivatives come from the eager engine. func must be traceable by
-              ``torch.compile(fullgraph=True)`` and consist of pointwise operations, reductions, matrix products and
-              derivatives of such (torch.func, torch.autograd.grad), without random numbers or autograd.Functions of its
-              own. Counters of evaluations in func are kept up; a func that records anything else is refused. Programs
-              are compared with func before use. Needs torch 2.13 or newer.
+              tolerances need no new compilation. For real float32 and float64 states, gradient="aca" and
+              checkpoints=None, without callback and bar, and a func of pointwise operations, reductions, matrix
+              products and derivatives of such (torch.func, torch.autograd.grad). For other solves and funcs,
+              evaluations of func and their transpose are compiled, as ``torch.compile(fullgraph=True)`` does, and the
+              eager engine makes the steps. A func that cannot be compiled (control flow on values, random numbers,
+              BatchNorm in training, side effects other than counters), or is not faster for it, is evaluated as it
+              is. ``stats.compiled`` and ``stats.reason`` tell which of these ran, and why. Compiled code is compared
+              with func before use. A callback must not change func. For states on the CPU. Needs torch 2.13 or newer.
             * "graph" (experimental: it has not run on a GPU yet): captures a trial step and its transpose as CUDA
               graphs, which the device repeats and controls without the host. The steps of the eager engine. For states
               on a CUDA device, gradient="aca", checkpoints=None and numbers as tolerances; second derivatives come from

@@ -108,7 +108,7 @@ class AutoEngine:
 
     def _compiled_result(self, request: Request) -> Result:
         result = self._compiled.solve(request)
-        result.stats.engine = "compiled"
+        result.stats.engine = "compiled" if result.stats.compiled else "eager"
         return result
 
     def _uncompiled(self, request: Request, reason: str) -> Result:

@@ -472,10 +472,10 @@ class TestOptionsOfSolve:
             aca_ext.odeint(decay, Y0, times(0.0, 1.0), options=options)
 
     @pytest.mark.parametrize("options", [{"interp": "linear"}, {"perturb": True}])
-    def test_are_no_part_of_recordings_and_programs(self, options: dict[str, Any]) -> None:
+    def test_are_no_part_of_recordings_and_captures(self, options: dict[str, Any]) -> None:
         how = {"method": "rk4", "options": {"step_size": 0.3, **options}}
-        with pytest.raises(aca_ext.errors.CompileError, match="options"):
-            aca_ext.odeint(Mlp(), sample(4, 3), times(0.0, 1.0), engine="compiled", **how)
+        with pytest.raises(aca_ext.errors.GraphError, match="options"):
+            aca_ext.odeint(Mlp(), sample(4, 3), times(0.0, 1.0), engine="graph", **how)
         with pytest.raises(ArgumentValueError, match="interp or perturb"):
             make_fx(lambda y0: aca_ext.odeint(decay, y0, (0.0, 1.0), **how))(Y0)
 

@@ -27,7 +27,7 @@ from aca_ext.errors import CompileError
 
 Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
 
-_LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
+LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
 
 class Program(NamedTuple):
@@ -59,7 +59,7 @@ def compile_programs(known_by: Sequence[str] | None, trace: Callable[[], Sequenc
     Raises:
         CompileError: a graph needs an operation that is neither a generated kernel nor a matrix product.
     """
-    with _LOCK:
+    with LOCK:
         if known_by is None:
             source = _source(trace())
             found = library([*origin(), source], lambda path: _compile(source, path))

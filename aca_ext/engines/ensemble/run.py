@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aca_ext.engines.compiled.backend import UnusableFuncError
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
@@ -90,22 +91,22 @@ class _Run:
     def _find(self) -> tuple[Plan, list[Tensor], bool]:
         problem, y0 = self.problem, self.y0
         t = problem.start_time(y0).view(problem.packing.time_shape).requires_grad_()
-        try:
-            captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
-        except CompileError:
-            self._evaluate_once()  # where func itself is at fault, its own error says more
-            raise
+        captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
         counters = captured.counters
         self._counting = Counting(counters, scope_of(problem.func, problem.args)) if counters else None
         key = "lanes", problem.tableau, problem.packing
+        if "lanes" in captured.obstacles:
+            raise CompileError(captured.obstacles["lanes"])
         plan: Plan | None = captured.plans.get(key)
         if plan is not None:
             return plan, used, False
         self._evaluate_once()  # checks what func returns
         try:
             plan = captured.plans[key] = Plan(captured, problem, t)
-        except CompileError:
+        except CompileError as error:
             if not captured.lifted:
+                if not isinstance(error, UnusableFuncError):
+                    captured.obstacles["lanes"] = str(error)
                 raise
             specialise(problem.func)  # perhaps it needs as numbers what it reads: once more without tensors for them
             return self._find()

@@ -1,9 +1,8 @@
 // The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
 #pragma once
-#include <algorithm>
 #include <limits>
 
-#include "ensemble/task.h"
+#include "ensemble/starts.h"
 
 namespace aca {
 
@@ -24,8 +23,8 @@ class Forward {
     // Samples `first` to `last`, which share a chunk.
     void run(int64_t first, int64_t last) {
         chunk_ = first / kChunk;
-        first_ = next_ = first;
-        last_ = last;
+        first_ = first;
+        ready_.begin(first, last);
         int live = 0;
         for (int l = 0; l < kLanes; ++l) live += take(l);
         while (live > 0) {
@@ -41,40 +40,19 @@ class Forward {
     }
 
   private:
-    struct Lane {
-        bool is_live = false;
-        int64_t sample = 0;
-        StepControl control{};
-        Failure failure = none;
-        double ratio = 0;               // that belongs to the failure
-        const bool* is_jump = nullptr;  // of each stop; null: none is
-        bool starts_at_jump = false, needs_slope = false;
-        int64_t n_restarts = 0, last_step = -1;
-
-        // Tells whether the proposed trial ends at a jump.
-        bool ends_at_jump() const { return is_jump && control.is_cut && is_jump[control.next_stop]; }
-    };
-
-    // Samples with their first slopes and steps, made for all lanes at once.
-    struct Prepared {
-        V y[n], p[n_by_sample], k[n], tolerance[2 * n];
-        Lane lane[kLanes];
-        int next = 0, count = 0;
-    };
-
     // Puts the next sample into a lane; false where there is none.
     bool take(int l) {
         for (;;) {
-            if (ready_.next == ready_.count && !prepare()) {
+            if (ready_.next == ready_.count && !ready_.prepare()) {
                 lane_[l].is_live = false;
                 return false;
             }
             const int from = ready_.next++;
-            if (ready_.lane[from].failure != none) {
-                finish(ready_.lane[from]);
+            if (ready_.lanes[from].failure != none) {
+                finish(ready_.lanes[from]);
                 continue;
             }
-            lane_[l] = ready_.lane[from];
+            lane_[l] = ready_.lanes[from];
             for (int c = 0; c < n; ++c) y_[c][l] = ready_.y[c][from], k_[0][c][l] = ready_.k[c][from];
             for (int i = 0; i < Field::n_by_sample; ++i) p_[i][l] = ready_.p[i][from];
             for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
@@ -82,73 +60,6 @@ class Forward {
             if (propose(l)) return true;
             finish(lane_[l]);
         }
-    }
-
-    // Loads as many samples as there are lanes and finds their first slopes and steps.
-    bool prepare() {
-        ready_.next = ready_.count = 0;
-        int64_t samples[kLanes];
-        for (; ready_.count < kLanes && next_ < last_; ++next_)
-            if (!round_ || (round_->has(next_) && task_.outcomes[next_].failure == none))
-                samples[ready_.count++] = next_;
-        if (ready_.count == 0) return false;
-        for (int l = 0; l < kLanes; ++l) load(l, samples[l < ready_.count ? l : 0]);
-        V t;
-        for (int l = 0; l < kLanes; ++l) {
-            const Lane& lane = ready_.lane[l];
-            t[l] = lane.starts_at_jump ? beside(lane.control.t, lane.control.sign) : T(lane.control.t);
-        }
-        Field::slope(t, ready_.y, ready_.p, task_.shared, ready_.k);
-        if (round_) {
-            // Steps have their sizes.
-        } else if (task_.first_step != 0) {
-            for (Lane& lane : ready_.lane) lane.control.h = task_.first_step;
-        } else {
-            choose_first_steps();
-        }
-        return true;
-    }
-
-    void load(int l, int64_t sample) {
-        Lane& lane = ready_.lane[l];
-        lane = Lane{};
-        lane.is_live = true;
-        lane.sample = sample;
-        lane.control = control::begin(task_.controller, task_.first_step, true, task_.max_num_steps);
-        const double* const times = task_.times + sample * task_.times_step;
-        const int64_t row = sample * task_.stops_step, last = row + task_.n_stops - 1;
-        int64_t stop = row;
-        while (stop < last && task_.stops[stop] != task_.stops[stop]) ++stop;
-        control::set_times(lane.control, times[0], task_.stops[last], uintptr_t(times), task_.n_times,
-                           uintptr_t(task_.stops + stop), last + 1 - stop);
-        if (task_.is_jump) lane.is_jump = task_.is_jump + stop;
-        for (int c = 0; c < n; ++c) {
-            ready_.y[c][l] = task_.y0[sample * n + c];
-            if (!round_) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
-            ready_.tolerance[c][l] = task_.rtol_each ? task_.rtol_each[sample * n + c] : T(task_.rtol);
-            ready_.tolerance[n + c][l] = task_.atol_each ? task_.atol_each[sample * n + c] : T(task_.atol);
-        }
-        for (int i = 0; i < Field::n_by_sample; ++i) ready_.p[i][l] = task_.by_sample[sample * Field::n_by_sample + i];
-        if (round_) resume(l);
-    }
-
-    // Puts a prepared sample where its round starts.
-    void resume(int l) {
-        Lane& lane = ready_.lane[l];
-        const Checkpoint& from = round_->start(lane.sample);
-        StepControl& control = lane.control;
-        control.t = from.t;
-        control.h = from.h;
-        std::copy(from.ratios, from.ratios + 3, control.ratios);
-        control.n_ratios = from.n_ratios;
-        control.n_steps = from.n_steps;
-        control.n_accepted = from.n_accepted;
-        control.next_output = from.next_output;
-        control.next_stop = from.next_stop;
-        lane.starts_at_jump = from.starts_at_jump;
-        lane.last_step = round_->end(lane.sample);
-        const T* const y = static_cast<const T*>(from.state);
-        for (int c = 0; c < n; ++c) ready_.y[c][l] = y[c];
     }
 
     // Keeps a checkpoint of a lane if it is due; `y` has the state in lane `from`.
@@ -171,29 +82,6 @@ class Forward {
                   control.next_stop,
                   nullptr},
                  state, sizeof state, record_.states(chunk_));
-    }
-
-    void choose_first_steps() {
-        Prepared& r = ready_;
-        const R norm_y = norms<Field>(r.y, r.y, r.y, r.tolerance), norm_f = norms<Field>(r.k, r.y, r.y, r.tolerance);
-        R t, h;
-        for (int l = 0; l < kLanes; ++l) {
-            Lane& lane = r.lane[l];
-            if (!control::is_finite(norm_f[l])) lane.failure = fault(r.y, r.k, l), lane.ratio = norm_f[l];
-            control::propose_euler_step(lane.control, norm_y[l], norm_f[l]);
-            h[l] = lane.control.h_trial;
-            t[l] = lane.control.t_next;
-        }
-        auto &euler = y1_, &k = error_;
-        const V step = __builtin_convertvector(h, V);
-        for (int c = 0; c < n; ++c) euler[c] = fma(step, r.k[c], r.y[c]);
-        Field::slope(__builtin_convertvector(t, V), euler, r.p, task_.shared, k);
-        for (int c = 0; c < n; ++c) k[c] = fma(K(-1), r.k[c], k[c]);
-        const R norm_change = norms<Field>(k, r.y, r.y, r.tolerance);
-        for (int l = 0; l < kLanes; ++l) {
-            control::choose_first_step(r.lane[l].control, norm_change[l]);
-            r.lane[l].control.status = Status::running;  // where the norm was not finite, the trial tells
-        }
     }
 
     // A trial step in every lane, of length zero where there is no sample.
@@ -258,7 +146,7 @@ class Forward {
         if (control.status == Status::step_size) {
             lane.failure = step_size;
         } else if (control.status == Status::not_finite) {
-            lane.failure = fault(y_, k_[0], l);
+            lane.failure = fault<n>(y_, k_[0], l);
             if (lane.failure == none && !control::can_shrink(control))
                 lane.failure = task_.forbids_error && ratio_[l] == std::numeric_limits<double>::infinity()
                                    ? no_tolerance
@@ -266,15 +154,6 @@ class Forward {
             if (lane.failure == none) control.status = Status::running;
         }
         lane.ratio = control.ratio;
-    }
-
-    // Blames the state or func where one is not finite at the start of a step.
-    static Failure fault(const V* y, const V* k, int l) {
-        for (int c = 0; c < n; ++c)
-            if (!control::is_finite(double(y[c][l]))) return state_not_finite;
-        for (int c = 0; c < n; ++c)
-            if (!control::is_finite(double(k[c][l]))) return slope_not_finite;
-        return none;
     }
 
     // Keeps the step, and writes the outputs that it reached.
@@ -386,9 +265,9 @@ class Forward {
     Record& record_;
     const Round* const round_ = nullptr;
     int64_t* const n_slopes_ = nullptr;  // of each sample of the chunk
-    int64_t chunk_ = 0, first_ = 0, next_ = 0, last_ = 0;
+    int64_t chunk_ = 0, first_ = 0;
     Lane lane_[kLanes];
-    Prepared ready_;
+    Starts<Field> ready_{task_, round_};
     V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};
     R ratio_, power_;  // of the trials, and to the power that chooses the next steps
     M accepted_{};

@@ -24,7 +24,7 @@ class Stats:
             "compiled" or "graph" (the engine of that name).
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
-            0 if the caches held everything.
+            0 if an earlier solve of this process did both. With code from the cache on disk, only tracing remains.
         engine: with engine="auto", the engine that ran, "eager" or "compiled"; else "".
         reason: with engine="auto", the reason why it was not "compiled"; else "".
         n_jacobians: Jacobians of func that the forward pass of an implicit method evaluated.

@@ -24,7 +24,7 @@ class Stats:
             "compiled" or "graph" (the engine of that name).
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
-            0 if the caches held everything.
+            0 if an earlier solve of this process did both. With code from the cache on disk, only tracing remains.
         compiled: with engine="compiled" or "auto", the part that ran in compiled code: "solve" (all of it),
             "evaluations" (func and its derivative, between the steps of the eager engine), or "" (nothing).
         engine: with engine="auto", the engine that ran, "eager" or "compiled"; else "".

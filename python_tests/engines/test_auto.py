@@ -212,7 +212,7 @@ class TestWithTheCompiler:
             before = len(func.seen)
             stats.append(solve(func, y0, TIMES, **TOLERANCES, engine="auto").stats)
             lengths.append(len(func.seen) - before)
-        assert [one.engine for one in stats] == ["eager"] * 4 or stats[2].reason
+        assert [one.engine for one in stats] == ["eager"] * 4
         assert lengths[2:] == lengths[:2]  # trying to compile leaves no trace in func
         assert stats[2].reason
         assert stats[3].reason == stats[2].reason

@@ -294,7 +294,7 @@ class _LoopRecord(StepRecord):
     formulas = ()
 
     def __init__(self, loop: Any) -> None:
-        self._loop, self.end = loop, None
+        self._loop = loop
 
     @property
     def steps(self) -> list[AcceptedStep]:  # type: ignore[override]

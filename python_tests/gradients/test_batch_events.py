@@ -469,3 +469,34 @@ def test_times_that_are_refused_with_resets() -> None:
     for t, match in (("now", "type str"), ([[0.0, 1.0], [1.0, 1.0]], "sample 1")):
         with pytest.raises(TimeError, match=match):
             solve(lambda t, y: -y, torch.ones(2, 1), t, events=[event], options=INDEPENDENT)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"compact": True}])
+@pytest.mark.parametrize("gradient", ["aca", "direct"])
+def test_gradients_through_resets_against_finite_differences(gradient: str, options: dict[str, Any]) -> None:
+    """A dose whenever a concentration falls to its level; states are numbers, and levels belong to samples."""
+    y0, rate, level, t = (
+        torch.tensor(x, dtype=DTYPE).requires_grad_()
+        for x in ([1.0, 1.1, 2.0, 1.5], [1.0, 2.0, 0.1, 3.0], [0.5, 0.2, 0.9, 0.3], [0.0, 1.0, 2.5])
+    )
+    dose = torch.ones((), dtype=DTYPE, requires_grad=True)
+    inputs = [y0, rate, level, t, dose]
+
+    def loss() -> Tensor:
+        events = [Event(lambda t, y: y - level, reset=lambda t, y: y + dose), Event(lambda t, y: torch.sin(3 * t))]
+        solution = solve(
+            lambda t, y, rate: -rate * y * (1 + 0.1 * t), y0, t, args=(rate,), events=events, gradient=gradient,
+            options=INDEPENDENT | options, rtol=1e-8, atol=1e-8,
+        )  # fmt: skip
+        assert isinstance(solution.y, Tensor)
+        assert solution.events[0].t.isnan().any(1).tolist() == [True, True, True, False]
+        return solution.y.sin().sum() + sum(2 * e.t.nansum() + e.y.square().nansum() for e in solution.events)  # type: ignore[union-attr]
+
+    grads = torch.autograd.grad(loss(), inputs)
+    for x, grad in zip(inputs, grads, strict=True):
+        entry, values = x.detach().view(-1)[-1:], []
+        for step in (1e-6, -1e-6):
+            entry += step
+            values.append(loss().item())
+            entry -= step
+        assert grad.reshape(-1)[-1].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-6)

@@ -77,7 +77,7 @@ def _check_rosenbrock(given: Mapping[str, Any], tableau: RosenbrockTableau) -> N
     ]
     if unusable:
         raise OptionError(
-            f"method {tableau.name!r} makes no Newton iterations, needs the exact Jacobian as a matrix, and has no cubic "
-            f"interpolation, so it does not take the given {unusable[0]}. Leave it out, or use an implicit Runge-Kutta "
-            "method such as kvaerno5."
+            f"method {tableau.name!r} makes no Newton iterations, needs the exact Jacobian as a matrix, and has no "
+            f"cubic interpolation, so it does not take the given {unusable[0]}. Leave it out, or use an implicit "
+            "Runge-Kutta method such as kvaerno5."
         )

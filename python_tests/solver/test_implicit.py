@@ -65,9 +65,7 @@ class TestOrder:
             options = {"first_step": 1 / n, "max_step": 1 / n, "ifactor": 1.0}
             options |= {} if method == "rodas5p" else {"newton_tol": 1e-9}
             inside = torch.cat([grid[:1], (grid[:-1] + 0.3 / n), grid[-1:]])
-            y = odeint(
-                logistic, ONE, inside, method=method, rtol=1e-2, atol=1e-2, options=options | {"newton_tol": 1e-9}
-            )
+            y = odeint(logistic, ONE, inside, method=method, rtol=1e-2, atol=1e-2, options=options)
             exact = torch.tensor([[logistic_solution(t)] for t in inside.tolist()], dtype=torch.float64)
             return float((y - exact)[1:-1].abs().max())
 

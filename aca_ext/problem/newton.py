@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, OptionError
+from aca_ext.numerics.implicit import RosenbrockTableau
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.numerics.weights import Weights
 from aca_ext.problem.arguments import lookup, number_in
@@ -48,6 +49,9 @@ def newton_options_of(given: Mapping[str, Any], tableau: Weights, packing: Packi
             "Convert y0, for example with y0.float()."
         )
     jacobian = given.get("jacobian")
+    if isinstance(tableau, RosenbrockTableau):
+        _check_rosenbrock(given, tableau)
+        jacobian = "dense"
     if jacobian is None:
         jacobian = "dense" if y0.numel() <= _LARGEST_DENSE else "krylov"
     elif not callable(jacobian):
@@ -62,3 +66,18 @@ def newton_options_of(given: Mapping[str, Any], tableau: Weights, packing: Packi
     if number is None or not 0 < number < 1:
         raise OptionError(f"option newton_tol is {tolerance!r}; it must be a number above 0 and below 1.")
     return NewtonOptions(jacobian, number)
+
+
+def _check_rosenbrock(given: Mapping[str, Any], tableau: RosenbrockTableau) -> None:
+    """Raises OptionError for options that Rosenbrock methods do not have."""
+    unusable = [
+        name
+        for name, allowed in (("jacobian", (None, "dense")), ("newton_tol", (None,)), ("interp", (None, "linear")))
+        if given.get(name) not in allowed
+    ]
+    if unusable:
+        raise OptionError(
+            f"method {tableau.name!r} makes no Newton iterations, needs the exact Jacobian as a matrix, and has no "
+            f"cubic interpolation, so it does not take the given {unusable[0]}. Leave it out, or use an implicit "
+            "Runge-Kutta method such as kvaerno5."
+        )

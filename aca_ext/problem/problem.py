@@ -303,7 +303,6 @@ def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
     methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS}
-    methods.pop("rodas5p", None)
     name = lookup("method", method, [*methods, *ALIASES])
     return methods[ALIASES.get(name, name)]
 

@@ -298,7 +298,7 @@ class Solver:
         """Discards a trial, but keeps its first slope: the next trial starts from the same state."""
         self.field.restore_buffers(buffers)
         random_states = self._random_states()
-        self._k = trial.k[0]
+        self._k = trial.k[0] if self.scheme.starts_explicitly else None
         self._first_random_state = random_states[0] if random_states else None
 
     def _random_states(self) -> Sequence[RandomState] | None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from aca_ext.errors import ArgumentValueError
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
-from aca_ext.numerics.implicit import ImplicitTableau
+from aca_ext.numerics.implicit import RosenbrockTableau
+from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.implicit.jacobians import jacobian_of
+from aca_ext.solver.implicit.rosenbrock import RosenbrockMethod, rosenbrock_scheme_of
 from aca_ext.solver.implicit.scheme import implicit_scheme_of
 from aca_ext.solver.implicit.step import ImplicitMethod
 from aca_ext.solver.runge_kutta import (
@@ -92,18 +94,21 @@ def method_of(
         counts: receives the work of Newton's method.
         repeats: steps repeat those of a forward pass.
     """
-    if not isinstance(problem.tableau, ImplicitTableau):
+    if isinstance(problem.tableau, Tableau):
         return ExplicitMethod(f, ops, scheme_of(problem.tableau, estimate_error))
     assert problem.newton is not None
+    counts = Stats() if counts is None else counts
+    if isinstance(problem.tableau, RosenbrockTableau):
+        return RosenbrockMethod(f, ops, rosenbrock_scheme_of(problem.tableau, estimate_error), counts)
     scheme = implicit_scheme_of(problem.tableau, estimate_error)
     tolerance = problem.newton.tolerance if problem.adaptive else None
     jacobian = jacobian_of(problem, f)
-    return ImplicitMethod(f, ops, scheme, jacobian, tolerance, Stats() if counts is None else counts, repeats)
+    return ImplicitMethod(f, ops, scheme, jacobian, tolerance, counts, repeats)
 
 
 def advancing_method_of(problem: Problem, f: Any, ops: TorchOperations) -> Method:
     """The method that repeats the steps of a forward pass: the solution alone, bit for bit if it is explicit."""
-    if isinstance(problem.tableau, ImplicitTableau):
+    if not isinstance(problem.tableau, Tableau):
         return method_of(problem, f, ops, estimate_error=False, repeats=True)
     return ExplicitMethod(f, ops, solution_only(scheme_of(problem.tableau, problem.adaptive)))
 

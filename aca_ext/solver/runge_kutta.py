@@ -44,6 +44,9 @@ class Coefficients(Protocol):
     def fsal(self) -> bool: ...
 
     @property
+    def starts_explicitly(self) -> bool: ...
+
+    @property
     def c(self) -> tuple[float, ...]: ...
 
     @property
@@ -66,6 +69,7 @@ class Scheme:
         b: weights of these slopes in the solution.
         error: weights of these slopes in the error; None if the error is not estimated.
         error_last: weight in the error of the slope at the solution; 0 unless ``fsal``.
+        starts_explicitly: the first slope is f at the start of the step.
     """
 
     tableau: Tableau
@@ -78,6 +82,7 @@ class Scheme:
     b: tuple[float, ...]
     error: tuple[float, ...] | None
     error_last: float
+    starts_explicitly: bool = True
 
 
 @lru_cache(maxsize=64)

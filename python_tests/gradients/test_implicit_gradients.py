@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aca_ext import Event, odeint, solve
 from aca_ext.errors import ReplayError
-from aca_ext.numerics.implicit import ImplicitTableau
+from aca_ext.numerics.implicit import ImplicitTableau, RosenbrockTableau
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 
 METHODS = {name: tableau for name, tableau in IMPLICIT_METHODS.items() if isinstance(tableau, ImplicitTableau)}
@@ -75,6 +75,32 @@ def reference(
             w = b if theta == 1 else tableau.dense_weights(theta)
             outputs.append(y + h * (torch.tensor(w, dtype=torch.float64) @ k))
         y = y + h * (torch.tensor(b, dtype=torch.float64) @ k)
+    return torch.stack(outputs)
+
+
+def rosenbrock_reference(
+    func: Any, y0: Tensor, steps: Sequence[tuple[float, float]], tableau: RosenbrockTableau, times: Sequence[float]
+) -> Tensor:
+    """The states at ``times`` in the form of the theory, with the slopes of Hairer & Wanner, eq. (IV.7.4)."""
+
+    def rows(matrix: Any) -> Tensor:
+        return torch.tensor([[float(x) for x in row] for row in matrix], dtype=torch.float64)
+
+    alpha, gammas, (b,) = rows(tableau.alpha), rows(tableau.gammas), rows([tableau.of_slopes(tableau.b)])
+    y, outputs = y0, [y0]
+    for t, t_next in steps:
+        h, start = t_next - t, torch.tensor(t, dtype=torch.float64)
+        by_time, by_state = torch.func.jacrev(func, argnums=(0, 1))(start, y)
+        matrix = torch.eye(len(y), dtype=torch.float64) - h * gammas[0, 0] * by_state
+        k: list[Tensor] = []
+        for i in range(tableau.stages):
+            state = y + sum((alpha[i, j] * k_j for j, k_j in enumerate(k)), 0 * y)
+            before = sum((gammas[i, j] * k_j for j, k_j in enumerate(k)), 0 * y)
+            right = h * func(start + float(tableau.c[i]) * h, state) + h * by_state @ before
+            k.append(torch.linalg.solve(matrix, right + h * h * float(tableau.d[i]) * by_time))
+        y = y + b @ torch.stack(k)
+        if len(outputs) < len(times) and times[len(outputs)] == t_next:
+            outputs.append(y)
     return torch.stack(outputs)
 
 
@@ -218,3 +244,31 @@ class TestAdaptiveSteps:
         func.p.data[0] *= 1.5
         with pytest.raises(ReplayError, match="did not repeat the forward pass"):
             gradients(ys, (y0, func.p, rate))
+
+
+class TestRodas5p:
+    @pytest.mark.parametrize("gradient", ["aca", "direct", "naive"])
+    def test_agrees_with_autograd_through_its_formula(self, gradient: str) -> None:
+        func, y0, rate = start()
+        grid, t = 0.01 * GRID, 0.01 * T  # larger steps of a linearly implicit method leave the domain
+        options = {"grid_constructor": lambda func, y0, t: grid}
+        ys = odeint(func, y0, t, method="rodas5p", options=options, args=(rate,), gradient=gradient)
+        steps = list(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True))
+        tableau = IMPLICIT_METHODS["rodas5p"]
+        assert isinstance(tableau, RosenbrockTableau)
+        expected = rosenbrock_reference(lambda t, y: func(t, y, rate), y0, steps, tableau, t.tolist())
+        torch.testing.assert_close(ys, expected, rtol=1e-11, atol=1e-14)
+        inputs = (y0, func.p, rate)
+        first = [gradients(x, inputs, create_graph=True) for x in (ys, expected)]
+        assert worst(*first) < 1e-10
+        along = [torch.stack([(g * x.detach()).sum() for g, x in zip(one, inputs, strict=True)]).sum() for one in first]
+        assert worst(*(torch.autograd.grad(one, inputs) for one in along)) < 1e-9
+
+    def test_agrees_with_finite_differences_on_adaptive_steps(self) -> None:
+        """With an output inside a step."""
+        func, y0, rate = start()
+        how: dict[str, Any] = {"method": "rodas5p", "rtol": 1e-8, "atol": 1e-12}
+        (found,) = torch.autograd.grad(loss_of(odeint(func, y0, T, args=(rate,), **how)), rate)
+        with torch.no_grad():
+            ahead, back = (loss_of(odeint(func, y0, T, args=(rate * f,), **how)) for f in (1.001, 0.999))
+        assert found.item() == pytest.approx(((ahead - back) / (0.002 * rate.detach())).item(), rel=1e-5)

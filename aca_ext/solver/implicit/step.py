@@ -24,7 +24,7 @@ from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number, as_float
 from aca_ext.solver.implicit.newton import Newton, NewtonError, combined
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
-from aca_ext.solver.implicit.systems import Jacobian, System
+from aca_ext.solver.implicit.systems import Jacobian, Solution, System
 from aca_ext.solver.runge_kutta import PULLED, Compare, Trial
 from aca_ext.solver.stats import Stats
 from aca_ext.vector_field.slope_function import SlopeFunction
@@ -165,7 +165,7 @@ class ImplicitMethod:
             values = [self._f(t[i], x) for i, x in zip(group.stages, states, strict=True)]
             if system is None:
                 system = self._system(group, as_float(h), [t[i] for i in group.stages], states, values)
-            change = _Solution.apply(system, False, *(new - old for new, old in zip(values, slopes, strict=True)))
+            change = Solution.apply(system, False, *(new - old for new, old in zip(values, slopes, strict=True)))
             slopes = [ops.admit(old + d) for old, d in zip(slopes, change, strict=True)]
         return slopes
 
@@ -256,19 +256,6 @@ class _Stage:
     y: Tensor
     slope: Tensor
     k: Tensor
-
-
-class _Solution(torch.autograd.Function):
-    """K⁻¹·r, or K⁻ᵀ·r, for a constant K; differentiable with respect to r, to any order."""
-
-    @staticmethod
-    def forward(ctx: Any, system: System, transposed: bool, *r: Tensor) -> tuple[Tensor, ...]:
-        ctx.system, ctx.transposed = system, transposed
-        return tuple(system.solve(r, transposed))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *_Solution.apply(ctx.system, not ctx.transposed, *grads)
 
 
 def _failure_message(failure: NewtonError, h: float) -> str:

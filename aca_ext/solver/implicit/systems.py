@@ -45,6 +45,22 @@ class Jacobian(Protocol):
     def system(self, linearisations: Sequence[Any], a: Rows, h: float) -> System: ...
 
 
+class Rowwise:
+    """Products of several cotangents with a Jacobian, in one batched backward pass if func allows it."""
+
+    def __init__(self) -> None:
+        self._is_batched = True  # until torch's batched backward pass refuses func
+
+    def __call__(self, y: Tensor, k: Tensor, cotangents: Tensor) -> Tensor:
+        how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        if self._is_batched and len(cotangents) > _FEW:
+            try:
+                return torch.autograd.grad(k, y, cotangents, is_grads_batched=True, **how)[0].detach()
+            except RuntimeError:  # an operation has no batched form, or a function of the user's is in the graph
+                self._is_batched = False
+        return torch.stack([torch.autograd.grad(k, y, g, **how)[0].detach() for g in cotangents])
+
+
 class Blocks:
     """Jacobians as matrices: one of the whole state, or one per sample along its first dimension.
 
@@ -55,7 +71,7 @@ class Blocks:
 
     def __init__(self, f: SlopeFunction, count: int) -> None:
         self._f, self._count = f, count
-        self._is_batched = True  # until torch's batched backward pass refuses func
+        self._rows = Rowwise()
 
     def at(self, t: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -67,21 +83,11 @@ class Blocks:
         if not k.requires_grad:
             return torch.zeros(self._count, m, m, dtype=k.dtype, device=k.device)
         unit = torch.eye(m, dtype=k.dtype, device=k.device).unsqueeze(1).expand(m, self._count, m)
-        rows = self._pull_back(y, k, unit.reshape(m, *k.shape))
+        rows = self._rows(y, k, unit.reshape(m, *k.shape))
         return rows.reshape(m, self._count, m).transpose(0, 1)
 
-    def _pull_back(self, y: Tensor, k: Tensor, cotangents: Tensor) -> Tensor:
-        """The products of several cotangents of ``k`` with its Jacobian."""
-        how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        if self._is_batched and len(cotangents) > _FEW:
-            try:
-                return torch.autograd.grad(k, y, cotangents, is_grads_batched=True, **how)[0].detach()
-            except RuntimeError:  # an operation has no batched form, or a function of the user's is in the graph
-                self._is_batched = False
-        return torch.stack([torch.autograd.grad(k, y, g, **how)[0].detach() for g in cotangents])
-
     def system(self, linearisations: Sequence[Tensor], a: Rows, h: float) -> System:
-        return _BlockSystem(linearisations, a, h)
+        return BlockSystem(linearisations, a, h)
 
 
 class GivenMatrix(Blocks):
@@ -101,7 +107,7 @@ class GivenMatrix(Blocks):
         return self.at(t, y)
 
 
-class _BlockSystem:
+class BlockSystem:
     """LU factors of the matrices K, one for each block of the state."""
 
     def __init__(self, jacobians: Sequence[Tensor], a: Rows, h: float) -> None:
@@ -119,3 +125,16 @@ class _BlockSystem:
         columns = torch.stack([x.reshape(count, m) for x in r], dim=1).reshape(count, stages * m, 1)
         x = torch.linalg.lu_solve(self._factors, self._pivots, columns, adjoint=transposed)
         return [part.reshape(r[0].shape) for part in x.reshape(count, stages, m).unbind(1)]
+
+
+class Solution(torch.autograd.Function):
+    """K⁻¹·r, or K⁻ᵀ·r, for a constant K; differentiable with respect to r, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, system: System, transposed: bool, *r: Tensor) -> tuple[Tensor, ...]:
+        ctx.system, ctx.transposed = system, transposed
+        return tuple(system.solve(r, transposed))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *Solution.apply(ctx.system, not ctx.transposed, *grads)

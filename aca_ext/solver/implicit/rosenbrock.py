@@ -1,0 +1,226 @@
+"""One step of a Rosenbrock method and its transpose: linear systems with the Jacobian at the start of the step.
+
+With J and ∂f/∂t at (t, y), the slopes k_i = u_i/h of a step satisfy
+
+    (I - h·γ·J)·k_i = γ·(f(t + c_i·h, y + h·Σ_j a_ij·k_j) + Σ_j coupling_ij·k_j + h·d_i·∂f/∂t)
+
+The slopes depend on the Jacobian, so the transpose of a step differentiates products with it, (∂f/∂y)·k_i + d_i·∂f/∂t.
+
+Source: Hairer & Wanner, Solving ODEs II, IV.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.kernels.extension import own_result
+from aca_ext.kernels.fused import TorchOperations
+from aca_ext.kernels.reference import Number, as_float
+from aca_ext.numerics.implicit import RosenbrockTableau
+from aca_ext.solver.implicit.systems import BlockSystem, Rowwise, Solution, System
+from aca_ext.solver.runge_kutta import PULLED, Compare, Trial
+from aca_ext.solver.stats import Stats
+
+_CORRECTIONS = 2  # as in ``step``
+_NEAR = 2.0**14  # distance of a replayed step from the forward pass in units of rounding, which stiffness magnifies
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity, as tableaus are
+class RosenbrockScheme:
+    """A Rosenbrock tableau as floats."""
+
+    gamma: float
+    c: tuple[float, ...]
+    d: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    coupling: tuple[tuple[float, ...], ...]
+    solution: tuple[float, ...]
+    error: tuple[float, ...] | None
+    error_last: float = 0.0
+    fsal: bool = False
+    starts_explicitly: bool = False
+
+
+@lru_cache(maxsize=64)
+def rosenbrock_scheme_of(tableau: RosenbrockTableau, estimate_error: bool) -> RosenbrockScheme:
+    error = tableau.error if estimate_error else None
+    return RosenbrockScheme(
+        gamma=float(tableau.gamma),
+        c=tuple(float(x) for x in tableau.c),
+        d=tuple(float(x) for x in tableau.d),
+        a=tuple(tuple(float(x) for x in row) for row in tableau.a),
+        coupling=tuple(tuple(float(x) for x in row) for row in tableau.coupling),
+        solution=tuple(float(x) for x in tableau.b),
+        error=None if error is None else tuple(float(x) for x in error),
+    )
+
+
+class RosenbrockMethod:
+    """A Rosenbrock method, bound to f and the operations of a solve; see ``solver.method.Method``."""
+
+    compiled = None
+
+    def __init__(self, f: Any, ops: TorchOperations, scheme: RosenbrockScheme, counts: Stats) -> None:
+        self.scheme = scheme
+        self._f, self._ops, self._counts = f, ops, counts
+        self._rows = Rowwise()
+
+    def step(
+        self, times: Sequence[Number], y: Tensor, h: Number, k_first: Tensor | None = None, out: Tensor | None = None
+    ) -> Trial:
+        """Advances ``y`` by h, as ``runge_kutta.step`` does; ``k_first`` is not used."""
+        scheme, ops = self.scheme, self._ops
+        t = ops.scalars(times)
+        with torch.no_grad():
+            k, system = self._solved(self._start(t[0], y), t, as_float(h))
+        if torch.is_grad_enabled():
+            k = self._with_graph(t, y, h, k, system)
+        if scheme.error is None:
+            return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
+        y1, error = ops.solution_and_error(y, h, k, scheme.solution, scheme.error, out)
+        return Trial(y1, k, error)
+
+    def vjp(
+        self,
+        times: Sequence[float],
+        y: Tensor,
+        h: float,
+        outputs: Sequence[tuple[Sequence[float], Tensor]],
+        compare: Compare | None = None,
+        y_next: Tensor | None = None,
+    ) -> Tensor:
+        """Replays a step from ``y`` and returns the cotangent of ``y``, as ``runge_kutta.step_vjp`` does."""
+        scheme, ops, f = self.scheme, self._ops, self._f
+        t = ops.scalars(times)
+        start = self._start(t[0], y)
+        stages: list[tuple[Tensor, Tensor]] = []
+        k, system = self._solved(start, t, h, stages)
+        if compare is not None and y_next is not None:
+            y1 = ops.weighted_sum(y, h, k, scheme.solution)
+            scale = torch.maximum(y.abs().max(), y_next.abs().max()) if y.numel() else 0.0
+            if not ((y1 - y_next).abs() <= _NEAR * torch.finfo(y.dtype).eps * scale).all():
+                compare(y1, k)
+        pulled: dict[int, Tensor] = {}  # v_i of the stages after the first whose slope depends on y
+        cotangents: dict[int, Tensor] = {}  # of the right-hand sides
+        for i in reversed(range(len(k))):
+            terms = [(h * w[i], g) for w, g in outputs if w[i] != 0]
+            terms += [(h * scheme.a[j][i], v) for j, v in pulled.items() if scheme.a[j][i] != 0]
+            terms += [(scheme.coupling[j][i], m) for j, m in cotangents.items() if scheme.coupling[j][i] != 0]
+            if not terms:
+                continue
+            total = ops.weighted_sum(None, 1.0, [x for _, x in terms], tuple(w for w, _ in terms))
+            cotangents[i] = ops.admit(scheme.gamma * system.solve([total], transposed=True)[0])
+            y_i, slope = stages[i]
+            if i > 0 and slope.requires_grad:
+                v = own_result(f.pull_back, y_i, slope, cotangents[i])
+                if v is not None:
+                    pulled[i] = ops.admit(v, PULLED)
+        g, *rest = [*(g for _, g in outputs), *pulled.values()]
+        at_start = self._pulled_through_start(start, h, k, cotangents)
+        rest += [] if at_start is None else [at_start]
+        return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
+
+    def _start(self, t: Tensor, y: Tensor, is_leaf: bool = True) -> _Start:
+        """f at the start of a step, with a graph to the state and the time."""
+        with torch.enable_grad():
+            joint = torch.cat([y.reshape(-1), t.reshape(1)])
+            joint = joint.detach().requires_grad_() if is_leaf or not joint.requires_grad else joint
+            state = self._ops.admit(joint[:-1].view_as(y))
+            return _Start(joint, self._f(joint[-1], state))
+
+    def _solved(
+        self, start: _Start, t: Sequence[Tensor], h: float, stages: list[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[list[Tensor], System]:
+        """The slopes of a step without a graph; ``stages`` receives the states and values of f with their graphs."""
+        scheme, ops = self.scheme, self._ops
+        derivative = self._derivative(start)
+        self._counts.n_jacobians += 1
+        self._counts.n_factorizations += 1
+        system = BlockSystem([derivative[None, :, :-1]], [[scheme.gamma]], h)
+        of_time = ops.admit(derivative[:, -1].reshape(start.k.shape))
+        y = ops.admit(start.joint.detach()[:-1].view_as(start.k))
+        k: list[Tensor] = []
+        for i in range(len(scheme.c)):
+            if i == 0:
+                y_i, value = y, start.k
+            else:
+                y_i = ops.weighted_sum(y, h, k, scheme.a[i])
+                y_i = y_i if stages is None else y_i.requires_grad_()
+                value = self._f(t[i], y_i)
+            if stages is not None:
+                stages.append((y_i, value))
+            right = ops.weighted_sum(value.detach(), 1.0, [*k, of_time], (*scheme.coupling[i], h * scheme.d[i]))
+            k.append(ops.admit(scheme.gamma * system.solve([right])[0]))
+        return k, system
+
+    def _derivative(self, start: _Start) -> Tensor:
+        """The matrix of ∂f/∂(y, t), (n, n + 1)."""
+        n, k = start.k.numel(), start.k
+        if not k.requires_grad:
+            return torch.zeros(n, n + 1, dtype=k.dtype, device=k.device)
+        unit = torch.eye(n, dtype=k.dtype, device=k.device).view(n, *k.shape)
+        return self._rows(start.joint, k, unit)
+
+    def _with_graph(
+        self, t: Sequence[Tensor], y: Tensor, h: Number, found: Sequence[Tensor], system: System
+    ) -> list[Tensor]:
+        """The slopes ``found`` with an autograd graph, by corrections with a constant matrix, as in ``step``."""
+        scheme, ops = self.scheme, self._ops
+        start = self._start(t[0], y, is_leaf=False)
+        slopes = list(found)
+        for _ in range(_CORRECTIONS):
+            corrected: list[Tensor] = []
+            for i, k_i in enumerate(slopes):
+                value = start.k if i == 0 else self._f(t[i], ops.weighted_sum(y, h, corrected, scheme.a[i]))
+                direction = torch.cat([k_i.reshape(-1), torch.full_like(start.joint[-1:], scheme.d[i]).detach()])
+                right = value + h * start.product(direction)
+                for weight, k_j in zip(scheme.coupling[i], corrected, strict=True):
+                    right = right + weight * k_j
+                (change,) = Solution.apply(system, False, scheme.gamma * right - k_i)
+                corrected.append(ops.admit(k_i + change))
+            slopes = corrected
+        return slopes
+
+    def _pulled_through_start(
+        self, start: _Start, h: float, k: Sequence[Tensor], cotangents: dict[int, Tensor]
+    ) -> Tensor | None:
+        """The cotangent of y through f and its derivatives at the start of the step."""
+        if not start.k.requires_grad or not cotangents:
+            return None
+        total = torch.zeros((), dtype=start.k.dtype, device=start.k.device)
+        for i, m in cotangents.items():
+            direction = torch.cat([k[i].reshape(-1), k[i].new_full((1,), self.scheme.d[i])])
+            (row,) = torch.autograd.grad(
+                start.k, start.joint, m, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            total = total + h * (row * direction).sum()
+            total = total + (start.k * m).sum() if i == 0 else total
+        if not total.requires_grad:
+            return None
+        v = self._f.pull_back(start.joint, total, torch.ones_like(total))
+        return None if v is None else self._ops.admit(v[:-1].view_as(start.k), PULLED)
+
+
+@dataclass(slots=True)
+class _Start:
+    """f at the start of a step: the state and time in one tensor, and the slope with a graph to it."""
+
+    joint: Tensor
+    k: Tensor
+
+    def product(self, direction: Tensor) -> Tensor:
+        """∂f/∂(y, t) times ``direction``, differentiable, by two nested backward passes."""
+        if not self.k.requires_grad:
+            return torch.zeros_like(self.k)
+        how: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        cotangent = torch.zeros_like(self.k, requires_grad=True)
+        (row,) = torch.autograd.grad(self.k, self.joint, cotangent, **how)
+        if not row.requires_grad:
+            return torch.zeros_like(self.k)
+        return torch.autograd.grad(row, cotangent, direction, **how)[0]

@@ -28,6 +28,7 @@ else:
     from aca_ext.kernels.extension import config, show_config
     from aca_ext.known_steps.replay import replay
     from aca_ext.neural_ode import NeuralODE
+    from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
     from aca_ext.numerics.methods import METHODS
     from aca_ext.odeint import odeint, solve
     from aca_ext.problem.events import Event
@@ -39,6 +40,7 @@ else:
 
     __all__ = [
         "GRADIENTS",
+        "IMPLICIT_METHODS",
         "METHODS",
         "BatchStats",
         "Event",

@@ -44,7 +44,10 @@ def odeint(arguments: _OdeintArguments) -> State:
         rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tuple state
             also a tuple with one for each component. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
-        method: a key of ``aca_ext.METHODS``; default "dopri5".
+        method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
+            "kvaerno5"); default "dopri5". Implicit methods need engine="eager" and a func that neither draws random
+            numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method, with
+            derivatives up to the second; gradient="adjoint" solves the state backward, which stiffness makes unstable.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.
@@ -57,6 +60,12 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``step_t``: times that a step must end at.
             * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples
               and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
+            * ``jacobian``: of implicit methods: "dense" (default for up to 512 elements: a matrix by autograd), "block"
+              (one matrix per sample along the first dimension of y0; samples must not depend on one another), "krylov"
+              (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args) that
+              returns the derivative of func as a matrix. With every choice the gradient is that of func.
+            * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
+              gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
               tuple state the largest RMS norm of its components.
             * ``on_min_step``: "raise" (default), or "accept": a step of min_step is accepted whatever its error.
@@ -101,9 +110,9 @@ def odeint(arguments: _OdeintArguments) -> State:
 
             Fixed steps on a GPU do not check for NaN, which would synchronise.
         events: list of ``aca_ext.Event``. A reset changes the state at its event, and the solve goes on. Terminal
-            events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. For
-            engine="eager", gradients "aca", "direct" and "naive". Independent samples have each their own events and
-            ends, without resets; func and event functions are still called on the whole batch.
+            events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. Not
+            for engine="graph"; for gradients "aca", "direct" and "naive". Independent samples have each their own
+            events, resets and ends; func, event functions and resets are called on the whole batch.
         event_fn: torchdiffeq's form of a single terminal event: a function g(t, y) that returns a tensor. ``odeint``
             returns (event_t, y), with y at t[0] and at the first sign change of an element of g. t then holds the start
             and the end of the search, which raises EventError if there is no sign change.
@@ -128,12 +137,14 @@ def odeint(arguments: _OdeintArguments) -> State:
             * "compiled": traces a whole step and its transpose with torch's compiler and runs all steps in compiled
               code. The same steps and gradient up to rounding, many times faster for a small func. Compiling takes
               seconds, once per func, shape and method (``stats.compile_seconds``); new values of parameters, times and
-              tolerances need no new compilation. For real float32 and float64 states on the CPU, gradient="aca" and
-              checkpoints=None; second derivatives come from the eager engine. func must be traceable by
-              ``torch.compile(fullgraph=True)`` and consist of pointwise operations, reductions, matrix products and
-              derivatives of such (torch.func, torch.autograd.grad), without random numbers or autograd.Functions of its
-              own. Counters of evaluations in func are kept up; a func that records anything else is refused. Programs
-              are compared with func before use. Needs torch 2.13 or newer.
+              tolerances need no new compilation. For real float32 and float64 states, gradient="aca" and
+              checkpoints=None, without callback and bar, and a func of pointwise operations, reductions, matrix
+              products and derivatives of such (torch.func, torch.autograd.grad). For other solves and funcs,
+              evaluations of func and their transpose are compiled, as ``torch.compile(fullgraph=True)`` does, and the
+              eager engine makes the steps. A func that cannot be compiled (control flow on values, random numbers,
+              BatchNorm in training, side effects other than counters), or is not faster for it, is evaluated as it
+              is. ``stats.compiled`` and ``stats.reason`` tell which of these ran, and why. Compiled code is compared
+              with func before use. A callback must not change func. For states on the CPU. Needs torch 2.13 or newer.
             * "graph" (experimental: it has not run on a GPU yet): captures a trial step and its transpose as CUDA
               graphs, which the device repeats and controls without the host. The steps of the eager engine. For states
               on a CUDA device, gradient="aca", checkpoints=None and numbers as tolerances; second derivatives come from

@@ -304,5 +304,6 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
 
 def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
     counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
-    counted = {name: getattr(one, name) + getattr(other, name) for name in counts}
-    return Stats(**counted, backend=other.backend, engine=other.engine, reason=other.reason)
+    counted = {name: getattr(one, name) + getattr(other, name) for name in (*counts, "compile_seconds")}
+    same = {name: getattr(other, name) for name in ("backend", "engine", "compiled", "reason")}
+    return Stats(**counted, **same)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +12,14 @@ import pytest
 import torch
 
 import aca_ext
+from benchmarks import stiff
+from benchmarks.harness import Result, Settings, Table
 from benchmarks.stiff_problems import (
     BRUSSELATOR,
     E5,
     END_VALUES,
     HIRES,
+    POLLUTION,
     PROBLEMS,
     ROBERTSON,
     StiffFunction,
@@ -123,3 +128,21 @@ def test_gradient_by_a_rate(problem: StiffProblem, t_end: float, index: int) -> 
     weights = torch.tensor(1 / np.abs(exact))
     (gradient,) = torch.autograd.grad(y_end @ weights, func.p)
     assert gradient[index].item() == pytest.approx(np.sign(exact).sum(), rel=1e-6, abs=1e-6)
+
+
+def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stiff, "QUICK", (POLLUTION,))
+    monkeypatch.setattr(stiff, "HIRES", replace(HIRES, t_end=0.1))
+    monkeypatch.setitem(sys.modules, "diffrax", None)  # left out: it takes long to compile
+    result = Result()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SciPy's LSODA does not solve this problem at this tolerance
+        for part in stiff.run(Settings(quick=True)):
+            (result.tables if isinstance(part, Table) else result.notes).append(part)
+    assert not [note for note in result.notes if "aca_ext" in note or "gradient" in note]
+    work, gradients = result.tables
+    errors = {row["solver"]: row["error"] / row["tolerance"] for row in work.rows}
+    assert {f"aca_ext {name}" for name in stiff.OWN_METHODS} | {"SciPy Radau", "SciPy BDF"} <= set(errors)
+    assert max(errors.values()) < 10
+    assert {row["solver"]: row["error"] < 1e-2 for row in gradients.rows} == dict.fromkeys(stiff.OWN_METHODS, True)
+    assert len(stiff.draw(result).axes) == 2

@@ -75,7 +75,7 @@ class AutoEngine:
         """Solves by compiled code if this func was solved often enough and can be compiled, else by the eager engine.
 
         Raises:
-            Those of the engines; CompileError only for option ``on_failure="nan"``, which no other engine has.
+            Those of the engines; CompileError only if an argument needs compiled lanes.
         """
         if _needs_compiling(request):
             return self._compiled_result(request)
@@ -108,7 +108,7 @@ class AutoEngine:
 
     def _compiled_result(self, request: Request) -> Result:
         result = self._compiled.solve(request)
-        result.stats.engine = "compiled"
+        result.stats.engine = "compiled" if result.stats.compiled else "eager"
         return result
 
     def _uncompiled(self, request: Request, reason: str) -> Result:
@@ -118,8 +118,11 @@ class AutoEngine:
 
 
 def _needs_compiling(request: Request) -> bool:
+    """Tells whether an argument takes the compiled lanes, since the eager engine does not support it."""
     problem = request.problem
-    return isinstance(problem, BatchProblem) and problem.nan_on_failure
+    if not isinstance(problem, BatchProblem):
+        return False
+    return problem.stops_of_rows is not None or request.checkpoints is not None
 
 
 def _key(request: Request) -> tuple[Any, ...]:

@@ -93,19 +93,16 @@ def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
         raise
 
 
-def obstacle_but_to_eager(engine: str, request: Request, takes_batches: bool = False) -> str | None:
-    """Obstacle of ``engine`` if an argument needs the eager engine; None if no argument does."""
-    name = _for_eager(request, takes_batches)
-    if name is None:
-        return None
-    values = {"gradient": request.gradient, "method": request.problem.tableau.name}
-    value = f" ({values[name]!r})" if name in values else ""
-    return f'engine="{engine}" does not support the given {name}{value}. Use engine="eager".'
+def obstacle_but_to_eager(engine: str, request: Request) -> str | None:
+    """Obstacle of ``engine`` if an argument needs the loop of the eager engine; None if no argument does."""
+    name = argument_for_eager(request, takes_batches=False)
+    return None if name is None else f'engine="{engine}" does not support the given {name}. Use engine="eager".'
 
 
-def _for_eager(request: Request, takes_batches: bool) -> str | None:
+def argument_for_eager(request: Request, takes_batches: bool) -> str | None:
+    """Name of an argument for which the loop of the eager engine is needed; None if there is none."""
     if request.gradient != "aca":
-        return "gradient"
+        return f"gradient ({request.gradient!r})"
     if request.checkpoints is not None:
         return "checkpoints"
     if request.progress:
@@ -115,10 +112,10 @@ def _for_eager(request: Request, takes_batches: bool) -> str | None:
     if request.problem.events:
         return "events"
     if isinstance(request.problem.tableau, Adams):
-        return "method"
+        return f"method ({request.problem.tableau.name!r})"
     problem, is_batch = request.problem, request.is_batch and not takes_batches
     if problem.newton is not None:
-        return "method"
+        return f"method ({problem.tableau.name!r})"
     if problem.stops_at_limit or problem.accepts_min_step or problem.interp is not None or is_batch:
         return "options"
     return "options" if problem.grid is not None and problem.jumps else None

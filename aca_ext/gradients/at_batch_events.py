@@ -27,7 +27,7 @@ def at_batch_event(i: int, problem: BatchProblem, record: BatchRecord, ys: Tenso
     found = record.occurrences
     chosen = np.zeros(0, dtype=np.int64) if found is None else np.flatnonzero(found.event == i)
     if found is None or len(chosen) == 0:
-        return torch.empty(0, len(problem.y0), dtype=torch.float64), ys[:0]
+        return torch.empty(0, len(problem.y0), dtype=torch.float64, device="cpu"), ys[:0]
     rows = found.rows[chosen]
     number = np.arange(len(rows)) - np.searchsorted(rows, rows)  # the occurrence's number among those of its sample
     parts = [_at(i, problem, record, ys, chosen[number == n]) for n in range(int(number.max()) + 1)]
@@ -55,7 +55,7 @@ def _at(i: int, problem: BatchProblem, record: BatchRecord, ys: Tensor, chosen: 
             rate, _ = changes_along(event, rows, element, t, states, slope, packing)
             time, y = _AtEvents.apply(i, torch.from_numpy(rate), derivative, rows, time, value, y)
     n = len(problem.y0)
-    times = torch.full((n,), torch.nan, dtype=torch.float64).index_copy(0, torch.from_numpy(rows), time)
+    times = torch.full((n,), torch.nan, dtype=torch.float64, device="cpu").index_copy(0, torch.from_numpy(rows), time)
     return times, torch.full_like(ys[0].detach(), torch.nan).index_copy(0, of_rows, y)
 
 

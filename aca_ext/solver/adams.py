@@ -277,7 +277,7 @@ class TransposedAdamsSteps:
             last = v
         if len(pulled) == len(made) - 1:
             self._parts.append((n, [h * w for w in _bashforth(n_slopes)], of_increments.pop()))
-        if of_increments and len(made) > 1:
+        if of_increments:
             total = _sum(self._ops, [(1.0, x) for x in of_increments])
             self._parts.append((n, [h * w for w in others], total))
         return pulled

@@ -20,6 +20,8 @@ def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **
     if kind is NonFiniteError:
         message = fault_of_start(problem.y0) or message
     reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
+    if problem.newton is None and kind in (StepLimitError, StepSizeError) and message is None:
+        reason += ' If the problem is stiff, use method="kvaerno5".'
     return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
 
 
@@ -53,9 +55,9 @@ def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:
     """The reason for an error of this kind in a solve to t = ``end``, with advice."""
     return {
         StepLimitError: f"the {max_num_steps} trial steps of option max_num_steps did not reach t={end:.17g}. Raise "
-        "max_num_steps, loosen rtol or atol, or look for stiffness or blow-up.",
-        StepSizeError: "the step became too small: the problem is too stiff for an explicit method here, has a "
-        "singularity or a jump, or the tolerance is below rounding. Loosen rtol or atol, use float64, lower "
+        "max_num_steps, loosen rtol or atol, or look for blow-up.",
+        StepSizeError: "the step became too small: the problem is stiff here, has a singularity or a jump, or the "
+        "tolerance is below rounding. Loosen rtol or atol, use float64, lower "
         "min_step, or end the solve earlier.",
         NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
         "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",

@@ -110,6 +110,8 @@ class Solver:
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
             self._finish(control, y)
+            if self._adams is not None:
+                self._adams.finish()
         if self._events is not None:
             self._events.append_to(self._outputs)
         stats.n_f_evals = self.field.n_evals
@@ -189,8 +191,6 @@ class Solver:
     def _finish(self, control: AnyStepControl, y: Tensor) -> None:
         """Records where the solve ended, or raises the error of a solve that did not reach its end."""
         problem, status = self.problem, control.status
-        if self._adams is not None:
-            self._adams.finish()
         if status == "event":
             return
         if status == "done":

@@ -25,8 +25,10 @@ class Stats:
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
             0 if the caches held everything.
+        compiled: with engine="compiled" or "auto", the part that ran in compiled code: "solve" (all of it),
+            "evaluations" (func and its derivative, between the steps of the eager engine), or "" (nothing).
         engine: with engine="auto", the engine that ran, "eager" or "compiled"; else "".
-        reason: with engine="auto", the reason why it was not "compiled"; else "".
+        reason: with engine="compiled" or "auto", the reason why it was not the whole solve; else "".
         n_jacobians: Jacobians of func that the forward pass of an implicit method evaluated.
         n_factorizations: matrices that it factorised.
         n_newton_iterations: iterations of Newton's method, each with one evaluation of func per stage.
@@ -39,6 +41,7 @@ class Stats:
     backend: str = ""
     n_f_evals_backward: int | None = None
     compile_seconds: float = 0.0
+    compiled: str = field(default="", repr=False)
     engine: str = field(default="", repr=False)
     reason: str = field(default="", repr=False)
     n_jacobians: int = 0
@@ -60,7 +63,7 @@ class BatchStats:
         n_f_evals_backward: calls of func in the backward pass; None until it has run.
         failures: errors of the samples that failed, with option ``on_failure="nan"``.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling.
-        engine, reason: as in ``Stats``.
+        compiled, engine, reason: as in ``Stats``.
 
     engine="compiled" evaluates single samples, no more often than each needs: ``n_f_rows`` is the sum of these
     evaluations, and ``n_f_evals`` and ``n_f_evals_backward`` are the most that one sample took.
@@ -75,8 +78,14 @@ class BatchStats:
     n_f_evals_backward: int | None = None
     failures: Sequence[SolveError] = ()
     compile_seconds: float = 0.0
+    compiled: str = ""
     engine: str = ""
     reason: str = ""
+
+    def followed_by(self, rest: BatchStats) -> BatchStats:
+        """The sums over two parts of a solve; ``n_f_evals_backward`` is None."""
+        names = ("n_steps", "n_accepted", "n_rejected", "n_f_evals", "n_f_rows")
+        return BatchStats(**{name: getattr(self, name) + getattr(rest, name) for name in names}, backend=rest.backend)
 
     def __repr__(self) -> str:
         """Shows each per-sample count as its range over the batch."""

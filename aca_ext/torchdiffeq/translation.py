@@ -159,6 +159,8 @@ class _AdmittedSlopes:
     torchdiffeq writes slopes into memory of the state's dtype, and those of a tuple one after the other.
     """
 
+    wraps_func = True  # what func holds is found through it
+
     def __init__(self, func: Callable[..., Any]) -> None:
         self.func = func
 

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
 from aca_ext.kernels.extension import known_tensors
-from aca_ext.problem.state import tensors_in
-from aca_ext.vector_field.environment import overwritten_message
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.slope_function import SlopeFunction
+from aca_ext.vector_field.substitution import Substitution
 
 # torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its validation of the arguments, which
 # takes longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph,
@@ -80,6 +78,8 @@ class Replay:
         self._has_totals = False  # every gradient has a first term
         is_named = not is_checked and (is_one_graph or not cuts_all)
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
+        # The graph between named params and tensors made from them before the solve serves every evaluation.
+        self._keeps_graph = is_named and (bool(self.origins) or _holds_histories(field))
         # After a complete walk, asking for the gradients of a few unused leaves is cheaper than searching every graph.
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
@@ -112,7 +112,7 @@ class Replay:
         field, environment = self.field, self.field.environment
         self._put_back = [kept.snapshot() for kept in field.kept]
         is_plain = not self._substitutes and not self._overwritten
-        operands = nullcontext() if is_plain else _Substitution(self._substitutes, self._overwritten)
+        operands = nullcontext() if is_plain else Substitution(self._substitutes, self._overwritten)
         surroundings = nullcontext() if environment is None else environment.restored()
         buffers = field.buffer_values()
         random_state = field.random_state() if field.draws_random_numbers else None
@@ -162,7 +162,7 @@ class Replay:
             self.check(slopes, y)
         try:
             targets = y, *self._targets, *(p for _, p in self.origins)
-            v, *grads = _run_backward(slopes, cotangents, bool(self.origins), False, targets, True, False)
+            v, *grads = _run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise ReplayError(
@@ -183,7 +183,7 @@ class Replay:
         self, k: Tensor, wanted: Sequence[Tensor], grad_k: Tensor, create_graph: bool = False
     ) -> Sequence[Tensor | None]:
         """Gradients of a slope with respect to ``wanted``, which ends with the inputs; adds up nothing."""
-        if not self.origins:
+        if not self._keeps_graph:
             return torch.autograd.grad(k, wanted, grad_k, allow_unused=True, create_graph=create_graph)
         targets = *wanted, *(p for _, p in self.origins)
         with torch._C.DisableTorchFunction():  # otherwise the substitutes would take the place of the origins
@@ -291,34 +291,12 @@ class Replay:
         self._has_totals = bool(totals) and self._known is None and _NONE not in map(type, self.grads)
 
 
-_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")}
-
-
-class _Substitution(TorchFunctionMode):
-    """Replaces operands of torch functions by other tensors, and refuses overwritten operands.
-
-    An overwritten tensor may change func's derivatives and leave its values alone. The comparison of states would then
-    not notice.
-    """
-
-    def __init__(self, substitutes: dict[int, Tensor], overwritten: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._substitutes = substitutes
-        self._overwritten = {id(x) for x in overwritten}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._overwritten and func not in _METADATA:
-            for x in tensors_in((args, kwargs or {})):
-                if id(x) in self._overwritten:
-                    raise ReplayError(overwritten_message(x))
-        return func(*self._of(args), **self._of(kwargs or {}))
-
-    def _of(self, x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return self._substitutes.get(id(x), x)
-        if isinstance(x, (tuple, list)):
-            return type(x)(map(self._of, x)) if type(x) in (tuple, list) else x
-        return {key: self._of(value) for key, value in x.items()} if isinstance(x, dict) else x
+def _holds_histories(field: VectorField) -> bool:
+    """Tells whether func holds tensors that other operations computed, among them buffers of its modules."""
+    if (holdings := field.holdings) is None:
+        return False
+    buffers = (buffer for module in holdings.modules for buffer in module._buffers.values())
+    return holdings.had_histories or any(buffer is not None and buffer.grad_fn is not None for buffer in buffers)
 
 
 def _variable(x: Tensor) -> Tensor:

@@ -171,13 +171,14 @@ class TestRefusals:
         assert compiler.solves == 2
 
     def test_what_the_eager_engine_lacks_is_compiled_at_once(self, compiler: Compiler) -> None:
-        options = {"batch": "independent", "on_failure": "nan"}
-        compiler.refusal = "no lanes"
-        with pytest.raises(errors.CompileError, match="no lanes"):
-            engine_of(Decay(), sample(3, 2), options=options)
-        compiler.obstacle_of_all = "no such argument"
-        with pytest.raises(errors.ArgumentValueError, match="no such argument"):
-            engine_of(Decay(), sample(3, 2), options=options)
+        batch = {"batch": "independent"}
+        for settings in ({"options": batch, "checkpoints": 2}, {"options": {**batch, "step_t": [0.5]}}):
+            compiler.obstacle_of_all, compiler.refusal = None, "no lanes"
+            with pytest.raises(errors.CompileError, match="no lanes"):
+                engine_of(Decay(), sample(3, 2), **settings)
+            compiler.obstacle_of_all = "no such argument"
+            with pytest.raises(errors.ArgumentValueError, match="no such argument"):
+                engine_of(Decay(), sample(3, 2), **settings)
 
 
 @NEEDS_COMPILER

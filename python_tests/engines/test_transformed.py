@@ -339,7 +339,7 @@ class TestErrors:
             {"events": [aca_ext.Event(lambda t, y: t - 0.5)]},
             {"output_fn": lambda t, y: y},
         ],
-        ids=lambda settings: str(next(iter(settings.items()))),
+        ids=lambda settings: " ".join(map(str, (*settings, *settings.get("options", ())))),
     )
     def test_what_is_not_available(self, settings: dict[str, Any]) -> None:
         with pytest.raises(errors.ArgumentValueError, match="not available inside a function transform"):

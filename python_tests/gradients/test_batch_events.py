@@ -30,6 +30,7 @@ class Oscillators(nn.Module):
         super().__init__()
         self.damping = nn.Parameter(torch.tensor(0.1, dtype=DTYPE))
         self.level = nn.Parameter(torch.tensor(0.3, dtype=DTYPE))
+        self.restitution = nn.Parameter(torch.tensor(0.9, dtype=DTYPE))
         self.drift = nn.Parameter(torch.tensor(0.05, dtype=DTYPE))
 
     def forward(self, t: Tensor, y: Tensor, frequency: Tensor) -> Tensor:
@@ -38,6 +39,9 @@ class Oscillators(nn.Module):
 
     def crosses_level(self, t: Tensor, y: Tensor) -> Tensor:
         return y[:, :1] - self.level + self.drift * t
+
+    def bounce(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([y[:, :1] + 0.01 * t, -self.restitution * y[:, 1:]], 1)
 
     def both(self, t: Tensor, y: Tensor) -> Tensor:
         return torch.cat([y[:, :1] + 0.2, y[:, 1:] * (1 + self.level)], 1)
@@ -162,7 +166,7 @@ def test_compact_leaves_out_the_samples_that_events_ended() -> None:
     for options in (INDEPENDENT, INDEPENDENT | {"compact": True}):
         solution = solve(func, y0, T, args=(frequency,), events=terminal(func), options=options, **MEDIUM)
         loss = solution.y.nansum() + solution.events[0].t.nansum() + solution.events[0].y.square().nansum()
-        found.append((solution, torch.autograd.grad(loss, [y0, frequency, *func.parameters()])))
+        found.append((solution, torch.autograd.grad(loss, [y0, frequency, func.damping, func.level])))
     (whole, expected), (compact, grads) = found
     assert torch.equal(whole.events[0].t.nan_to_num(7.0), compact.events[0].t.nan_to_num(7.0))
     assert compact.stats.n_f_rows < whole.stats.n_f_rows
@@ -174,7 +178,7 @@ def test_gradients_against_finite_differences() -> None:
     func, y0, frequency = oscillators(4)
     with torch.no_grad():
         y0, frequency = y0[2:].clone(), frequency[2:].clone()
-    inputs = [y0, frequency, *func.parameters()]
+    inputs = [y0, frequency, func.damping, func.level, func.drift]
 
     def ends() -> Tensor:
         solution = solve(
@@ -335,7 +339,133 @@ def test_what_is_refused() -> None:
     call: dict[str, Any] = {"events": [event], "options": INDEPENDENT}
     with pytest.raises(ArgumentValueError, match="on_failure"):
         solve(lambda t, y: -y, y0, [0.0, 1.0], events=[event], options=INDEPENDENT | {"on_failure": "nan"})
-    with pytest.raises(ArgumentValueError, match=r"events\[0\] has a reset"):
-        solve(lambda t, y: -y, y0, [0.0, 1.0], **{**call, "events": [Event(event.fn, reset=lambda t, y: y)]})
     with pytest.raises(aca_ext.errors.CompileError, match="events"):
         solve(lambda t, y: -y, y0, [0.0, 1.0], engine="compiled", **call)
+
+
+def resets(func: Oscillators) -> list[Event]:
+    return [
+        Event(func.crosses_level, direction=-1, reset=func.bounce),
+        Event(lambda t, y: y[:, 1:] - 0.1),
+        Event(lambda t, y: t - 1.7, reset=lambda t, y: y * 0.5),
+        Event(lambda t, y: y[:, :1] - func.level - 1.2, terminal=True),
+    ]
+
+
+@pytest.mark.parametrize(("method", "gradient"), [("dopri5", "aca"), ("dopri5", "direct"), ("fehlberg2", "aca")])
+def test_samples_go_on_from_their_own_resets(method: str, gradient: str) -> None:
+    t = torch.tensor([0.0, 0.4, 1.5, 2.2], dtype=DTYPE)
+    loose = {"rtol": 1e-3, "atol": 1e-3} if method == "fehlberg2" else {}
+    solution = compare(resets, t=t, method=method, gradient=gradient, **loose)
+    bounces, crossings, halved, ends = solution.events
+    n = (~bounces.t.isnan()).sum(1)
+    assert len(set(n.tolist())) > 2
+    assert bounces.t.shape == (5, n.max())
+    assert bounces.y.shape == (5, n.max(), 2)
+    assert torch.allclose(halved.t[~halved.t.isnan()], torch.tensor(1.7, dtype=DTYPE), rtol=1e-15)
+    assert ends.t.shape == (5,)
+    assert not crossings.t.isnan().all()
+    assert (solution.stats.n_steps == solution.stats.n_accepted + solution.stats.n_rejected).all()
+    assert [len(steps) for steps in solution.steps] == solution.stats.n_accepted.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"compact": True}, {"first_step": 0.1, "max_step": 0.3}])
+def test_resets_with_ragged_and_learnt_times(options: dict[str, Any]) -> None:
+    nan = math.nan
+    t = torch.tensor(
+        [[0, 1, 2, 4], [0, nan, nan, nan], [0, 0.2, nan, nan], [0, -1, -1.5, nan], [1, 1.2, 2, 2.5]], dtype=DTYPE
+    ).requires_grad_()
+    func, y0, frequency = oscillators()
+    wanted = [y0, frequency, t, *func.parameters()]
+    call: dict[str, Any] = {"events": resets(func), **MEDIUM}
+    together = solve(func, y0, t, args=(frequency,), options=INDEPENDENT | options, **call)
+    loss = together.y.square().nansum() + sum(r.t.sin().nansum() + r.y.square().nansum() for r in together.events)
+    options = {name: value for name, value in options.items() if name != "compact"}
+    expected = torch.zeros((), dtype=DTYPE)
+    for i in range(5):
+        times = t[i][~t[i].isnan()]
+        one = solve(func, y0[i : i + 1], times, args=(frequency[i : i + 1],), options=options, **call)
+        expected = expected + one.y.square().sum() + sum(r.t.sin().sum() + r.y.square().sum() for r in one.events)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for found, exact in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        assert relative_error(found, exact) <= 1e-10
+
+
+def test_bouncing_balls() -> None:
+    """Times of all bounces in closed form, with their gradients; a ball that lies still for the whole solve."""
+    gravity = 9.81
+    height = torch.tensor([10.0, 5.0, 200.0, 2.0], dtype=DTYPE, requires_grad=True)
+    restitution = torch.tensor([0.8, 0.9, 0.5, 0.75], dtype=DTYPE, requires_grad=True)
+    y0 = (height, torch.zeros(4, dtype=DTYPE))
+
+    def reset(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return 0 * y[0], -restitution * y[1]
+
+    event = Event(lambda t, y: y[0], direction=-1, reset=reset)
+    solution = solve(lambda t, y: (y[1], -gravity + 0 * y[1]), y0, [0.0, 1.0, 4.0], events=[event],
+                     options=INDEPENDENT, rtol=1e-10, atol=1e-10)  # fmt: skip
+    (bounces,) = solution.events
+    speed = (2 * gravity * height).sqrt()
+    exact = [speed / gravity]
+    for _ in range(bounces.t.shape[1] - 1):
+        speed = restitution * speed
+        exact.append(exact[-1] + 2 * speed / gravity)
+    expected = torch.stack(exact, 1)
+    happened = expected < 4.0
+    assert torch.equal(happened, ~bounces.t.isnan())
+    assert len(set(happened.sum(1).tolist())) > 2
+    assert torch.allclose(bounces.t[happened], expected[happened], rtol=1e-11)
+    for found, grad in zip(
+        torch.autograd.grad(bounces.t[happened].sum(), [height, restitution]),
+        torch.autograd.grad(expected[happened].sum(), [height, restitution]),
+        strict=True,
+    ):
+        assert torch.allclose(found, grad, rtol=1e-8, atol=1e-9)
+    assert solution.is_complete
+    assert (solution.ended_by == -1).all()
+
+
+def test_float32_callbacks_and_an_event_at_the_last_time() -> None:
+    seen: list[aca_ext.Step] = []
+    t = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    y0 = torch.tensor([[1.0], [0.2]], requires_grad=True)
+    events = [
+        Event(lambda t, y: y - 0.5, reset=lambda t, y: y + 1.0),
+        Event(lambda t, y: t - 2.0 + 0 * y, reset=lambda t, y: 0 * y),
+    ]
+    solution = solve(lambda t, y: -y, y0, t, events=events, options=INDEPENDENT, callback=seen.append, rtol=1e-5)
+    assert solution.t is t
+    assert solution.events[0].t.dtype == torch.float32
+    assert solution.events[0].t[0, 0].item() == pytest.approx(math.log(2), rel=1e-4)
+    assert solution.y[1, 0].item() == pytest.approx(1.5 * math.exp(math.log(2) - 1), rel=1e-4)
+    assert solution.y[2, 1].item() == pytest.approx(0.2 * math.exp(-2), rel=1e-4)  # before the reset
+    assert max(float(step.t_next.max()) for step in seen) <= 2.0
+    for grad in torch.autograd.grad(solution.y.sum() + solution.events[0].t.nansum(), [t, y0]):
+        assert torch.isfinite(grad).all()
+
+
+def test_chattering_names_the_sample() -> None:
+    y0 = torch.tensor([[0.0, 1.0], [10.0, 0.0], [10.0, 0.0]], dtype=DTYPE)
+    restitution = torch.tensor([[0.9], [0.99], [0.5]], dtype=DTYPE)
+
+    def reset(t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([0 * y[:, :1], -restitution * y[:, 1:]], 1)
+
+    event = Event(lambda t, y: y[:, :1], direction=-1, reset=reset)
+    with pytest.raises(EventError, match=r"event 0 of sample 2 chatters"):
+        solve(lambda t, y: torch.cat([y[:, 1:], -9.81 + 0 * y[:, 1:]], 1), y0,
+              [[0.0, 0.1], [0.0, 2.0], [0.0, 30.0]], events=[event], options=INDEPENDENT)  # fmt: skip
+
+
+@pytest.mark.parametrize("returned", [1.0, torch.ones(1, 1, dtype=DTYPE)])
+def test_a_reset_that_returns_nonsense(returned: Any) -> None:
+    event = Event(lambda t, y: y - 0.5, reset=lambda t, y: returned)
+    with pytest.raises(EventError, match="the reset of event 0 returned"):
+        solve(lambda t, y: -y, torch.ones(2, 1, dtype=DTYPE), [0.0, 3.0], events=[event], options=INDEPENDENT)
+
+
+def test_times_that_are_refused_with_resets() -> None:
+    event = Event(lambda t, y: y - 0.5, reset=lambda t, y: y + 1)
+    for t, match in (("now", "type str"), ([[0.0, 1.0], [1.0, 1.0]], "sample 1")):
+        with pytest.raises(TimeError, match=match):
+            solve(lambda t, y: -y, torch.ones(2, 1), t, events=[event], options=INDEPENDENT)  # type: ignore[arg-type]

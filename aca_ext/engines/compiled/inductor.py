@@ -21,13 +21,13 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source
-from aca_ext.engines.compiled.library_cache import library, origin, run_compiler, source_file
+from aca_ext.engines.compiled.library_cache import forget, library, origin, run_compiler, source_file
 from aca_ext.engines.compiled.lowerings import dtype_rules_made_once, lowerings
 from aca_ext.errors import CompileError
 
 Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
 
-_LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
+LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
 
 class Program(NamedTuple):
@@ -59,13 +59,18 @@ def compile_programs(known_by: Sequence[str] | None, trace: Callable[[], Sequenc
     Raises:
         CompileError: a graph needs an operation that is neither a generated kernel nor a matrix product.
     """
-    with _LOCK:
+    with LOCK:
         if known_by is None:
             source = _source(trace())
             found = library([*origin(), source], lambda path: _compile(source, path))
         else:
             found = library([*origin(), *known_by], lambda path: _build(trace, path))
     return [_program(found, i) for i in range(_constant(found, "programs"))]
+
+
+def forget_programs(known_by: Sequence[str]) -> None:
+    """Deletes programs that proved wrong from the cache on disk, so that they are compiled again."""
+    forget([*origin(), *known_by])
 
 
 def _build(trace: Callable[[], Sequence[Traced]], to: Path) -> None:

@@ -37,7 +37,7 @@ def library(parts: Sequence[str], build: Callable[[Path], None]) -> ctypes.CDLL:
         CompileError: a new library cannot be loaded.
         Those of ``build``.
     """
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+    name = _name(parts)
     with _LOCK:
         if name not in _libraries:
             path = folder() / f"{name}.so"
@@ -45,6 +45,18 @@ def library(parts: Sequence[str], build: Callable[[Path], None]) -> ctypes.CDLL:
                 path = _built(path, build)
             _libraries[name] = _loaded(path)
         return _libraries[name]
+
+
+def forget(parts: Sequence[str]) -> None:
+    """Deletes the library that depends on ``parts``; code of it that is in use stays loaded."""
+    name = _name(parts)
+    with _LOCK:
+        _libraries.pop(name, None)
+        (folder() / f"{name}.so").unlink(missing_ok=True)
+
+
+def _name(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
 def _is_intact(path: Path) -> bool:

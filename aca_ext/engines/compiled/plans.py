@@ -11,10 +11,10 @@ from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.fingerprint import fingerprint
-from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs
+from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs, forget_programs
 from aca_ext.engines.compiled.step_graphs import Layout, slope_graph, step_graph, transpose_graph
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
-from aca_ext.engines.compiled.verification import Trial, Verification, check_transpose
+from aca_ext.engines.compiled.verification import MismatchError, Trial, Verification, check_transpose
 from aca_ext.errors import AcaError, CompileError
 from aca_ext.gradients.base import Task
 from aca_ext.kernels.fused import KernelOperations, operations_for
@@ -42,6 +42,7 @@ class Plan:
         self._captured, self._layout = captured, layout
         self._programs: dict[str, list[Program]] = {}
         self._unverified: dict[str, list[Program]] = {}
+        self._known_by: list[tuple[str, ...]] = []  # names on disk of the programs
         self._trials: dict[bool, list[Trial]] | None = None
 
     def forward(self, run: Run) -> tuple[Program, Program]:
@@ -109,16 +110,24 @@ class Plan:
         if name not in self._programs:
             start = time.perf_counter()
             programs = self._unverified.pop(name, None) or self._compile(name, trace)
-            check(programs)
+            try:
+                check(programs)
+            except MismatchError:
+                for known_by in self._known_by:
+                    forget_programs(known_by)
+                raise
             self._programs[name] = programs
             stats.compile_seconds += time.perf_counter() - start
         return self._programs[name]
 
     def _compile(self, name: str, trace: Callable[[], tuple[Traced, ...]]) -> list[Program]:
         found = fingerprint(self._captured, self._layout)
+        known_by = None if found is None else (name, *found)
+        if known_by is not None:
+            self._known_by.append(known_by)
         try:
             with undisturbed():
-                return compile_programs(None if found is None else (name, *found), trace)
+                return compile_programs(known_by, trace)
         except AcaError:
             raise
         except Exception as error:

@@ -202,7 +202,7 @@ def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: se
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CompileError(
-                f"func draws random numbers ({node.target}), which a replay cannot repeat. "
+                f"func needs {node.target}, which can draw random numbers, and a replay could not repeat them. "
                 'Use engine="eager"; for dropout, func.eval() is enough.'
             )
         if node.target is torch.ops.aten.copy_.default and placeholders.get(node.args[0]) not in written:

@@ -53,6 +53,16 @@ class Keep(IntEnum):
     CHECKPOINTS = 3  # some states, and no steps
 
 
+class Record(ctypes.c_void_p):
+    """Memory for accepted steps of a solve, freed with this object.
+
+    Attributes:
+        has_states: the states at which steps start are still there.
+    """
+
+    has_states = True
+
+
 class Library:
     """The functions of a compiled source.
 
@@ -76,25 +86,29 @@ class Library:
     def chunks(self, n_samples: int) -> int:
         return -(-n_samples // self._chunk)
 
-    def new_record(self, n_samples: int, keep: Keep, most: int) -> Any:
-        """Memory for accepted steps, or at most so many checkpoints of each sample, freed with what holds it."""
+    def new_record(self, n_samples: int, keep: Keep, most: int) -> Record:
+        """An empty record of accepted steps, or of at most so many checkpoints of each sample."""
         address = self._functions.new_record(n_samples, self.chunks(n_samples), int(keep), min(most, 2**62))
-        memory = ctypes.c_void_p(address)
-        weakref.finalize(memory, self._functions.free_record, address)
-        return memory
+        record = Record(address)
+        weakref.finalize(record, self._functions.free_record, address)
+        return record
 
-    def states_of(self, record: Any) -> Tensor:
+    def states_of(self, record: Record) -> Tensor:
         """A tensor with whose memory the states of the record are freed: autograd says when they are needed no more."""
         memory = (ctypes.c_byte * 1)()
-        # With the record, which is thus freed after them.
-        weakref.finalize(memory, lambda: self._functions.free_states(record))
+
+        def free() -> None:
+            record.has_states = False
+            self._functions.free_states(record)
+
+        weakref.finalize(memory, free)  # which holds the record, so that this is freed after its states
         return torch.frombuffer(memory, dtype=torch.uint8)
 
-    def forward(self, task: _Task, record: Any, finished: Callable[[int], object] | None = None) -> None:
+    def forward(self, task: _Task, record: Record, finished: Callable[[int], object] | None = None) -> None:
         """Solves, and tells ``finished`` how many more samples are done; raises MemoryError."""
         self._in_parts(task, lambda *part: self._functions.forward(ctypes.byref(task), record, *part), finished)
 
-    def backward(self, task: _Task, record: Any, to: _Cotangents) -> None:
+    def backward(self, task: _Task, record: Record, to: _Cotangents) -> None:
         """Transposes the recorded steps; raises MemoryError."""
         self._in_parts(
             task, lambda *part: self._functions.backward(ctypes.byref(task), record, ctypes.byref(to), *part)
@@ -117,7 +131,7 @@ class Library:
         self._functions.evaluate(len(y), *(x.data_ptr() for x in (t, y, p, w, g, k, gy, gp, gw)))
         return k, gy, gp, gw
 
-    def bounds(self, record: Any, sample: int, count: int) -> Tensor:
+    def bounds(self, record: Record, sample: int, count: int) -> Tensor:
         """(count, 2) starts and ends of the accepted steps of a sample."""
         found = torch.empty(count, 2, dtype=torch.float64, device="cpu")
         self._functions.bounds(record, sample, count, found.data_ptr())

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from aca_ext.engines.compiled.backend import UnusableFuncError
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, cotangents_to, task_of
+from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, Record, cotangents_to, task_of
 from aca_ext.engines.ensemble.plan import Plan
 from aca_ext.errors import CompileError, NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.gradients.base import Result, Task
@@ -76,7 +76,7 @@ class _Run:
         self.y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)  # which may be edited later
         self.stats = BatchStats(*_counts(len(self.y0)), backend="compiled")
         self._held: list[Tensor] = []
-        self._steps: Any = None  # a record that has them
+        self._steps: Record | None = None  # a record that has them
         start = time.perf_counter()
         self._plan, used, is_new = self._find()
         if params is not None:
@@ -91,22 +91,22 @@ class _Run:
     def _find(self) -> tuple[Plan, list[Tensor], bool]:
         problem, y0 = self.problem, self.y0
         t = problem.start_time(y0).view(problem.packing.time_shape).requires_grad_()
-        try:
-            captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
-        except CompileError:
-            self._evaluate_once()  # where func itself is at fault, its own error says more
-            raise
+        captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
         counters = captured.counters
         self._counting = Counting(counters, scope_of(problem.func, problem.args)) if counters else None
         key = "lanes", problem.tableau, problem.packing
+        if "lanes" in captured.obstacles:
+            raise CompileError(captured.obstacles["lanes"])
         plan: Plan | None = captured.plans.get(key)
         if plan is not None:
             return plan, used, False
         self._evaluate_once()  # checks what func returns
         try:
             plan = captured.plans[key] = Plan(captured, problem, t)
-        except CompileError:
+        except CompileError as error:
             if not captured.lifted:
+                if not isinstance(error, UnusableFuncError):
+                    captured.obstacles["lanes"] = str(error)
                 raise
             specialise(problem.func)  # perhaps it needs as numbers what it reads: once more without tensors for them
             return self._find()
@@ -132,9 +132,9 @@ class _Run:
         self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device="cpu")
         self._numbers = p, w = self.p.detach(), self.w.detach()
         self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
-        self.record = self._solve(keep, finished)
+        self._keep, self._record = keep, self._solve(keep, finished)
         if keep is Keep.STATES:
-            self._steps = self.record
+            self._steps = self._record
         self._count()
         failed = self._outcomes[:, 2].nonzero().flatten()
         if len(failed) and not problem.nan_on_failure:
@@ -148,13 +148,19 @@ class _Run:
         n_times = self.problem.times_of_rows.shape[1]
         return torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype, device="cpu")
 
-    def _solve(self, keep: Keep, finished: Callable[[int], object] | None = None) -> Any:
+    def _solve(self, keep: Keep, finished: Callable[[int], object] | None = None) -> Record:
         """Solves; returns the record of what is kept."""
         library = self._plan.library
         record = library.new_record(len(self.y0), keep, self._most_checkpoints)
         self._use(*self._numbers)
         library.forward(self._library_task, record, finished)
         return record
+
+    def _solve_again(self, keep: Keep) -> Record:
+        """The record of the same solve, which may keep more than before."""
+        again = self._rows()
+        self._library_task.outputs = again.data_ptr()
+        return self._solve(keep)
 
     def _use(self, p: Tensor, w: Tensor) -> None:
         """Sets the numbers that func reads besides time and state."""
@@ -198,7 +204,7 @@ class _Run:
 
     def states(self) -> Tensor:
         """A tensor that owns the recorded states; autograd frees them with it."""
-        return self._plan.library.states_of(self.record)
+        return self._plan.library.states_of(self._record)
 
     def backward(self, grad_ys: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The cotangents of y0, of what belongs to samples, and of what they share."""
@@ -209,8 +215,10 @@ class _Run:
         grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64, device="cpu")
         most_slopes = torch.zeros(n_chunks, dtype=torch.int64, device="cpu")
         to = cotangents_to(grad_ys, grad_y0, grad_p, grad_w, most_slopes)
+        # Hooks on saved tensors, such as those of torch.utils.checkpoint, let go of the tensor that owns the states.
+        record = self._record if self._record.has_states else self._solve_again(self._keep)
         self._use(p, w)
-        library.backward(self._library_task, self.record, to)
+        library.backward(self._library_task, record, to)
         self.stats.n_f_evals_backward = int(most_slopes.max())
         if self._counting is not None:
             self._counting.count(self.stats.n_f_evals_backward)
@@ -220,9 +228,7 @@ class _Run:
     def bounds(self) -> tuple[Tensor, ...]:
         """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
         if self._steps is None:  # they are so many: few solves are asked for them
-            again = self._rows()
-            self._library_task.outputs = again.data_ptr()
-            self._steps = self._solve(Keep.STEPS)
+            self._steps = self._solve_again(Keep.STEPS)
         counts = self.stats.n_accepted.tolist()
         return tuple(self._plan.library.bounds(self._steps, i, count) for i, count in enumerate(counts))
 

@@ -36,14 +36,6 @@ print(y[-1].tolist(), torch.autograd.grad(y[-1].sum(), y0)[0].tolist())
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv(library_cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(library_cache, "_libraries", {})
-    return tmp_path / "cache"
-
-
 class Numbers:
     """Builds libraries with one number inside, and counts them."""
 
@@ -61,22 +53,22 @@ class Numbers:
 
 
 class TestLibrary:
-    def test_is_built_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_built_once(self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         numbers = Numbers()
         assert [numbers(1), numbers(1), numbers(2)] == [1, 1, 2]
         assert numbers.built == 2
         monkeypatch.setattr(library_cache, "_libraries", {})  # as in another process
         assert [numbers(1), numbers(2)] == [1, 2]
         assert numbers.built == 2
-        assert len(list(folder.iterdir())) == 2  # nothing else is left there
+        assert len(list(empty_cache.iterdir())) == 2  # nothing else is left there
 
     @pytest.mark.parametrize("damage", [lambda x: x[:-1000], lambda x: b"", lambda x: x[:5000] + b"?" + x[5001:]])
     def test_is_built_again_if_its_file_is_damaged(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+        self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
     ) -> None:
         numbers = Numbers()
         numbers(3)
-        (path,) = folder.iterdir()
+        (path,) = empty_cache.iterdir()
         content = path.read_bytes()
         path.unlink()  # the loaded library keeps the old file
         path.write_bytes(damage(content))
@@ -85,9 +77,9 @@ class TestLibrary:
         assert numbers.built == 2
         assert library_cache._is_intact(path)
 
-    def test_may_be_built_by_several_processes_at_once(self, folder: Path) -> None:
-        folder.mkdir()
-        path, together = folder / "one.so", threading.Barrier(4)
+    def test_may_be_built_by_several_processes_at_once(self, empty_cache: Path) -> None:
+        empty_cache.mkdir()
+        path, together = empty_cache / "one.so", threading.Barrier(4)
 
         def build(to: Path) -> None:
             Numbers()._build(4, to)
@@ -100,19 +92,27 @@ class TestLibrary:
             thread.join()
         assert library_cache._is_intact(path)
         assert library_cache._loaded(path).number() == 4
-        assert list(folder.iterdir()) == [path]
+        assert list(empty_cache.iterdir()) == [path]
 
-    def test_leaves_no_entry_if_the_compiler_fails(self, folder: Path) -> None:
+    def test_is_built_again_after_it_was_forgotten(self, empty_cache: Path) -> None:
+        numbers = Numbers()
+        numbers(5)
+        library_cache.forget(["5"])
+        assert list(empty_cache.iterdir()) == []
+        library_cache.forget(["5"])  # nothing is left to delete
+        assert (numbers(5), numbers.built) == (5, 2)
+
+    def test_leaves_no_entry_if_the_compiler_fails(self, empty_cache: Path) -> None:
         def build(to: Path) -> None:
             library_cache.run_compiler(["g++", str(library_cache.source_file(to)), "-o", str(to)], "no C++", to)
 
         with pytest.raises(CompileError, match=r"g\+\+ failed"):
             library_cache.library(["x"], build)
-        assert list(folder.iterdir()) == []
+        assert list(empty_cache.iterdir()) == []
         with pytest.raises(CompileError, match="needs a C\\+\\+ compiler"):
             library_cache.library(["x"], lambda to: library_cache.run_compiler(["no_such_compiler"], "", to))
 
-    def test_one_that_cannot_be_loaded_is_a_compile_error(self, folder: Path) -> None:
+    def test_one_that_cannot_be_loaded_is_a_compile_error(self, empty_cache: Path) -> None:
         def build(to: Path) -> None:
             to.write_bytes(b"no library")
 
@@ -235,11 +235,11 @@ class TestInstructions:
 class TestPrograms:
     """Solves with programs from the cache."""
 
-    def test_another_process_finds_them(self, folder: Path) -> None:
+    def test_another_process_finds_them(self, empty_cache: Path) -> None:
         y0 = torch.ones(3, dtype=torch.float64).requires_grad_()
         y = odeint(lambda t, y: torch.sin(y) * 0.625 - t, y0, TIMES, **SETTINGS)
         (grad,) = torch.autograd.grad(y[-1].sum(), y0)
-        assert len(list(folder.iterdir())) == 1  # the step and its transpose are one library
+        assert len(list(empty_cache.iterdir())) == 1  # the step and its transpose are one library
         done = subprocess.run(
             [sys.executable, "-c", SECOND_PROCESS], capture_output=True, text=True, check=False, env=os.environ.copy()
         )

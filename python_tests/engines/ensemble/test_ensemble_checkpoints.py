@@ -13,6 +13,7 @@ from problems import DrivenMlp, sample
 from test_ensemble import T, forget_peak, inputs_of, resident, solve, weighted
 from test_ensemble_stops import inputs, own_times, switched
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
@@ -109,6 +110,34 @@ class TestCounts:
         n_bytes = int(sol.stats.n_accepted.sum()) * 8 * 9  # an entry and a state of two numbers
         assert n_bytes > 1e8
         assert resident("VmHWM") - before < 0.5 * n_bytes
+
+
+class TestSavedTensors:
+    """Hooks let go of the tensor that owns the recorded states; the gradient must be the same all the same."""
+
+    @pytest.mark.parametrize("policy", [None, 3])
+    @pytest.mark.parametrize("retain", [False, True])
+    def test_hooks_that_copy(self, policy: int | None, retain: bool) -> None:
+        func, y0, p = inputs_of("lotka_volterra", 301)
+        expected = torch.autograd.grad(weighted(solve("compiled", func, y0, args=(p,)).y), (y0, p))
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            sol = solve("compiled", func, y0, args=(p,), checkpoints=policy)
+            sol.y.detach().zero_()
+            for _ in range(1 + retain):
+                found = torch.autograd.grad(weighted(sol.y), (y0, p), retain_graph=retain)
+                assert all(map(torch.equal, found, expected))
+        assert len(sol.steps) == 301
+
+    @pytest.mark.parametrize("policy", [None, 3])
+    def test_checkpointed_models(self, policy: int | None) -> None:
+        func, y0, p = inputs_of("lotka_volterra", 5)
+
+        def model(y0: Tensor) -> Tensor:
+            return weighted(solve("compiled", func, y0, args=(p,), checkpoints=policy).y)
+
+        expected = torch.autograd.grad(model(y0), (y0, p))
+        found = torch.autograd.grad(checkpoint(model, y0, use_reentrant=False), (y0, p))
+        assert all(map(torch.equal, found, expected))
 
 
 def test_values_that_are_refused() -> None:

@@ -158,7 +158,8 @@ def odeint(arguments: _OdeintArguments) -> State:
         args: further arguments of func; tensors among them receive gradients.
         dense: ``solve`` alone: True makes the solution a function of time, ``solution(t)`` for any t between the first
             and the last, and ``solution.derivative(t)``. A method without dense output gets cubic Hermite
-            interpolation. For engine="eager", gradient="aca" and steps that all samples share.
+            interpolation. For engine="eager", gradient="aca", explicit Runge-Kutta methods and steps that all samples
+            share, without events.
         output_fn: function (t, y) of a time and a state that returns a tensor or a tuple of tensors. The result holds
             its values at the times t in place of the states, which are not kept: memory is that of the steps. A
             backward pass computes the states again. Conditions as for ``dense``.
@@ -196,7 +197,7 @@ def odeint(arguments: _OdeintArguments) -> State:
     gradients "aca" and "direct" and engine="eager". Derivatives with respect to y0, args and tensors that func uses go
     through the steps, which keep their graph. In vmap each sample takes the steps that it takes alone. Not with
     checkpoints, events, callbacks, times or tolerances inside the transform, random numbers in func, or the options
-    norm, step_t, jump_t, on_min_step, on_failure and grid_constructor.
+    norm, step_t, jump_t, on_min_step, on_failure, compact and grid_constructor.
 
     Sources: adaptive steps as in Hairer, Nørsett & Wanner, Solving ODEs I, II.4; gradient "aca" in Zhuang et al., ICML
     2020; gradients of events in Chen, Amos & Nickel, ICLR 2021; thinned checkpoints as in Griewank & Walther's revolve.

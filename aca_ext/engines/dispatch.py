@@ -75,7 +75,8 @@ def run(arguments: Arguments, resumed: SolverState | None = None, *, may_stop: b
 
 
 def _can_stop(arguments: Arguments, learnt: Tensor | None) -> bool:
-    is_simple = not arguments.events and not is_independent(arguments.options) and learnt is None
+    is_dense = arguments.dense or arguments.output_fn is not None
+    is_simple = not (arguments.events or is_dense or is_independent(arguments.options)) and learnt is None
     return is_simple and arguments.gradient in ("aca", "direct")
 
 

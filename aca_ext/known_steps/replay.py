@@ -57,8 +57,9 @@ def replay(
 
     Raises:
         ArgumentTypeError: an argument has a type that is not accepted.
-        ArgumentValueError: the steps cannot be repeated: a reset changed the state, a sample failed, func draws random
-            numbers or trains a batch normalisation; or y0 is another batch than that of independent samples.
+        ArgumentValueError: the steps cannot be repeated: the method is no explicit Runge-Kutta method, a reset changed
+            the state, a sample failed or had stops of its own, func draws random numbers or trains a batch
+            normalisation; or y0 is another batch than that of independent samples.
         SlopeError: func returned something that is not a derivative of the state.
     """
     prepared = _prepared(solution)

@@ -36,8 +36,8 @@ def stops(problem: Problem, result: object) -> bool:
     if not problem.callback_stops:
         raise ArgumentValueError(
             "callback returned True, which ends a solve early. Only aca_ext.solve shows where it ended: use it with "
-            'gradient="aca" or "direct", without events or times that require grad, and with samples that share their '
-            "steps. A callback that returns None lets the solve go on."
+            'gradient="aca" or "direct", without events, dense, output_fn or times that require grad, and with samples '
+            "that share their steps. A callback that returns None lets the solve go on."
         )
     return True
 

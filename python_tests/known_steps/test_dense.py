@@ -181,6 +181,15 @@ def test_odeint_and_layers_refuse() -> None:
         aca_ext.NeuralODE(NET, T, dense=True)
 
 
+@pytest.mark.parametrize("settings", [{"dense": True}, {"dense": False, "output_fn": lambda t, y: y}], ids=["", "fn"])
+def test_a_callback_that_ends_the_solve_is_an_error(settings: dict[str, Any]) -> None:
+    with pytest.raises(errors.ArgumentValueError, match="callback"):
+        aca_ext.solve(NET, sample(4, 3), T, callback=lambda step: True, **LOOSE | settings)
+    seen: list[Any] = []
+    aca_ext.solve(NET, sample(4, 3), T, callback=seen.append, **LOOSE | settings)
+    assert len(seen) > 1
+
+
 def test_random_numbers_are_refused() -> None:
     with pytest.raises(errors.ArgumentValueError, match="random"):
         dense(sample(4, 3), func=lambda t, y: y * torch.rand(()))

@@ -1,4 +1,4 @@
-"""Observation of a running solve: the ``Step`` that callbacks receive, and a progress bar."""
+"""Observation of a running solve: the ``Step`` that callbacks receive, and progress bars."""
 
 from __future__ import annotations
 
@@ -72,12 +72,7 @@ def progress_bar(length: float) -> Iterator[Callback]:
     Raises:
         NotInstalledError: tqdm is missing.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise NotInstalledError(
-            "progress=True needs the package tqdm, which is not installed. Run `pip install tqdm`, or omit progress."
-        ) from None
+    tqdm = _tqdm()
     form = "{percentage:3.0f}%|{bar}| t: {n:.4g}/{total:.4g} [{elapsed}<{remaining}{postfix}]"
     with tqdm(total=length, bar_format=form) as bar:
 
@@ -88,6 +83,27 @@ def progress_bar(length: float) -> Iterator[Callback]:
             bar.update(min(advance, length - bar.n))  # the rounded sum of steps may exceed the length
 
         yield show
+
+
+@contextmanager
+def samples_bar(n_samples: int) -> Iterator[Callable[[int], object]]:
+    """Shows a bar of the samples that have reached their ends; yields a function of how many more have.
+
+    Raises:
+        NotInstalledError: tqdm is missing.
+    """
+    with _tqdm()(total=n_samples, unit="samples", unit_scale=True) as bar:
+        yield bar.update
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise NotInstalledError(
+            "progress=True needs the package tqdm, which is not installed. Run `pip install tqdm`, or omit progress."
+        ) from None
+    return tqdm
 
 
 def _number(count: Any) -> int:

@@ -16,12 +16,14 @@ from benchmarks import (
     independent,
     kernels,
     lanes,
+    lanes_memory,
     large_state,
     memory,
     sampling,
     solve_rate,
     state_size,
     step_throughput,
+    stiff,
 )
 from benchmarks.harness import Result, Settings, Table, first_line, print_table, write_json
 
@@ -37,6 +39,8 @@ BY_DEVICE = {
         checkpoints,
         independent,
         lanes,
+        lanes_memory,
+        stiff,
         kernels,
     ),
     "cuda": (solve_rate, kernels, breakdown, convolution, ensemble),

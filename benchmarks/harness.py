@@ -18,7 +18,7 @@ import torch
 
 import aca_ext
 
-PACKAGES = ("aca_ext", "torchdiffeq", "torchode", "TorchDiffEqPack", "diffrax", "jax")
+PACKAGES = ("aca_ext", "torchdiffeq", "torchode", "TorchDiffEqPack", "diffrax", "jax", "scipy")
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter callables are repeated within one sample
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 100
 

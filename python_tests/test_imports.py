@@ -25,6 +25,7 @@ ORDER = (
     "solver",
     "gradients",
     "solution",
+    "known_steps",
     "engines",
     "odeint",
     "neural_ode",

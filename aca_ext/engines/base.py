@@ -31,6 +31,7 @@ class Request(NamedTuple):
         learnt: the requested times if they receive a gradient, else None.
         params, checkpoints, progress, callback: as given to ``odeint``.
         adjoint: settings of the backward solve of ``gradient="adjoint"``.
+        keeps_ends: the states at the ends of all steps are further outputs.
     """
 
     problem: Problem
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     progress: bool = False
     callback: Callback | None = None
     adjoint: AdjointOptions = _NO_ADJOINT
+    keeps_ends: bool = False
 
     @property
     def is_batch(self) -> bool:
@@ -49,7 +51,7 @@ class Request(NamedTuple):
 
     def task(self) -> Task:
         """A task for a gradient method, with a new field that has counted no evaluation."""
-        return Task(self.problem, _field(self.problem), self.params, self.adjoint, self.checkpoints)
+        return Task(self.problem, _field(self.problem), self.params, self.adjoint, self.checkpoints, self.keeps_ends)
 
 
 class Engine(Protocol):
@@ -115,6 +117,8 @@ def _for_eager(request: Request, takes_batches: bool) -> str | None:
     if isinstance(request.problem.tableau, Adams):
         return "method"
     problem, is_batch = request.problem, request.is_batch and not takes_batches
+    if problem.newton is not None:
+        return "method"
     if problem.stops_at_limit or problem.accepts_min_step or problem.interp is not None or is_batch:
         return "options"
     return "options" if problem.grid is not None and problem.jumps else None

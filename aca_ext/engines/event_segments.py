@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments
+from aca_ext.engines.batch_event_segments import solve_batch_with_events, to_batch_event
 from aca_ext.engines.dispatch import run
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, TimeError
+from aca_ext.problem.batch import is_independent
 from aca_ext.problem.events import Event
 from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.problem.times import times_of
+from aca_ext.problem.transforms import is_transformed
 from aca_ext.progress import Step
 from aca_ext.solution import EventRecord, Solution, joined
 
@@ -33,7 +36,11 @@ def solve_with_events(arguments: Arguments) -> Solution:
         EventError: resets follow one another without end, or a reset returned something that is no state.
         Those of ``run``.
     """
+    if is_transformed():
+        return run(arguments)  # raises: transforms exclude events
     events, given = _checked(arguments), arguments.t
+    if is_independent(arguments.options):
+        return solve_batch_with_events(replace(arguments, events=events))
     times = times_of(given)
     # Times of events are float64 between the parts, whatever dtype the given times have.
     if isinstance(given, Tensor):
@@ -43,7 +50,7 @@ def solve_with_events(arguments: Arguments) -> Solution:
     arguments = replace(arguments, events=events, t=precise)
     solution = run(arguments)
     parts, start = [solution], torch.zeros((), dtype=torch.float64, device="cpu")
-    while (index := solution.ended_by) is not None and not events[index].terminal:
+    while isinstance(index := solution.ended_by, int) and not events[index].terminal:
         time = solution.events[index].t[-1]
         _check_progress(index, len(parts), time.item(), start.item(), times)
         n_left = len(times) - sum(len(part.t) - 1 for part in parts) - 1
@@ -172,6 +179,8 @@ def to_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tensor]) ->
     """
     if arguments.events:
         raise ArgumentValueError("event_fn and events are given; give one of them.")
+    if is_independent(arguments.options):
+        return to_batch_event(arguments, event_fn)
     t = arguments.t
     first, *others = times_of(t)
     start = t[:1] if isinstance(t, Tensor) else torch.tensor([first], dtype=torch.float64, device="cpu")

@@ -30,7 +30,7 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, rows
 from aca_ext.solver.loop import Solver
 from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
-from aca_ext.solver.runge_kutta import interpolate, scheme_of, stage_times
+from aca_ext.solver.runge_kutta import interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -63,6 +63,8 @@ def solve_without_graph(
     """Solves without an autograd graph; ``checkpoints`` receives the states for a backward pass."""
     problem = task.problem
     y0 = problem.y0.detach()
+    if checkpoints is None and task.keeps_ends:
+        checkpoints = Checkpoints(y0)
     with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
         ys = empty_rows(len(problem.times) + problem.may_stop, y0)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
@@ -71,7 +73,21 @@ def solve_without_graph(
             ys = stack_rows(outputs, y0)
         elif problem.may_stop:
             ys = ys[: len(outputs)].clone()
+        if task.keeps_ends:
+            assert isinstance(checkpoints, Checkpoints)
+            ys = _with_ends(ys, solver.record, checkpoints)
     return Result(ys, solver.record, solver.stats)
+
+
+def _with_ends(ys: Tensor, record: StepRecord, checkpoints: Checkpoints) -> Tensor:
+    """The outputs and then the ends of all steps, which the record now lists as outputs of their steps."""
+    n = len(ys)
+    record.steps = [s._replace(outputs=[*s.outputs, (n + i, 1.0)]) for i, s in enumerate(record.steps)]
+    _, *ends = rows(checkpoints.blocks, checkpoints.count)
+    all_rows = empty_rows(n + len(ends), ys[0])
+    for row, state in zip(all_rows.unbind(0), (*ys.unbind(0), *ends), strict=True):
+        row.copy_(state)
+    return all_rows
 
 
 class _EagerBackward:
@@ -127,9 +143,9 @@ def _replay_backward(
     problem, steps = forward.task.problem, _steps(forward)
     y0 = problem.y0.detach()
     ops = operations_for(y0, problem.tolerance)
-    solution = scheme_of(problem.tableau, estimate_error=problem.adaptive).solution
     replay = forward.replay(inputs)
     replayed = replayed_steps(problem, _record(forward), replay, ops, held, width)
+    solution = replayed.scheme.solution
     segments = problem.tolerance.segments
     check = ReplayCheck(y0, segments, len(steps), forward.autocast.dtype, replay.held)
     distance = distances([n for n, _ in held]) if math.isfinite(capacity) else {}
@@ -167,12 +183,11 @@ def differentiable_backward(
     """
     problem, steps = forward.task.problem, _steps(forward)
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
-    scheme = scheme_of(problem.tableau, estimate_error=False)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
-    make = differentiable_step(problem, _record(forward), replay, ops)
+    make, scheme = differentiable_step(problem, _record(forward), replay, ops)
     start = gate.of(y0)
-    y, outputs = start, [start]
+    y, outputs = start, {0: start}
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
     check = ReplayCheck(y0.detach(), segments, len(steps), dtype, replay.held, restarts=False)
     distance = distances([0, *(n for n in states if n > 0)])
@@ -184,14 +199,14 @@ def differentiable_backward(
             if n + 1 in states:
                 end = states[n + 1].to(y0.device)
                 check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)
-            for _, theta in s.outputs:
-                y_i = trial.y1 if theta == 1.0 else interpolate(ops, problem.tableau, y, s.h, trial.k, theta)
-                outputs.append(y_i)
+            for i, theta in s.outputs:
+                inside = theta != 1.0
+                outputs[i] = interpolate(ops, problem.tableau, y, s.h, trial.k, theta) if inside else trial.y1
             y = trial.y1
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
     wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
-    ys = stack_rows(outputs, y0)
+    ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))

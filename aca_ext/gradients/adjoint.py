@@ -99,17 +99,19 @@ def _interval(
     def augmented(t: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         y_t, a_t, _ = state
         replay.begin_step(None)
+        is_linearised = torch.is_grad_enabled() and y_t.requires_grad  # by an implicit method, for its Jacobian
         with torch.enable_grad():
-            leaf = forward_ops.admit(y_t.detach()).requires_grad_()
+            leaf = forward_ops.admit(y_t if is_linearised else y_t.detach().requires_grad_())
             k = replay(t, leaf)
             wanted = (leaf, *replay.inputs)
             found: Sequence[Tensor | None] = (None,) * len(wanted)
             if k.requires_grad:
-                replay.check(k, leaf)
-                found = replay.gradients(k, wanted, -a_t)
+                if not is_linearised:
+                    replay.check(k, leaf)
+                found = replay.gradients(k, wanted, -a_t, create_graph=is_linearised)
         minus_a_fy, *rest = [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
         flat = torch.cat([_flat(g).to(y_t.dtype) for g in rest]) if rest else y_t.new_zeros(0)
-        return k.detach(), minus_a_fy, flat
+        return k if is_linearised else k.detach(), minus_a_fy, flat
 
     def parts_of(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return _parts_of(state, task.problem.packing, replay.inputs)

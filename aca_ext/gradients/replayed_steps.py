@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,17 +13,8 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.adams import AdamsSteps, TransposedAdamsSteps, repeated
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.runge_kutta import (
-    Compare,
-    Trial,
-    compiled_stepper,
-    scheme_of,
-    solution_only,
-    stage_times,
-    step,
-    stepper,
-    transposed_stepper,
-)
+from aca_ext.solver.method import advancing_method_of, method_of
+from aca_ext.solver.runge_kutta import Coefficients, Compare, Trial, scheme_of, stage_times
 from aca_ext.solver.slope_checkpoints import earlier_slopes
 from aca_ext.vector_field.replay import Replay
 
@@ -32,7 +23,14 @@ Held = Sequence[tuple[int, Tensor]]
 
 
 class ReplayedSteps(Protocol):
-    """The steps of one solve; a row is the checkpoint of the state at the start of a step."""
+    """The steps of one solve; a row is the checkpoint of the state at the start of a step.
+
+    Attributes:
+        scheme: coefficients of the method.
+    """
+
+    @property
+    def scheme(self) -> Coefficients: ...
 
     def state(self, row: Tensor) -> Tensor:
         """The state in a row."""
@@ -49,33 +47,33 @@ def replayed_steps(
 ) -> ReplayedSteps:
     """The steps of ``record``. ``width`` counts the tensors in a row of a multistep method; None without slopes."""
     if width is None:
-        return _RungeKutta(problem, record, replay, ops)
+        return _OneStep(problem, record, replay, ops)
     return _Adams(problem, record, replay, ops, held, width)
 
 
-class _RungeKutta:
+class _OneStep:
+    """Steps of a one-step method: a row is a state."""
+
     def __init__(self, problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations) -> None:
         self._problem, self._steps, self._replay = problem, record.steps, replay
-        self._scheme = scheme_of(problem.tableau, estimate_error=problem.adaptive)
-        self._solution = solution_only(self._scheme)
-        self._advance = stepper(replay, ops, self._solution, compiled_stepper(ops, self._solution))
-        self._pull_back = transposed_stepper(replay, ops, self._scheme)
+        self._method = method_of(problem, replay, ops, estimate_error=problem.adaptive, repeats=True)
+        self._advancing = advancing_method_of(problem, replay, ops)
+        self.scheme = self._method.scheme
 
     def state(self, row: Tensor) -> Tensor:
         return row
 
     def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
-        s = self._steps[n]
+        s, method = self._steps[n], self._advancing
         self._replay.begin_step(s.random_states)
-        times = stage_times(self._solution, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
+        times = stage_times(method.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
         with torch.no_grad():
-            y1: Tensor = self._advance(times, row, s.h, None, out).y1
-        return y1
+            return method.step(times, row, s.h, None, out).y1
 
     def pull_back(self, n: int, row: Tensor, outputs: Outputs, compare: Compare, y_next: Tensor) -> Tensor:
         s = self._steps[n]
-        times = stage_times(self._scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
-        return self._pull_back(times, row, s.h, outputs, compare, y_next)
+        times = stage_times(self.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
+        return self._method.vjp(times, row, s.h, outputs, compare, y_next)
 
 
 class _Adams:
@@ -84,7 +82,7 @@ class _Adams:
     ) -> None:
         self._problem, self._steps, self._replay, self._ops = problem, record.steps, replay, ops
         self._formulas = record.formulas
-        self._scheme = scheme_of(problem.tableau, estimate_error=False)
+        self.scheme = scheme_of(problem.tableau, estimate_error=False)
         self._transposed = TransposedAdamsSteps(replay, ops, record.formulas)
         self._known = dict(held) if width == 2 else {}  # rows of single slopes, which are all there
 
@@ -93,7 +91,7 @@ class _Adams:
 
     def _times(self, n: int, dtype: torch.dtype) -> list[Any]:
         s = self._steps[n]
-        return stage_times(self._scheme, s.t, s.h, s.t_next, self._problem.jumps, dtype)
+        return stage_times(self.scheme, s.t, s.h, s.t_next, self._problem.jumps, dtype)
 
     def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
         s, replay, ops = self._steps[n], self._replay, self._ops
@@ -112,13 +110,11 @@ class _Adams:
         return self._transposed.pull_back(n, times, row[0], self._steps[n].h, earlier, outputs, compare)
 
 
-def differentiable_step(problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations) -> Any:
-    """``runge_kutta.step`` for the method of the problem, with graph; it repeats the steps of ``record`` in order."""
+def differentiable_step(
+    problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations
+) -> tuple[Callable[..., Trial], Coefficients]:
+    """``Method.step`` with graph, which repeats the steps of ``record`` in order, and the method's coefficients."""
     if isinstance(problem.tableau, Adams):
-        return AdamsSteps(replay, ops, problem, record.formulas).step
-    scheme = scheme_of(problem.tableau, estimate_error=False)
-
-    def of_scheme(times: Sequence[float], y: Tensor, h: float) -> Trial:
-        return step(replay, ops, scheme, times, y, h)
-
-    return of_scheme
+        return AdamsSteps(replay, ops, problem, record.formulas).step, scheme_of(problem.tableau, estimate_error=False)
+    method = method_of(problem, replay, ops, estimate_error=False, repeats=True)
+    return method.step, method.scheme

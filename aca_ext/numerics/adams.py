@@ -44,7 +44,7 @@ class Adams(Tableau):
 
 def _adams(name: str, implicit: bool) -> Adams:
     zero, one = Fraction(0), Fraction(1)
-    method = Adams(name, 1, (zero, one), ((), (one,)), (zero, one), source=_SOURCE, implicit=implicit)
+    method = Adams(name=name, order=1, c=(zero, one), a=((), (one,)), b=(zero, one), source=_SOURCE, implicit=implicit)
     return method.with_limits(MAX_ORDER, DEFAULT_MAX_ITERS)
 
 

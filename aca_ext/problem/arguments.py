@@ -26,9 +26,7 @@ def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
     meant = meant_by(name, allowed)
     hint = f" Did you mean {meant!r}?" if meant is not None else ""
     if kind == "method" and is_implicit(name):
-        hint = (
-            " All of them are explicit Runge-Kutta methods or those of Adams; there are no methods for stiff problems."
-        )
+        hint = " For stiff problems, kvaerno5 is the usual choice."
     raise UnknownNameError(f"unknown {kind} {name!r}; there are {', '.join(allowed)}.{hint}")
 
 

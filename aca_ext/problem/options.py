@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import OptionError, UnknownNameError
+from aca_ext.errors import ArgumentValueError, OptionError, UnknownNameError
 from aca_ext.numerics.adams import DEFAULT_MAX_ITERS, MAX_ORDER, MIN_ORDER, Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.tableau import Tableau
+from aca_ext.numerics.weights import Weights
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.arguments import lookup, number_in
+from aca_ext.problem.newton import NEWTON_OPTIONS
 from aca_ext.problem.state import Packing
 
 FIXED_OPTIONS = ("step_size", "grid_constructor", "n_steps")
@@ -26,7 +28,7 @@ _CONTROLLER_OPTIONS = (
 )  # fmt: skip
 _ADAPTIVE_OPTIONS = (
     *_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit", "on_failure",
-    "on_min_step",
+    "on_min_step", "compact",
 )  # fmt: skip
 _ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
 DEFAULT_MAX_NUM_STEPS = 100_000
@@ -34,9 +36,10 @@ DEFAULT_MAX_NUM_STEPS = 100_000
 Options = Mapping[str, Any]
 
 
-def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None:
+def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None:
     """Raises UnknownNameError if a name is no option, or an option of adaptive steps in a solve with fixed steps."""
-    allowed = _ALL_FIXED_OPTIONS if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS)
+    of_newton = () if isinstance(tableau, Tableau) else NEWTON_OPTIONS
+    allowed = (*_ALL_FIXED_OPTIONS, *of_newton) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS, *of_newton)
     if isinstance(tableau, Adams):
         allowed = (*allowed, *_ADAMS_OPTIONS[: 2 if tableau.implicit else 1])
     for name in given:
@@ -52,6 +55,10 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
                 f"option {name!r} is for adaptive steps, but method {tableau.name!r} {why}, so its steps are fixed. "
                 f"Remove the option; here there are {', '.join(allowed)}."
             )
+        if name in NEWTON_OPTIONS:
+            raise UnknownNameError(
+                f"option {name!r} is for implicit methods, and method {tableau.name!r} is explicit. Remove the option."
+            )
         if name in _ALL_FIXED_OPTIONS:
             raise UnknownNameError(f"option {name!r} belongs to fixed steps; give step_size too, or leave it out.")
         if name in _ADAMS_OPTIONS and (is_fixed or name == "max_order"):
@@ -62,7 +69,7 @@ def check_option_names(given: Options, tableau: Tableau, is_fixed: bool) -> None
         lookup(f"option of method {tableau.name!r}", name, allowed)
 
 
-def controller_of(given: Options, tableau: Tableau) -> Controller:
+def controller_of(given: Options, tableau: Weights) -> Controller:
     """The controller of adaptive steps.
 
     Raises:
@@ -188,6 +195,16 @@ def is_nan_on_failure(value: object) -> bool:
     return value == "nan"
 
 
+def is_compact(given: Options) -> bool:
+    """Tells whether func sees only those samples of a batch that are not finished."""
+    value = given.get("compact")
+    if value not in (None, True, False):
+        raise OptionError(f"option compact is {value!r}; it is True or False.")
+    if value and given.get("batch") != "independent":
+        raise OptionError('option compact=True leaves out samples that ended before others; give batch="independent".')
+    return bool(value)
+
+
 def accepts_min_step(value: object) -> bool:
     """Tells whether a step of ``min_step`` is accepted whatever its error."""
     if value not in (None, "raise", "accept"):
@@ -214,7 +231,16 @@ def is_perturbed(value: object) -> bool:
 
 def option_names() -> tuple[str, ...]:
     """Names of all options, of adaptive and of fixed steps."""
-    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *_ADAMS_OPTIONS)
+    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *NEWTON_OPTIONS, *_ADAMS_OPTIONS)
+
+
+def refuse_dense(caller: str, dense: object) -> None:
+    """Raises ArgumentValueError if ``caller``, which returns only the state, is given ``dense``."""
+    if dense:
+        raise ArgumentValueError(
+            f"dense={dense!r} makes a solution that is a function of time, which the result of {caller} is not. Use "
+            "aca_ext.solve."
+        )
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
-from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
 from aca_ext.problem.events import Event
 from aca_ext.problem.grid import grid_of
+from aca_ext.problem.newton import NewtonOptions, newton_options_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
@@ -28,6 +29,7 @@ from aca_ext.problem.options import (
     controller_of,
     inner_times,
     interpolation_of,
+    is_compact,
     is_nan_on_failure,
     is_perturbed,
     max_num_steps_of,
@@ -67,6 +69,7 @@ class Problem:
         resumed: state of the solver from which a resumed solve continues, else None.
         accepts_min_step: a step of ``min_step`` is accepted whatever its error.
         interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
+        newton: options of an implicit method; None for an explicit one.
         resolution: relative rounding of the times as they were given.
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
@@ -78,7 +81,7 @@ class Problem:
     y0: Tensor
     packing: Packing
     times: tuple[float, ...]
-    tableau: Tableau
+    tableau: Any
     tolerance: Tolerance
     controller: Controller | None
     grid: tuple[float, ...] | None
@@ -89,6 +92,7 @@ class Problem:
     callback_stops: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
+    newton: NewtonOptions | None = None
     resolution: float = 0.0
     resumed: SolverState | None = None
     on_step: Callback | None = None
@@ -110,6 +114,11 @@ class Problem:
         return (*self.stops, self.times[-1]) if self.grid is None else self.grid[1:]
 
     @property
+    def known_times(self) -> Any:
+        """The requested times; of independent samples an array, (batch, T)."""
+        return self.times
+
+    @property
     def length(self) -> float:
         """Length of the solve in time; of independent samples the mean."""
         return abs(self.times[-1] - self.times[0])
@@ -127,8 +136,15 @@ class Problem:
         return torch.nextafter(start, torch.full_like(start, self.times[-1]))
 
     def spread_times(self, t: Tensor) -> Tensor:
-        """The times ``t`` as func receives them, stacked along the first dimension; differentiable."""
+        """The times ``t`` as func receives them, stacked along the first dimension; differentiable.
+
+        Padded times are replaced by the first time, where func exists.
+        """
         return t.to(self.y0)
+
+    def padding(self) -> Tensor | None:
+        """A mask over the stacked times that is True for padded times; None if there are none."""
+        return None
 
     def of(self, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> Problem:
         """The same problem with another func, other args, and a y0 of the same layout."""
@@ -248,6 +264,7 @@ def checked_problem(
     check_option_names(given, tableau, is_fixed)
     if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
         raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
+    is_compact(given)
     if isinstance(tableau, Adams):
         tableau = adams_of(given, tableau)
     norm = norm_of(given.get("norm"), packing)
@@ -277,19 +294,22 @@ def checked_problem(
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
+        newton=newton_options_of(given, tableau, packing, packed),
         resolution=resolution_of(t),
     )
 
 
-def _tableau(method: object) -> Tableau:
+def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
-    name = lookup("method", method, [*METHODS, *ALIASES])
-    return METHODS[ALIASES.get(name, name)]
+    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS}
+    methods.pop("rodas5p", None)
+    name = lookup("method", method, [*methods, *ALIASES])
+    return methods[ALIASES.get(name, name)]
 
 
 @cache
-def _with_interpolation(tableau: Tableau, interp: str) -> Tableau:
+def _with_interpolation(tableau: Any, interp: str) -> Any:
     return tableau.with_linear_output() if interp == "linear" else tableau.with_hermite_output()
 
 

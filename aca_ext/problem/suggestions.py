@@ -61,7 +61,7 @@ def meant_by(name: object, allowed: Iterable[str]) -> str | None:
 
 
 def is_implicit(name: object) -> bool:
-    """Tells whether ``name`` looks like a method for stiff problems; the package has none."""
+    """Tells whether ``name`` looks like a method for stiff problems."""
     return any(part in _plain(str(name)) for part in _IMPLICIT)
 
 

@@ -25,22 +25,15 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
 from aca_ext.solver.adams import AdamsSteps
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
+from aca_ext.solver.event_search import STEPS_BEFORE
 from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of, stops
-from aca_ext.solver.runge_kutta import (
-    Trial,
-    compiled_stepper,
-    error_norm,
-    interpolate,
-    scheme_of,
-    stage_times,
-    stepper,
-)
+from aca_ext.solver.method import check_repeatable, method_of
+from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
 
-_STEPS_BEFORE = 16.0  # the step before a start on a surface, in first steps after it
 AnyStepControl = Any  # StepControl, or its C++ counterpart
 
 
@@ -73,14 +66,15 @@ class Solver:
         self.problem, self.field, self.ops = problem, field, ops
         self.record = StepRecord()
         self.stats = Stats(backend=ops.backend)
-        self.scheme = scheme_of(problem.tableau, problem.adaptive)
+        method = method_of(problem, field.fastest, ops, estimate_error=problem.adaptive, counts=self.stats)
+        self.scheme, self._compiled, self._step = method.scheme, method.compiled, method.step
         self._adams = AdamsSteps(field.fastest, ops, problem) if isinstance(problem.tableau, Adams) else None
-        self._compiled = compiled_stepper(ops, self.scheme) if self._adams is None else None
-        self._step = stepper(field.fastest, ops, self.scheme, self._compiled)
+        if problem.newton is not None:
+            check_repeatable(problem, field)
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
         if self._adams is not None:
-            self._step, self.record.formulas = self._adams.step, self._adams.formulas
+            self._compiled, self._step, self.record.formulas = None, self._adams.step, self._adams.formulas
             if isinstance(checkpoints, SlopeCheckpoints):
                 checkpoints.slopes = self._adams.slopes
         self._outputs: list[Tensor] = []
@@ -141,7 +135,7 @@ class Solver:
         Not the whole length of the solve, which is without limit where the first event is looked for.
         """
         h = as_float(control.h) if self.problem.adaptive else abs(self.problem.step_ends[0] - control.t)
-        return min(self.problem.length, max(abs(as_float(control.t)), _STEPS_BEFORE * h))
+        return min(self.problem.length, max(abs(as_float(control.t)), STEPS_BEFORE * h))
 
     def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
         """Steps until the solve ends or stops; returns the state reached."""
@@ -159,6 +153,8 @@ class Solver:
             else:
                 self._reject(trial, buffers)
             is_stopped = self._report(control, t, t_next, h, ratio, y)
+            if trial.failure is not None and not (is_adaptive and control.can_shrink):
+                raise self._failure(StepSizeError if is_adaptive else SolveError, control, trial.failure)
             if control.is_accepted:
                 y = trial.y1
             elif control.status == "not_finite":

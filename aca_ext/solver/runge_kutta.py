@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,13 +28,29 @@ from aca_ext.kernels.reference import Number
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction
 
-_PULLED = "the gradient that a backward pass inside func returned"
+PULLED = "the gradient that a backward pass inside func returned"
 
 Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes with non-zero weight, and the weights
 
 
 # Compares the end of a replayed step and its slopes with those of the forward pass.
 Compare = Callable[[Tensor, Sequence[Tensor]], None]
+
+
+class Coefficients(Protocol):
+    """Coefficients that explicit and implicit methods share; see ``Scheme`` for the attributes."""
+
+    @property
+    def fsal(self) -> bool: ...
+
+    @property
+    def c(self) -> tuple[float, ...]: ...
+
+    @property
+    def solution(self) -> tuple[float, ...]: ...
+
+    @property
+    def error_last(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as tableaus are
@@ -76,7 +92,7 @@ def scheme_of(tableau: Tableau, estimate_error: bool) -> Scheme:
         fsal=tableau.fsal,
         c=tuple(float(x) for x in tableau.c),
         a=a,
-        stages=tuple(_nonzero(row) for row in a),
+        stages=tuple(nonzero(row) for row in a),
         solution=tuple(b),
         indices=indices,
         b=tuple(b[i] for i in indices),
@@ -91,7 +107,8 @@ def solution_only(scheme: Scheme) -> Scheme:
     return replace(scheme, fsal=False, c=scheme.c[:count], stages=scheme.stages[:count], error=None, error_last=0.0)
 
 
-def _nonzero(weights: Sequence[float]) -> Weights:
+def nonzero(weights: Sequence[float]) -> Weights:
+    """The indices and values of the weights that are not zero."""
     indices = tuple(i for i, w in enumerate(weights) if w != 0)
     return indices, tuple(weights[i] for i in indices)
 
@@ -105,16 +122,18 @@ class Trial:
         k: the slopes of all stages.
         partial_error: the error estimate without the term of the slope at the solution; None if not estimated.
         error_norm: norm of the error in units of the tolerance; None if the step did not compute it.
+        failure: the reason why an implicit step has no solution; None if it has one.
     """
 
     y1: Tensor
     k: list[Tensor]
     partial_error: Tensor | None
     error_norm: Number | None = None
+    failure: str | None = None
 
 
 def stage_times(
-    scheme: Scheme, t: Number, h: Number, t_next: Number, jumps: frozenset[float], dtype: torch.dtype
+    scheme: Coefficients, t: Number, h: Number, t_next: Number, jumps: frozenset[float], dtype: torch.dtype
 ) -> list[Number]:
     """Times of all stages. Stages at the end of the step get exactly ``t_next``, from which t + h may differ.
 
@@ -193,7 +212,7 @@ def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) 
     if compiled is None:
         return partial(step_vjp, f, ops, scheme)
 
-    admit = partial(ops.admit, what=_PULLED)
+    admit = partial(ops.admit, what=PULLED)
 
     def compiled_step_vjp(
         times: Sequence[float],
@@ -208,7 +227,7 @@ def transposed_stepper(f: ReplayFunction, ops: TorchOperations, scheme: Scheme) 
     return compiled_step_vjp
 
 
-def error_norm(ops: TorchOperations, scheme: Scheme, y: Tensor, h: Number, trial: Trial) -> Number:
+def error_norm(ops: TorchOperations, scheme: Coefficients, y: Tensor, h: Number, trial: Trial) -> Number:
     """The norm of a trial's error in units of the tolerance."""
     if trial.error_norm is not None:
         return trial.error_norm
@@ -227,7 +246,7 @@ def interpolate(
     out: Tensor | None = None,
 ) -> Tensor:
     """Dense output y(theta) inside a step."""
-    indices, weights = _nonzero(tableau.dense_weights(theta))
+    indices, weights = nonzero(tableau.dense_weights(theta))
     return ops.weighted_sum(y, h, [k[i] for i in indices], weights, out)
 
 
@@ -283,7 +302,7 @@ def step_vjp(
         grad_k = ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
         v = own_result(f.pull_back, y_i, k_i, grad_k)
         if v is not None:
-            pulled[i] = ops.admit(v, _PULLED)
+            pulled[i] = ops.admit(v, PULLED)
 
     g, *rest = [*(g for _, g in outputs), *([] if inside is None else [inside[0]]), *pulled.values()]
     return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from aca_ext.errors import UnknownNameError
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
-from aca_ext.numerics.tableau import Tableau
-from aca_ext.problem.suggestions import is_implicit
+from aca_ext.numerics.weights import Weights
 
 SCIPY = "scipy_solver"
 _NAMES = (
@@ -13,7 +13,15 @@ _NAMES = (
     "explicit_adams", "implicit_adams", "fixed_adams",
 )  # fmt: skip
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
-SOLVERS: dict[str, Tableau | str] = {**{name: METHODS[ALIASES.get(name, name)] for name in _NAMES}, SCIPY: SCIPY}
+# Of fixed steps in torchdiffeq, whatever they can do here.
+IMPLICIT = (
+    "implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2",
+)  # fmt: skip
+SOLVERS: dict[str, Weights | str] = {
+    **{name: METHODS[ALIASES.get(name, name)] for name in _NAMES},
+    **{name: IMPLICIT_METHODS[name] for name in IMPLICIT},
+    SCIPY: SCIPY,
+}
 
 
 def checked_method(method: object) -> str:
@@ -26,16 +34,11 @@ def checked_method(method: object) -> str:
         return "dopri5"
     if isinstance(method, str) and method in SOLVERS:
         return method
-    missing = " Implicit Runge-Kutta methods are not available yet." if _is_missing(method) else ""
-    raise UnknownNameError(f"unknown method {method!r}; there are {', '.join(SOLVERS)}.{missing}")
-
-
-def _is_missing(method: object) -> bool:
-    return is_implicit(method) or method in ("trapezoid", "gl4", "gl6")
+    raise UnknownNameError(f"unknown method {method!r}; there are {', '.join(SOLVERS)}.")
 
 
 def kind_of(method: str) -> str:
     """The kind of method: "adaptive", "fixed" or "scipy"."""
     if method == SCIPY:
         return "scipy"
-    return "adaptive" if METHODS[ALIASES.get(method, method)].adaptive else "fixed"
+    return "adaptive" if method not in IMPLICIT and METHODS[ALIASES.get(method, method)].adaptive else "fixed"

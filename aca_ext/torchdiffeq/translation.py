@@ -15,7 +15,7 @@ from aca_ext.numerics.adams import MIN_ORDER
 from aca_ext.problem.arguments import number_in
 from aca_ext.problem.state import State, like_tuple
 from aca_ext.torchdiffeq.callbacks import callback_of, warn_of_unsupported
-from aca_ext.torchdiffeq.names import ADAMS, checked_method, kind_of
+from aca_ext.torchdiffeq.names import ADAMS, IMPLICIT, checked_method, kind_of
 from aca_ext.user_warnings import warn_user
 
 _CONTROL = ("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "max_num_steps")
@@ -92,9 +92,15 @@ def options_of(method: str, options: object, *, n_intervals: int) -> dict[str, A
         found.setdefault("interp", "linear")
     elif kind == "fixed":
         found.pop("interp", None)  # every requested time is a node
+        if method in IMPLICIT:
+            found["grid_constructor"] = _requested  # trbdf2 would choose its steps otherwise
     elif kind == "adaptive":
         _complete_adaptive(found, given, n_intervals)
     return found
+
+
+def _requested(func: Any, y0: Any, t: Tensor) -> Tensor:
+    return t
 
 
 def with_admitted_order(method: str, options: Any) -> tuple[str, Any]:

@@ -24,6 +24,7 @@ from aca_ext.vector_field.substitution import Substitution
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 _FEW = 16
+_NONE = type(None)
 
 
 class Replay:
@@ -74,6 +75,7 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
+        self._has_totals = False  # every gradient has a first term
         is_named = not is_checked and (is_one_graph or not cuts_all)
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
         # The graph between named params and tensors made from them before the solve serves every evaluation.
@@ -177,13 +179,17 @@ class Replay:
         self._add(self.with_origins(grads) if self.origins else grads)
         return v
 
-    def gradients(self, k: Tensor, wanted: Sequence[Tensor], grad_k: Tensor) -> Sequence[Tensor | None]:
+    def gradients(
+        self, k: Tensor, wanted: Sequence[Tensor], grad_k: Tensor, create_graph: bool = False
+    ) -> Sequence[Tensor | None]:
         """Gradients of a slope with respect to ``wanted``, which ends with the inputs; adds up nothing."""
         if not self._keeps_graph:
-            return torch.autograd.grad(k, wanted, grad_k, allow_unused=True)
+            return torch.autograd.grad(k, wanted, grad_k, allow_unused=True, create_graph=create_graph)
         targets = *wanted, *(p for _, p in self.origins)
         with torch._C.DisableTorchFunction():  # otherwise the substitutes would take the place of the origins
-            found = torch.autograd.grad(k, targets, grad_k, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                k, targets, grad_k, retain_graph=True, allow_unused=True, create_graph=create_graph
+            )
         n = len(wanted) - len(self.inputs)
         return *found[:n], *self.with_origins(found[n:])
 
@@ -266,6 +272,9 @@ class Replay:
         )
 
     def _add(self, grads: Sequence[Tensor | None]) -> None:
+        if self._has_totals and _NONE not in map(type, grads):  # the usual case, without a loop in Python
+            torch._foreach_add_(self.grads, grads)  # type: ignore[arg-type]
+            return
         totals: list[Tensor] = []
         terms: list[Tensor] = []
         for i, grad in enumerate(grads) if self._known is None else zip(self._wanted, grads, strict=True):
@@ -279,6 +288,7 @@ class Replay:
                 terms.append(grad)
         if totals:
             torch._foreach_add_(totals, terms)
+        self._has_totals = bool(totals) and self._known is None and _NONE not in map(type, self.grads)
 
 
 def _holds_histories(field: VectorField) -> bool:

@@ -1,5 +1,6 @@
 // The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
 #pragma once
+#include <algorithm>
 #include <limits>
 
 #include "ensemble/task.h"
@@ -16,10 +17,14 @@ class Forward {
   public:
     Forward(const Task& task, Record& record) : task_(task), record_(record) {}
 
+    // Repeats the steps of a round, and adds the evaluations of func for each sample to n_slopes.
+    Forward(const Task& task, Record& record, const Round& round, int64_t* n_slopes)
+        : task_(task), record_(record), round_(&round), n_slopes_(n_slopes) {}
+
     // Samples `first` to `last`, which share a chunk.
     void run(int64_t first, int64_t last) {
         chunk_ = first / kChunk;
-        next_ = first;
+        first_ = next_ = first;
         last_ = last;
         int live = 0;
         for (int l = 0; l < kLanes; ++l) live += take(l);
@@ -29,6 +34,7 @@ class Forward {
             for (int l = 0; l < kLanes; ++l)
                 if (lane_[l].is_live) judge(l);
             move_on();
+            if (is_at_jump_) start_anew();
             for (int l = 0; l < kLanes; ++l)
                 if (lane_[l].is_live && has_ended(l)) live -= !take(l);
         }
@@ -40,7 +46,13 @@ class Forward {
         int64_t sample = 0;
         StepControl control{};
         Failure failure = none;
-        double ratio = 0;  // that belongs to the failure
+        double ratio = 0;               // that belongs to the failure
+        const bool* is_jump = nullptr;  // of each stop; null: none is
+        bool starts_at_jump = false, needs_slope = false;
+        int64_t n_restarts = 0, last_step = -1;
+
+        // Tells whether the proposed trial ends at a jump.
+        bool ends_at_jump() const { return is_jump && control.is_cut && is_jump[control.next_stop]; }
     };
 
     // Samples with their first slopes and steps, made for all lanes at once.
@@ -66,6 +78,7 @@ class Forward {
             for (int c = 0; c < n; ++c) y_[c][l] = ready_.y[c][from], k_[0][c][l] = ready_.k[c][from];
             for (int i = 0; i < Field::n_by_sample; ++i) p_[i][l] = ready_.p[i][from];
             for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
+            if (record_.keep == Keep::checkpoints) save(l, ready_.y, from);
             if (propose(l)) return true;
             finish(lane_[l]);
         }
@@ -73,15 +86,22 @@ class Forward {
 
     // Loads as many samples as there are lanes and finds their first slopes and steps.
     bool prepare() {
-        ready_.next = 0;
-        ready_.count = int(last_ - next_ < kLanes ? last_ - next_ : kLanes);
+        ready_.next = ready_.count = 0;
+        int64_t samples[kLanes];
+        for (; ready_.count < kLanes && next_ < last_; ++next_)
+            if (!round_ || (round_->has(next_) && task_.outcomes[next_].failure == none))
+                samples[ready_.count++] = next_;
         if (ready_.count == 0) return false;
-        for (int l = 0; l < kLanes; ++l) load(l, next_ + (l < ready_.count ? l : 0));
-        next_ += ready_.count;
-        R t;
-        for (int l = 0; l < kLanes; ++l) t[l] = ready_.lane[l].control.t;
-        Field::slope(__builtin_convertvector(t, V), ready_.y, ready_.p, task_.shared, ready_.k);
-        if (task_.first_step != 0) {
+        for (int l = 0; l < kLanes; ++l) load(l, samples[l < ready_.count ? l : 0]);
+        V t;
+        for (int l = 0; l < kLanes; ++l) {
+            const Lane& lane = ready_.lane[l];
+            t[l] = lane.starts_at_jump ? beside(lane.control.t, lane.control.sign) : T(lane.control.t);
+        }
+        Field::slope(t, ready_.y, ready_.p, task_.shared, ready_.k);
+        if (round_) {
+            // Steps have their sizes.
+        } else if (task_.first_step != 0) {
             for (Lane& lane : ready_.lane) lane.control.h = task_.first_step;
         } else {
             choose_first_steps();
@@ -96,15 +116,61 @@ class Forward {
         lane.sample = sample;
         lane.control = control::begin(task_.controller, task_.first_step, true, task_.max_num_steps);
         const double* const times = task_.times + sample * task_.times_step;
-        const double* const end = times + task_.n_times - 1;
-        control::set_times(lane.control, times[0], *end, uintptr_t(times), task_.n_times, uintptr_t(end), 1);
+        const int64_t row = sample * task_.stops_step, last = row + task_.n_stops - 1;
+        int64_t stop = row;
+        while (stop < last && task_.stops[stop] != task_.stops[stop]) ++stop;
+        control::set_times(lane.control, times[0], task_.stops[last], uintptr_t(times), task_.n_times,
+                           uintptr_t(task_.stops + stop), last + 1 - stop);
+        if (task_.is_jump) lane.is_jump = task_.is_jump + stop;
         for (int c = 0; c < n; ++c) {
             ready_.y[c][l] = task_.y0[sample * n + c];
-            task_.outputs[sample * n + c] = task_.y0[sample * n + c];
+            if (!round_) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
             ready_.tolerance[c][l] = task_.rtol_each ? task_.rtol_each[sample * n + c] : T(task_.rtol);
             ready_.tolerance[n + c][l] = task_.atol_each ? task_.atol_each[sample * n + c] : T(task_.atol);
         }
         for (int i = 0; i < Field::n_by_sample; ++i) ready_.p[i][l] = task_.by_sample[sample * Field::n_by_sample + i];
+        if (round_) resume(l);
+    }
+
+    // Puts a prepared sample where its round starts.
+    void resume(int l) {
+        Lane& lane = ready_.lane[l];
+        const Checkpoint& from = round_->start(lane.sample);
+        StepControl& control = lane.control;
+        control.t = from.t;
+        control.h = from.h;
+        std::copy(from.ratios, from.ratios + 3, control.ratios);
+        control.n_ratios = from.n_ratios;
+        control.n_steps = from.n_steps;
+        control.n_accepted = from.n_accepted;
+        control.next_output = from.next_output;
+        control.next_stop = from.next_stop;
+        lane.starts_at_jump = from.starts_at_jump;
+        lane.last_step = round_->end(lane.sample);
+        const T* const y = static_cast<const T*>(from.state);
+        for (int c = 0; c < n; ++c) ready_.y[c][l] = y[c];
+    }
+
+    // Keeps a checkpoint of a lane if it is due; `y` has the state in lane `from`.
+    void save(int l, const V* y, int from) {
+        const Lane& lane = lane_[l];
+        const StepControl& control = lane.control;
+        Checkpoints& kept = record_.checkpoints(lane.sample);
+        if (!kept.takes(control.n_accepted, record_.most_checkpoints)) return;
+        T state[n];
+        for (int c = 0; c < n; ++c) state[c] = y[c][from];
+        const double* const ratios = control.ratios;
+        kept.add({control.t,
+                  control.h,
+                  {ratios[0], ratios[1], ratios[2]},
+                  control.n_ratios,
+                  lane.starts_at_jump,
+                  control.n_steps,
+                  control.n_accepted,
+                  control.next_output,
+                  control.next_stop,
+                  nullptr},
+                 state, sizeof state, record_.states(chunk_));
     }
 
     void choose_first_steps() {
@@ -140,9 +206,20 @@ class Forward {
             t_next[l] = lane_[l].is_live ? control.t_next : control.t;
         }
         const V step = __builtin_convertvector(h, V);
+        V first = __builtin_convertvector(t, V), last = __builtin_convertvector(t_next, V);
+        if (task_.is_jump) {
+            for (int l = 0; l < kLanes; ++l) {
+                const Lane& lane = lane_[l];
+                if (lane.is_live && lane.starts_at_jump) first[l] = beside(t[l], lane.control.sign);
+                if (lane.is_live && lane.ends_at_jump()) last[l] = beside(t_next[l], -lane.control.sign);
+            }
+        }
         const auto slope = [&](auto i, const V* y) {
-            const R time = control::stage_time(Method::c[i], t, h, t_next);
-            Field::slope(__builtin_convertvector(time, V), y, p_, task_.shared, k_[i]);
+            constexpr double c = Method::c[i];
+            const V time = c == 0   ? first
+                           : c == 1 ? last
+                                    : __builtin_convertvector(control::stage_time(c, t, h, t_next), V);
+            Field::slope(time, y, p_, task_.shared, k_[i]);
         };
         if (!fsal) slope(std::integral_constant<int, 0>(), y_);
         for_each<s>([&](auto i) {
@@ -173,10 +250,11 @@ class Forward {
         Lane& lane = lane_[l];
         StepControl& control = lane.control;
         const double base = ratio_[l], known = power_[l], exponent = control.controller.shrink_exponent();
+        const bool ends_at_jump = lane.ends_at_jump();
         control::judge(control, base,
                        [=](double x, double e) { return x == base && e == exponent ? known : std::pow(x, e); });
         accepted_[l] = control.is_accepted ? -1 : 0;
-        if (control.is_accepted) return accept(l);
+        if (control.is_accepted) return accept(l, ends_at_jump);
         if (control.status == Status::step_size) {
             lane.failure = step_size;
         } else if (control.status == Status::not_finite) {
@@ -200,10 +278,14 @@ class Forward {
     }
 
     // Keeps the step, and writes the outputs that it reached.
-    void accept(int l) {
-        const Lane& lane = lane_[l];
+    void accept(int l, bool ends_at_jump) {
+        Lane& lane = lane_[l];
         const StepControl& control = lane.control;
-        if (record_.keep != Keep::nothing) keep(l);
+        if (record_.keeps_entries()) keep(l, ends_at_jump);
+        lane.starts_at_jump = lane.needs_slope = ends_at_jump;
+        is_at_jump_ |= fsal && ends_at_jump;
+        if (round_) return;
+        if (record_.keep == Keep::checkpoints && control.status == Status::running) save(l, y1_, l);
         for (int64_t i = control.first_due; i < control.end_due; ++i) {
             T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
             const double theta = control::position(control, i);
@@ -215,16 +297,23 @@ class Forward {
         }
     }
 
-    void keep(int l) {
+    void keep(int l, bool ends_at_jump) {
         const StepControl& control = lane_[l].control;
         T* y = nullptr;
         if (record_.keep == Keep::states) {
-            y = static_cast<T*>(record_.states[size_t(chunk_)].add(n * sizeof(T)));
+            y = static_cast<T*>(record_.states(chunk_).add(n * sizeof(T)));
             for (int c = 0; c < n; ++c) y[c] = y_[c][l];
         }
-        const Entry*& last = record_.last[size_t(lane_[l].sample)];
-        last = new (record_.entries[size_t(chunk_)].add(sizeof(Entry)))
-            Entry{control.t_start, control.h_done, control.t_done, control.first_due, control.end_due, y, last};
+        const Entry*& last = record_.last(lane_[l].sample);
+        last = new (record_.entries(chunk_).add(sizeof(Entry))) Entry{control.t_start,
+                                                                      control.h_done,
+                                                                      control.t_done,
+                                                                      control.first_due,
+                                                                      control.end_due,
+                                                                      lane_[l].starts_at_jump,
+                                                                      ends_at_jump,
+                                                                      y,
+                                                                      last};
     }
 
     void interpolate(T* out, int l, double theta, T h) const {
@@ -246,10 +335,29 @@ class Forward {
         accepted_ = never();
     }
 
+    // First slopes of lanes whose last step ended at a jump.
+    void start_anew() {
+        V time{};
+        M is_new = never();
+        for (int l = 0; l < kLanes; ++l) {
+            Lane& lane = lane_[l];
+            time[l] = T(lane.control.t);
+            if (!lane.needs_slope) continue;
+            time[l] = beside(lane.control.t, lane.control.sign);
+            is_new[l] = -1;
+            lane.needs_slope = false;
+            ++lane.n_restarts;
+        }
+        Field::slope(time, y_, p_, task_.shared, error_);
+        for (int c = 0; c < n; ++c) k_[0][c] = select(is_new, error_[c], k_[0][c]);
+        is_at_jump_ = false;
+    }
+
     // Proposes the next trial of a lane, or finishes its sample.
     bool has_ended(int l) {
         Lane& lane = lane_[l];
-        if (lane.failure == none && lane.control.status == Status::running && propose(l)) return false;
+        const bool goes_on = lane.failure == none && lane.control.status == Status::running;
+        if (goes_on && lane.control.n_accepted != lane.last_step && propose(l)) return false;
         finish(lane);
         return true;
     }
@@ -265,18 +373,26 @@ class Forward {
 
     void finish(const Lane& lane) {
         const StepControl& control = lane.control;
-        task_.outcomes[lane.sample] = {control.n_steps, control.n_accepted, lane.failure,
-                                       control.t,       control.h,          lane.ratio};
+        if (round_) {
+            const int64_t n_steps = control.n_steps - round_->start(lane.sample).n_steps;
+            n_slopes_[lane.sample - first_] += 1 + lane.n_restarts + n_steps * (s - fsal);
+            return;
+        }
+        task_.outcomes[lane.sample] = {control.n_steps, control.n_accepted, lane.failure,   control.t,
+                                       control.h,       lane.ratio,         lane.n_restarts};
     }
 
     const Task& task_;
     Record& record_;
-    int64_t chunk_ = 0, next_ = 0, last_ = 0;
+    const Round* const round_ = nullptr;
+    int64_t* const n_slopes_ = nullptr;  // of each sample of the chunk
+    int64_t chunk_ = 0, first_ = 0, next_ = 0, last_ = 0;
     Lane lane_[kLanes];
     Prepared ready_;
     V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};
     R ratio_, power_;  // of the trials, and to the power that chooses the next steps
     M accepted_{};
+    bool is_at_jump_ = false;  // some lane
 };
 
 }  // namespace aca

@@ -323,7 +323,6 @@ def test_arguments_that_do_not_go_together() -> None:
     decay = lambda t, y: -y  # noqa: E731
     for settings in (
         {"gradient": "adjoint"},
-        {"options": {"batch": "independent"}},
         {"options": {"on_step_limit": "stop"}},
     ):
         with pytest.raises(ArgumentValueError, match="events are given"):

@@ -43,9 +43,9 @@ class TestNames:
         with pytest.raises(errors.UnknownNameError, match=f"Did you mean '{meant}'"):
             aca_ext.odeint(decay, torch.ones(1), [0.0, 1.0], method=name)
 
-    @pytest.mark.parametrize("name", ["BDF", "LSODA", "Radau", "Kvaerno5"])
+    @pytest.mark.parametrize("name", ["BDF", "LSODA", "Radau"])
     def test_of_implicit_methods(self, name: str) -> None:
-        with pytest.raises(errors.UnknownNameError, match="explicit"):
+        with pytest.raises(errors.UnknownNameError, match="kvaerno5 is the usual choice"):
             aca_ext.odeint(decay, torch.ones(1), [0.0, 1.0], method=name)
 
     @pytest.mark.parametrize(

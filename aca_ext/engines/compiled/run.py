@@ -46,7 +46,7 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
         CompileError: func cannot be compiled.
     """
     run = _Run(problem, params, task)
-    if torch.is_grad_enabled() and (problem.y0.requires_grad or True in run.wants_gradient):
+    if run.wants_backward:
         states = Blocks(run.y0)
         run.prepare_backward(states)
         ys = with_graph(run.forward(states), run, states.blocks, problem.y0, run.learnt)
@@ -85,6 +85,7 @@ class _Run:
             raise
         self.captured, self.addresses = captured, addresses_of(self.used)
         self.wants_gradient = captured.wants_gradient
+        self.wants_backward = torch.is_grad_enabled() and (problem.y0.requires_grad or True in self.wants_gradient)
         self.counting = None
         if captured.counters:
             self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))

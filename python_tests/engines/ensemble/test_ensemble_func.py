@@ -313,9 +313,7 @@ def test_what_lanes_do_not_have_is_refused(func: Any, match: str) -> None:
     ("settings", "match"),
     [
         ({"gradient": "direct"}, "gradient"),
-        ({"progress": True}, "progress"),
         ({"callback": print}, "callback"),
-        ({"checkpoints": 3}, "checkpoints"),
         ({"y0": torch.ones(2, 2, dtype=torch.complex128)}, "complex"),
         ({"y0": torch.ones(2, 2, dtype=torch.float16), "rtol": 0.1}, "float16"),
     ],

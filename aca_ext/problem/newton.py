@@ -1,0 +1,64 @@
+"""Options of implicit methods: the Jacobian of func, and the tolerance of Newton's method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from aca_ext.errors import ArgumentTypeError, OptionError
+from aca_ext.numerics.tableau import Tableau
+from aca_ext.numerics.weights import Weights
+from aca_ext.problem.arguments import lookup, number_in
+from aca_ext.problem.state import Packing
+
+NEWTON_OPTIONS = ("jacobian", "newton_tol")
+_KINDS = ("dense", "block", "krylov")
+_LARGEST_DENSE = 512  # elements of a state whose Jacobian is a matrix by default
+_DEFAULT_TOLERANCE = 0.001
+
+
+@dataclass(frozen=True)
+class NewtonOptions:
+    """Validated options.
+
+    Attributes:
+        jacobian: "dense", "block", "krylov", or a function of (t, y, \\*args) that returns a matrix.
+        tolerance: largest error of a stage in units of rtol and atol, for adaptive steps.
+    """
+
+    jacobian: str | Callable[..., Any]
+    tolerance: float
+
+
+def newton_options_of(given: Mapping[str, Any], tableau: Weights, packing: Packing, y0: Tensor) -> NewtonOptions | None:
+    """The options of an implicit method; None for an explicit one.
+
+    Raises:
+        OptionError: an option has a value that is not accepted.
+        ArgumentTypeError: the state has a dtype for which PyTorch solves no linear systems.
+    """
+    if isinstance(tableau, Tableau):
+        return None
+    if y0.dtype.itemsize < 4:
+        raise ArgumentTypeError(
+            f"method {tableau.name!r} solves linear systems, which PyTorch does not for states of dtype {y0.dtype}. "
+            "Convert y0, for example with y0.float()."
+        )
+    jacobian = given.get("jacobian")
+    if jacobian is None:
+        jacobian = "dense" if y0.numel() <= _LARGEST_DENSE else "krylov"
+    elif not callable(jacobian):
+        lookup("jacobian", jacobian, _KINDS)
+    if jacobian == "block" and (packing.is_tuple or y0.dim() < 2):
+        raise OptionError(
+            'option jacobian="block" needs a state whose first dimension counts samples that do not depend on one '
+            f'another; y0 is {packing.describe()}. Use "dense", or a state of shape (samples, ...).'
+        )
+    tolerance = given.get("newton_tol")
+    number = _DEFAULT_TOLERANCE if tolerance is None else number_in(tolerance)
+    if number is None or not 0 < number < 1:
+        raise OptionError(f"option newton_tol is {tolerance!r}; it must be a number above 0 and below 1.")
+    return NewtonOptions(jacobian, number)

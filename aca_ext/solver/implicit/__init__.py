@@ -1,0 +1,1 @@
+"""Implicit methods: stage equations solved by Newton's method, and their transposes."""

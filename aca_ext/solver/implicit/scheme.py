@@ -1,0 +1,89 @@
+"""The tableau of an implicit Runge-Kutta method as floats, with its stages in groups that are solved together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from aca_ext.numerics.implicit import ImplicitTableau
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stages that depend on one another.
+
+    Attributes:
+        stages: their numbers.
+        a: their coefficients for one another; None for a single explicit stage.
+        inverse: inverse of ``a``.
+    """
+
+    stages: range
+    a: Matrix | None = None
+    inverse: Matrix = ()
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity, as tableaus are
+class ImplicitScheme:
+    """An implicit tableau as floats, in the order in which a step uses it.
+
+    Attributes:
+        fsal: the last slope is f at the solution, and the first stage needs it.
+        starts_explicitly: the first slope is f at the start of the step.
+        solution: the weights b.
+        error: weights of the error; None if it is not estimated.
+    """
+
+    tableau: ImplicitTableau
+    fsal: bool
+    starts_explicitly: bool
+    c: tuple[float, ...]
+    a: Matrix
+    solution: tuple[float, ...]
+    error: tuple[float, ...] | None
+    groups: tuple[Group, ...]
+    error_last: float = 0.0  # as in ``runge_kutta.Scheme``: the error of a step includes all of its slopes
+
+
+@lru_cache(maxsize=64)
+def implicit_scheme_of(tableau: ImplicitTableau, estimate_error: bool) -> ImplicitScheme:
+    a = tuple(tuple(float(x) for x in row) for row in tableau.a)
+    c = [float(x) for x in tableau.c]
+    if tableau.stiffly_accurate:
+        c[-1] = 1.0  # which the sum of rounded coefficients may miss
+    return ImplicitScheme(
+        tableau=tableau,
+        fsal=tableau.fsal,
+        starts_explicitly=tableau.explicit_first_stage,
+        c=tuple(c),
+        a=a,
+        solution=tuple(float(x) for x in tableau.b),
+        error=tuple(float(x) for x in tableau.error) if tableau.error is not None and estimate_error else None,
+        groups=_groups(a),
+    )
+
+
+def _groups(a: Matrix) -> tuple[Group, ...]:
+    """The smallest ranges of stages such that none needs a stage after its range."""
+    groups: list[Group] = []
+    first = 0
+    while first < len(a):
+        end = i = first
+        while i <= end:
+            end = max(end, *(j for j, weight in enumerate(a[i]) if weight != 0), end)
+            i += 1
+        groups.append(_group(range(first, end + 1), a))
+        first = end + 1
+    return tuple(groups)
+
+
+def _group(stages: range, a: Matrix) -> Group:
+    block = tuple(a[i][stages.start : stages.stop] for i in stages)
+    if block == ((0.0,),):
+        return Group(stages)
+    inverse = torch.linalg.inv(torch.tensor(block, dtype=torch.float64, device="cpu"))
+    return Group(stages, block, tuple(tuple(row) for row in inverse.tolist()))

@@ -1,0 +1,279 @@
+"""One step of an implicit Runge-Kutta method and its transpose.
+
+The slopes of a step satisfy the same equations as in ``runge_kutta``, with a full matrix a. So does the transpose:
+
+    grad_k_i = h·(Σ_outputs w_i·g + Σ_j a_ji·v_j)        v_j = (∂f/∂y at stage j)ᵀ·grad_k_j
+
+For stages that depend on one another these are linear equations, with the transpose of the matrix of Newton's method
+at the converged stages. The iterations themselves are not differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.errors import ReplayError
+from aca_ext.kernels.extension import own_result
+from aca_ext.kernels.fused import TorchOperations
+from aca_ext.kernels.reference import Number, as_float
+from aca_ext.solver.implicit.newton import Newton, NewtonError, combined
+from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
+from aca_ext.solver.implicit.systems import Jacobian, System
+from aca_ext.solver.runge_kutta import PULLED, Compare, Trial
+from aca_ext.solver.stats import Stats
+from aca_ext.vector_field.slope_function import SlopeFunction
+
+_CORRECTIONS = 2  # Newton corrections with a graph: each makes one more order of derivatives exact
+_MOST_REFINEMENTS = 200  # of a transposed solve with a matrix that is not the derivative of func
+_NEAR = 100.0  # distance of a replayed step from the forward pass, in units of the tolerance of Newton's method
+_ROUNDING = 2.0**14  # the same for iterations until rounding, which stiffness magnifies
+_NOT_A_JACOBIAN = (
+    "The transposed stage equations were solved up to a residual of {:.3g} only, so the gradient would be wrong: the "
+    "matrix of option jacobian is too far from the derivative of func. Correct the option, or leave it out."
+)
+
+
+class ImplicitMethod:
+    """An implicit Runge-Kutta method, bound to f and the operations of a solve; see ``solver.method.Method``.
+
+    Args:
+        tolerance: the error of Newton's method in a stage, in units of the tolerance of the solve; None iterates until
+            rounding.
+        repeats: steps repeat those of a forward pass, and iterate until rounding.
+    """
+
+    compiled = None
+
+    def __init__(
+        self,
+        f: SlopeFunction,
+        ops: TorchOperations,
+        scheme: ImplicitScheme,
+        jacobian: Jacobian,
+        tolerance: float | None,
+        counts: Stats,
+        repeats: bool = False,
+    ) -> None:
+        self.scheme = scheme
+        self._f, self._ops, self._jacobian, self._tolerance = f, ops, jacobian, tolerance
+        self._newton = Newton(f, ops, jacobian, None if repeats else tolerance, counts)
+
+    def step(
+        self, times: Sequence[Number], y: Tensor, h: Number, k_first: Tensor | None = None, out: Tensor | None = None
+    ) -> Trial:
+        """Advances ``y`` by h, as ``runge_kutta.step`` does; where Newton's method fails, the error is infinite."""
+        scheme, ops = self.scheme, self._ops
+        t = ops.scalars(times)
+        k: list[Tensor] = []
+        self._newton.begin_step(t[0], y)
+        for group in scheme.groups:
+            if group.a is None:
+                i = group.stages.start
+                known = k_first if i == 0 and scheme.starts_explicitly else None
+                k.append(self._f(t[i], self._base(i, y, h, k)) if known is None else known)
+                continue
+            try:
+                found = self._solved(group, t, y, h, k)
+            except NewtonError as failure:
+                start = k_first if k_first is not None else k[0] if k else torch.zeros_like(y)
+                return Trial(y, [start], None, math.inf, _failure_message(failure, as_float(h)))
+            k += self._with_graph(group, t, y, h, k, found) if torch.is_grad_enabled() else found
+        if scheme.error is None:
+            return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
+        y1, error = ops.solution_and_error(y, h, k, scheme.solution, scheme.error, out)
+        if scheme.tableau.filter_error:
+            with torch.no_grad():
+                error = self._newton.filtered(scheme.groups[-1], as_float(h), error.detach())
+        return Trial(y1, k, error)
+
+    def vjp(
+        self,
+        times: Sequence[float],
+        y: Tensor,
+        h: float,
+        outputs: Sequence[tuple[Sequence[float], Tensor]],
+        compare: Compare | None = None,
+        y_next: Tensor | None = None,
+    ) -> Tensor:
+        """Replays a step from ``y`` and returns the cotangent of ``y``, as ``runge_kutta.step_vjp`` does.
+
+        ``compare`` is called only if the end of the step differs from ``y_next`` by more than the iterations may.
+        """
+        ops, f = self._ops, self._f
+        assert hasattr(f, "pull_back")
+        stages = self._replayed(times, y, h)
+        if compare is not None and y_next is not None:
+            k = [stage.k for stage in stages]
+            y1 = ops.weighted_sum(y, h, k, self.scheme.solution)
+            if not self._is_near(y, y_next, y1):
+                compare(y1, k)
+        pulled: dict[int, Tensor] = {}  # v_i of the stages whose slope depends on y
+        for group in reversed(self.scheme.groups):
+            r = [self._cotangent(i, h, outputs, pulled) for i in group.stages]
+            if all(x is None for x in r):
+                continue
+            of_group = [stages[i] for i in group.stages]
+            cotangents = [torch.zeros_like(ops.like) if x is None else x for x in r]
+            grad_k = self._transposed(group, h, of_group, cotangents)
+            for i, stage, grad in zip(group.stages, of_group, grad_k, strict=True):
+                v = own_result(f.pull_back, stage.y, stage.slope, grad) if stage.slope.requires_grad else None
+                if v is not None:
+                    pulled[i] = ops.admit(v, PULLED)
+        g, *rest = [*(g for _, g in outputs), *pulled.values()]
+        return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
+
+    def _base(self, i: int, y: Tensor, h: Number, k: Sequence[Tensor]) -> Tensor:
+        """The state of stage i without the slopes that are not yet in ``k``."""
+        known = [(w, x) for w, x in zip(self.scheme.a[i], k, strict=False) if w != 0]
+        return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
+
+    def _solved(self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor]) -> list[Tensor]:
+        """The slopes of a group of stages, without a graph.
+
+        The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
+        steps start from the state, since the slope may lead to another solution of the equations.
+        """
+        stages, size = group.stages, as_float(h)
+        assert group.a is not None
+        with torch.no_grad():
+            known = [x.detach() for x in k]
+            base = [self._base(i, y.detach(), size, known) for i in stages]
+            if known and self._tolerance is not None:
+                start = combined(size, group.a, known[-1:] * len(stages))
+            else:
+                start = [y.detach() - x for x in base]
+            return self._newton.solve(group, t[stages.start : stages.stop], size, base, start)
+
+    def _with_graph(
+        self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The slopes ``found`` with an autograd graph, by corrections k + K⁻¹·(f(stage) - k) with a constant K.
+
+        After n corrections the derivatives are those of the solution of the stage equations up to order n.
+        """
+        ops, before = self._ops, group.stages.start
+        slopes, system = list(found), None
+        for _ in range(_CORRECTIONS):
+            states = [self._base(i, y, h, [*k[:before], *slopes]) for i in group.stages]
+            states = [x if x.requires_grad else x.detach().requires_grad_() for x in states]
+            values = [self._f(t[i], x) for i, x in zip(group.stages, states, strict=True)]
+            if system is None:
+                system = self._system(group, as_float(h), [t[i] for i in group.stages], states, values)
+            change = _Solution.apply(system, False, *(new - old for new, old in zip(values, slopes, strict=True)))
+            slopes = [ops.admit(old + d) for old, d in zip(slopes, change, strict=True)]
+        return slopes
+
+    def _replayed(self, times: Sequence[float], y: Tensor, h: float) -> list[_Stage]:
+        """The stages of a step from ``y``, solved to rounding, with the graphs of their slopes."""
+        t = self._ops.scalars(times)
+        stages: list[_Stage] = []
+        y = y.detach()
+        self._newton.begin_step(t[0], y)
+        for group in self.scheme.groups:
+            k = [stage.k for stage in stages]
+            if group.a is not None:
+                k += self._solved(group, t, y, h, k)
+            for i in group.stages:
+                state = self._base(i, y, h, k).detach().requires_grad_()
+                slope = self._f(t[i], state)
+                stages.append(_Stage(t[i], state, slope, slope.detach() if group.a is None else k[i]))
+        return stages
+
+    def _cotangent(
+        self, i: int, h: float, outputs: Sequence[tuple[Sequence[float], Tensor]], pulled: dict[int, Tensor]
+    ) -> Tensor | None:
+        """The cotangent of slope i from the outputs and from later groups; None if nothing depends on it."""
+        a = self.scheme.a
+        terms = [(w[i], g) for w, g in outputs if w[i] != 0]
+        terms += [(a[j][i], v) for j, v in pulled.items() if a[j][i] != 0]
+        if not terms:
+            return None
+        return self._ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
+
+    def _transposed(self, group: Group, h: float, stages: Sequence[_Stage], r: list[Tensor]) -> list[Tensor]:
+        """The cotangents of the slopes of a group: the solution of Kᵀ·λ = r, improved until rounding."""
+        if group.a is None:
+            return r
+        t, states, slopes = ([getattr(s, name) for s in stages] for name in ("t", "y", "slope"))
+        system = self._system(group, h, t, states, slopes)
+        found = [self._ops.admit(x) for x in system.solve(r, transposed=True)]
+        if self._jacobian.is_exact:
+            return found
+        eps, before = torch.finfo(r[0].dtype).eps, math.inf
+        for _ in range(_MOST_REFINEMENTS):
+            residual = self._residual(group, h, stages, r, found)
+            size = max(float(x.abs().max()) for x in residual) / max(float(x.abs().max()) for x in (*r, *found))
+            if size <= 16 * eps or not size < 0.5 * before:
+                break
+            before = size
+            change = system.solve(residual, transposed=True)
+            found = [self._ops.admit(x + d) for x, d in zip(found, change, strict=True)]
+        if not size <= 2**16 * eps:
+            raise ReplayError(_NOT_A_JACOBIAN.format(size))
+        return found
+
+    def _residual(
+        self, group: Group, h: float, stages: Sequence[_Stage], r: Sequence[Tensor], found: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """r - Kᵀ·λ with the derivatives of func itself, in case that the matrix has others."""
+        assert group.a is not None
+        how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        v = [
+            torch.autograd.grad(s.slope, s.y, x, **how)[0] if s.slope.requires_grad else torch.zeros_like(x)
+            for s, x in zip(stages, found, strict=True)
+        ]
+        sums = combined(h, tuple(zip(*group.a, strict=True)), v)
+        return [r_i + s - x for r_i, s, x in zip(r, sums, found, strict=True)]
+
+    def _system(
+        self, group: Group, h: float, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]
+    ) -> System:
+        assert group.a is not None
+        at = [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]
+        return self._jacobian.system(at, group.a, h)
+
+    def _is_near(self, y: Tensor, y_next: Tensor, y1: Tensor) -> bool:
+        """Tells whether the end of a replayed step is that of the forward pass, up to the error of its iterations."""
+        difference = y1 - y_next
+        if self._tolerance is not None:
+            ratio = float(self._ops.error_norm(difference, None, 0.0, y, y_next))
+            return ratio <= _NEAR * self._tolerance
+        scale = torch.maximum(y.abs().max(), y_next.abs().max()) if y.numel() else 0.0
+        return bool((difference.abs() <= _ROUNDING * torch.finfo(y.dtype).eps * scale).all())
+
+
+@dataclass(slots=True)
+class _Stage:
+    """A stage of a replayed step: its time and state, its slope with the graph, and the slope of the solution."""
+
+    t: Tensor
+    y: Tensor
+    slope: Tensor
+    k: Tensor
+
+
+class _Solution(torch.autograd.Function):
+    """K⁻¹·r, or K⁻ᵀ·r, for a constant K; differentiable with respect to r, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, system: System, transposed: bool, *r: Tensor) -> tuple[Tensor, ...]:
+        ctx.system, ctx.transposed = system, transposed
+        return tuple(system.solve(r, transposed))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *_Solution.apply(ctx.system, not ctx.transposed, *grads)
+
+
+def _failure_message(failure: NewtonError, h: float) -> str:
+    return (
+        f"Newton's method did not solve the stages of a step of size {h:.6g}; its last change was "
+        f"{failure.residual:.3g} {failure.unit}. Look at func and "
+        "at option jacobian there, use smaller steps, or end the solve earlier."
+    )

@@ -1,0 +1,121 @@
+"""Linear systems of implicit stages: Jacobians of func, the matrix of Newton's method, and its transpose.
+
+The stages i of one group are solved together. With J_i the Jacobian at stage i, the matrix has the blocks
+
+    K_ij = δ_ij·I - h·a_ij·J_i
+
+Newton's method solves K·x = r. The transpose of a step solves Kᵀ·λ = r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from aca_ext.vector_field.slope_function import SlopeFunction
+
+Rows = Sequence[Sequence[float]]
+_FEW = 8  # up to so many columns, a loop takes less time than torch's batched backward pass
+
+
+class System(Protocol):
+    """The matrix K of a group of stages; vectors are lists of states, one per stage."""
+
+    def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]: ...
+
+
+class Jacobian(Protocol):
+    """A way to linearise func.
+
+    Attributes:
+        is_exact: the linearisation is the derivative of func, up to rounding. One that the user computes may not be.
+    """
+
+    is_exact: bool
+
+    def at(self, t: Tensor, y: Tensor) -> Any:
+        """The linearisation at (t, y)."""
+
+    def of_graph(self, t: Tensor, y: Tensor, k: Tensor) -> Any:
+        """The linearisation at (t, y) from the autograd graph of ``k`` = f(t, y), which is kept."""
+
+    def system(self, linearisations: Sequence[Any], a: Rows, h: float) -> System: ...
+
+
+class Blocks:
+    """Jacobians as matrices: one of the whole state, or one per sample along its first dimension.
+
+    A linearisation is a tensor (blocks, m, m), where m is the number of elements in a block.
+    """
+
+    is_exact = True
+
+    def __init__(self, f: SlopeFunction, count: int) -> None:
+        self._f, self._count = f, count
+        self._is_batched = True  # until torch's batched backward pass refuses func
+
+    def at(self, t: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            return self.of_graph(t, leaf, self._f(t, leaf))
+
+    def of_graph(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+        m = k.numel() // self._count
+        if not k.requires_grad:
+            return torch.zeros(self._count, m, m, dtype=k.dtype, device=k.device)
+        unit = torch.eye(m, dtype=k.dtype, device=k.device).unsqueeze(1).expand(m, self._count, m)
+        rows = self._pull_back(y, k, unit.reshape(m, *k.shape))
+        return rows.reshape(m, self._count, m).transpose(0, 1)
+
+    def _pull_back(self, y: Tensor, k: Tensor, cotangents: Tensor) -> Tensor:
+        """The products of several cotangents of ``k`` with its Jacobian."""
+        how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        if self._is_batched and len(cotangents) > _FEW:
+            try:
+                return torch.autograd.grad(k, y, cotangents, is_grads_batched=True, **how)[0].detach()
+            except RuntimeError:  # an operation has no batched form, or a function of the user's is in the graph
+                self._is_batched = False
+        return torch.stack([torch.autograd.grad(k, y, g, **how)[0].detach() for g in cotangents])
+
+    def system(self, linearisations: Sequence[Tensor], a: Rows, h: float) -> System:
+        return _BlockSystem(linearisations, a, h)
+
+
+class GivenMatrix(Blocks):
+    """The Jacobian by a function of the user's."""
+
+    is_exact = False
+
+    def __init__(self, f: SlopeFunction, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(f, 1)
+        self._function = function
+
+    def at(self, t: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._function(t, y.detach())
+
+    def of_graph(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+        return self.at(t, y)
+
+
+class _BlockSystem:
+    """LU factors of the matrices K, one for each block of the state."""
+
+    def __init__(self, jacobians: Sequence[Tensor], a: Rows, h: float) -> None:
+        stages, (count, m, _) = len(a), jacobians[0].shape
+        eye = torch.eye(m, dtype=jacobians[0].dtype, device=jacobians[0].device)
+        rows: list[Tensor] = []
+        for i, (row, jacobian) in enumerate(zip(a, jacobians, strict=True)):
+            rows.append(torch.cat([eye * (i == j) - (h * a_ij) * jacobian for j, a_ij in enumerate(row)], dim=2))
+        self._shape = stages, count, m
+        # Not lu_factor, which raises for a singular matrix; the infinity that it gives here is a failed iteration.
+        self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(torch.cat(rows, dim=1))
+
+    def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]:
+        stages, count, m = self._shape
+        columns = torch.stack([x.reshape(count, m) for x in r], dim=1).reshape(count, stages * m, 1)
+        x = torch.linalg.lu_solve(self._factors, self._pivots, columns, adjoint=transposed)
+        return [part.reshape(r[0].shape) for part in x.reshape(count, stages, m).unbind(1)]

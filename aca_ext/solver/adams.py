@@ -267,14 +267,13 @@ class TransposedAdamsSteps:
         """Cotangents of y from the evaluations of the corrector; none for an explicit step."""
         n_slopes = self._formulas[n].n_slopes
         first, *others = _moulton(n_slopes)
-        of_increments, pulled, last = [a], list[Tensor](), a
+        of_increments, pulled = [a], list[Tensor]()
         for state, slope in reversed(made[1:]):
-            v = self._pull(state, slope, _sum(self._ops, [(h * first, last)]))
+            v = self._pull(state, slope, _sum(self._ops, [(h * first, of_increments[-1])]))
             if v is None:
                 break
             pulled.append(v)
             of_increments.append(v)
-            last = v
         if len(pulled) == len(made) - 1:
             self._parts.append((n, [h * w for w in _bashforth(n_slopes)], of_increments.pop()))
         if of_increments:

@@ -20,7 +20,7 @@ Arguments and options have torchdiffeq's meaning, and the solvers of aca_ext do 
 * Failures are aca_ext's errors: StepLimitError, StepSizeError, NonFiniteError, in place of AssertionErrors.
 * The methods of Adams have formulas for equal steps; after a change of the step size, steps of rk4 follow.
 * ``odeint_dense`` takes all adaptive methods and tuple states.
-* Implicit Runge-Kutta methods solve their equations by Newton's method until rounding.
+* Implicit methods solve their equations by Newton's method until rounding.
 """
 
 from __future__ import annotations

@@ -63,13 +63,12 @@ class Holdings:
         kinds: their classes.
         generators: random generators.
         is_complete: nothing that func's code can reach was skipped.
-        had_histories: some of the tensors were computed by operations, and dropped.
         contents: a snapshot of all visited places, for comparison with their later contents.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.is_complete = not any(_HOOKS_OF_ALL_MODULES)
-        self.had_histories = False
+        self._had_histories = False
         self.modules: list[nn.Module] = []
         self.kinds: set[type] = set()
         self._places: list[tuple[Tensor, Any, Any, bool]] = []  # plain tuples, since a Place is slow to create
@@ -102,8 +101,13 @@ class Holdings:
     def let_go_of_histories(self) -> None:
         """Drops tensors that were computed by operations, so that it does not keep their autograd graphs alive."""
         leaves = [place for place in self._places if place[0].is_leaf]
-        self.had_histories |= len(leaves) < len(self._places)
+        self._had_histories |= len(leaves) < len(self._places)
         self._places = leaves
+
+    def has_histories(self) -> bool:
+        """Tells whether other operations computed some of the tensors, or of the buffers of modules."""
+        buffers = (buffer for module in self.modules for buffer in module._buffers.values())
+        return self._had_histories or any(buffer is not None and buffer.grad_fn is not None for buffer in buffers)
 
     def has_seen(self, x: object) -> bool:
         return id(x) in self._seen

@@ -79,7 +79,8 @@ class Replay:
         is_named = not is_checked and (is_one_graph or not cuts_all)
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
         # The graph between named params and tensors made from them before the solve serves every evaluation.
-        self._keeps_graph = is_named and (bool(self.origins) or _holds_histories(field))
+        has_histories = field.holdings is not None and field.holdings.has_histories()
+        self._keeps_graph = is_named and (bool(self.origins) or has_histories)
         # After a complete walk, asking for the gradients of a few unused leaves is cheaper than searching every graph.
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
@@ -289,14 +290,6 @@ class Replay:
         if totals:
             torch._foreach_add_(totals, terms)
         self._has_totals = bool(totals) and self._known is None and _NONE not in map(type, self.grads)
-
-
-def _holds_histories(field: VectorField) -> bool:
-    """Tells whether func holds tensors that other operations computed, among them buffers of its modules."""
-    if (holdings := field.holdings) is None:
-        return False
-    buffers = (buffer for module in holdings.modules for buffer in module._buffers.values())
-    return holdings.had_histories or any(buffer is not None and buffer.grad_fn is not None for buffer in buffers)
 
 
 def _variable(x: Tensor) -> Tensor:

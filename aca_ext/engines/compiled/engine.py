@@ -7,7 +7,6 @@ uncompiled. The package imports this file; the first solve imports run.py, since
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cache
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.base import Request, argument_for_eager
-from aca_ext.engines.eager import EagerEngine
+from aca_ext.engines.compiled.uncompiled import shortened, solve_uncompiled
 from aca_ext.errors import CompileError
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.requested_times import with_time_gradient
@@ -27,7 +26,6 @@ _DTYPES = (torch.float32, torch.float64)
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
 _HINT = 'Use engine="eager".'
-_EAGER = EagerEngine()
 
 
 class CompiledEngine:
@@ -144,15 +142,3 @@ def obstacle_to_programs(request: Request, takes_batches: bool = False) -> str |
     if torch.is_autocast_enabled("cpu"):
         return "The steps run in Python under torch.autocast."
     return None
-
-
-def solve_uncompiled(request: Request, reason: str) -> Result:
-    """Solves by the eager engine; ``reason`` tells why."""
-    result = _EAGER.solve(request)
-    result.stats.reason = reason
-    return result
-
-
-def shortened(error: CompileError) -> str:
-    """The first line of an error without its advice to use the eager engine, which is followed."""
-    return re.sub(r' Use engine="eager"[^.]*\.', "", str(error)).partition("\n")[0]

@@ -18,11 +18,11 @@ from torch import Tensor
 from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.backend import Captured, UnusableFuncError
 from aca_ext.engines.compiled.compiled_graph import CompiledGraph, UnsuitableError, changes_or_draws
-from aca_ext.engines.compiled.engine import shortened, solve_uncompiled
 from aca_ext.engines.compiled.graph_check import check
 from aca_ext.engines.compiled.inputs import addresses_of
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, innermost, scope_of, specialise
+from aca_ext.engines.compiled.uncompiled import shortened, solve_uncompiled
 from aca_ext.engines.eager import EagerEngine
 from aca_ext.errors import CompileError, ReplayError
 from aca_ext.gradients.base import Result

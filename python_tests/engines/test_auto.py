@@ -46,7 +46,7 @@ class Compiler:
         if self.refusal:
             raise errors.CompileError(self.refusal)
         result = EagerEngine().solve(request)
-        result.stats.compile_seconds = self.compile_seconds
+        result.stats.compiled, result.stats.compile_seconds = "solve", self.compile_seconds
         return result
 
 

@@ -25,7 +25,6 @@ from benchmarks.peers import jax_and_diffrax
 
 SAMPLES, QUICK_SAMPLES = 2000, 50
 NETWORKS = ((2, 50), (4, 32))  # numbers of a state and of hidden units
-THREADS_SAMPLES = 20  # times as many for the comparison of threads
 OUTPUTS = 11
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 COMPILED = "aca_ext compiled"
@@ -106,33 +105,32 @@ def systems(n: int, dtype: torch.dtype) -> Iterator[System]:
     )
 
 
-def networks(n: int, dtype: torch.dtype) -> Iterator[System]:
-    """Networks with a layer of tanh, whose weights are one vector; each sample decays at a speed of its own."""
-    for size, hidden in NETWORKS:
-        torch.manual_seed(0)
-        cut = size * hidden
+def network(sizes: tuple[int, int], n: int, dtype: torch.dtype) -> System:
+    """A network with a layer of tanh, whose weights are one vector, less half of the state."""
+    torch.manual_seed(0)
+    size, hidden = sizes
+    cut, end = size * hidden, 2 * size * hidden + hidden
 
-        def layers(p: Any, cut: int = cut, hidden: int = hidden, size: int = size) -> tuple[Any, ...]:
-            return (
-                p[:cut].reshape(hidden, size),
-                p[cut : cut + hidden],
-                p[cut + hidden : 2 * cut + hidden].reshape(size, hidden),
-                p[2 * cut + hidden :],
-            )
+    def layers(p: Any) -> tuple[Any, ...]:
+        return (
+            p[:cut].reshape(hidden, size),
+            p[cut : cut + hidden],
+            p[cut + hidden : end].reshape(size, hidden),
+            p[end:],
+        )
 
-        def func(t: Tensor, y: Tensor, p: Tensor, layers: Callable[[Any], Any] = layers) -> Tensor:
-            a, b, c, d = layers(p)
-            return torch.tanh(y @ a.T + b) @ c.T + d - 0.5 * y
+    def func(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        a, b, c, d = layers(p)
+        return torch.tanh(y @ a.T + b) @ c.T + d - 0.5 * y
 
-        def in_jax(t: Any, y: Any, p: Any, layers: Callable[[Any], Any] = layers) -> Any:
-            from jax import numpy
+    def in_jax(t: Any, y: Any, p: Any) -> Any:
+        from jax import numpy
 
-            a, b, c, d = layers(p)
-            return c @ numpy.tanh(a @ y + b) + d - 0.5 * y
+        a, b, c, d = layers(p)
+        return c @ numpy.tanh(a @ y + b) + d - 0.5 * y
 
-        p = torch.cat([0.7 * torch.randn(2 * cut + hidden, dtype=dtype), torch.zeros(size, dtype=dtype)])
-        y0 = 2 * torch.randn(n, size, dtype=dtype)
-        yield System(f"Network {size}-{hidden}-{size}", func, in_jax, y0, p, 5.0, is_shared=True)
+    p = torch.cat([0.7 * torch.randn(end, dtype=dtype), torch.zeros(size, dtype=dtype)])
+    return System(f"Network {size}-{hidden}-{size}", func, in_jax, 2 * torch.randn(n, size, dtype=dtype), p, 5.0, True)
 
 
 # A solver of a system: what solves it, and what also finds the gradient, if it can.
@@ -142,19 +140,18 @@ Solver = Callable[[System], tuple[Callable[[], Any], Callable[[], Any] | None]]
 def run(settings: Settings) -> Parts:
     for dtype in (torch.float64, torch.float32):
         n = QUICK_SAMPLES if settings.quick else SAMPLES
-        for system in (*systems(n, dtype), *networks(n // 2, dtype)):
+        for system in (*systems(n, dtype), *(network(sizes, n // 2, dtype) for sizes in NETWORKS)):
             yield from _measure(system, settings)
     yield from _threads(settings)
 
 
 def _threads(settings: Settings) -> Parts:
-    """The compiled engine with one thread and two."""
-    n = QUICK_SAMPLES if settings.quick else THREADS_SAMPLES * SAMPLES
+    n = QUICK_SAMPLES if settings.quick else 20 * SAMPLES
     table = Table(f"{COMPILED}, one thread over two, {n} samples, float64", THREADS_COLUMNS)
-    for system in (*systems(n, torch.float64), *networks(n // 20, torch.float64)):
+    for system in (*systems(n, torch.float64), *(network(sizes, n // 20, torch.float64) for sizes in NETWORKS)):
         row: dict[str, Any] = {"system": system.name}
         for kind, solve in zip(("forward", "both"), _ours("compiled")(system), strict=True):
-            timing = interleave({str(n): partial(_with_threads, n, solve) for n in (1, 2)}, settings, seconds=10)
+            timing = interleave({f"{k}": partial(_with_threads, k, solve) for k in (1, 2)}, settings, seconds=10)
             row[f"{kind}_speedup"] = timing.ratio("1", "2")
         table.rows.append(row)
     yield table

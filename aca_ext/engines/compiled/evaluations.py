@@ -18,7 +18,7 @@ from torch import Tensor
 from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.backend import Captured, UnusableFuncError
 from aca_ext.engines.compiled.compiled_graph import CompiledGraph, UnsuitableError, changes_or_draws
-from aca_ext.engines.compiled.graph_check import check
+from aca_ext.engines.compiled.graph_check import NotComparedError, check
 from aca_ext.engines.compiled.inputs import addresses_of
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, innermost, scope_of, specialise
@@ -84,6 +84,8 @@ def _evaluation(request: Request) -> tuple[Evaluation, tuple[Tensor, ...], bool]
             compiled = captured.plans["evaluations"] = _new(captured, used, problem)
         evaluation = Evaluation(captured, compiled, used, request.gradient in ("aca", "adjoint"))
         is_new = check(request, evaluation, compiled, used)
+    except NotComparedError:
+        raise
     except CompileError as error:
         if captured.lifted and not isinstance(error, UnsuitableError):
             specialise(problem.func)  # func may need its numbers as numbers

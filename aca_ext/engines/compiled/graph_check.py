@@ -25,6 +25,10 @@ _ROUNDS, _SECONDS = 5, 0.3  # of timing
 _LAST_BITS = 4.0  # largest difference, in units of the last bit, between the two compiled functions of a graph
 
 
+class NotComparedError(CompileError):
+    """A start at which compiled code cannot be compared with func; another solve may have another one."""
+
+
 def check(request: Request, evaluation: Callable[..., Any], compiled: CompiledGraph, inputs: Sequence[Tensor]) -> bool:
     """Compares what the solve needs and was not compared before; tells if there was anything.
 
@@ -84,7 +88,7 @@ class _Comparison:
         """Compares values, or values and gradients, and measures their times."""
         points = list(self._points())
         if not points:
-            raise CompileError("func is not finite at its start, so that compiled evaluations cannot be compared")
+            raise NotComparedError("func is not finite at its start, so that compiled evaluations cannot be compared")
         what, evaluate = ("gradient", self._gradients) if with_gradients else ("slope", self._values)
         for t, point in points:
             expected, found = evaluate(self._of_func, t, point), evaluate(self._of_compiled, t, point)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aca_ext import Event, NeuralODE, odeint, solve
 from aca_ext.engines.compiled import engine as compiled_engine
-from aca_ext.errors import CompileError, ReplayError, SlopeError
+from aca_ext.errors import CompileError, NonFiniteError, ReplayError, SlopeError
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 
@@ -323,6 +323,12 @@ class TestSolves:
         assert solution.y.dtype == torch.float32
         unlike = odeint(lambda t, y: torch.tanh(y @ W.float()), sample(3, 4).float(), T, **TOLERANCES)
         assert relative_error(solution.y, unlike) > 1e-4
+
+    def test_a_start_that_is_not_finite_decides_nothing(self) -> None:
+        func = Wave()
+        with pytest.raises(NonFiniteError):
+            odeint(func, torch.full((2, 3), torch.nan, dtype=D), T, engine="compiled")
+        assert solve(func, sample(2, 3), T, engine="compiled", **TOLERANCES).stats.compiled == "evaluations"
 
     def test_a_slope_of_another_shape_is_the_error_of_func(self) -> None:
         with pytest.raises(SlopeError, match="shape"):

@@ -249,6 +249,7 @@ def checked_problem(
     stops = () if is_fixed else inner_times("step_t", given.get("step_t"), times)
     jumps = () if is_fixed else inner_times("jump_t", given.get("jump_t"), times)
     interp = interpolation_of(given.get("interp"))
+    newton = newton_options_of(given, tableau, packing, packed)
     grid = grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None
     perturbed = grid if grid is not None and is_perturbed(given.get("perturb")) else ()
     return Problem(
@@ -267,7 +268,7 @@ def checked_problem(
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
-        newton=newton_options_of(given, tableau, packing, packed),
+        newton=newton,
     )
 
 

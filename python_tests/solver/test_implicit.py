@@ -112,6 +112,21 @@ class TestStiffProblems:
         assert y.dtype == torch.float32
         torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=1e-8)
 
+    @pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "radauIIA5"])
+    def test_inference_mode_and_empty_states(self, method: str) -> None:
+        how: dict[str, Any] = {"method": method}
+        how |= {"options": {"step_size": 0.25}} if method == "radauIIA5" else {"rtol": 1e-4, "atol": 1e-8}
+        expected = solve(robertson, Y0, times(0, 10), **how)
+        with torch.inference_mode():
+            found = solve(robertson, Y0.clone(), times(0, 10), **how)
+        torch.testing.assert_close(found.y.clone(), expected.y, rtol=0, atol=0)
+        assert found.stats.n_steps == expected.stats.n_steps
+        nothing = torch.empty(0, 3, dtype=torch.float64, requires_grad=True)
+        y = odeint(robertson, nothing, times(0, 1), **how)
+        assert y.shape == (2, 0, 3)
+        y.sum().backward()
+        assert nothing.grad is not None
+
     def test_states_of_any_form(self) -> None:
         """Tuple, complex and channels-last states give the numbers of a flat real state."""
         exact = odeint(robertson, Y0, times(0, 1, 10), method="kvaerno3")

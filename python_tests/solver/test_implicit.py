@@ -115,14 +115,15 @@ class TestStiffProblems:
     @pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "radauIIA5"])
     def test_inference_mode_and_empty_states(self, method: str) -> None:
         how: dict[str, Any] = {"method": method}
-        how |= {"options": {"step_size": 0.25}} if method == "radauIIA5" else {"rtol": 1e-4, "atol": 1e-8}
-        expected = solve(robertson, Y0, times(0, 10), **how)
+        how |= {"options": {"step_size": 5e-4}} if method == "radauIIA5" else {"rtol": 1e-4, "atol": 1e-8}
+        t = times(0, 5e-3) if method == "radauIIA5" else times(0, 10)
+        expected = solve(robertson, Y0, t, **how)
         with torch.inference_mode():
-            found = solve(robertson, Y0.clone(), times(0, 10), **how)
+            found = solve(robertson, Y0.clone(), t, **how)
         torch.testing.assert_close(found.y.clone(), expected.y, rtol=0, atol=0)
         assert found.stats.n_steps == expected.stats.n_steps
         nothing = torch.empty(0, 3, dtype=torch.float64, requires_grad=True)
-        y = odeint(robertson, nothing, times(0, 1), **how)
+        y = odeint(robertson, nothing, t, **how)
         assert y.shape == (2, 0, 3)
         y.sum().backward()
         assert nothing.grad is not None

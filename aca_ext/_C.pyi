@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import numpy as np
@@ -32,6 +33,7 @@ class Target:
 
 class Slope:
     n_evals: int
+    surroundings: AbstractContextManager[Any] | None
     def __init__(
         self,
         func: Callable[..., Any],

@@ -23,8 +23,10 @@ else:
     import torch as _torch  # noqa: F401  loads the OpenMP runtime, which the kernels then share
 
     from aca_ext import errors
+    from aca_ext.engines.default import get_default_engine, set_default_engine
     from aca_ext.gradients import GRADIENTS
     from aca_ext.kernels.extension import config, show_config
+    from aca_ext.known_steps.replay import replay
     from aca_ext.neural_ode import NeuralODE
     from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
     from aca_ext.numerics.methods import METHODS
@@ -50,7 +52,10 @@ else:
         "__version__",
         "config",
         "errors",
+        "get_default_engine",
         "odeint",
+        "replay",
+        "set_default_engine",
         "show_config",
         "solve",
     ]

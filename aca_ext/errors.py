@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentValueError",
     "BatchStatisticsWarning",
     "CompileError",
+    "ConvergenceWarning",
     "EventError",
     "GraphError",
     "KeptTensorWarning",
@@ -152,6 +153,10 @@ class TimeResolutionWarning(UserWarning):
 
 class BatchStatisticsWarning(UserWarning):
     """Batch normalisation inside func, whose running statistics average over all times of the solve."""
+
+
+class ConvergenceWarning(UserWarning):
+    """Steps of an implicit method of Adams whose corrector did not converge within ``max_iters`` iterations."""
 
 
 class UnregisteredParameterWarning(UserWarning):

@@ -15,10 +15,11 @@ from aca_ext.kernels.extension import known_tensors
 from aca_ext.odeint import solve
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.events import refuse_terminal
-from aca_ext.problem.options import option_names, refuse_to_stop
+from aca_ext.problem.options import option_names, refuse_dense, refuse_to_stop
 from aca_ext.problem.state import State, like_tuple, tensors_in
 from aca_ext.problem.suggestions import meant_by
 from aca_ext.problem.times import times_of
+from aca_ext.problem.transforms import is_transformed
 from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.user_warnings import warn_user
 
@@ -79,10 +80,16 @@ class NeuralODE(nn.Module):
             args: further arguments of func.
 
         Raises:
+            ArgumentValueError: a callback ended the solve early.
             Those of ``solve``.
         """
         solution = solve(self.func, y0, self.t if t is None else t, args=args, **self.settings)
         self.stats = solution.stats
+        if not solution.is_complete:
+            raise ArgumentValueError(
+                "callback returned True, which ends a solve early, and a layer does not show where. Only aca_ext.solve "
+                "does; a callback that returns None lets the solve go on."
+            )
         if not self._looked_for_unregistered:
             self._look_for_unregistered(solution.y, y0, args)
         if self.output == "all":
@@ -92,7 +99,7 @@ class NeuralODE(nn.Module):
 
     def _look_for_unregistered(self, y: State, y0: State, args: Sequence[Any]) -> None:
         """Warns once if the solve depends on parameters that are not registered with the layer."""
-        if torch.compiler.is_compiling() or not tensors_in(y)[0].requires_grad:
+        if torch.compiler.is_compiling() or is_transformed() or not tensors_in(y)[0].requires_grad:
             return
         self._looked_for_unregistered = True
         known = known_tensors([*tensors_in((y0, args, self.t)), *self.parameters()])
@@ -121,6 +128,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     """Raises if ``odeint`` does not accept one of the settings, or a layer cannot."""
     refuse_to_stop("NeuralODE", settings.get("options"))
     refuse_terminal("NeuralODE", settings.get("events") or ())
+    refuse_dense("NeuralODE", settings.get("dense"))
     allowed = [argument.name for argument in fields(Arguments) if argument.kw_only and argument.name != "args"]
     for name in settings:
         option = None if name in allowed else meant_by(name, option_names())

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments, takes
-from aca_ext.engines.dispatch import run, run_compiled_again
+from aca_ext.engines.dispatch import engine_of, run, run_again
 from aca_ext.engines.event_segments import solve_with_events, to_event
 from aca_ext.problem.events import refuse_terminal
-from aca_ext.problem.options import refuse_to_stop
+from aca_ext.problem.options import refuse_dense, refuse_to_stop
 from aca_ext.problem.state import State
 from aca_ext.solution import Solution
 
@@ -37,9 +37,10 @@ def odeint(arguments: _OdeintArguments) -> State:
         y0: initial state, a tensor of any shape, or a tuple or namedtuple of tensors; float32, float64, complex64 or
             complex128. func receives, and the result has, the same structure.
         t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in the unit that func uses. With
-            option ``batch="independent"`` also (batch, T): times for each sample. The solver keeps time in float64, but
-            func receives it in the state's dtype; a TimeResolutionWarning says if that is too coarse (unix time in
-            float32).
+            option ``batch="independent"`` also (batch, T): times for each sample. NaN pads the end of shorter series: a
+            sample's solve ends at its last time, its outputs at padded times are NaN, and their cotangents are ignored.
+            The solver keeps time in float64, but func receives it in the state's dtype; a TimeResolutionWarning says if
+            that is too coarse (unix time in float32).
         rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tuple state
             also a tuple with one for each component. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
@@ -57,7 +58,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2.
             * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
             * ``step_t``: times that a step must end at.
-            * ``jump_t``: times at which func is discontinuous; steps end there and start anew.
+            * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples
+              and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
             * ``jacobian``: of implicit methods: "dense" (default for up to 512 elements: a matrix by autograd), "block"
               (one matrix per sample along the first dimension of y0; samples must not depend on one another), "krylov"
               (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args) that
@@ -73,16 +75,23 @@ def odeint(arguments: _OdeintArguments) -> State:
               own adaptive steps, the same that it takes alone. func is called on the whole batch with t of shape
               (batch, 1, ..., 1), with as many dimensions as y (as its largest component), so that formulas for a
               number t remain valid; ``t.flatten()`` is (batch,). Samples must not depend on one another. Finished
-              samples are still evaluated, at their end, until the slowest one ends. For gradients "aca" and "direct",
-              without ``norm``, ``step_t`` and ``jump_t``. With engine="compiled", func runs on single samples, in
-              SIMD lanes that take the next sample as soon as one has ended.
-            * ``on_failure``: with independent samples and engine="compiled", "raise" (default), or "nan": a sample that
+              samples are still evaluated, at their end, until the slowest one ends, unless ``compact`` is given. For
+              gradients "aca" and "direct", without ``norm``, and with ``step_t`` and ``jump_t`` for
+              engine="compiled" alone. There, func runs on single samples, in SIMD lanes that take the next sample as
+              soon as one has ended.
+            * ``compact``: True leaves finished samples of an independent batch out of func, once they are half of those
+              that it sees. Tensors in args whose first dimension is the batch follow. func must hold no other tensor
+              with a row per sample, which would no longer match: at each such change its result is compared with that
+              for all samples, and an OptionError raised if they differ. Default False.
+            * ``on_failure``: with independent samples and gradient="aca", "raise" (default), or "nan": a sample that
               fails is NaN in the outputs, zero in the gradients, and an error in ``stats.failures``.
 
             and for fixed steps of any method one of
 
             * ``step_size``: size of the steps; the last one before each time in t is shorter.
             * ``grid_constructor``: function of (func, y0, t) that returns the grid, a tensor that contains t.
+            * ``n_steps``: number of equal steps from t[0] to t[-1]; requested times between their ends are further
+              nodes.
 
             and with it
 
@@ -91,10 +100,19 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``perturb``: True evaluates func at the ends of a step at the next number inside the step, for a func
               that jumps at the nodes; default False.
 
+            and for the methods of Adams also
+
+            * ``max_order``: highest order of a formula, 4 to 12; default 12. High orders of explicit_adams need very
+              small steps to be stable; 5 suffices for the order of the whole solve.
+            * ``max_iters``: evaluations of the corrector of implicit_adams in a step; default 4. It stops before if an
+              evaluation changes the step by less than atol + rtol·|step|, and a ConvergenceWarning says where it does
+              not.
+
             Fixed steps on a GPU do not check for NaN, which would synchronise.
         events: list of ``aca_ext.Event``. A reset changes the state at its event, and the solve goes on. Terminal
-            events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. For
-            engine="eager", gradients "aca", "direct" and "naive", and samples that share their steps.
+            events end a solve early, so ``solve`` alone takes them; it also returns times and states of all events. Not
+            for engine="graph"; for gradients "aca", "direct" and "naive". Independent samples have each their own
+            events, resets and ends; func, event functions and resets are called on the whole batch.
         event_fn: torchdiffeq's form of a single terminal event: a function g(t, y) that returns a tensor. ``odeint``
             returns (event_t, y), with y at t[0] and at the first sign change of an element of g. t then holds the start
             and the end of the search, which raises EventError if there is no sign change.
@@ -109,32 +127,49 @@ def odeint(arguments: _OdeintArguments) -> State:
             * None (default): the state of every accepted step.
             * an int K: at most K states, chosen while the solve runs, and two of the step at hand. The others are
               computed again, at most r times if there are no more than C(K + r, r) steps. With create_graph=True the
-              backward pass holds the graph of all steps anyway.
+              backward pass holds the graph of all steps anyway. With independent samples, for engine="compiled" alone:
+              K states of each sample, from which every step is computed again once, a few hundred samples at a time;
+              the sums over samples in gradients of what they share are rounded in another order.
             * "cpu": the state of every step in host memory, pinned if the solve runs on a GPU.
-        engine: program that runs the solve.
+        engine: program that runs the solve; None (default) is that of ``aca_ext.set_default_engine``, at first "eager".
 
-            * "eager" (default): calls func at every stage.
+            * "eager": calls func at every stage.
             * "compiled": traces a whole step and its transpose with torch's compiler and runs all steps in compiled
               code. The same steps and gradient up to rounding, many times faster for a small func. Compiling takes
               seconds, once per func, shape and method (``stats.compile_seconds``); new values of parameters, times and
-              tolerances need no new compilation. For real float32 and float64 states on the CPU, gradient="aca" and
-              checkpoints=None; second derivatives come from the eager engine. func must be traceable by
-              ``torch.compile(fullgraph=True)`` and consist of pointwise operations, reductions, matrix products and
-              derivatives of such (torch.func, torch.autograd.grad), without random numbers or autograd.Functions of its
-              own. Counters of evaluations in func are kept up; a func that records anything else is refused. Programs
-              are compared with func before use. Needs torch 2.13 or newer.
+              tolerances need no new compilation. For real float32 and float64 states, gradient="aca" and
+              checkpoints=None, without callback and bar, and a func of pointwise operations, reductions, matrix
+              products and derivatives of such (torch.func, torch.autograd.grad). For other solves and funcs,
+              evaluations of func and their transpose are compiled, as ``torch.compile(fullgraph=True)`` does, and the
+              eager engine makes the steps. A func that cannot be compiled (control flow on values, random numbers,
+              BatchNorm in training, side effects other than counters), or is not faster for it, is evaluated as it
+              is. ``stats.compiled`` and ``stats.reason`` tell which of these ran, and why. Compiled code is compared
+              with func before use. A callback must not change func. For states on the CPU. Needs torch 2.13 or newer.
             * "graph" (experimental: it has not run on a GPU yet): captures a trial step and its transpose as CUDA
               graphs, which the device repeats and controls without the host. The steps of the eager engine. For states
               on a CUDA device, gradient="aca", checkpoints=None and numbers as tolerances; second derivatives come from
               the eager engine. func is captured again if its operations, the tensors it holds, shapes, dtypes,
               tolerances, autocast or training mode change, but not for parameters updated in place. It must not draw
               random numbers, change what it holds, or decide on the host by the value of a tensor.
+            * "auto": eager for the first two solves of the same func, method, and shapes and dtypes of the state and
+              args; compiled from the third on; eager where "compiled" refuses func or an argument, which is then not
+              tried again. ``stats.engine`` and ``stats.reason`` tell which it was and why. Both engines take the same
+              steps, but round differently, so that the last bits of a result may change at the third solve.
         args: further arguments of func; tensors among them receive gradients.
+        dense: ``solve`` alone: True makes the solution a function of time, ``solution(t)`` for any t between the first
+            and the last, and ``solution.derivative(t)``. A method without dense output gets cubic Hermite
+            interpolation. For engine="eager", gradient="aca", explicit Runge-Kutta methods and steps that all samples
+            share, without events.
+        output_fn: function (t, y) of a time and a state that returns a tensor or a tuple of tensors. The result holds
+            its values at the times t in place of the states, which are not kept: memory is that of the steps. A
+            backward pass computes the states again. Conditions as for ``dense``.
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
-        progress: show a bar of the time reached (needs tqdm).
+        progress: show a bar of the time reached (needs tqdm); of the samples solved, with engine="compiled" and
+            independent samples.
         callback: called after every trial step with an ``aca_ext.Step``: times, step size, error, counts, state. An
-            exception that it raises ends the solve. With a callback or a bar the steps run in Python, which is slower.
+            exception that it raises ends the solve, and ``solve`` ends if it returns True. With a callback or a bar the
+            steps run in Python, which is slower.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: settings of the backward solve of
             gradient="adjoint"; by default those of the forward solve. ``norm`` in adjoint_options is "seminorm", which
             leaves the parameters out of the error norm, or a function of (t, \\*y, \\*adjoint of y, \\*gradients) as
@@ -158,6 +193,12 @@ def odeint(arguments: _OdeintArguments) -> State:
     torch.jit.trace and torch.export (with strict=False) record solves with fixed steps, in plain PyTorch; the gradient
     is then that of the steps, whatever ``gradient`` says. Adaptive steps would be those of the example and are refused.
 
+    A solve may stand inside torch.func.grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and torch.autograd.forward_ad, for
+    gradients "aca" and "direct" and engine="eager". Derivatives with respect to y0, args and tensors that func uses go
+    through the steps, which keep their graph. In vmap each sample takes the steps that it takes alone. Not with
+    checkpoints, events, callbacks, times or tolerances inside the transform, random numbers in func, or the options
+    norm, step_t, jump_t, on_min_step, on_failure, compact and grid_constructor.
+
     Sources: adaptive steps as in Hairer, Nørsett & Wanner, Solving ODEs I, II.4; gradient "aca" in Zhuang et al., ICML
     2020; gradients of events in Chen, Amos & Nickel, ICLR 2021; thinned checkpoints as in Griewank & Walther's revolve.
     """
@@ -165,20 +206,25 @@ def odeint(arguments: _OdeintArguments) -> State:
     if arguments.event_fn is not None:
         return to_event(arguments, arguments.event_fn)
     refuse_terminal("odeint", arguments.events)
-    return _solution(arguments).y
+    refuse_dense("odeint", arguments.dense)
+    return _solution(arguments, may_stop=False).y
 
 
 @takes(Arguments)
 def solve(arguments: Arguments) -> Solution:
     """``odeint`` that also returns the accepted steps and the counts: a ``Solution``.
 
-    Arguments as there, and option ``on_step_limit="stop"``.
+    Arguments as there, and option ``on_step_limit="stop"``. If ``callback`` returns True, the solve ends where it is:
+    the solution holds the requested times that were reached, ``t_reached`` and ``y_reached``, ``is_complete`` is False,
+    and ``resume`` continues adaptive steps. For gradients "aca" and "direct", without events, and with times that do
+    not require grad and samples that share their steps.
     """
-    return _solution(arguments)
+    return _solution(arguments, may_stop=True)
 
 
-def _solution(arguments: Arguments) -> Solution:
+def _solution(arguments: Arguments, *, may_stop: bool) -> Solution:
     if arguments.events:
         return solve_with_events(arguments)
-    solution = run_compiled_again(arguments) if arguments.engine == "compiled" else None
-    return run(arguments) if solution is None else solution
+    engine = engine_of(arguments)
+    solution = run_again(arguments, engine) if engine in ("compiled", "auto") else None
+    return run(arguments, may_stop=may_stop) if solution is None else solution

@@ -1,4 +1,4 @@
-"""Observation of a running solve: the ``Step`` that callbacks receive, and a progress bar."""
+"""Observation of a running solve: the ``Step`` that callbacks receive, and progress bars."""
 
 from __future__ import annotations
 
@@ -42,14 +42,22 @@ class Step(NamedTuple):
 Callback = Callable[[Step], object]
 
 
+def asks_to_stop(result: object) -> bool:
+    """Tells whether a callback returned True, as a bool of Python, NumPy or PyTorch."""
+    if str(getattr(result, "dtype", None)) in ("bool", "torch.bool"):
+        return bool(result)
+    return result is True
+
+
 def both(one: Callback | None, other: Callback | None) -> Callback | None:
-    """A callback that calls both, or the one that is given."""
+    """A callback that calls both and returns the result of the first, or the one that is given."""
     if one is None or other is None:
         return one or other
 
-    def call_both(step: Step) -> None:
-        one(step)
+    def call_both(step: Step) -> object:
+        result = one(step)
         other(step)
+        return result
 
     return call_both
 
@@ -64,12 +72,7 @@ def progress_bar(length: float) -> Iterator[Callback]:
     Raises:
         NotInstalledError: tqdm is missing.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise NotInstalledError(
-            "progress=True needs the package tqdm, which is not installed. Run `pip install tqdm`, or omit progress."
-        ) from None
+    tqdm = _tqdm()
     form = "{percentage:3.0f}%|{bar}| t: {n:.4g}/{total:.4g} [{elapsed}<{remaining}{postfix}]"
     with tqdm(total=length, bar_format=form) as bar:
 
@@ -80,6 +83,27 @@ def progress_bar(length: float) -> Iterator[Callback]:
             bar.update(min(advance, length - bar.n))  # the rounded sum of steps may exceed the length
 
         yield show
+
+
+@contextmanager
+def samples_bar(n_samples: int) -> Iterator[Callable[[int], object]]:
+    """Shows a bar of the samples that have reached their ends; yields a function of how many more have.
+
+    Raises:
+        NotInstalledError: tqdm is missing.
+    """
+    with _tqdm()(total=n_samples, unit="samples", unit_scale=True) as bar:
+        yield bar.update
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise NotInstalledError(
+            "progress=True needs the package tqdm, which is not installed. Run `pip install tqdm`, or omit progress."
+        ) from None
+    return tqdm
 
 
 def _number(count: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,11 +15,17 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.gradients.base import Record
 from aca_ext.kernels.layout import stack_rows
+from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.solver.stats import BatchStats, Stats
+from aca_ext.solver.step_plan import StepPlan
+
+_RESETS = "a reset changed the state during the solve, at a time that depends on it."
+_STOPS = "independent samples were solved with option step_t or jump_t. Solve them with common steps, or without it."
+_FAILED = "samples failed, so they have no steps to their last times."
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class EventRecord:
             are a floating-point tensor, else float64 on the CPU. Differentiable, once.
         y: (n, \\*y0.shape) states at these times, before a reset; for a tuple state a tuple of such tensors.
             Differentiable, once.
+
+    With independent samples t is (batch, n) and y (batch, n, \\*state of a sample), with n the most occurrences in one
+    sample, and NaN for occurrences that others do not have. Of a terminal event t is (batch,) and y like y0.
     """
 
     t: Tensor
@@ -60,14 +70,18 @@ class Solution:
     Attributes:
         t: (T,) requested times as given; (batch, T) for independent samples with times of their own. After a stop at
             the step limit, only the times that were reached.
-        y: state at these times, (T, \\*y0.shape); for a tuple state a tuple of such tensors. Differentiable.
+        y: state at these times, (T, \\*y0.shape), NaN at padded times; for a tuple state a tuple of such tensors.
+            Differentiable.
         steps: (n_accepted, 2) float64 on the CPU, start and end of every accepted step, in the unit of t; for
             independent samples a tuple with one such tensor per sample.
         stats: counts of evaluations and steps, and the backend; a ``BatchStats`` for independent samples.
         is_complete: True if all requested times were reached; False only with option ``on_step_limit="stop"``.
         continuation: data for ``resume``; None without option ``on_step_limit="stop"``.
         events: one ``EventRecord`` per event, in the order in which the events were given.
-        ended_by: index of the terminal event that ended the solve; None if it reached its last time.
+        ended_by: index of the terminal event that ended the solve; None if it reached its last time. With independent
+            samples and events, (batch,) int64 on the CPU, with -1 for a sample that reached its last time; states at
+            times after the event of a sample are NaN.
+        plan: data for ``aca_ext.replay``.
     """
 
     t: Tensor
@@ -77,7 +91,8 @@ class Solution:
     is_complete: bool = True
     continuation: Continuation | None = field(default=None, repr=False, compare=False)
     events: tuple[EventRecord, ...] = ()
-    ended_by: int | None = None
+    ended_by: int | Tensor | None = None
+    plan: StepPlan | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         """Shows shapes and counts instead of values."""
@@ -166,7 +181,13 @@ class Solution:
             y=y,
             steps=torch.cat([self.steps, rest.steps]),
             stats=_sum(self.stats, rest.stats),
+            plan=None if self.plan is None or rest.plan is None else self.plan.followed_by(rest.plan),
         )
+
+
+def checked_plan(plan: StepPlan, stats: Stats | BatchStats) -> StepPlan:
+    """The plan, with a refusal if a sample failed."""
+    return plan.refused(_FAILED) if isinstance(stats, BatchStats) and stats.failures else plan
 
 
 def event_record(found: Sequence[tuple[Tensor, Tensor]], ys: Tensor, packing: Packing) -> EventRecord:
@@ -174,6 +195,17 @@ def event_record(found: Sequence[tuple[Tensor, Tensor]], ys: Tensor, packing: Pa
     t = torch.stack([t for t, _ in found]) if found else torch.empty(0, dtype=torch.float64)
     y = torch.stack([y for _, y in found]) if found else ys[:0]
     return EventRecord(t, packing.unpack_rows(y))
+
+
+def batch_event_record(t: Tensor, ys: Tensor, packing: Packing, is_terminal: bool) -> EventRecord:
+    """The record of an event of independent samples from times (n, batch) and packed states (n, batch, ...)."""
+    if is_terminal and len(t) == 0:
+        t, ys = t.new_full((1, *t.shape[1:]), math.nan), ys.new_full((1, *ys.shape[1:]), math.nan)
+    y = packing.unpack_rows(ys)
+    parts = (part[0] if is_terminal else part.transpose(0, 1) for part in (y if isinstance(y, tuple) else (y,)))
+    return EventRecord(
+        t[0] if is_terminal else t.T, like_tuple(type(y), parts) if isinstance(y, tuple) else next(parts)
+    )
 
 
 def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
@@ -184,7 +216,13 @@ def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
     events = tuple(_all_of(records, times) for records in zip(*(part.events for part in parts), strict=True))
     steps = torch.cat([part.steps for part in parts])  # type: ignore[misc]
     n = sum(len(part.t) for part in parts) - len(parts) + 1
-    return replace(parts[-1], t=times[:n], y=y, steps=steps, stats=stats, events=events, is_complete=n == len(times))
+    plan = parts[0].plan
+    if plan is not None and len(parts) > 1:
+        plan = plan.refused(_RESETS)
+    is_complete = n == len(times)
+    return replace(
+        parts[-1], t=times[:n], y=y, steps=steps, stats=stats, events=events, is_complete=is_complete, plan=plan
+    )
 
 
 def _all_of(records: Sequence[EventRecord], times: Tensor) -> EventRecord:
@@ -219,6 +257,7 @@ def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Cal
     return replace(
         solution,
         t=solution.t[:n_reached],
+        plan=None if solution.plan is None else solution.plan.reaching(n_reached),
         y=packing.as_given(rows) if packing.is_tuple else rows[0],
         is_complete=end.is_complete,
         continuation=Continuation(end, y, left, again),
@@ -226,21 +265,32 @@ def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Cal
 
 
 class LazySolution(Solution):
-    """A solution that computes ``steps`` at first access, since an engine may have to copy them from the device."""
+    """A solution that computes ``steps`` and ``plan`` at first access: an engine may have to copy from the device."""
 
     @classmethod
-    def of(cls, t: Tensor, y: State, record: Record, stats: Stats | BatchStats) -> LazySolution:
+    def of(cls, t: Tensor, y: State, record: Record, stats: Stats | BatchStats, problem: Problem) -> LazySolution:
         solution = object.__new__(cls)
-        vars(solution).update(t=t, y=y, stats=stats, _record=record)
+        plan = problem.tableau, record, problem.known_times, problem.jumps
+        jumps_of_samples = isinstance(problem, BatchProblem) and problem.stops_of_rows is not None
+        vars(solution).update(t=t, y=y, stats=stats, _plan=plan, _jumps_of_samples=jumps_of_samples)
         return solution
 
     @cached_property
     def steps(self) -> Tensor | tuple[Tensor, ...]:
-        record: Record = vars(self)["_record"]
+        record: Record = vars(self)["_plan"][1]
         return record.bounds()
 
+    @cached_property
+    def plan(self) -> StepPlan:
+        plan = checked_plan(StepPlan(*vars(self)["_plan"]), self.stats)
+        return plan.refused(_STOPS) if vars(self)["_jumps_of_samples"] else plan
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Solution, (self.t, self.y, self.steps, self.stats)
+        return _loaded, (self.t, self.y, self.steps, self.stats, self.plan)
+
+
+def _loaded(t: Tensor, y: State, steps: Any, stats: Any, plan: StepPlan | None) -> Solution:
+    return Solution(t, y, steps, stats, plan=plan)
 
 
 def _form(x: Tensor) -> str:
@@ -254,4 +304,6 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
 
 def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
     counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
-    return Stats(**{name: getattr(one, name) + getattr(other, name) for name in counts}, backend=other.backend)
+    counted = {name: getattr(one, name) + getattr(other, name) for name in (*counts, "compile_seconds")}
+    same = {name: getattr(other, name) for name in ("backend", "engine", "compiled", "reason")}
+    return Stats(**counted, **same)

@@ -66,10 +66,10 @@ def run(settings: Settings) -> Parts:
 def _measure(policy: int | str | None, n_steps: int, device: str) -> Measured:
     torch.set_num_threads(1)
     _solve(policy, 20, device)  # loads everything that the first solve loads, which must not count as growth
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     solution, y0, seconds = _solve(policy, n_steps, device)
-    after = _resident("VmHWM")
+    after = resident("VmHWM")
     stats = solution.stats
     kept = min(policy, n_steps) if isinstance(policy, int) else n_steps
     again = (stats.n_f_evals_backward - EVALUATIONS * n_steps) / EVALUATIONS / n_steps
@@ -101,7 +101,7 @@ def _solve(policy: int | str | None, n_steps: int, device: str) -> tuple[aca_ext
     return solution, y0, (middle - start, time.perf_counter() - middle)
 
 
-def _resident(which: str) -> int:
+def resident(which: str) -> int:
     """Memory of this process in kilobytes: now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(which))

@@ -1,9 +1,10 @@
-"""Speed of thousands of small problems, each with its own steps. Lotka-Volterra, van der Pol and Lorenz.
+"""Speed of thousands of small problems, each with its own steps: known systems and networks, and two threads.
 
-2000 samples, 11 outputs, dopri5, one thread, forward, and forward and backward for starts and parameters. ``by hand``
-is a loop over SIMD lanes in C++, written for one system each (by_hand.cpp), without a gradient: what is possible.
-torchode and diffrax, under vmap and jit, take part where they are installed. ``/ compiled`` is the median over the
-rounds of how much longer a solver takes than the compiled engine in the same round.
+Lotka-Volterra, van der Pol and Lorenz, 2000 samples, and networks 2-50-2 and 4-32-4, 1000 samples; 11 outputs, dopri5,
+one thread, forward, and forward and backward for starts and parameters. ``by hand`` is a loop over SIMD lanes in C++,
+written for one system each (by_hand.cpp), without a gradient: what is possible. torchode and diffrax, under vmap and
+jit, take part where they are installed. ``/ compiled`` is the median over the rounds of how much longer a solver takes
+than the compiled engine in the same round. The last table has the compiled engine with one thread and two.
 """
 
 import ctypes
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 import aca_ext
-from benchmarks.harness import Parts, Settings, Table, first_line, interleave
+from benchmarks.harness import Parts, Settings, Table, first_line, interleave, torch_threads
 from benchmarks.peers import jax_and_diffrax
 
 SAMPLES, QUICK_SAMPLES = 2000, 50
+NETWORKS = ((2, 50), (4, 32))  # numbers of a state and of hidden units
 OUTPUTS = 11
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 COMPILED = "aca_ext compiled"
@@ -33,18 +35,27 @@ COLUMNS = {
     "forward and backward ms": ("both_ms", ".2f"),
     "both / compiled": ("both_ratio", ".2f"),
 }
+THREADS_COLUMNS = {
+    "system": ("system", ""),
+    "forward": ("forward_speedup", ".2f"),
+    "forward and backward": ("both_speedup", ".2f"),
+}
 
 
 @dataclass(frozen=True)
 class System:
-    """A system of equations, and samples of it: ``func`` in PyTorch, ``in_jax`` of one sample, ``name`` in C++."""
+    """A system of equations, and samples of it: ``func`` in PyTorch, ``in_jax`` of one sample, ``name`` in C++.
+
+    The samples have parameters of their own, rows of p, or if ``is_shared`` all the same.
+    """
 
     name: str
     func: Callable[[Tensor, Tensor, Tensor], Tensor]
-    in_jax: Callable[[Any, Any, Any], tuple[Any, ...]]
+    in_jax: Callable[[Any, Any, Any], Any]
     y0: Tensor
     p: Tensor
     t_end: float
+    is_shared: bool = False
 
     def times(self) -> Tensor:
         return torch.linspace(0.0, self.t_end, OUTPUTS, dtype=torch.float64)
@@ -94,14 +105,61 @@ def systems(n: int, dtype: torch.dtype) -> Iterator[System]:
     )
 
 
+def network(sizes: tuple[int, int], n: int, dtype: torch.dtype) -> System:
+    """A network with a layer of tanh, whose weights are one vector, less half of the state."""
+    torch.manual_seed(0)
+    size, hidden = sizes
+    cut, end = size * hidden, 2 * size * hidden + hidden
+
+    def layers(p: Any) -> tuple[Any, ...]:
+        return (
+            p[:cut].reshape(hidden, size),
+            p[cut : cut + hidden],
+            p[cut + hidden : end].reshape(size, hidden),
+            p[end:],
+        )
+
+    def func(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        a, b, c, d = layers(p)
+        return torch.tanh(y @ a.T + b) @ c.T + d - 0.5 * y
+
+    def in_jax(t: Any, y: Any, p: Any) -> Any:
+        from jax import numpy
+
+        a, b, c, d = layers(p)
+        return c @ numpy.tanh(a @ y + b) + d - 0.5 * y
+
+    p = torch.cat([0.7 * torch.randn(end, dtype=dtype), torch.zeros(size, dtype=dtype)])
+    return System(f"Network {size}-{hidden}-{size}", func, in_jax, 2 * torch.randn(n, size, dtype=dtype), p, 5.0, True)
+
+
 # A solver of a system: what solves it, and what also finds the gradient, if it can.
 Solver = Callable[[System], tuple[Callable[[], Any], Callable[[], Any] | None]]
 
 
 def run(settings: Settings) -> Parts:
     for dtype in (torch.float64, torch.float32):
-        for system in systems(QUICK_SAMPLES if settings.quick else SAMPLES, dtype):
+        n = QUICK_SAMPLES if settings.quick else SAMPLES
+        for system in (*systems(n, dtype), *(network(sizes, n // 2, dtype) for sizes in NETWORKS)):
             yield from _measure(system, settings)
+    yield from _threads(settings)
+
+
+def _threads(settings: Settings) -> Parts:
+    n = QUICK_SAMPLES if settings.quick else 20 * SAMPLES
+    table = Table(f"{COMPILED}, one thread over two, {n} samples, float64", THREADS_COLUMNS)
+    for system in (*systems(n, torch.float64), *(network(sizes, n // 20, torch.float64) for sizes in NETWORKS)):
+        row: dict[str, Any] = {"system": system.name}
+        for kind, solve in zip(("forward", "both"), _ours("compiled")(system), strict=True):
+            timing = interleave({f"{k}": partial(_with_threads, k, solve) for k in (1, 2)}, settings, seconds=10)
+            row[f"{kind}_speedup"] = timing.ratio("1", "2")
+        table.rows.append(row)
+    yield table
+
+
+def _with_threads(n: int, solve: Callable[[], Any]) -> None:
+    with torch_threads(n):
+        solve()
 
 
 def _measure(system: System, settings: Settings) -> Parts:
@@ -150,6 +208,8 @@ def _ours(engine: str) -> Solver:
 
 
 def _by_hand(system: System) -> tuple[Callable[[], Any], None]:
+    if system.is_shared:
+        raise LookupError("no network is written by hand")
     y0, p, tol = system.y0.contiguous(), system.p.contiguous(), TOLERANCE[system.y0.dtype]
     function = _library(system.name, y0.dtype).solve
     function.restype = ctypes.c_long
@@ -207,7 +267,7 @@ def _diffrax(system: System) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
     def alone(y: Any, p: Any) -> Any:
         return diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, p: jax.numpy.stack(system.in_jax(t, y, p))),
+            diffrax.ODETerm(lambda t, y, p: jax.numpy.asarray(system.in_jax(t, y, p))),
             diffrax.Dopri5(),
             t[0],
             t[-1],
@@ -219,8 +279,9 @@ def _diffrax(system: System) -> tuple[Callable[[], Any], Callable[[], Any]]:
             max_steps=16384,
         ).ys
 
-    solve = jax.jit(jax.vmap(alone))
-    gradient = jax.jit(jax.grad(lambda y, p: (jax.vmap(alone)(y, p) ** 2).sum(), argnums=(0, 1)))
+    together = jax.vmap(alone, in_axes=(0, None if system.is_shared else 0))
+    solve = jax.jit(together)
+    gradient = jax.jit(jax.grad(lambda y, p: (together(y, p) ** 2).sum(), argnums=(0, 1)))
 
     def run(function: Callable[..., Any]) -> Any:
         with precision():

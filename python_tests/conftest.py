@@ -49,3 +49,11 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and NO_CUDA is not None:
         pytest.skip(NO_CUDA)
     return request.param
+
+
+@pytest.fixture
+def no_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs func uncompiled where engine="compiled" has no program of the whole solve, which is quicker to test."""
+    from aca_ext.engines.compiled import engine
+
+    monkeypatch.setattr(engine, "_solve_by_evaluations", lambda: engine.solve_uncompiled)

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aca_ext.numerics.methods import METHODS
+from aca_ext.numerics.tableau import Tableau
+
 LOOSE = {"rtol": 1e-3, "atol": 1e-4}
+RUNGE_KUTTA = [name for name, method in METHODS.items() if type(method) is Tableau]  # explicit
 REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name("reference_values.json").read_text())
 
 

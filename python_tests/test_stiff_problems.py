@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.stiff_problems import BRUSSELATOR, E5, END_VALUES, PROBLEMS, ROBERTSON, StiffFunction, StiffProblem
+import aca_ext
+from benchmarks import stiff
+from benchmarks.harness import Result, Settings, Table
+from benchmarks.stiff_problems import (
+    BRUSSELATOR,
+    E5,
+    END_VALUES,
+    HIRES,
+    POLLUTION,
+    PROBLEMS,
+    ROBERTSON,
+    StiffFunction,
+    StiffProblem,
+)
 
 integrate = pytest.importorskip("scipy.integrate")
 # LSODA's error at tolerance 1e-10 is up to 1e-7. All values but the Brusselator's agree with Radau, too, to 1e-11.
@@ -82,3 +98,51 @@ def test_brusselator_has_fixed_ends_and_three_point_diffusion() -> None:
     moved = BRUSSELATOR.for_numpy()(0.0, y)
     assert moved[8] == pytest.approx(0.02 * (cells + 1) ** 2 * 1e-3, rel=1e-6)
     assert moved[12] == pytest.approx(moved[8], rel=1e-6)
+
+
+def sensitivity(problem: StiffProblem, index: int) -> np.ndarray:
+    """dy(t_end)/dp_index by the variational equation, whose right side comes from complex steps."""
+    n, tiny = len(problem.y0), 1e-30
+    p = np.array(problem.parameters, dtype=complex)
+    p[index] += 1j * tiny
+
+    def slope(t: float, both: np.ndarray) -> np.ndarray:
+        found = problem.slope(t, both[:n] + 1j * tiny * both[n:], p, np, *problem.constants)
+        return np.concatenate([found.real, found.imag / tiny])
+
+    start = np.concatenate([problem.y0, np.zeros(n)])
+    atol = 1e-4 * problem.atol(1e-8)
+    found = integrate.solve_ivp(slope, (0, problem.t_end), start, method="Radau", rtol=1e-8, atol=atol)
+    assert found.success
+    return found.y[n:, -1]
+
+
+@pytest.mark.parametrize(("problem", "t_end", "index"), [(ROBERTSON, 40.0, 2), (HIRES, 2.0, 0)])
+def test_gradient_by_a_rate(problem: StiffProblem, t_end: float, index: int) -> None:
+    """Gradients of all end values, of all sizes, against the variational equation."""
+    problem = replace(problem, t_end=t_end)
+    func, y0 = StiffFunction(problem), torch.tensor(problem.y0, dtype=torch.float64)
+    times = torch.tensor([0.0, problem.t_end], dtype=torch.float64)
+    y_end = aca_ext.odeint(func, y0, times, rtol=1e-8, atol=1e-12, method="kvaerno5")[-1]
+    exact = sensitivity(problem, index)
+    weights = torch.tensor(1 / np.abs(exact))
+    (gradient,) = torch.autograd.grad(y_end @ weights, func.p)
+    assert gradient[index].item() == pytest.approx(np.sign(exact).sum(), rel=1e-6, abs=1e-6)
+
+
+def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stiff, "QUICK", (POLLUTION,))
+    monkeypatch.setattr(stiff, "HIRES", replace(HIRES, t_end=0.1))
+    monkeypatch.setitem(sys.modules, "diffrax", None)  # left out: it takes long to compile
+    result = Result()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SciPy's LSODA does not solve this problem at this tolerance
+        for part in stiff.run(Settings(quick=True)):
+            (result.tables if isinstance(part, Table) else result.notes).append(part)
+    assert not [note for note in result.notes if "aca_ext" in note or "gradient" in note]
+    work, gradients = result.tables
+    errors = {row["solver"]: row["error"] / row["tolerance"] for row in work.rows}
+    assert {f"aca_ext {name}" for name in stiff.OWN_METHODS} | {"SciPy Radau", "SciPy BDF"} <= set(errors)
+    assert max(errors.values()) < 10
+    assert {row["solver"]: row["error"] < 1e-2 for row in gradients.rows} == dict.fromkeys(stiff.OWN_METHODS, True)
+    assert len(stiff.draw(result).axes) == 2

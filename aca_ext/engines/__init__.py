@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aca_ext.engines.auto import AutoEngine
 from aca_ext.engines.base import Engine, Request
 from aca_ext.engines.cuda_graph.engine import GraphEngine
 from aca_ext.engines.eager import EagerEngine
@@ -11,6 +12,7 @@ ENGINES: dict[str, Engine] = {
     "eager": EagerEngine(),
     "compiled": EnsembleEngine(),
     "graph": GraphEngine(),
+    "auto": AutoEngine(),
 }
 
 __all__ = ["ENGINES", "Engine", "Request"]

@@ -43,7 +43,7 @@ class Arguments:
     events: Sequence[Event] = ()
     gradient: str = "aca"
     checkpoints: int | str | None = None
-    engine: str = "eager"
+    engine: str | None = None
     args: Sequence[Any] = ()
     params: Sequence[Tensor] | None = None
     progress: bool = False
@@ -53,6 +53,8 @@ class Arguments:
     adjoint_method: str | None = None
     adjoint_options: Mapping[str, Any] | None = None
     adjoint_params: Sequence[Tensor] | None = None
+    dense: bool = False
+    output_fn: Callable[[Tensor, Any], Any] | None = None
 
     @property
     def of_problem(self) -> dict[str, Any]:

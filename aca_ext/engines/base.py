@@ -12,6 +12,7 @@ from aca_ext.errors import AcaError
 from aca_ext.gradients.base import AdjointOptions, Gradient, Result, Task
 from aca_ext.gradients.requested_times import with_time_gradient
 from aca_ext.kernels.fused import TorchOperations
+from aca_ext.numerics.adams import Adams
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 from aca_ext.progress import Callback
@@ -30,6 +31,7 @@ class Request(NamedTuple):
         learnt: the requested times if they receive a gradient, else None.
         params, checkpoints, progress, callback: as given to ``odeint``.
         adjoint: settings of the backward solve of ``gradient="adjoint"``.
+        keeps_ends: the states at the ends of all steps are further outputs.
     """
 
     problem: Problem
@@ -40,6 +42,7 @@ class Request(NamedTuple):
     progress: bool = False
     callback: Callback | None = None
     adjoint: AdjointOptions = _NO_ADJOINT
+    keeps_ends: bool = False
 
     @property
     def is_batch(self) -> bool:
@@ -48,7 +51,7 @@ class Request(NamedTuple):
 
     def task(self) -> Task:
         """A task for a gradient method, with a new field that has counted no evaluation."""
-        return Task(self.problem, _field(self.problem), self.params, self.adjoint, self.checkpoints)
+        return Task(self.problem, _field(self.problem), self.params, self.adjoint, self.checkpoints, self.keeps_ends)
 
 
 class Engine(Protocol):
@@ -90,18 +93,16 @@ def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
         raise
 
 
-def obstacle_but_to_eager(engine: str, request: Request, takes_batches: bool = False) -> str | None:
-    """Obstacle of ``engine`` if an argument needs the eager engine; None if no argument does."""
-    name = _for_eager(request, takes_batches)
-    if name is None:
-        return None
-    value = {"gradient": f" ({request.gradient!r})", "method": f" ({request.problem.tableau.name!r})"}.get(name, "")
-    return f'engine="{engine}" does not support the given {name}{value}. Use engine="eager".'
+def obstacle_but_to_eager(engine: str, request: Request) -> str | None:
+    """Obstacle of ``engine`` if an argument needs the loop of the eager engine; None if no argument does."""
+    name = argument_for_eager(request, takes_batches=False)
+    return None if name is None else f'engine="{engine}" does not support the given {name}. Use engine="eager".'
 
 
-def _for_eager(request: Request, takes_batches: bool) -> str | None:
+def argument_for_eager(request: Request, takes_batches: bool) -> str | None:
+    """Name of an argument for which the loop of the eager engine is needed; None if there is none."""
     if request.gradient != "aca":
-        return "gradient"
+        return f"gradient ({request.gradient!r})"
     if request.checkpoints is not None:
         return "checkpoints"
     if request.progress:
@@ -110,9 +111,11 @@ def _for_eager(request: Request, takes_batches: bool) -> str | None:
         return "callback"
     if request.problem.events:
         return "events"
+    if isinstance(request.problem.tableau, Adams):
+        return f"method ({request.problem.tableau.name!r})"
     problem, is_batch = request.problem, request.is_batch and not takes_batches
     if problem.newton is not None:
-        return "method"
+        return f"method ({problem.tableau.name!r})"
     if problem.stops_at_limit or problem.accepts_min_step or problem.interp is not None or is_batch:
         return "options"
     return "options" if problem.grid is not None and problem.jumps else None

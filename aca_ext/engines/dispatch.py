@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,9 +14,13 @@ from torch import Tensor
 from aca_ext.engines import ENGINES
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.base import Engine, Request
+from aca_ext.engines.default import get_default_engine
+from aca_ext.engines.dense_solves import check_dense, dense_problem, dense_solution
 from aca_ext.engines.recorded import solve_recorded
+from aca_ext.engines.transformed import solve_transformed
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.gradients import GRADIENTS
+from aca_ext.gradients.at_batch_events import at_batch_event
 from aca_ext.gradients.at_events import at_event
 from aca_ext.gradients.base import AdjointOptions, Result
 from aca_ext.gradients.dependencies import checked_params
@@ -26,14 +31,19 @@ from aca_ext.problem.problem import Problem, known_problem, problem_of
 from aca_ext.problem.recorders import recorder
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State
-from aca_ext.problem.times import warn_where_time_stands_still
-from aca_ext.problem.transforms import refuse_transforms
-from aca_ext.solution import LazySolution, Solution, event_record, stopped
+from aca_ext.problem.times import as_float64, warn_where_time_stands_still
+from aca_ext.problem.transforms import is_transformed, refuse_transforms
+from aca_ext.solution import LazySolution, Solution, batch_event_record, checked_plan, event_record, stopped
+from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord, checked_policy
+from aca_ext.solver.stats import BatchStats, Stats
+from aca_ext.solver.step_plan import StepPlan
 
 
-def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
-    """Runs ``solve``, or the part of a solve that continues from ``resumed``."""
+def run(arguments: Arguments, resumed: SolverState | None = None, *, may_stop: bool = False) -> Solution:
+    """Runs a solve, or the part of one that continues from ``resumed``; a callback ends it if it ``may_stop``."""
+    if is_transformed():
+        return solve_transformed(arguments)
     policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
     adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
     for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
@@ -45,14 +55,29 @@ def run(arguments: Arguments, resumed: SolverState | None = None) -> Solution:
         return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
     problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
+    if may_stop and arguments.callback is not None:
+        problem = replace(problem, callback_stops=_can_stop(arguments, learnt))
+    keeps_ends = arguments.dense or arguments.output_fn is not None
+    if keeps_ends:
+        problem = dense_problem(arguments, problem)
     request = Request(
-        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint
+        problem, arguments.gradient, learnt, params, policy, arguments.progress, arguments.callback, adjoint, keeps_ends
     )
     _check_together(request)
+    engine = engine_of(arguments)
+    if keeps_ends:
+        engine = "eager" if engine == "auto" else engine
+        check_dense(request, engine)
     if problem.y0.dtype != torch.float64 and resumed is None and len(problem.times) > 1:
         warn_where_time_stands_still(*problem.span, len(problem.grid or problem.times) - 1, problem.y0.dtype)
-    result = _result(ENGINES[lookup("engine", arguments.engine, ENGINES)], request)
+    result = _result(ENGINES[lookup("engine", engine, ENGINES)], request)
     return _solution(arguments, request, result)
+
+
+def _can_stop(arguments: Arguments, learnt: Tensor | None) -> bool:
+    is_dense = arguments.dense or arguments.output_fn is not None
+    is_simple = not (arguments.events or is_dense or is_independent(arguments.options)) and learnt is None
+    return is_simple and arguments.gradient in ("aca", "direct")
 
 
 def _named_params(arguments: Arguments) -> Any:
@@ -70,6 +95,11 @@ def _adjoint_options(given: Arguments) -> AdjointOptions:
         of_forward = given.options if isinstance(given.options, Mapping) else {}  # problem_of raises for other types
         # The forward norm and grid do not fit the augmented state and the reversed times.
         options = {name: value for name, value in of_forward.items() if name not in ("norm", "grid_constructor")}
+        if given.gradient == "adjoint" and options.get("n_steps") is not None:
+            raise OptionError(
+                'gradient="adjoint" solves backward from each requested time to the one before, where option n_steps '
+                "does not say how many steps to take. Give step_size, or adjoint_options."
+            )
     return AdjointOptions(
         rtol=given.rtol if given.adjoint_rtol is None else given.adjoint_rtol,
         atol=given.atol if given.adjoint_atol is None else given.adjoint_atol,
@@ -104,7 +134,7 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
     """
     obstacles = {
         f'gradient="{arguments.gradient}"': arguments.gradient not in ("aca", "direct", "naive"),
-        'option batch="independent"': is_independent(arguments.options),
+        'option on_failure="nan"': isinstance(problem, BatchProblem) and problem.nan_on_failure,
         'option on_step_limit="stop"': problem.stops_at_limit,
     }
     for what, is_given in obstacles.items():
@@ -117,17 +147,18 @@ def _with_events(problem: Problem, arguments: Arguments) -> Problem:
 def _solution(arguments: Arguments, request: Request, result: Result) -> Solution:
     """The ``Solution`` for the user, from the result of an engine."""
     problem, t = request.problem, arguments.t
-    times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64, device="cpu")
+    if request.keeps_ends:
+        return dense_solution(arguments, problem, result)
+    times = t if isinstance(t, Tensor) else torch.from_numpy(as_float64(t))
     y, record = problem.packing.unpack_rows(result.ys), result.record
-    if result.is_lazy:
-        return LazySolution.of(times, y, record, result.stats)
+    if problem.events and isinstance(problem, BatchProblem):
+        return _batch_solution_with_events(problem, times, result)
     if problem.events:
         assert isinstance(record, StepRecord)
         return _solution_with_events(problem, times, record, result)
-    solution = Solution(times, y, record.bounds(), result.stats)
-    if not problem.stops_at_limit:
-        return solution
-    assert isinstance(record, StepRecord)
+    if not isinstance(record, StepRecord) or record.end is None:
+        return LazySolution.of(times, y, record, result.stats, problem)
+    solution = Solution(times, y, record.bounds(), result.stats, plan=_plan(problem, record, result.stats))
     # Without state and times, whose memory this would hold; with params of the request, as given ones may be iterators.
     kept = replace(arguments, y0=(), t=(), params=request.params, adjoint_params=None)
     return stopped(solution, problem, record, partial(_resumed, kept))
@@ -142,31 +173,61 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
     )
     y, is_complete = packing.unpack_rows(ys[:n_reached]), n_reached == len(times)
     solution = Solution(times[:n_reached], y, record.bounds(), result.stats, is_complete)
-    return replace(solution, events=records, ended_by=record.ended_by)
+    plan = _plan(problem, record, result.stats).reaching(n_reached)
+    return replace(solution, events=records, ended_by=record.ended_by, plan=plan)
+
+
+def _plan(problem: Problem, record: Any, stats: Stats | BatchStats) -> StepPlan:
+    if problem.events:
+        record = StepRecord(record.steps)  # without the events, whose tensors would stay
+    return checked_plan(StepPlan(problem.tableau, record, problem.known_times, problem.jumps), stats)
+
+
+def _batch_solution_with_events(problem: BatchProblem, times: Tensor, result: Result) -> Solution:
+    record, packing, ys = result.record, problem.packing, result.ys
+    assert isinstance(record, BatchRecord)
+    n_times = problem.times_of_rows.shape[1]
+    records = tuple(
+        batch_event_record(*at_batch_event(i, problem, record, ys), packing, event.terminal)
+        for i, event in enumerate(problem.events)
+    )
+    is_complete = not (record.ended_by >= 0).any()
+    y, ended_by = packing.unpack_rows(ys[:n_times]), torch.from_numpy(record.ended_by)
+    solution = Solution(times, y, record.bounds(), result.stats, is_complete)
+    return replace(solution, events=records, ended_by=ended_by)
 
 
 def _check_recorded(recording: str, arguments: Arguments) -> None:
     """Raises if an argument needs Python code or data-dependent steps, which a recording cannot contain."""
     lookup("gradient", arguments.gradient, GRADIENTS)
-    lookup("engine", arguments.engine, ENGINES)
+    lookup("engine", engine_of(arguments), ENGINES)
     is_batch = is_independent(arguments.options)
     what = {
         "callback": arguments.callback is not None,
         "progress": arguments.progress,
         'option batch="independent"': is_batch,
         "events": len(arguments.events) > 0,
+        "dense": arguments.dense,
+        "output_fn": arguments.output_fn is not None,
     }
     for name, is_given in what.items():
         if is_given:
             raise ArgumentValueError(f"{name} is given, but {recording} cannot record a solve with it. Leave it out.")
 
 
-def run_compiled_again(given: Arguments) -> Solution | None:
-    """``run`` for engine="compiled" without checks that an earlier solve made; None if there was no such solve."""
-    if given.gradient != "aca" or given.checkpoints is not None or given.params is not None:
+def engine_of(arguments: Arguments) -> str:
+    """The name of the engine, by default that of ``set_default_engine``."""
+    return get_default_engine() if arguments.engine is None else arguments.engine
+
+
+def run_again(given: Arguments, engine: str) -> Solution | None:
+    """``run`` without checks that an earlier solve made; None if there was no such solve."""
+    if given.gradient != "aca" or given.checkpoints is not None or given.params is not None or is_transformed():
         return None
     if (
         given.events
+        or given.dense
+        or given.output_fn is not None
         or given.adjoint_params is not None
         or given.callback is not None
         or given.progress
@@ -179,19 +240,27 @@ def run_compiled_again(given: Arguments) -> Solution | None:
     problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
-    result = _result(ENGINES["compiled"], Request(problem))
-    return LazySolution.of(t, result.ys, result.record, result.stats)
+    result = _result(ENGINES[engine], Request(problem))
+    return LazySolution.of(t, result.ys, result.record, result.stats, problem)
 
 
 def _resumed(
     arguments: Arguments, y: State, t: Tensor, state: SolverState, *, max_num_steps: int | None, is_beyond: bool
 ) -> Solution:
-    """Continues a solve from where it stopped, or beyond its end."""
+    """Continues a solve from where it stopped, or beyond its end.
+
+    Raises:
+        ArgumentValueError: its steps are fixed, so that others would follow.
+    """
     options = arguments.options or {}
+    if math.isnan(state.h):
+        raise ArgumentValueError(
+            "a solve with fixed steps cannot be resumed on its grid. Solve again, from y_reached at t_reached."
+        )
     limit = options.get("max_num_steps") if max_num_steps is None else max_num_steps
     if is_beyond and max_num_steps is None:
         limit = max(max_num_steps_of(limit), DEFAULT_MAX_NUM_STEPS)
-    return run(replace(arguments, y0=y, t=t, options={**options, "max_num_steps": limit}), state)
+    return run(replace(arguments, y0=y, t=t, options={**options, "max_num_steps": limit}), state, may_stop=True)
 
 
 def _jump_at(t: float, options: Mapping[str, Any]) -> frozenset[float]:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments
+from aca_ext.engines.batch_event_segments import solve_batch_with_events, to_batch_event
 from aca_ext.engines.dispatch import run
+from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, At, Since, after_reset, moved
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, TimeError
+from aca_ext.problem.batch import is_independent
 from aca_ext.problem.events import Event
-from aca_ext.problem.state import Packing, State, like_tuple
+from aca_ext.problem.state import State, like_tuple
 from aca_ext.problem.times import times_of
-from aca_ext.progress import Step
+from aca_ext.problem.transforms import is_transformed
 from aca_ext.solution import EventRecord, Solution, joined
 
-_MAX_RESETS = 10_000
-_LAST_BIT = 2.0**-52
 _TIMES = ("step_t", "jump_t")
 
 
@@ -33,7 +34,11 @@ def solve_with_events(arguments: Arguments) -> Solution:
         EventError: resets follow one another without end, or a reset returned something that is no state.
         Those of ``run``.
     """
+    if is_transformed():
+        return run(arguments)  # raises: transforms exclude events
     events, given = _checked(arguments), arguments.t
+    if is_independent(arguments.options):
+        return solve_batch_with_events(replace(arguments, events=events))
     times = times_of(given)
     # Times of events are float64 between the parts, whatever dtype the given times have.
     if isinstance(given, Tensor):
@@ -43,7 +48,7 @@ def solve_with_events(arguments: Arguments) -> Solution:
     arguments = replace(arguments, events=events, t=precise)
     solution = run(arguments)
     parts, start = [solution], torch.zeros((), dtype=torch.float64, device="cpu")
-    while (index := solution.ended_by) is not None and not events[index].terminal:
+    while isinstance(index := solution.ended_by, int) and not events[index].terminal:
         time = solution.events[index].t[-1]
         _check_progress(index, len(parts), time.item(), start.item(), times)
         n_left = len(times) - sum(len(part.t) - 1 for part in parts) - 1
@@ -54,7 +59,7 @@ def solve_with_events(arguments: Arguments) -> Solution:
         together = [i for i, record in enumerate(solution.events) if len(record.t) and record.t[-1] == time]
         y, start = _last(solution.events[index].y), time
         for i in (i for i in together if events[i].reset is not None):
-            y = _after_reset(events[i], i, time, y, arguments.y0)
+            y = after_reset(events[i], i, time, y, arguments.y0)
         solution = _in_absolute_time(run(_segment(arguments, events, start, y, n_left)), start)
         parts.append(solution)
     return joined(parts, given if isinstance(given, Tensor) else precise)
@@ -67,16 +72,17 @@ def _checked(arguments: Arguments) -> tuple[Event, ...]:
     for i, event in enumerate(events):
         if not isinstance(event, Event):
             raise ArgumentTypeError(f"events[{i}] is of type {type(event).__name__}; give an aca_ext.Event(fn).")
-    if options is not None and options.get("grid_constructor") is not None and any(e.reset for e in events):
-        raise OptionError("option grid_constructor makes one grid, but a reset starts a new one. Use step_size.")
+    for name in ("grid_constructor", "n_steps"):
+        if options is not None and options.get(name) is not None and any(e.reset for e in events):
+            raise OptionError(f"option {name} makes one grid, but a reset starts a new one. Use step_size.")
     return tuple(events)
 
 
 def _check_progress(index: int, n: int, time: float, start: float, times: Sequence[float]) -> None:
     """Raises EventError for chattering: infinitely many resets in a finite time (Zeno's paradox)."""
-    scale = max(abs(time), abs(times[-1] - times[0]) * _LAST_BIT)
-    is_stuck = n > 1 and abs(time - start) <= 4 * _LAST_BIT * scale
-    if is_stuck or n > _MAX_RESETS:
+    scale = max(abs(time), abs(times[-1] - times[0]) * LAST_BIT)
+    is_stuck = n > 1 and abs(time - start) <= 4 * LAST_BIT * scale
+    if is_stuck or n > MAX_RESETS:
         raise EventError(
             f"event {index} chatters: {n} resets up to t={time:.17g}, the last {abs(time - start):.3g} after the one "
             "before it. Such a solution does not go on in time. Let the reset move the state away from the surface, or "
@@ -88,23 +94,6 @@ def _last(y: State) -> State:
     return y[-1] if isinstance(y, Tensor) else like_tuple(type(y), (part[-1] for part in y))
 
 
-def _after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> State:
-    """The state from which the solve goes on after an event."""
-    assert event.reset is not None
-    like = y0 if isinstance(y0, Tensor) else y0[0]
-    new = event.reset(time.to(like.real), y)
-    try:
-        found = Packing.of(new)
-    except ArgumentTypeError as error:
-        raise EventError(f"the reset of event {index} returned something that is no state: {error}") from None
-    expected = Packing.of(y0)
-    if (found.shapes, found.is_tuple, found.is_complex) != (expected.shapes, expected.is_tuple, expected.is_complex):
-        raise EventError(
-            f"the reset of event {index} returned {found.describe()}; the state has {expected.describe()}."
-        )
-    return new
-
-
 def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: State, n_left: int) -> Arguments:
     """The solve from a reset at ``start`` on, in the time since then."""
     times = arguments.t
@@ -112,7 +101,7 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
     sign = 1.0 if times[-1] > times[0] else -1.0
     since = times[-n_left:] - start
     # A requested time may be that of the event up to rounding; then it lies just behind it.
-    least = sign * _LAST_BIT * max(1.0, abs(start.item())) * torch.arange(1, n_left + 1, dtype=torch.float64)
+    least = sign * LAST_BIT * max(1.0, abs(start.item())) * torch.arange(1, n_left + 1, dtype=torch.float64)
     since = torch.where(sign * since < sign * least, least, since)
     options = dict(arguments.options or {})
     for name in _TIMES:
@@ -121,38 +110,14 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
     callback = arguments.callback
     return replace(
         arguments,
-        func=_Since(arguments.func),
+        func=Since(arguments.func),
         y0=y,
         t=torch.cat([torch.zeros(1, dtype=torch.float64), since]),
         args=(start, *arguments.args),
-        events=tuple(replace(e, fn=_At(e.fn, start), reset=None if e.reset is None else e.reset) for e in events),
+        events=tuple(replace(e, fn=At(e.fn, start), reset=None if e.reset is None else e.reset) for e in events),
         options=options or None,
-        callback=None if callback is None else lambda step: callback(_moved(step, start.item())),
+        callback=None if callback is None else lambda step: callback(moved(step, start.item())),
     )
-
-
-class _Since:
-    """func as a function of the time since ``start``, its first further argument."""
-
-    def __init__(self, func: Callable[..., State]) -> None:
-        self.func = func
-
-    def __call__(self, t: Tensor, y: Any, start: Tensor, *args: Any) -> State:
-        return self.func(start.to(t) + t, y, *args)
-
-
-class _At:
-    """An event function as a function of the time since ``start``."""
-
-    def __init__(self, fn: Callable[[Tensor, Any], Tensor], start: Tensor) -> None:
-        self.fn, self.start = fn, start
-
-    def __call__(self, t: Tensor, y: Any) -> Tensor:
-        return self.fn(self.start.to(t) + t, y)
-
-
-def _moved(step: Step, start: float) -> Step:
-    return step._replace(t=step.t + start, t_next=step.t_next + start)
 
 
 def _in_absolute_time(solution: Solution, start: Tensor) -> Solution:
@@ -169,6 +134,8 @@ def to_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tensor]) ->
     """
     if arguments.events:
         raise ArgumentValueError("event_fn and events are given; give one of them.")
+    if is_independent(arguments.options):
+        return to_batch_event(arguments, event_fn)
     t = arguments.t
     first, *others = times_of(t)
     start = t[:1] if isinstance(t, Tensor) else torch.tensor([first], dtype=torch.float64, device="cpu")

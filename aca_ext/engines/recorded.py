@@ -20,14 +20,16 @@ from torch.jit._trace import TracerWarning
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.kernels.operations import TorchOperations
 from aca_ext.kernels.reference import Number
+from aca_ext.numerics.adams import Adams
 from aca_ext.problem.options import FIXED_OPTIONS, Options
 from aca_ext.problem.problem import Problem, checked_problem
 from aca_ext.problem.recorders import JIT
 from aca_ext.problem.state import State
 from aca_ext.solution import LazySolution, Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
-from aca_ext.solver.runge_kutta import scheme_of, stage_times, step
+from aca_ext.solver.repeated_steps import PlainOperations, fixed_steps, repeated_states
 from aca_ext.solver.stats import Stats
+from aca_ext.solver.step_plan import StepPlan
 from aca_ext.vector_field.slope_check import SlopeCheck
 
 _value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch
@@ -61,11 +63,13 @@ def solve_recorded(
         )
     if problem.interp is not None or problem.jumps:
         raise ArgumentValueError(f"{by} records no solve with option interp or perturb; leave them out.")
+    if isinstance(problem.tableau, Adams):
+        raise ArgumentValueError(f"{by} records no solve with method {problem.tableau.name!r}; use rk4, for example.")
     ys, record = _solution_on(problem.grid, problem)
     stats = Stats(n_steps=len(record.steps), n_accepted=len(record.steps), backend=TorchOperations.backend)
     with _quiet():
         times = t if isinstance(t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
-        return LazySolution.of(times, problem.packing.unpack_rows(ys), record, stats)
+        return LazySolution.of(times, problem.packing.unpack_rows(ys), record, stats, problem)
 
 
 @contextmanager
@@ -76,11 +80,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _RecordedOperations(TorchOperations):
-    """Plain torch operations without changes of memory format: a recorded copy would fix the shape."""
-
-    def admit(self, x: Tensor, what: str = "") -> Tensor:
-        return x
+class _RecordedOperations(PlainOperations):
+    """Plain operations whose constants the tracer does not warn of."""
 
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
         with _quiet():
@@ -90,7 +91,7 @@ class _RecordedOperations(TorchOperations):
 def _solution_on(grid: tuple[float, ...], problem: Problem) -> tuple[Tensor, StepRecord]:
     """States at the requested times, and the record of the steps."""
     y = problem.y0
-    ops = _RecordedOperations(y, problem.tolerance)
+    ops = _RecordedOperations(y)
     check = SlopeCheck(problem.packing, ops)
 
     def f(t: Tensor, y: Tensor) -> Tensor:
@@ -100,17 +101,9 @@ def _solution_on(grid: tuple[float, ...], problem: Problem) -> tuple[Tensor, Ste
         with _quiet():
             return check(k)
 
-    scheme = scheme_of(problem.tableau, estimate_error=False)
-    record, outputs, k, requested = StepRecord(), [y], None, set(problem.times)
-    for t, t_next in pairwise(grid):
-        times = stage_times(scheme, t, t_next - t, t_next, frozenset(), y.dtype)
-        trial = step(f, ops, scheme, times, y, t_next - t, k)
-        y, k = trial.y1, trial.k[-1] if scheme.fsal else None
-        is_output = t_next in requested
-        record.steps.append(AcceptedStep(t, t_next - t, t_next, [(len(outputs), 1.0)] if is_output else []))
-        if is_output:
-            outputs.append(y)
-    return torch.stack(outputs), record
+    record = StepRecord([AcceptedStep(t, t_next - t, t_next, []) for t, t_next in pairwise(grid)])
+    plan = StepPlan(problem.tableau, record, problem.times)
+    return torch.stack(repeated_states(f, fixed_steps(plan, y.dtype), y, ops)), record
 
 
 def _refuse_input(by: str, what: str, x: object) -> None:

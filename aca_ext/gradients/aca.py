@@ -11,7 +11,7 @@ backward pass recomputes each missing one, bit for bit, from the last kept state
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,16 +22,16 @@ from torch import Tensor
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
-from aca_ext.kernels.fused import TorchOperations, empty_rows, operations_for, rows_like
+from aca_ext.gradients.replayed_steps import differentiable_step, replayed_steps
+from aca_ext.kernels.fused import empty_rows, operations_for, rows_like
 from aca_ext.kernels.layout import stack_rows
 from aca_ext.kernels.pool import pool_for
-from aca_ext.problem.problem import Problem
+from aca_ext.numerics.adams import Adams
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, rows
 from aca_ext.solver.loop import Solver
-from aca_ext.solver.method import advancing_method_of, method_of
 from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
 from aca_ext.solver.runge_kutta import interpolate, stage_times
-from aca_ext.vector_field.replay import Replay
+from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
 
@@ -40,7 +40,7 @@ def solve(task: Task) -> Result:
     args = [arg for arg in task.field.args if isinstance(arg, Tensor) and arg.requires_grad]
     if not first.needs_graph(args):
         return solve_without_graph(task, first.k)
-    checkpoints = checkpoints_for(task.checkpoints, task.problem.y0.detach())
+    checkpoints = _checkpoints_of(task)
     with first.watch():
         solved = solve_without_graph(task, first.k, checkpoints)
     first.settle()
@@ -50,26 +50,52 @@ def solve(task: Task) -> Result:
     return Result(ys, solved.record, solved.stats)
 
 
-def solve_without_graph(task: Task, k0: Tensor | None, checkpoints: Checkpoints | None = None) -> Result:
+def _checkpoints_of(task: Task) -> Checkpoints | SlopeCheckpoints:
+    y0, method = task.problem.y0.detach(), task.problem.tableau
+    if isinstance(method, Adams):
+        return SlopeCheckpoints(task.checkpoints, y0, method.max_order - 1)
+    return checkpoints_for(task.checkpoints, y0)
+
+
+def solve_without_graph(
+    task: Task, k0: Tensor | None, checkpoints: Checkpoints | SlopeCheckpoints | None = None
+) -> Result:
     """Solves without an autograd graph; ``checkpoints`` receives the states for a backward pass."""
     problem = task.problem
     y0 = problem.y0.detach()
+    if checkpoints is None and task.keeps_ends:
+        checkpoints = Checkpoints(y0)
     with torch.no_grad(), pool_for(problem.settings).lend(y0, problem.tolerance) as ops:
-        ys = empty_rows(len(problem.times) + problem.stops_at_limit, y0)
+        ys = empty_rows(len(problem.times) + problem.may_stop, y0)
         solver = Solver(problem, task.field, ops, k0=k0, rows=ys.unbind(0), checkpoints=checkpoints)
         outputs = solver.run(y0)
         if problem.events:
             ys = stack_rows(outputs, y0)
-        elif problem.stops_at_limit:
+        elif problem.may_stop:
             ys = ys[: len(outputs)].clone()
+        if task.keeps_ends:
+            assert isinstance(checkpoints, Checkpoints)
+            ys = _with_ends(ys, solver.record, checkpoints)
     return Result(ys, solver.record, solver.stats)
+
+
+def _with_ends(ys: Tensor, record: StepRecord, checkpoints: Checkpoints) -> Tensor:
+    """The outputs and then the ends of all steps, which the record now lists as outputs of their steps."""
+    n = len(ys)
+    record.steps = [s._replace(outputs=[*s.outputs, (n + i, 1.0)]) for i, s in enumerate(record.steps)]
+    _, *ends = rows(checkpoints.blocks, checkpoints.count)
+    all_rows = empty_rows(n + len(ends), ys[0])
+    for row, state in zip(all_rows.unbind(0), (*ys.unbind(0), *ends), strict=True):
+        row.copy_(state)
+    return all_rows
 
 
 class _EagerBackward:
     """Backward pass that replays each accepted step from its checkpoint."""
 
-    def __init__(self, forward: ForwardPass, checkpoints: Checkpoints) -> None:
+    def __init__(self, forward: ForwardPass, checkpoints: Checkpoints | SlopeCheckpoints) -> None:
         self._forward = forward
+        self._width = checkpoints.width if isinstance(checkpoints, SlopeCheckpoints) else None
         self._numbers, self._capacity = checkpoints.numbers(), checkpoints.capacity
 
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
@@ -78,26 +104,32 @@ class _EagerBackward:
             # This pass overwrites the states between the ends, so a second pass (retain_graph) must not read them.
             ends = 0, len(steps)
             self._numbers = [n if n in ends else -1 for n in self._numbers]
-        return _replay_backward(self._forward, self._capacity, grad_ys, held, inputs)
+        return _replay_backward(self._forward, self._capacity, grad_ys, held, self._width, inputs)
 
     def differentiable_gradients(
         self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> Gradients:
-        known = dict(self._held(states))
+        known = {n: row if self._width is None else row[0] for n, row in self._held(states)}
         start = known[0].to(grad_ys.device) if y0 is None else y0
         return differentiable_backward(self._forward, grad_ys, start, known, inputs)
 
     def _held(self, blocks: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         """The kept states, each with its number."""
-        like = self._forward.task.problem.y0
+        like = self._forward.task.problem.y0.detach()
+        if self._width is not None:
+            like = empty_rows(self._width, like)
         # The backward pass overwrites rows of these saved tensors. .data keeps autograd from calling that an error.
         laid_out = [rows_like(like, block.data) for block in blocks]
         return list(zip(self._numbers, rows(laid_out, len(self._numbers)), strict=True))
 
 
 def _steps(forward: ForwardPass) -> Sequence[AcceptedStep]:
+    return _record(forward).steps
+
+
+def _record(forward: ForwardPass) -> StepRecord:
     assert isinstance(forward.record, StepRecord)
-    return forward.record.steps
+    return forward.record
 
 
 def _replay_backward(
@@ -105,30 +137,30 @@ def _replay_backward(
     capacity: float,
     grad_ys: Tensor,
     held: Sequence[tuple[int, Tensor]],
+    width: int | None,
     inputs: Sequence[Tensor],
 ) -> Gradients:
     problem, steps = forward.task.problem, _steps(forward)
     y0 = problem.y0.detach()
     ops = operations_for(y0, problem.tolerance)
     replay = forward.replay(inputs)
-    method = method_of(problem, replay, ops, estimate_error=problem.adaptive, repeats=True)
-    scheme = method.scheme
+    replayed = replayed_steps(problem, _record(forward), replay, ops, held, width)
+    solution = replayed.scheme.solution
     segments = problem.tolerance.segments
     check = ReplayCheck(y0, segments, len(steps), forward.autocast.dtype, replay.held)
     distance = distances([n for n, _ in held]) if math.isfinite(capacity) else {}
     g: Tensor | None = None  # cotangent of the state at the end of the step
     with replay.repeating():
-        advance = _advance(replay, ops, problem, steps)
-        for n, y, y_next in brought_to(y0.device, reversed_states(held, len(steps), capacity, advance)):
+        for n, row, row_next in brought_to(y0.device, reversed_states(held, len(steps), capacity, replayed.advance)):
             s: AcceptedStep = steps[n]
-            outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
-            outputs += [(_weights(problem, scheme.solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
+            outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(solution, g)]
+            outputs += [(_weights(problem, solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
             replay.begin_step(s.random_states)
             if outputs:
-                times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
-                assert y_next is not None
+                assert row_next is not None
+                y, y_next = replayed.state(row), replayed.state(row_next)
                 compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance.get(n + 1, 1)), y, y_next)
-                g = method.vjp(times, y, s.h, outputs, compare, y_next)
+                g = replayed.pull_back(n, row, outputs, compare, y_next)
         check.finish()
         if g is not None:
             replay.begin_step(steps[0].random_states)
@@ -136,22 +168,6 @@ def _replay_backward(
     forward.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
-
-
-def _advance(
-    replay: Replay, ops: TorchOperations, problem: Problem, steps: Sequence[AcceptedStep]
-) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """Returns a function that computes a state from the one before it, with the arithmetic of the forward pass."""
-    method = advancing_method_of(problem, replay, ops)
-
-    def from_state(n: int, y: Tensor, out: Tensor) -> Tensor:
-        s = steps[n]
-        replay.begin_step(s.random_states)
-        times = stage_times(method.scheme, s.t, s.h, s.t_next, problem.jumps, y.dtype)
-        with torch.no_grad():
-            return method.step(times, y, s.h, None, out).y1
-
-    return from_state
 
 
 def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[float]:
@@ -169,32 +185,33 @@ def differentiable_backward(
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
-    method = method_of(problem, replay, ops, estimate_error=False, repeats=True)
+    make, scheme = differentiable_step(problem, _record(forward), replay, ops)
     start = gate.of(y0)
-    y, outputs = start, [start]
+    y, outputs = start, {0: start}
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
     check = ReplayCheck(y0.detach(), segments, len(steps), dtype, replay.held, restarts=False)
     distance = distances([0, *(n for n in states if n > 0)])
     with replay.repeating():
         for n, s in enumerate(steps):
             replay.begin_step(s.random_states)
-            times = stage_times(method.scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
-            trial = method.step(times, y, s.h)
+            times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
+            trial = make(times, y, s.h)
             if n + 1 in states:
                 end = states[n + 1].to(y0.device)
                 check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)
-            for _, theta in s.outputs:
-                y_i = trial.y1 if theta == 1.0 else interpolate(ops, problem.tableau, y, s.h, trial.k, theta)
-                outputs.append(y_i)
+            for i, theta in s.outputs:
+                inside = theta != 1.0
+                outputs[i] = interpolate(ops, problem.tableau, y, s.h, trial.k, theta) if inside else trial.y1
             y = trial.y1
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
-    wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
-    ys = stack_rows(outputs, y0)
+    wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
+    ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     replay.check_all(ys, start)
     with gate.closed():
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    grad_y0, *grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    replay.grads = replay.with_origins([*grads, *found])
     with replay.repeating():
         replay.check_reached(forward.leaves, problem.start_time(y0), y0)
     return [grad_y0, *replay.grads]

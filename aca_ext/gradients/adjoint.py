@@ -108,7 +108,7 @@ def _interval(
             if k.requires_grad:
                 if not is_linearised:
                     replay.check(k, leaf)
-                found = torch.autograd.grad(k, wanted, -a_t, allow_unused=True, create_graph=is_linearised)
+                found = replay.gradients(k, wanted, -a_t, create_graph=is_linearised)
         minus_a_fy, *rest = [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
         flat = torch.cat([_flat(g).to(y_t.dtype) for g in rest]) if rest else y_t.new_zeros(0)
         return k if is_linearised else k.detach(), minus_a_fy, flat

@@ -20,6 +20,15 @@ from aca_ext.problem.events import Event
 from aca_ext.problem.state import Packing
 from aca_ext.solver.event_search import Occurrence, change_along
 
+NO_SECOND_DERIVATIVES = (
+    "second derivatives through event {} are not available: its time has first derivatives only. Leave out "
+    "create_graph=True."
+)
+NO_RATE = (
+    "the gradient of event {} does not exist: its function does not change along the solution at the event (a touch), "
+    "or it has no gradient with respect to t and y (it compares or rounds)."
+)
+
 
 def at_event(event: Event, occurrence: Occurrence, ys: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     """Time, 0-d float64 on the CPU, and packed state of an occurrence, with their graph.
@@ -52,17 +61,11 @@ class _AtEvent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_t: Tensor | None, grad_y: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
-            raise EventError(
-                f"second derivatives through event {ctx.event} are not available: its time has first derivatives only. "
-                "Leave out create_graph=True."
-            )
+            raise EventError(NO_SECOND_DERIVATIVES.format(ctx.event))
         if grad_t is None and grad_y is None:
             return None, None, None, None, None
         if ctx.rate == 0:
-            raise EventError(
-                f"the gradient of event {ctx.event} does not exist: its function does not change along the solution at "
-                "the event (a touch), or it has no gradient with respect to t and y (it compares or rounds)."
-            )
+            raise EventError(NO_RATE.format(ctx.event))
         moved = 0.0 if grad_t is None else float(grad_t)
         if grad_y is not None:
             moved += float((grad_y * ctx.derivative).sum())

@@ -24,6 +24,7 @@ class Task:
         params: tensors besides t, y and args that func depends on, as given by the user; None to find them.
         adjoint: settings of the backward solve of ``gradient="adjoint"``.
         checkpoints: choice of the states that ``gradient="aca"`` keeps.
+        keeps_ends: the ends of all steps are further outputs, after those at the requested times.
     """
 
     problem: Problem
@@ -31,6 +32,7 @@ class Task:
     params: Sequence[Tensor] | None
     adjoint: AdjointOptions
     checkpoints: Policy = None
+    keeps_ends: bool = False
 
     def first_slope(self, y0: Tensor, watch: AbstractContextManager[Any] | None = None) -> Tensor | None:
         """f(t0, y0), evaluated inside ``watch``; None if the solve has no step."""
@@ -71,16 +73,11 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """Outputs of a solve, (T, \\*packed shape), with its record and statistics.
-
-    Attributes:
-        is_lazy: the record is slow to read (it is on a device, or made by another solve), and read only on demand.
-    """
+    """Outputs of a solve, (T, \\*packed shape), with its record and statistics."""
 
     ys: Tensor
     record: Record
     stats: Stats | BatchStats
-    is_lazy: bool = False
 
 
 class Gradient(Protocol):

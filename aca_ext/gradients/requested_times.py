@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from aca_ext.gradients.base import Result, Task
 from aca_ext.kernels.layout import stack_rows
+from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord
 
 
@@ -32,8 +35,23 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
     start = move(times[0], like, now[0] - times[0])
     result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
     solved = field.n_evals
-    n_events = len(result.record.events) if problem.events and isinstance(result.record, StepRecord) else 0
+    record, padding, n_events = result.record, problem.padding(), 0
+    if isinstance(record, StepRecord):
+        n_events = len(record.events) if problem.events else 0
+    elif isinstance(record, BatchRecord):
+        n_events = len(result.ys) - len(times)
+        if record.is_missing.any():
+            padding = torch.from_numpy(record.is_missing).to(like.device).view(-1, *times.shape[1:])
     n_reached = len(result.ys) - n_events  # requested times; a terminal event may leave the last ones out
-    moved = [move(now[i], result.ys[i], times[i] - now[i]) for i in range(1, n_reached)]
+
+    def moved_to(i: int) -> Tensor:
+        if padding is None:
+            return move(now[i], result.ys[i], times[i] - now[i])
+        # Missing outputs are NaN. Zero times NaN would spoil the gradients that all samples share.
+        safe = torch.where(padding[i], like.detach(), result.ys[i])
+        delta = (times[i] - now[i]).masked_fill(padding[i], 0.0)
+        return move(torch.where(padding[i], now[0], now[i]), safe, delta).masked_fill(padding[i], math.nan)
+
+    moved = [moved_to(i) for i in range(1, n_reached)]
     result.stats.n_f_evals += field.n_evals - solved
     return replace(result, ys=stack_rows([like, *moved, *result.ys[n_reached:].unbind(0)], like))

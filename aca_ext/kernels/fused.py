@@ -43,7 +43,21 @@ __all__ = [
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _THREADS_FROM = 1 << 15  # elements; in smaller states, waking threads costs more than they save
-_SHARED_BYTES = 1 << 15  # largest allocation that the stage states of small problems share
+_SHARED_BYTES = 1 << 18  # largest allocation that stage states share
+_FIRST_ROWS, _MOST_ROWS = 8, 32  # in a block of stage states
+
+
+class _RowBlocks:
+    """Allocates blocks of rows for stage states. A replay, which cannot reuse its rows, soon gets larger blocks."""
+
+    def __init__(self, like: Tensor, largest: int) -> None:
+        self._like, self._largest = like, max(1, min(_MOST_ROWS, largest))
+        self._count = min(_FIRST_ROWS, self._largest)
+
+    def __call__(self) -> Sequence[Tensor]:
+        count = self._count
+        self._count = min(2 * count, self._largest)
+        return aligned_rows(count, self._like)
 
 
 class KernelOperations(TorchOperations):
@@ -127,7 +141,7 @@ class KernelOperations(TorchOperations):
         The arguments are parts of a ``runge_kutta.Scheme``; see ``runge_kutta.compiled_stepper``.
         """
         like, tolerance, stages = self.like, self.tolerance, len(c)
-        states = partial(aligned_rows, max(1, min(8, _SHARED_BYTES // max(1, self._n * self._itemsize))), like)
+        states = _RowBlocks(like, _SHARED_BYTES // max(1, self._n * self._itemsize))
         times = partial(scalars, max(stages, 2), like)
         norm = None
         if tolerance.norm is None:

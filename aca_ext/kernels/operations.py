@@ -120,11 +120,15 @@ class RowOperations(TorchOperations):
 
     def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Array:
         """The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)) per sample; w is a number or one per sample."""
-        sums = self._squared_error_ratios(partial, k, w, y0, y1)
+        return self._norms_of(self._squared_error_ratios(partial, k, w, y0, y1).cpu().numpy())
+
+    def _norms_of(self, sums: Array) -> Array:
+        """The norm per sample, from its sum over each component."""
         sizes = np.array(self.tolerance.sizes)
         if not sizes.any():
             return np.zeros(self.n_rows)
-        return np.sqrt((sums.cpu().numpy()[:, sizes > 0] / sizes[sizes > 0]).max(1))
+        norms: Array = np.sqrt((sums[:, sizes > 0] / sizes[sizes > 0]).max(1))
+        return norms
 
     def _squared_error_ratios(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Tensor:
         t = self.tolerance

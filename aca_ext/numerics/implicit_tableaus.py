@@ -1,4 +1,4 @@
-"""IMPLICIT_METHODS: the implicit Runge-Kutta and Rosenbrock methods of the package, with their sources.
+"""IMPLICIT_METHODS and ROSENBROCK_METHODS: coefficients of the methods for stiff problems, with their sources.
 
 Coefficients are exact, or correct to about 40 decimals where they contain a root; those of kvaerno5 and rodas5p are
 the published ones, of about 16 digits. The tests prove the order and the stability of every entry.
@@ -82,8 +82,8 @@ def _trbdf2() -> ImplicitTableau:
 
 
 def _kvaerno3() -> ImplicitTableau:
-    # The root of x^3 - 3 x^2 + 3/2 x - 1/6 in (0.4, 0.5), to 40 decimals: only with it is the method L-stable. The
-    # paper and diffrax give 0.4358665215, with which R(inf) is 6e-11 instead of 0.
+    # The root of x^3 - 3 x^2 + 3/2 x - 1/6 in (0.4, 0.5), to 40 decimals: only with it is the method L-stable. With
+    # 0.4358665215, as OrdinaryDiffEq.jl and diffrax have it, R(inf) is 6e-11 instead of 0.
     gamma = Fraction("0.4358665215084589994160194511935568425293")
     third = _row((-4 * gamma**2 + 6 * gamma - 1) / (4 * gamma), (1 - 2 * gamma) / (4 * gamma), gamma, 0)
     fourth = _row(
@@ -164,6 +164,16 @@ def _radau_iia5() -> ImplicitTableau:
     return _one_step("radauIIA5", 5, a, "Radau IIA: Hairer & Wanner, Solving ODEs II, table IV.5.6")
 
 
+_RODAS5P_INTERPOLATION = (
+    """25.948786856663858  -2.5579724845846235  10.433815404888879  -2.3679251022685204  0.524948541321073
+       1.1241088310450404  0.4272876194431874  -0.17202221070155493""",
+    """-9.91568850695171  -0.9689944594115154  3.0438037242978453  -24.495224566215796  20.176138334709044
+       15.98066361424651  -6.789040303419874  -6.710236069923372""",
+    """11.419903575922262  2.8879645146136994  72.92137995996029  80.12511834622643  -52.072871366152654
+       -59.78993625266729  -0.15582684282751913  4.883087185713722""",
+)
+
+
 def _rodas5p() -> RosenbrockTableau:
     what = "tableau rodas5p"
     last = "-7.502846399306121  2.561846144803919  -11.627539656261098  -0.18268767659942256  0.030198172008377946"
@@ -189,14 +199,6 @@ def _rodas5p() -> RosenbrockTableau:
         """37.80277123390563  -3.2571969029072276  112.26918849496327  66.9347231244047  -40.06618937091002
            -54.66780262877968  -9.48861652309627""",
     )
-    interpolation = (
-        """25.948786856663858  -2.5579724845846235  10.433815404888879  -2.3679251022685204  0.524948541321073
-           1.1241088310450404  0.4272876194431874  -0.17202221070155493""",
-        """-9.91568850695171  -0.9689944594115154  3.0438037242978453  -24.495224566215796  20.176138334709044
-           15.98066361424651  -6.789040303419874  -6.710236069923372""",
-        """11.419903575922262  2.8879645146136994  72.92137995996029  80.12511834622643  -52.072871366152654
-           -59.78993625266729  -0.15582684282751913  4.883087185713722""",
-    )
     b = parse_row(what, f"{last}  1  1  1")
     return RosenbrockTableau(
         name="rodas5p",
@@ -213,9 +215,9 @@ def _rodas5p() -> RosenbrockTableau:
         b=b,
         error=_row(*[0] * 7, 1),
         embedded_order=4,
-        dense=_polynomials(b, tuple(parse_row(what, row) for row in interpolation)),
+        dense=_polynomials(b, tuple(parse_row(what, row) for row in _RODAS5P_INTERPOLATION)),
         dense_order=4,
-        source="Steinebach, BIT 63 (2023), article 27, in the form of OrdinaryDiffEq.jl, which he contributed",
+        source="Steinebach, BIT 63 (2023), article 27, with the numbers of OrdinaryDiffEq.jl",
     )
 
 
@@ -250,10 +252,12 @@ _ENTRIES = (
     _gl6(),
     _kvaerno3(),
     _kvaerno5(),
-    _rodas5p(),
 )
 
 # Implicit methods by the name that ``odeint`` takes as ``method``. Those of fixed steps have the names and coefficients
 # of torchdiffeq (compared entry by entry with fixed_grid_implicit.py at 657943a), except for its gl4: there, both nodes
 # are 1/2 - sqrt(3)/6, so that its order is lost if f depends on t.
-IMPLICIT_METHODS: dict[str, ImplicitTableau | RosenbrockTableau] = {entry.name: entry for entry in _ENTRIES}
+IMPLICIT_METHODS: dict[str, ImplicitTableau] = {entry.name: entry for entry in _ENTRIES}
+
+# Methods whose steps are not in the solver yet, so that ``odeint`` does not take their names.
+ROSENBROCK_METHODS: dict[str, RosenbrockTableau] = {"rodas5p": _rodas5p()}

@@ -1,10 +1,11 @@
-"""METHODS: every Runge-Kutta method of the package, as exact rationals with their source.
+"""METHODS: every method of the package; those of Runge and Kutta as exact rationals with their source.
 
-To add an explicit method, add one entry. The tests prove the order of every entry by the order conditions.
+To add an explicit Runge-Kutta method, add one entry. The tests prove the order of every entry by the order conditions.
 """
 
 from __future__ import annotations
 
+from aca_ext.numerics.adams import EXPLICIT_ADAMS, IMPLICIT_ADAMS
 from aca_ext.numerics.tableau import Tableau
 
 _ENTRIES = (
@@ -263,6 +264,6 @@ class _Methods(dict[str, Tableau]):
 
 
 # Methods by the name that ``odeint`` takes as ``method``; see ``Tableau`` for their attributes.
-METHODS: dict[str, Tableau] = _Methods((method.name, method) for method in _ENTRIES)
+METHODS: dict[str, Tableau] = _Methods((method.name, method) for method in (*_ENTRIES, EXPLICIT_ADAMS, IMPLICIT_ADAMS))
 
-ALIASES: dict[str, str] = {"heun_euler": "adaptive_heun"}
+ALIASES: dict[str, str] = {"heun_euler": "adaptive_heun", "fixed_adams": "implicit_adams"}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aca_ext.errors import AcaError, ArgumentTypeError
 from aca_ext.problem.recorders import recorder
+from aca_ext.problem.transforms import is_wrapped
 
 _SURELY_MEMORY = 1 << 40  # without memory, an address is only the offset into the storage, which is smaller
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -51,7 +52,7 @@ def looks_readable(x: Tensor) -> bool:
 
 def check_readable(what: str, x: Any, error: type[AcaError] = ArgumentTypeError) -> None:
     """Raises ``error`` if ``x`` is a tensor whose elements cannot be read; ``what`` names it in the message."""
-    if not isinstance(x, Tensor) or _is_surely_readable(x):
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or is_wrapped(x) or _is_surely_readable(x):
         return
     obstacle = _obstacle(x)
     if obstacle is not None and recorder() is None:  # a recorder's tensors have no elements yet

@@ -26,7 +26,7 @@ def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:
     meant = meant_by(name, allowed)
     hint = f" Did you mean {meant!r}?" if meant is not None else ""
     if kind == "method" and is_implicit(name):
-        hint = " For stiff problems, kvaerno5 is the usual choice; there are no multistep methods."
+        hint = " For stiff problems, kvaerno5 is the usual choice."
     raise UnknownNameError(f"unknown {kind} {name!r}; there are {', '.join(allowed)}.{hint}")
 
 

@@ -9,19 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from aca_ext.errors import ArgumentValueError, OptionError, TimeError
-from aca_ext.problem.options import is_nan_on_failure
+from aca_ext.errors import ArgumentValueError, OptionError
+from aca_ext.problem.options import is_compact, is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.sample_times import (
+    Array,
+    Index,
+    checked_sample_times,
+    counts_of,
+    last_times_of,
+    times_of_samples,
+)
 from aca_ext.problem.state import Packing, State
-from aca_ext.problem.times import as_float64, times_of
+from aca_ext.problem.stops import STOP_OPTIONS, Stops, stops_of
 from aca_ext.problem.tolerance import Tolerance
 
-Array = NDArray[np.float64]
-
-_UNAVAILABLE = ("norm", "step_t", "jump_t", "on_step_limit", "on_min_step")
+_UNAVAILABLE = ("norm", "on_step_limit", "on_min_step")
 
 
 def is_independent(options: object) -> bool:
@@ -84,22 +89,45 @@ class BatchProblem(Problem):
     """``Problem`` for a batch of independent samples.
 
     Attributes:
-        times_of_rows: (batch, T) float64, requested times of each sample; ``times`` are those of the first sample.
+        times_of_rows: (batch, T) float64, requested times of each sample, padded with NaN; ``times`` are those of the
+            sample with most times.
         nan_on_failure: a sample that fails becomes NaN, and the others go on.
+        is_compact: func no longer sees samples that have ended, once they are half of those that it sees.
+        stops_of_rows: times at which steps must end (options step_t and jump_t); None if there are none but the ends.
     """
 
     packing: RowPacking
     times_of_rows: Array
     nan_on_failure: bool = False
+    stops_of_rows: Stops | None = None
+    is_compact: bool = False
+
+    @cached_property
+    def counts(self) -> Index:
+        """Number of requested times of each sample."""
+        return counts_of(self.times_of_rows)
+
+    @cached_property
+    def last_times(self) -> Array:
+        """Last requested time of each sample."""
+        return last_times_of(self.times_of_rows)
+
+    @property
+    def is_ragged(self) -> bool:
+        """True if some samples have fewer times than others."""
+        return bool((self.counts < self.times_of_rows.shape[1]).any())
+
+    @property
+    def known_times(self) -> Array:
+        return self.times_of_rows
 
     @property
     def length(self) -> float:
-        times = self.times_of_rows
-        return float(np.abs(times[:, -1] - times[:, 0]).mean()) if len(times) else 0.0
+        return float(np.abs(self.last_times - self.times_of_rows[:, 0]).mean()) if len(self.counts) else 0.0
 
     @property
     def span(self) -> tuple[float, float]:
-        ends = self.times_of_rows[:, [0, -1]]
+        ends = np.stack([self.times_of_rows[:, 0], self.last_times], 1)[self.counts > 1]
         if len(ends) == 0:
             return super().span
         worst = np.argmin(np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(np.abs(ends).max(1), 1e-300))
@@ -110,7 +138,15 @@ class BatchProblem(Problem):
 
     def spread_times(self, t: Tensor) -> Tensor:
         of_rows = t.to(self.y0).expand(self.times_of_rows.shape)
-        return of_rows.T.reshape(-1, *self._row_shape)
+        times = of_rows.T.reshape(-1, *self._row_shape)
+        padding = self.padding()
+        return times if padding is None else torch.where(padding, times[:1].detach(), times)
+
+    def padding(self) -> Tensor | None:
+        if not self.is_ragged:
+            return None
+        is_padding = torch.from_numpy(np.isnan(self.times_of_rows.T).copy()).to(self.y0.device)
+        return is_padding.view(-1, *self._row_shape)
 
     @property
     def _row_shape(self) -> tuple[int, ...]:
@@ -124,8 +160,9 @@ def batch_problem_of(
     for name in _UNAVAILABLE:
         if options.get(name) is not None:
             raise OptionError(f'option {name} is not available with batch="independent"; remove one of the two.')
-    t, first = _times_and_first(t)
-    problem = problem_of(func, y0, first, options=options, **settings)
+    t, longest = checked_sample_times(t)
+    others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
+    problem = problem_of(func, y0, longest, options=others, **settings)
     if problem.newton is not None:
         raise OptionError(
             f'option batch="independent" takes explicit methods, and {problem.tableau.name!r} is implicit. Leave the '
@@ -134,7 +171,8 @@ def batch_problem_of(
     if problem.controller is None:
         raise OptionError(
             'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '
-            "every sample anyway. Remove the option, or use an adaptive method without step_size and grid_constructor."
+            "every sample anyway. Remove the option, or use an adaptive method without "
+            "step_size, grid_constructor and n_steps."
         )
     flat = problem.packing
     packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
@@ -142,8 +180,13 @@ def batch_problem_of(
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
     given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
-    nan_on_failure = is_nan_on_failure(options.get("on_failure"))
-    return BatchProblem(**given, times_of_rows=_times_of_rows(t, n_rows), nan_on_failure=nan_on_failure)
+    given["times_of_rows"] = of_rows = times_of_samples(t, n_rows)
+    return BatchProblem(
+        **given,
+        nan_on_failure=is_nan_on_failure(options.get("on_failure")),
+        is_compact=is_compact(options),
+        stops_of_rows=stops_of(options, of_rows[:, 0], last_times_of(of_rows)),
+    )
 
 
 def _n_rows(packing: RowPacking) -> int:
@@ -180,40 +223,3 @@ def _tolerance(problem: Problem, packing: RowPacking) -> Tolerance:
 
     given = problem.tolerance
     return Tolerance(by_row(given.rtol), by_row(given.atol), packing.segments)
-
-
-def _times_and_first(given: Any) -> tuple[Array, Any]:
-    """All times as a float64 array, (T,) or (batch, T), and the times of the first sample as they were given.
-
-    Raises:
-        TimeError: the times of a sample are not accepted; the message names the sample.
-    """
-    try:
-        times = as_float64(given)
-    except TimeError:
-        times = np.zeros(0)
-    if times.ndim != 2 or (isinstance(given, Tensor) and (given.is_complex() or given.dtype == torch.bool)):
-        return times, given  # problem_of validates them, and its message fits
-    if len(times) == 0:
-        raise TimeError(f"t has shape {times.shape}; give (batch, T) times, or (T,) times for all samples.")
-    gaps = np.diff(times, axis=1)
-    wrong = ~np.isfinite(times).all(1) | ~((gaps > 0).all(1) | (gaps < 0).all(1))
-    if wrong.any():
-        sample = int(wrong.argmax())
-        try:
-            times_of(times[sample])
-        except TimeError as error:
-            others = f" (and of {wrong.sum() - 1} more)" if wrong.sum() > 1 else ""
-            raise TimeError(f"the times of sample {sample}{others}, t[{sample}], are wrong: {error}") from None
-    return times, given[0] if isinstance(given, (Tensor, tuple, list)) else times[0]
-
-
-def _times_of_rows(times: Array, n_rows: int) -> Array:
-    if times.ndim == 1:
-        return np.broadcast_to(times, (n_rows, len(times)))
-    if len(times) != n_rows:
-        raise TimeError(
-            f"t has shape {times.shape}, but y0 is a batch of {n_rows}; give t of shape ({n_rows}, T), or (T,) for all "
-            "samples."
-        )
-    return times

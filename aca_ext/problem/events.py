@@ -22,12 +22,14 @@ class Event:
 
     Attributes:
         fn: function (t, y) with t a 0-d tensor and y like y0. Returns a real tensor of any shape, continuous in t and y
-            between two events. The event occurs at a sign change of any element.
+            between two events. The event occurs at a sign change of any element. With independent samples, fn receives
+            t and y of the whole batch as func does, and returns a tensor whose first dimension is the batch.
         direction: 1 for changes from negative to positive, -1 for the opposite, 0 for both; along the direction of the
             solve.
         terminal: True ends the solve at the first occurrence.
         reset: function (t, y) called at every occurrence. The solve continues from the state that it returns, which is
-            like y0. Not together with ``terminal``.
+            like y0. Not together with ``terminal``. With independent samples it is called on the whole batch, with t of
+            shape (batch, 1, ..., 1), whenever some samples have occurrences; of its result only their rows count.
 
     Raises:
         ArgumentTypeError: fn or reset is not callable, or terminal is no bool.

@@ -1,4 +1,4 @@
-"""The grid of fixed steps, from the options step_size and grid_constructor."""
+"""The grid of fixed steps, from the options step_size, n_steps and grid_constructor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from aca_ext.errors import OptionError, TimeError
 from aca_ext.problem.arguments import number_in
-from aca_ext.problem.options import Options
+from aca_ext.problem.options import FIXED_OPTIONS, Options
 from aca_ext.problem.state import State
 from aca_ext.problem.times import resolution_of, times_of
 
@@ -24,12 +24,15 @@ def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], reso
     and does not become a step of its own.
 
     Raises:
-        OptionError: an option is not accepted, or both are given.
+        OptionError: an option is not accepted, or several are given.
     """
     step_size, constructor = given.get("step_size"), given.get("grid_constructor")
-    if step_size is not None and constructor is not None:
-        raise OptionError("options step_size and grid_constructor are both given; give only one of them.")
+    both = [name for name in FIXED_OPTIONS if given.get(name) is not None]
+    if len(both) > 1:
+        raise OptionError(f"options {both[0]} and {both[1]} are both given; give only one of them.")
     lands = given.get("interp") is None
+    if given.get("n_steps") is not None:
+        return _equal_grid(given["n_steps"], times, resolution, lands)
     if constructor is not None:
         return _constructed_grid(constructor, func, y0, times, resolution, lands)
     if step_size is None:
@@ -93,10 +96,27 @@ def _constructed_grid(
             f"option grid_constructor returned a grid from {nodes[0]!r} to {nodes[-1]!r}; it must run from t[0] = "
             f"{times[0]!r} to t[-1] = {times[-1]!r}."
         )
+    return _with_times([times[0], *nodes[1:-1], times[-1]], times, rounding, lands)
+
+
+def _equal_grid(n_steps: object, times: tuple[float, ...], resolution: float, lands: bool) -> tuple[float, ...]:
+    """The grid of ``n_steps`` equal steps, with the requested times among its nodes if the solve ``lands`` on them."""
+    number = number_in(n_steps)
+    if number is None or number % 1 != 0 or not 1 <= number < math.inf:
+        raise OptionError(f"option n_steps is {n_steps!r}; it must be an integer of at least 1.")
+    if len(times) == 1:
+        return times
+    n, start, end = int(number), times[0], times[-1]
+    nodes = [start, *(start + (end - start) * (i / n) for i in range(1, n)), end]
+    if any(one == other for one, other in pairwise(nodes)):
+        raise OptionError(f"option n_steps is {n}, and steps as small do not change the time. Give fewer steps.")
+    return _with_times(nodes, times, resolution * max(abs(start), abs(end)), lands)
+
+
+def _with_times(nodes: Sequence[float], times: tuple[float, ...], rounding: float, lands: bool) -> tuple[float, ...]:
+    """The nodes, those within rounding of a requested time moved there; all times among them if the solve ``lands``."""
     # A node within rounding of a requested time is that time, unless the nodes are closer to one another than that.
     closest = min((abs(other - one) for one, other in pairwise(nodes)), default=0.0)
-    near = max(1e-12 * reach, min(rounding, closest / 2))
-    if not lands:
-        return _moved_to_times([times[0], *nodes[1:-1], times[-1]], times, near)
-    apart = [n for n in nodes if min(abs(n - time) for time in times) > near]
-    return tuple(sorted({*apart, *times}, reverse=times[-1] < times[0]))
+    near = max(1e-12 * abs(times[-1] - times[0]), min(rounding, closest / 2))
+    moved = _moved_to_times(nodes, times, near)
+    return tuple(sorted({*moved, *times}, reverse=times[-1] < times[0])) if lands else moved

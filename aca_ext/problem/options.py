@@ -1,15 +1,17 @@
-"""Validation of ``options``, one by one; ``grid.py`` validates step_size and grid_constructor."""
+"""Validation of ``options``, one by one; ``grid.py`` validates those that make a grid."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aca_ext.errors import OptionError, UnknownNameError
+from aca_ext.errors import ArgumentValueError, OptionError, UnknownNameError
+from aca_ext.numerics.adams import DEFAULT_MAX_ITERS, MAX_ORDER, MIN_ORDER, Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.numerics.weights import Weights
@@ -18,14 +20,15 @@ from aca_ext.problem.arguments import lookup, number_in
 from aca_ext.problem.newton import NEWTON_OPTIONS
 from aca_ext.problem.state import Packing
 
-FIXED_OPTIONS = ("step_size", "grid_constructor")
+FIXED_OPTIONS = ("step_size", "grid_constructor", "n_steps")
 _ALL_FIXED_OPTIONS = (*FIXED_OPTIONS, "interp", "perturb")
+_ADAMS_OPTIONS = ("max_order", "max_iters")
 _CONTROLLER_OPTIONS = (
     "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "pcoeff", "icoeff", "dcoeff",
 )  # fmt: skip
 _ADAPTIVE_OPTIONS = (
     *_CONTROLLER_OPTIONS, "max_num_steps", "step_t", "jump_t", "norm", "batch", "on_step_limit", "on_failure",
-    "on_min_step",
+    "on_min_step", "compact",
 )  # fmt: skip
 _ARGUMENTS = ("rtol", "atol", "method", "gradient", "engine", "checkpoints", "args", "params", "progress", "callback")
 DEFAULT_MAX_NUM_STEPS = 100_000
@@ -37,14 +40,20 @@ def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None
     """Raises UnknownNameError if a name is no option, or an option of adaptive steps in a solve with fixed steps."""
     of_newton = () if isinstance(tableau, Tableau) else NEWTON_OPTIONS
     allowed = (*_ALL_FIXED_OPTIONS, *of_newton) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS, *of_newton)
+    if isinstance(tableau, Adams):
+        allowed = (*allowed, *_ADAMS_OPTIONS[: 2 if tableau.implicit else 1])
     for name in given:
         if name in allowed:
             continue
         if name in _ADAPTIVE_OPTIONS:
-            why = "has no error estimate" if not tableau.adaptive else "was given step_size or grid_constructor"
+            why = (
+                "has no error estimate"
+                if not tableau.adaptive
+                else f"was given {', '.join(name for name in FIXED_OPTIONS if given.get(name) is not None)}"
+            )
             raise UnknownNameError(
                 f"option {name!r} is for adaptive steps, but method {tableau.name!r} {why}, so its steps are fixed. "
-                f"Remove the option; fixed steps take {', '.join(_ALL_FIXED_OPTIONS)}."
+                f"Remove the option; here there are {', '.join(allowed)}."
             )
         if name in NEWTON_OPTIONS:
             raise UnknownNameError(
@@ -52,6 +61,9 @@ def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None
             )
         if name in _ALL_FIXED_OPTIONS:
             raise UnknownNameError(f"option {name!r} belongs to fixed steps; give step_size too, or leave it out.")
+        if name in _ADAMS_OPTIONS and (is_fixed or name == "max_order"):
+            only = "implicit_adams" if name == "max_iters" else "explicit_adams and implicit_adams"
+            raise UnknownNameError(f"option {name!r} belongs to {only}; method {tableau.name!r} has no use for it.")
         if name in _ARGUMENTS:
             raise UnknownNameError(f"{name!r} is no option but an argument of its own: give {name}=... beside options.")
         lookup(f"option of method {tableau.name!r}", name, allowed)
@@ -90,6 +102,30 @@ def controller_of(given: Options, tableau: Weights) -> Controller:
             "max_step."
         )
     return Controller(order=tableau.order, **values)
+
+
+def adams_of(given: Options, method: Adams) -> Adams:
+    """The method of Adams with the limits of options max_order and max_iters.
+
+    Raises:
+        OptionError: an option is no integer, or out of range.
+    """
+    max_order, max_iters = given.get("max_order"), given.get("max_iters")
+    order = number_in(MAX_ORDER if max_order is None else max_order)
+    if order is None or order % 1 != 0 or not MIN_ORDER <= order <= MAX_ORDER:
+        raise OptionError(
+            f"option max_order is {max_order!r}; it must be an integer from {MIN_ORDER} to {MAX_ORDER}. For lower "
+            'orders there is method="rk4".'
+        )
+    iters = number_in(DEFAULT_MAX_ITERS if max_iters is None else max_iters)
+    if iters is None or iters % 1 != 0 or iters < 1:
+        raise OptionError(f"option max_iters is {max_iters!r}; it must be an integer of at least 1.")
+    return _limited(method, int(order), int(min(iters, 2**62)))
+
+
+@lru_cache(maxsize=64)
+def _limited(method: Adams, max_order: int, max_iters: int) -> Adams:
+    return method.with_limits(max_order, max_iters)
 
 
 def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[float, ...]:
@@ -159,6 +195,16 @@ def is_nan_on_failure(value: object) -> bool:
     return value == "nan"
 
 
+def is_compact(given: Options) -> bool:
+    """Tells whether func sees only those samples of a batch that are not finished."""
+    value = given.get("compact")
+    if value not in (None, True, False):
+        raise OptionError(f"option compact is {value!r}; it is True or False.")
+    if value and given.get("batch") != "independent":
+        raise OptionError('option compact=True leaves out samples that ended before others; give batch="independent".')
+    return bool(value)
+
+
 def accepts_min_step(value: object) -> bool:
     """Tells whether a step of ``min_step`` is accepted whatever its error."""
     if value not in (None, "raise", "accept"):
@@ -185,7 +231,16 @@ def is_perturbed(value: object) -> bool:
 
 def option_names() -> tuple[str, ...]:
     """Names of all options, of adaptive and of fixed steps."""
-    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *NEWTON_OPTIONS)
+    return (*_ADAPTIVE_OPTIONS, *_ALL_FIXED_OPTIONS, *NEWTON_OPTIONS, *_ADAMS_OPTIONS)
+
+
+def refuse_dense(caller: str, dense: object) -> None:
+    """Raises ArgumentValueError if ``caller``, which returns only the state, is given ``dense``."""
+    if dense:
+        raise ArgumentValueError(
+            f"dense={dense!r} makes a solution that is a function of time, which the result of {caller} is not. Use "
+            "aca_ext.solve."
+        )
 
 
 def refuse_to_stop(caller: str, options: object) -> None:

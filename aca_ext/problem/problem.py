@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
+from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
@@ -23,10 +24,12 @@ from aca_ext.problem.options import (
     FIXED_OPTIONS,
     Options,
     accepts_min_step,
+    adams_of,
     check_option_names,
     controller_of,
     inner_times,
     interpolation_of,
+    is_compact,
     is_nan_on_failure,
     is_perturbed,
     max_num_steps_of,
@@ -62,10 +65,12 @@ class Problem:
             fixed grid, all of its nodes.
         max_num_steps: limit on the trial steps of an adaptive solve.
         stops_at_limit: at that limit, the solve returns what it reached instead of raising.
+        callback_stops: the solve returns what it reached if ``on_step`` returns True.
         resumed: state of the solver from which a resumed solve continues, else None.
         accepts_min_step: a step of ``min_step`` is accepted whatever its error.
         interp: interpolation between the nodes of a fixed grid, "linear" or "cubic".
         newton: options of an implicit method; None for an explicit one.
+        resolution: relative rounding of the times as they were given.
         on_step: called after every trial step.
         events: conditions whose sign changes the solve locates.
         settings: shared by problems that differ only in func, args and the values of y0.
@@ -84,9 +89,11 @@ class Problem:
     jumps: frozenset[float]
     max_num_steps: int
     stops_at_limit: bool = False
+    callback_stops: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
     newton: NewtonOptions | None = None
+    resolution: float = 0.0
     resumed: SolverState | None = None
     on_step: Callback | None = None
     events: tuple[Event, ...] = ()
@@ -97,9 +104,19 @@ class Problem:
         return self.controller is not None
 
     @property
+    def may_stop(self) -> bool:
+        """True if the solve may end before its last time, with the state there as a further output."""
+        return self.stops_at_limit or self.callback_stops
+
+    @property
     def step_ends(self) -> tuple[float, ...]:
         """Times at which a step must end: the nodes of the grid or the stops; the last one ends the solve."""
         return (*self.stops, self.times[-1]) if self.grid is None else self.grid[1:]
+
+    @property
+    def known_times(self) -> Any:
+        """The requested times; of independent samples an array, (batch, T)."""
+        return self.times
 
     @property
     def length(self) -> float:
@@ -119,8 +136,15 @@ class Problem:
         return torch.nextafter(start, torch.full_like(start, self.times[-1]))
 
     def spread_times(self, t: Tensor) -> Tensor:
-        """The times ``t`` as func receives them, stacked along the first dimension; differentiable."""
+        """The times ``t`` as func receives them, stacked along the first dimension; differentiable.
+
+        Padded times are replaced by the first time, where func exists.
+        """
         return t.to(self.y0)
+
+    def padding(self) -> Tensor | None:
+        """A mask over the stacked times that is True for padded times; None if there are none."""
+        return None
 
     def of(self, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> Problem:
         """The same problem with another func, other args, and a y0 of the same layout."""
@@ -240,6 +264,9 @@ def checked_problem(
     check_option_names(given, tableau, is_fixed)
     if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
         raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
+    is_compact(given)
+    if isinstance(tableau, Adams):
+        tableau = adams_of(given, tableau)
     norm = norm_of(given.get("norm"), packing)
     checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
     checked_atol = checked_tolerance("atol", atol, packed, packing)
@@ -269,6 +296,7 @@ def checked_problem(
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
         newton=newton,
+        resolution=resolution_of(t),
     )
 
 

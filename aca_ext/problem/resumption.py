@@ -14,7 +14,7 @@ class SolverState:
 
     Attributes:
         t: time reached.
-        h: size of the next trial step.
+        h: size of the next trial step; NaN for fixed steps.
         sign: direction of the solve, 1 or -1.
         ratios: error ratios of the last accepted steps, newest first.
         k: slope at t; None if it has to be evaluated.

@@ -17,7 +17,9 @@ _FOREIGN = {
     "heun2": "heun explicittrapezoid",
     "fehlberg2": "rkf12 fehlberg rkf2",
     "adaptive_heun": "heun21 heun12",
-    "max_num_steps": "maxsteps maxstepcount maxiter maxiters maxiterations mxstep nsteps maxnumiters maxnumsteps",
+    "explicit_adams": "adamsbashforth ab",
+    "implicit_adams": "adams adamsmoulton adamsbashforthmoulton abm vcabm",
+    "max_num_steps": "maxsteps maxstepcount maxiter maxiters maxiterations mxstep maxnumiters maxnumsteps",
     "step_size": "dt h stepsize deltat timestep constantstepsize",
     "first_step": "dt0 h0 initialstep initstep dtinit initialstepsize firststepsize",
     "min_step": "dtmin mindt hmin minstepsize minimumstepsize",
@@ -27,6 +29,7 @@ _FOREIGN = {
     "safety": "safetyfactor gamma",
     "ifactor": "maxfactor factormax qmax",
     "dfactor": "minfactor factormin qmin",
+    "n_steps": "numsteps numbersteps nsteps",
     "grid_constructor": "grid gridpoints",
     "method": "solver integrator stepper alg algorithm",
     "gradient": "sensitivity adjoint backprop sensealg",
@@ -39,7 +42,7 @@ _FOREIGN = {
 }
 _MEANT = {foreign.replace("_", ""): name for name, others in _FOREIGN.items() for foreign in others.split()}
 _IMPLICIT = (
-    "implicit", "bdf", "radau", "lsoda", "kvaerno", "adams", "vode", "ode15s", "rosenbrock", "rodas", "trbdf2",
+    "implicit", "bdf", "radau", "lsoda", "kvaerno", "vode", "ode15s", "rosenbrock", "rodas", "trbdf2",
     "backwardeuler", "cranknicolson", "sdirk",
 )  # fmt: skip
 
@@ -58,7 +61,7 @@ def meant_by(name: object, allowed: Iterable[str]) -> str | None:
 
 
 def is_implicit(name: object) -> bool:
-    """Tells whether ``name`` looks like an implicit or multistep method."""
+    """Tells whether ``name`` looks like a method for stiff problems."""
     return any(part in _plain(str(name)) for part in _IMPLICIT)
 
 

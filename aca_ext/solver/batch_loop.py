@@ -6,85 +6,32 @@ of a tensor. In this module a row is a sample.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
-from aca_ext.kernels.extension import STATUSES, batch_control_for
+from aca_ext.kernels.extension import batch_control_for
 from aca_ext.kernels.fused import Array, RowOperations
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.progress import Step
-from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
+from aca_ext.solver.batch_events import BatchEvents
+from aca_ext.solver.batch_failures import DONE, RUNNING, SampleFailures
+from aca_ext.solver.batch_record import (
+    AcceptedRows,
+    BatchRecord,
+    Index,
+    Mask,
+    OutputRows,
+    Outputs,
+    assemble,
+    index_of,
+    order_of,
+    outputs_of_step,
+)
+from aca_ext.solver.failures import stops
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
 from aca_ext.solver.stats import BatchStats
-from aca_ext.vector_field.field import VectorField
-
-_RUNNING, _STEP_LIMIT, _STEP_SIZE, _NOT_FINITE = map(
-    STATUSES.index, ("running", "step_limit", "step_size", "not_finite")
-)
-
-Mask = NDArray[np.bool_]
-Index = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class OutputRows:
-    """Outputs that fall into one step of the batch; one entry per output.
-
-    Attributes:
-        rows: index of the sample.
-        index: index of the requested time among the times of that sample.
-        theta: position of that time in the step of that sample, in (0, 1].
-    """
-
-    rows: Index
-    index: Index
-    theta: Array
-
-    def where(self, mask: Mask) -> OutputRows:
-        return OutputRows(self.rows[mask], self.index[mask], self.theta[mask])
-
-
-@dataclass(frozen=True)
-class AcceptedRows:
-    """Steps that several samples took in the same iteration of the loop; one entry per sample.
-
-    Attributes:
-        rows: indices of the samples whose step was accepted.
-        t, t_next: start and end of the step.
-        h: signed step size.
-        outputs: outputs that fall into these steps.
-    """
-
-    rows: Index
-    t: Array
-    h: Array
-    t_next: Array
-    outputs: OutputRows
-
-
-@dataclass
-class BatchRecord:
-    """The accepted steps of a batch, in order."""
-
-    n_rows: int
-    steps: list[AcceptedRows] = field(default_factory=lambda: list[AcceptedRows]())
-
-    def bounds(self) -> tuple[Tensor, ...]:
-        """Start and end of every accepted step: per sample an (n_accepted, 2) float64 tensor on the CPU."""
-        if not self.steps:
-            return tuple(torch.zeros(0, 2, dtype=torch.float64, device="cpu") for _ in range(self.n_rows))
-        rows = np.concatenate([s.rows for s in self.steps])
-        ends = np.stack([np.concatenate([getattr(s, end) for s in self.steps]) for end in ("t", "t_next")], 1)
-        order = np.argsort(rows, kind="stable")
-        counts = np.bincount(rows, minlength=self.n_rows)
-        return torch.from_numpy(ends[order]).split(counts.tolist())
+from aca_ext.vector_field.batch_field import RowField
 
 
 class BatchSolver:
@@ -96,29 +43,31 @@ class BatchSolver:
 
     Attributes:
         record: accepted steps.
-        states: for each entry of the record, the states of its samples before the step; empty without ``keep_states``.
+        states: for each entry of the record, the states of its samples before the step, followed by those at its end of
+            the samples that an event ended in it; empty without ``keep_states``.
         y: states of all samples, each at its own last time.
         stats: counts of the solve.
+        events: events of the solve; None without events.
     """
 
     def __init__(
-        self, problem: BatchProblem, field: VectorField, ops: RowOperations, k0: Tensor | None, keep_states: bool
+        self, problem: BatchProblem, field: RowField, ops: RowOperations, k0: Tensor | None, keep_states: bool
     ) -> None:
         self.problem, self.field, self.ops, self._k = problem, field, ops, k0
         n = ops.n_rows
         self.record = BatchRecord(n)
         self.states: list[Tensor] = []
         self._control = batch_control_for(problem.controller, problem.max_num_steps, problem.times_of_rows)
+        self._failures = SampleFailures(problem, field, self._control)
         n_steps, n_accepted, n_rejected = torch.zeros(3, n, dtype=torch.int64, device="cpu").unbind()
         self.stats = BatchStats(n_steps, n_accepted, n_rejected, backend=ops.backend)
         self._scheme = scheme_of(problem.tableau, estimate_error=True)
         self._keep_states = keep_states
-        times = problem.times_of_rows
-        self._sign = np.where(times[:, -1] < times[:, 0], -1.0, 1.0)
-        self._outputs: list[tuple[Index, Index, Tensor]] = []
+        self._outputs: list[Outputs] = []
+        self.events = BatchEvents(problem, ops) if problem.events else None
 
     def run(self, y: Tensor) -> Tensor:
-        """Solves from the packed state ``y`` and returns the outputs, (T, \\*packed shape).
+        """Solves from the packed state ``y`` and returns the outputs, (T, \\*packed shape), and behind them the events.
 
         Raises:
             SolveError: a sample did not reach its last time; the message names the sample.
@@ -126,21 +75,48 @@ class BatchSolver:
         n = self.ops.n_rows
         self._outputs = [(np.arange(n), np.zeros(n, dtype=np.int64), y)]
         self.y = y
-        if self.problem.times_of_rows.shape[1] > 1 and n > 0:
+        if n > 0 and (self.problem.counts > 1).any():
             self.y = self._run(y)
+        self._count()
+        self.field.see(None)
+        n_outputs = self.problem.times_of_rows.shape[1] + (0 if self.events is None else self.events.n_outputs)
+        outputs = self._outputs_of_survivors()
+        self.record.rest_times = self._control.t.copy()
+        if self.events is not None:
+            self.record.occurrences, self.record.ended_by = self.events.occurrences(), self.events.ended_by
+        order = order_of(outputs, (n_outputs, n))
+        self.record.is_missing = order == sum(len(states) for _, _, states in outputs)
+        return assemble(outputs, (n_outputs, n), y)
+
+    def _count(self) -> None:
         control, stats = self._control, self.stats
         stats.n_steps, stats.n_accepted = (torch.from_numpy(x.copy()) for x in (control.n_steps, control.n_accepted))
         stats.n_rejected = stats.n_steps - stats.n_accepted
-        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_evals * n
-        return assemble(self._outputs, self.problem.times_of_rows.shape, y)
+        stats.n_f_evals, stats.n_f_rows = self.field.n_evals, self.field.n_rows_evaluated
+        stats.failures = [self._failures.errors[row] for row in sorted(self._failures.errors)]
+
+    def _outputs_of_survivors(self) -> list[Outputs]:
+        """The outputs of the samples that did not fail."""
+        failed = self.record.failed
+        failed[list(self._failures.errors)] = True
+        if not failed.any():
+            return self._outputs
+        kept = [~failed[rows] for rows, _, _ in self._outputs]
+        return [
+            (rows[mask], index[mask], states[index_of(np.flatnonzero(mask), states)])
+            for mask, (rows, index, states) in zip(kept, self._outputs, strict=True)
+        ]
 
     def _run(self, y: Tensor) -> Tensor:
         control = self._control
         self._choose_first_steps(y)
-        while (active := control.status == _RUNNING).any():
+        if self.events is not None:
+            self.events.start(control.t.copy(), y, self._k, control.h.copy(), control.status == RUNNING)
+        while (active := control.status == RUNNING).any():
+            if self.problem.is_compact:
+                self._leave_out_finished(active, y)
             control.propose()
-            self._check(control.status == _STEP_LIMIT, StepLimitError)
-            self._check(control.status == _STEP_SIZE, StepSizeError)
+            self._failures.check_proposal()
             t, h, t_next = control.t.copy(), control.h_trial.copy(), control.t_next.copy()
             steps = self.ops.steps(h)
             trial = step(self.field, self.ops, self._scheme, stage_times(self._scheme, t, h, t_next), y, steps, self._k)
@@ -149,14 +125,23 @@ class BatchSolver:
             rejected = active & ~accepted
             self._report(t, h, accepted, y)
             if accepted.any():
-                self._accept(accepted, t, y, h, t_next, trial)
+                accepted = self._accept(accepted, t, y, h, t_next, trial)
             if rejected.any():
-                self._check_progress(y, trial.k[0])
+                self._failures.check_progress(y, trial.k[0])
             self._k = self._next_slopes(accepted, rejected | ~active, trial)
             if accepted.any():
                 y = trial.y1 if accepted.all() else torch.where(self._mask(accepted), trial.y1, y)
             del trial
         return y
+
+    def _leave_out_finished(self, active: Mask, y: Tensor) -> None:
+        """Takes finished samples from func once at most half of those that it sees are left."""
+        seen = self.field.seen
+        n_active = int(active.sum())
+        if 2 * n_active <= (len(active) if seen is None else len(seen)):
+            control, ops = self._control, self.ops
+            t, h = ops.scalars([control.t])[0], ops.steps(control.h.copy())
+            self.field.see_fewer(np.flatnonzero(active), t, y.detach(), h.to(y.dtype), self._k)
 
     def _report(self, t: Array, h: Array, accepted: Mask, y: Tensor) -> None:
         if self.problem.on_step is not None:
@@ -164,7 +149,8 @@ class BatchSolver:
             counts = control.n_steps, control.n_accepted, control.n_steps - control.n_accepted
             arrays = (t, control.t, h, control.ratio, accepted, *counts)
             found = (torch.from_numpy(x.copy()) for x in arrays)
-            self.problem.on_step(Step._make((*found, self.field.n_evals, self.problem.packing.unpack(y.detach()))))
+            step = Step._make((*found, self.field.n_evals, self.problem.packing.unpack(y.detach())))
+            stops(self.problem, self.problem.on_step(step))
 
     def _choose_first_steps(self, y: Tensor) -> None:
         """Chooses the first step of each sample by Hairer's rule; its evaluation is not part of the solution."""
@@ -175,20 +161,33 @@ class BatchSolver:
             return
         with torch.no_grad():
             norm_f = ops.error_norm(k, None, 0.0, y, y)
-            self._check_finite(~np.isfinite(norm_f), y, k, norm_f)
+            self._failures.check_start(y, k, norm_f)
             control.propose_euler_steps(ops.error_norm(y, None, 0.0, y, y), norm_f)
             euler = ops.weighted_sum(y, ops.steps(control.h_trial.copy()), [k], (1.0,))
             with self.field.aside():
                 change = self.field(ops.scalars([control.t_next])[0], euler)
             control.choose_first_steps(ops.error_norm(change, k, -1.0, y, y))
 
-    def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> None:
+    def _accept(self, accepted: Mask, t: Array, y: Tensor, h: Array, t_next: Array, trial: Trial) -> Mask:
+        """Adds the step to the solutions of the samples that accepted it; returns those that go on from its end.
+
+        A sample that an event ends rests where the step started: func need not exist beyond the event.
+        """
         rows = np.flatnonzero(accepted)
-        outputs = self._outputs_due(rows)
-        self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs))
+        outputs, steps, ended = self._outputs_due(rows), self.ops.steps(h), np.zeros_like(accepted)
+        if self.events is not None:
+            found, end = self.events.find(accepted, t, t_next, y, steps, trial)
+            outputs = outputs.where(outputs.theta <= end[outputs.rows]).followed_by(found)
+            ended = np.isfinite(end)
+            self._control.status[ended] = DONE
+            self._control.t[ended] = t[ended]
+        seen, of_ended = self.field.seen, np.flatnonzero(ended)
+        self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs, seen, of_ended))
         if self._keep_states:
-            self.states.append(y if accepted.all() else y[index_of(rows, y)])
-        self._outputs += outputs_of_step(outputs, self._scheme, y, self.ops.steps(h), trial)
+            starts = y if accepted.all() else y[index_of(rows, y)]
+            self.states.append(torch.cat([starts, trial.y1[index_of(of_ended, y)]]) if len(of_ended) else starts)
+        self._outputs += outputs_of_step(outputs, self._scheme, y, steps, trial)
+        return accepted & ~ended
 
     def _outputs_due(self, rows: Index) -> OutputRows:
         """The requested times inside the steps just accepted; theta is exactly 1 at the end of a step."""
@@ -211,86 +210,6 @@ class BatchSolver:
     def _mask(self, rows: Mask) -> Tensor:
         return torch.from_numpy(rows).view(self.ops.row_shape).to(self.ops.like.device)
 
-    def _check_progress(self, y: Tensor, k: Tensor) -> None:
-        """Raises if a sample failed and a smaller step cannot help."""
-        control = self._control
-        self._check(control.status == _STEP_SIZE, StepSizeError)
-        doubtful = control.status == _NOT_FINITE
-        if not doubtful.any():
-            return
-        self._check_finite(doubtful, y, k, control.ratio)
-        control.retry()
-        stuck = control.status == _NOT_FINITE
-        if self.problem.tolerance.forbids_error():
-            self._check(stuck & (control.ratio == np.inf), StepSizeError, NO_TOLERANCE)
-        self._check(stuck, NonFiniteError)
-
-    def _check_finite(self, suspects: Mask, y: Tensor, k: Tensor, ratio: Array) -> None:
-        if not suspects.any() or y.numel() == 0:
-            return
-        for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
-            failed = suspects & ~torch.isfinite(x).reshape(len(x), -1).all(1).cpu().numpy()
-            if not failed.any():
-                continue
-            row = int(failed.argmax())
-            fault = fault_of_start(self.problem.y0[row])
-            message = fault or f"{what} t={self._control.t[row]:.17g}; look at func there."
-            self._check(failed, NonFiniteError, message, ratio)
-
-    def _check(
-        self, failed: Mask, kind: type[SolveError], message: str | None = None, ratio: Array | None = None
-    ) -> None:
-        if not failed.any():
-            return
-        control, row = self._control, int(failed.argmax())
-        others = int(failed.sum()) - 1
-        reason = message or reason_of(kind, self.problem.max_num_steps, self.problem.times_of_rows[row, -1])
-        raise kind(
-            f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {self.problem.tableau.name} "
-            f"stopped: {reason}",
-            t=float(control.t[row]),
-            h=float(control.h[row]) or math.nan,  # NaN until a step is chosen
-            error_ratio=float((control.ratio if ratio is None else ratio)[row]),
-            n_accepted=int(control.n_accepted[row]),
-            n_rejected=int(control.n_steps[row] - control.n_accepted[row]),
-            n_f_evals=self.field.n_evals,
-            sample=row,
-        )
-
 
 def stage_times(scheme: Scheme, t: Array, h: Array, t_next: Array) -> list[Array]:
     return [t_next if c == 1 else t + c * h for c in scheme.c]
-
-
-def index_of(rows: Index, like: Tensor) -> Tensor:
-    return torch.from_numpy(rows).to(like.device)
-
-
-def outputs_of_step(
-    outputs: OutputRows, scheme: Scheme, y: Tensor, h: Tensor, trial: Trial
-) -> list[tuple[Index, Index, Tensor]]:
-    """Tuples (samples, indices of their times, states): first outputs at step ends, then outputs by dense output."""
-    found: list[tuple[Index, Index, Tensor]] = []
-    at_end = outputs.where(outputs.theta == 1.0)
-    if len(at_end.rows):
-        found.append((at_end.rows, at_end.index, trial.y1[index_of(at_end.rows, y)]))
-    inside = outputs.where(outputs.theta != 1.0)
-    if len(inside.rows):
-        rows = index_of(inside.rows, y)
-        dense = [scheme.tableau.dense_weights(theta) for theta in inside.theta.tolist()]
-        weights = torch.tensor(dense, dtype=torch.float64, device="cpu").to(y)
-        total = sum(
-            w.view(-1, *h.shape[1:]) * k[rows]
-            for w, k, is_used in zip(weights.T, trial.k, weights.any(0).tolist(), strict=True)
-            if is_used
-        )
-        found.append((inside.rows, inside.index, y[rows] + h[rows].to(y.dtype) * total))
-    return found
-
-
-def assemble(outputs: Sequence[tuple[Index, Index, Tensor]], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Arranges outputs by time and sample into one tensor, (T, \\*packed shape); differentiable."""
-    n_rows, n_times = shape
-    places = np.concatenate([index * n_rows + rows for rows, index, _ in outputs])
-    order = index_of(np.argsort(places), like).view(n_times, n_rows)
-    return torch.cat([states for _, _, states in outputs])[order]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,12 +53,14 @@ class StepRecord:
         end: state of the solver where the solve stopped; None without option ``on_step_limit="stop"``.
         events: the events found, in the order of time.
         ended_by: index of the event that ended the solve: a terminal one, or else the first reset.
+        formulas: the formula of each step of a multistep method (``solver/adams.py``).
     """
 
     steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
     end: SolverState | None = None
     events: list[Occurrence] = field(default_factory=lambda: list[Occurrence]())
     ended_by: int | None = None
+    formulas: Sequence[Any] = ()
 
     def bounds(self) -> Tensor:
         """Start and end of every accepted step, (n_accepted, 2) float64 on the CPU."""

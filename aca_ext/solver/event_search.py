@@ -19,10 +19,11 @@ from aca_ext.problem.state import Packing
 
 Array = NDArray[np.float64]
 
-_LAST_BIT = 2.0**-52  # of a position in a step
-_ON_SURFACE = 64.0  # roundings of its terms within which the value of an event function counts as zero
+LAST_BIT = 2.0**-52  # of a position in a step
+ON_SURFACE = 64.0  # roundings of its terms within which the value of an event function counts as zero
+STEPS_BEFORE = 16.0  # the step before a start on a surface, in first steps after it
 # Positions shortly after a start on the surface, where the side is looked up, and behind which the next change lies.
-_DEPARTURES = (2.0**-5, 2.0**-10, 2.0**-20, 2.0**-30, 2.0**-40)
+DEPARTURES = (2.0**-5, 2.0**-10, 2.0**-20, 2.0**-30, 2.0**-40)
 
 
 @dataclass
@@ -80,7 +81,7 @@ class EventSearch:
             for j in range(len(values)):
                 rate, scale = change_along(event, j, self._scalar(t), y, slope, self._packing)
                 rounding = torch.finfo(y.dtype).eps * (scale + abs(rate) * reach)
-                if abs(values[j]) <= _ON_SURFACE * rounding:
+                if abs(values[j]) <= ON_SURFACE * rounding:
                     signs[j] = np.sign(rate)
             self._signs.append(signs)
 
@@ -112,7 +113,7 @@ class EventSearch:
     def _signs_before(self, i: int, values_at: Callable[[float], Array]) -> Array:
         """Signs at the start of a step; an unknown sign is taken from a position shortly after the start."""
         signs = self._signs[i]
-        for theta in reversed(_DEPARTURES):
+        for theta in reversed(DEPARTURES):
             if signs.all():
                 break
             signs = np.where(signs == 0, np.sign(values_at(theta)), signs)
@@ -121,11 +122,11 @@ class EventSearch:
     def _root(self, values_at: Callable[[float], Array], j: int, before: float, now: float) -> float:
         low, first = 0.0, float(values_at(0.0)[j])
         if first * before <= 0:  # a zero at the start: the change is there, or after a position with the first sign
-            low = next((theta for theta in _DEPARTURES if values_at(theta)[j] * before > 0), 0.0)
+            low = next((theta for theta in DEPARTURES if values_at(theta)[j] * before > 0), 0.0)
             if low == 0:
                 return 0.0
             first = float(values_at(low)[j])
-        return bracketed_root(lambda theta: float(values_at(theta)[j]), low, first, 1.0, float(now), _LAST_BIT)
+        return bracketed_root(lambda theta: float(values_at(theta)[j]), low, first, 1.0, float(now), LAST_BIT)
 
     def _values(self, i: int, t: float, y: Tensor) -> Array:
         with torch.no_grad():

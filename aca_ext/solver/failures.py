@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeError
+from aca_ext.errors import ArgumentValueError, NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.problem.problem import Problem
+from aca_ext.progress import asks_to_stop
 
 NOT_FINITE_ON_GRID = "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
 NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
@@ -22,6 +23,23 @@ def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **
     if problem.newton is None and kind in (StepLimitError, StepSizeError) and message is None:
         reason += ' If the problem is stiff, use method="kvaerno5".'
     return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
+
+
+def stops(problem: Problem, result: object) -> bool:
+    """Tells whether the result of a callback ends the solve.
+
+    Raises:
+        ArgumentValueError: it would, and this solve cannot end early.
+    """
+    if not asks_to_stop(result):
+        return False
+    if not problem.callback_stops:
+        raise ArgumentValueError(
+            "callback returned True, which ends a solve early. Only aca_ext.solve shows where it ended: use it with "
+            'gradient="aca" or "direct", without events, dense, output_fn or times that require grad, and with samples '
+            "that share their steps. A callback that returns None lets the solve go on."
+        )
+    return True
 
 
 def fault_of_start(y0: Tensor) -> str | None:

@@ -17,20 +17,23 @@ from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeE
 from aca_ext.kernels.extension import step_control_for
 from aca_ext.kernels.fused import TorchOperations, empty_rows
 from aca_ext.kernels.reference import Number, as_float
+from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.progress import Step
+from aca_ext.solver.adams import AdamsSteps
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
-from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of
+from aca_ext.solver.event_search import STEPS_BEFORE
+from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of, stops
 from aca_ext.solver.method import check_repeatable, method_of
 from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
+from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
 from aca_ext.vector_field.field import RandomState, VectorField
 
-_STEPS_BEFORE = 16.0  # the step before a start on a surface, in first steps after it
 AnyStepControl = Any  # StepControl, or its C++ counterpart
 
 
@@ -57,7 +60,7 @@ class Solver:
         *,
         k0: Tensor | None,
         rows: Sequence[Tensor] | None = None,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Checkpoints | SlopeCheckpoints | None = None,
         differentiable_steps: bool = False,
     ) -> None:
         self.problem, self.field, self.ops = problem, field, ops
@@ -65,10 +68,15 @@ class Solver:
         self.stats = Stats(backend=ops.backend)
         method = method_of(problem, field.fastest, ops, estimate_error=problem.adaptive, counts=self.stats)
         self.scheme, self._compiled, self._step = method.scheme, method.compiled, method.step
+        self._adams = AdamsSteps(field.fastest, ops, problem) if isinstance(problem.tableau, Adams) else None
         if problem.newton is not None:
             check_repeatable(problem, field)
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
+        if self._adams is not None:
+            self._compiled, self._step, self.record.formulas = None, self._adams.step, self._adams.formulas
+            if isinstance(checkpoints, SlopeCheckpoints):
+                checkpoints.slopes = self._adams.slopes
         self._outputs: list[Tensor] = []
         self._events = StepEvents(problem, ops, self.record) if problem.events else None
         # States of the random generators before the first slope of the next step; None if func draws no numbers.
@@ -82,7 +90,7 @@ class Solver:
     def run(self, y0: Tensor) -> list[Tensor]:
         """Solves from the packed state ``y0``; returns one output per requested time, then one per event.
 
-        A solve that may stop at its step limit returns the outputs reached, then the state where it stopped.
+        A solve that stops early returns the outputs reached, then the state where it stopped.
 
         Raises:
             SolveError: the solve did not reach its last time.
@@ -90,7 +98,7 @@ class Solver:
         problem, stats = self.problem, self.stats
         compiled = self._runs_of_steps()
         if compiled is not None and self._rows is None:
-            self._rows = empty_rows(len(problem.times) + problem.stops_at_limit, y0).unbind(0)
+            self._rows = empty_rows(len(problem.times) + problem.may_stop, y0).unbind(0)
         self._outputs = [y0 if self._rows is None else self._rows[0].copy_(y0)]
         kind: Callable[..., AnyStepControl] = StepControl if compiled is None else step_control_for
         control = kind(problem.controller, problem.max_num_steps, problem.times, problem.step_ends)
@@ -102,6 +110,8 @@ class Solver:
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
             self._finish(control, y)
+            if self._adams is not None:
+                self._adams.finish()
         if self._events is not None:
             self._events.append_to(self._outputs)
         stats.n_f_evals = self.field.n_evals
@@ -127,7 +137,7 @@ class Solver:
         Not the whole length of the solve, which is without limit where the first event is looked for.
         """
         h = as_float(control.h) if self.problem.adaptive else abs(self.problem.step_ends[0] - control.t)
-        return min(self.problem.length, max(abs(as_float(control.t)), _STEPS_BEFORE * h))
+        return min(self.problem.length, max(abs(as_float(control.t)), STEPS_BEFORE * h))
 
     def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
         """Steps until the solve ends or stops; returns the state reached."""
@@ -144,7 +154,7 @@ class Solver:
                 self._accept(control, t, y, h, trial)
             else:
                 self._reject(trial, buffers)
-            self._report(control, t, t_next, h, ratio, y)
+            is_stopped = self._report(control, t, t_next, h, ratio, y)
             if trial.failure is not None and not (is_adaptive and control.can_shrink):
                 raise self._failure(StepSizeError if is_adaptive else SolveError, control, trial.failure)
             if control.is_accepted:
@@ -152,6 +162,8 @@ class Solver:
             elif control.status == "not_finite":
                 self._look(control, y)
             del trial  # frees its slopes before the next step allocates its own
+            if is_stopped and control.status == "running":
+                control.status = "stopped"
         return y
 
     def _run_compiled(self, compiled: Any, control: AnyStepControl, y: Tensor) -> Tensor:
@@ -187,7 +199,7 @@ class Solver:
             # A fixed grid is checked for NaN once, at its end, and only on the CPU: on a GPU it would synchronise.
             if not problem.adaptive and y.device.type == "cpu" and not _is_finite(y):
                 raise self._failure(NonFiniteError, control, NOT_FINITE_ON_GRID)
-        elif status == "step_limit" and problem.stops_at_limit:
+        elif status == "stopped" or (status == "step_limit" and problem.stops_at_limit):
             self._stop(control, y)
         else:
             raise self._failure(StepLimitError if status == "step_limit" else StepSizeError, control)
@@ -201,21 +213,23 @@ class Solver:
         self.record.end = self._state(control, is_complete=False)
 
     def _state(self, control: AnyStepControl, is_complete: bool) -> SolverState:
-        return SolverState(
-            control.t, control.h, control.sign, control.ratios, self._k, self._first_random_state, is_complete
-        )
+        h = control.h if self.problem.adaptive else math.nan
+        return SolverState(control.t, h, control.sign, control.ratios, self._k, self._first_random_state, is_complete)
 
     def _is_smallest(self, h: Number) -> bool:
         """Tells whether a step is accepted whatever its error."""
         problem = self.problem
         return problem.accepts_min_step and problem.controller is not None and abs(h) <= problem.controller.min_step
 
-    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number, y: Tensor) -> None:
-        if self.problem.on_step is not None:
-            times, n_accepted = (as_float(t), as_float(t_next), as_float(h)), control.n_accepted
-            counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
-            state = self.problem.packing.unpack(y.detach())
-            self.problem.on_step(Step._make((*times, as_float(ratio), control.is_accepted, *counts, state)))
+    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number, y: Tensor) -> bool:
+        """Calls the callback; returns True if it stops the solve."""
+        if self.problem.on_step is None:
+            return False
+        times, n_accepted = (as_float(t), as_float(t_next), as_float(h)), control.n_accepted
+        counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
+        state = self.problem.packing.unpack(y.detach())
+        step = Step._make((*times, as_float(ratio), control.is_accepted, *counts, state))
+        return stops(self.problem, self.problem.on_step(step))
 
     def _choose_first_step(self, controller: Controller, control: AnyStepControl, y: Tensor) -> None:
         """Chooses the first step by Hairer's rule; its evaluation of func is not part of the solution."""

@@ -97,7 +97,7 @@ def scheme_of(tableau: Tableau, estimate_error: bool) -> Scheme:
         fsal=tableau.fsal,
         c=tuple(float(x) for x in tableau.c),
         a=a,
-        stages=tuple(_nonzero(row) for row in a),
+        stages=tuple(nonzero(row) for row in a),
         solution=tuple(b),
         indices=indices,
         b=tuple(b[i] for i in indices),
@@ -112,7 +112,8 @@ def solution_only(scheme: Scheme) -> Scheme:
     return replace(scheme, fsal=False, c=scheme.c[:count], stages=scheme.stages[:count], error=None, error_last=0.0)
 
 
-def _nonzero(weights: Sequence[float]) -> Weights:
+def nonzero(weights: Sequence[float]) -> Weights:
+    """The indices and values of the weights that are not zero."""
     indices = tuple(i for i, w in enumerate(weights) if w != 0)
     return indices, tuple(weights[i] for i in indices)
 
@@ -250,7 +251,7 @@ def interpolate(
     out: Tensor | None = None,
 ) -> Tensor:
     """Dense output y(theta) inside a step."""
-    indices, weights = _nonzero(tableau.dense_weights(theta))
+    indices, weights = nonzero(tableau.dense_weights(theta))
     return ops.weighted_sum(y, h, [k[i] for i in indices], weights, out)
 
 

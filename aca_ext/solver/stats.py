@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,7 +24,11 @@ class Stats:
             "compiled" or "graph" (the engine of that name).
         n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
-            0 if the caches held everything.
+            0 if an earlier solve of this process did both. With code from the cache on disk, only tracing remains.
+        compiled: with engine="compiled" or "auto", the part that ran in compiled code: "solve" (all of it),
+            "evaluations" (func and its derivative, between the steps of the eager engine), or "" (nothing).
+        engine: with engine="auto", the engine that ran, "eager" or "compiled"; else "".
+        reason: with engine="compiled" or "auto", the reason why it was not the whole solve; else "".
         n_jacobians: Jacobians of func that the forward pass of an implicit method evaluated.
         n_factorizations: matrices that it factorised.
         n_newton_iterations: iterations of Newton's method, each with one evaluation of func per stage.
@@ -37,6 +41,9 @@ class Stats:
     backend: str = ""
     n_f_evals_backward: int | None = None
     compile_seconds: float = 0.0
+    compiled: str = field(default="", repr=False)
+    engine: str = field(default="", repr=False)
+    reason: str = field(default="", repr=False)
     n_jacobians: int = 0
     n_factorizations: int = 0
     n_newton_iterations: int = 0
@@ -47,8 +54,8 @@ class BatchStats:
     """Counts of a solve with independent samples (option ``batch="independent"``).
 
     Attributes:
-        n_f_evals: calls of func in the forward pass; each evaluates the whole batch.
-        n_f_rows: evaluations of single samples, n_f_evals times the batch size.
+        n_f_evals: calls of func in the forward pass; each evaluates the whole batch, or with option ``compact`` a part.
+        n_f_rows: evaluations of single samples; without ``compact``, n_f_evals times the batch size.
         n_steps: (batch,) int64 on the CPU; trial steps of each sample, the same as in a solve of that sample alone.
         n_accepted: (batch,) int64 on the CPU; trial steps that became part of the solution.
         n_rejected: (batch,) int64 on the CPU; trial steps whose error was too large, n_steps - n_accepted.
@@ -56,6 +63,7 @@ class BatchStats:
         n_f_evals_backward: calls of func in the backward pass; None until it has run.
         failures: errors of the samples that failed, with option ``on_failure="nan"``.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling.
+        compiled, engine, reason: as in ``Stats``.
 
     engine="compiled" evaluates single samples, no more often than each needs: ``n_f_rows`` is the sum of these
     evaluations, and ``n_f_evals`` and ``n_f_evals_backward`` are the most that one sample took.
@@ -70,6 +78,14 @@ class BatchStats:
     n_f_evals_backward: int | None = None
     failures: Sequence[SolveError] = ()
     compile_seconds: float = 0.0
+    compiled: str = ""
+    engine: str = ""
+    reason: str = ""
+
+    def followed_by(self, rest: BatchStats) -> BatchStats:
+        """The sums over two parts of a solve; ``n_f_evals_backward`` is None."""
+        names = ("n_steps", "n_accepted", "n_rejected", "n_f_evals", "n_f_rows")
+        return BatchStats(**{name: getattr(self, name) + getattr(rest, name) for name in names}, backend=rest.backend)
 
     def __repr__(self) -> str:
         """Shows each per-sample count as its range over the batch."""

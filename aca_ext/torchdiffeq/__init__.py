@@ -18,8 +18,8 @@ Arguments and options have torchdiffeq's meaning, and the solvers of aca_ext do 
 * func is called more often where t requires grad, and its replays in the backward pass leave buffers and counters in
   them unchanged.
 * Failures are aca_ext's errors: StepLimitError, StepSizeError, NonFiniteError, in place of AssertionErrors.
-* ``odeint_dense`` takes all adaptive methods and tuple states. Methods "explicit_adams", "implicit_adams" and
-  "fixed_adams" are missing (UnknownNameError).
+* The methods of Adams have formulas for equal steps; after a change of the step size, steps of rk4 follow.
+* ``odeint_dense`` takes all adaptive methods and tuple states.
 * Implicit methods solve their equations by Newton's method until rounding.
 """
 

@@ -15,9 +15,9 @@ from aca_ext.problem.arguments import number_in
 from aca_ext.problem.state import State, like_tuple
 from aca_ext.torchdiffeq.callbacks import callback_of
 from aca_ext.torchdiffeq.event_function import ZeroCounts
-from aca_ext.torchdiffeq.names import SCIPY, checked_method, kind_of
+from aca_ext.torchdiffeq.names import ADAMS, SCIPY, checked_method, kind_of
 from aca_ext.torchdiffeq.scipy_solver import adjoint_with_scipy, solve_with_scipy
-from aca_ext.torchdiffeq.translation import Call, options_of
+from aca_ext.torchdiffeq.translation import Call, options_of, with_admitted_order
 from aca_ext.user_warnings import warn_user
 
 EventFn = Callable[[Tensor, Any], Tensor]
@@ -85,7 +85,12 @@ def odeint_adjoint(
     call = replace(call, y0=_anchored(call.y0, _parameters_of(func) if params is None else params))
     if event_fn is not None:
         return _until_event(call, event_fn, params=params)
-    backward_method = call.method if adjoint_method is None else checked_method(adjoint_method)
+    if call.method != method and method in ADAMS:
+        options = {name: value for name, value in (options or {}).items() if name in call.options}
+    backward_method = call.method
+    if adjoint_options is not None or adjoint_method not in (None, method):
+        chosen = method if adjoint_method is None else adjoint_method
+        backward_method, adjoint_options = with_admitted_order(checked_method(chosen), adjoint_options)
     backward_options = _backward_options(func, call, backward_method, options, adjoint_options, params)
     if params is None and (callable(backward_options.get("norm")) or "callback" in backward_options):
         params = _parameters_of(func)  # which these see, in this order

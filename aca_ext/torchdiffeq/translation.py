@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from aca_ext.errors import ArgumentTypeError, OptionError
+from aca_ext.numerics.adams import MIN_ORDER
 from aca_ext.problem.arguments import number_in
 from aca_ext.problem.state import State, like_tuple
 from aca_ext.torchdiffeq.callbacks import callback_of, warn_of_unsupported
-from aca_ext.torchdiffeq.names import IMPLICIT, checked_method, kind_of
+from aca_ext.torchdiffeq.names import ADAMS, IMPLICIT, checked_method, kind_of
 from aca_ext.user_warnings import warn_user
 
 _CONTROL = ("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "max_num_steps")
@@ -24,6 +25,7 @@ _TAKEN = {
     "scipy": ("solver", "min_step", "max_step", "norm", "grid_points", "eps"),
 }
 _UNUSED = {"adaptive": ("dtype",), "fixed": ("norm",), "scipy": ("norm", "grid_points", "eps")}
+_OF_ADAMS = ("max_order", "max_iters")
 _NO_LIMIT = 2**31 - 1
 
 
@@ -54,7 +56,7 @@ class Call:
         if isinstance(like, Tensor) and t.device != like.device:
             warn_user(f"t is on {t.device} and y0 on {like.device}; t is moved there.", UserWarning)
             t = t.to(like.device)
-        method = checked_method(method)
+        method, options = with_admitted_order(checked_method(method), options)
         warn_of_unsupported(func, method, kind_of(method))
         return cls(
             func=_with_admitted_slopes(func),
@@ -80,10 +82,12 @@ def options_of(method: str, options: object, *, n_intervals: int) -> dict[str, A
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentTypeError(f"options is of type {type(options).__name__}; give a dict of option names and values.")
     given, kind = {k: v for k, v in (options or {}).items() if v is not None}, kind_of(method)
-    ignored = [name for name in given if name not in _TAKEN[kind]]
+    taken = (*_TAKEN[kind], *(_OF_ADAMS if method in ADAMS else ()))
+    ignored = [name for name in given if name not in taken]
     if ignored:
         warn_user(f"method {method!r} has no use for the options {ignored}; they are ignored.", UserWarning)
-    found = {name: value for name, value in given.items() if name in _TAKEN[kind] and name not in _UNUSED[kind]}
+    unused = (*_UNUSED[kind], *(("max_iters",) if method == "explicit_adams" else ()))
+    found = {name: value for name, value in given.items() if name in taken and name not in unused}
     if kind == "fixed" and ("step_size" in found or "grid_constructor" in found):
         found.setdefault("interp", "linear")
     elif kind == "fixed":
@@ -97,6 +101,16 @@ def options_of(method: str, options: object, *, n_intervals: int) -> dict[str, A
 
 def _requested(func: Any, y0: Any, t: Tensor) -> Tensor:
     return t
+
+
+def with_admitted_order(method: str, options: Any) -> tuple[str, Any]:
+    """The method and its options; a method of Adams of an order below 4 is rk4, as there."""
+    given = options if isinstance(options, Mapping) else {}
+    order = number_in(given.get("max_order"))
+    if method not in ADAMS or order is None or order >= MIN_ORDER:
+        return method, options
+    warn_user(f"max_order is below {MIN_ORDER}, so that the method is rk4.", UserWarning)
+    return "rk4", {name: value for name, value in given.items() if name not in _OF_ADAMS}
 
 
 def _complete_adaptive(found: dict[str, Any], given: Mapping[str, Any], n_intervals: int) -> None:
@@ -144,6 +158,8 @@ class _AdmittedSlopes:
 
     torchdiffeq writes slopes into memory of the state's dtype, and those of a tuple one after the other.
     """
+
+    wraps_func = True  # what func holds is found through it
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self.func = func

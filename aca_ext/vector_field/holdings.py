@@ -68,6 +68,7 @@ class Holdings:
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.is_complete = not any(_HOOKS_OF_ALL_MODULES)
+        self._had_histories = False
         self.modules: list[nn.Module] = []
         self.kinds: set[type] = set()
         self._places: list[tuple[Tensor, Any, Any, bool]] = []  # plain tuples, since a Place is slow to create
@@ -99,7 +100,14 @@ class Holdings:
 
     def let_go_of_histories(self) -> None:
         """Drops tensors that were computed by operations, so that it does not keep their autograd graphs alive."""
-        self._places = [place for place in self._places if place[0].is_leaf]
+        leaves = [place for place in self._places if place[0].is_leaf]
+        self._had_histories |= len(leaves) < len(self._places)
+        self._places = leaves
+
+    def has_histories(self) -> bool:
+        """Tells whether other operations computed some of the tensors, or of the buffers of modules."""
+        buffers = (buffer for module in self.modules for buffer in module._buffers.values())
+        return self._had_histories or any(buffer is not None and buffer.grad_fn is not None for buffer in buffers)
 
     def has_seen(self, x: object) -> bool:
         return id(x) in self._seen
@@ -160,7 +168,7 @@ class Holdings:
         elif visit is not None:
             self._seen.add(id(x))
             visit(self, x)
-        elif not is_library(type(x).__module__):
+        elif not is_library(type(x).__module__) or getattr(type(x), "wraps_func", False):
             self._seen.add(id(x))
             self._object(x)
         else:

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
 from aca_ext.kernels.extension import known_tensors
-from aca_ext.problem.state import tensors_in
-from aca_ext.vector_field.environment import overwritten_message
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.slope_function import SlopeFunction
+from aca_ext.vector_field.substitution import Substitution
 
 # torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its validation of the arguments, which
 # takes longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph,
@@ -26,6 +24,7 @@ from aca_ext.vector_field.slope_function import SlopeFunction
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 _FEW = 16
+_NONE = type(None)
 
 
 class Replay:
@@ -43,6 +42,8 @@ class Replay:
     Attributes:
         inputs: tensors whose gradients are summed: params, tensor args and found leaves, cut where needed.
         grads: their gradients so far; None for a tensor on which no evaluation depended.
+        origins: named params that other operations computed, each with its index among the inputs. func may also use
+            tensors made from them before the solve, through which their gradient flows; that graph is used again.
         n_evals: number of evaluations of func.
     """
 
@@ -74,6 +75,12 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
+        self._has_totals = False  # every gradient has a first term
+        is_named = not is_checked and (is_one_graph or not cuts_all)
+        self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
+        # The graph between named params and tensors made from them before the solve serves every evaluation.
+        has_histories = field.holdings is not None and field.holdings.has_histories()
+        self._keeps_graph = is_named and (bool(self.origins) or has_histories)
         # After a complete walk, asking for the gradients of a few unused leaves is cheaper than searching every graph.
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
@@ -106,7 +113,7 @@ class Replay:
         field, environment = self.field, self.field.environment
         self._put_back = [kept.snapshot() for kept in field.kept]
         is_plain = not self._substitutes and not self._overwritten
-        operands = nullcontext() if is_plain else _Substitution(self._substitutes, self._overwritten)
+        operands = nullcontext() if is_plain else Substitution(self._substitutes, self._overwritten)
         surroundings = nullcontext() if environment is None else environment.restored()
         buffers = field.buffer_values()
         random_state = field.random_state() if field.draws_random_numbers else None
@@ -155,7 +162,8 @@ class Replay:
         if self._known is not None:
             self.check(slopes, y)
         try:
-            v, *grads = _run_backward(slopes, cotangents, False, False, (y, *self._targets), True, False)
+            targets = y, *self._targets, *(p for _, p in self.origins)
+            v, *grads = _run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise ReplayError(
@@ -169,8 +177,31 @@ class Replay:
                 "not found there, whose graph is used up. Compute it in each evaluation, or before the solve and name "
                 'it by params=[...], or use gradient="direct".'
             ) from error
-        self._add(grads)
+        self._add(self.with_origins(grads) if self.origins else grads)
         return v
+
+    def gradients(
+        self, k: Tensor, wanted: Sequence[Tensor], grad_k: Tensor, create_graph: bool = False
+    ) -> Sequence[Tensor | None]:
+        """Gradients of a slope with respect to ``wanted``, which ends with the inputs; adds up nothing."""
+        if not self._keeps_graph:
+            return torch.autograd.grad(k, wanted, grad_k, allow_unused=True, create_graph=create_graph)
+        targets = *wanted, *(p for _, p in self.origins)
+        with torch._C.DisableTorchFunction():  # otherwise the substitutes would take the place of the origins
+            found = torch.autograd.grad(
+                k, targets, grad_k, retain_graph=True, allow_unused=True, create_graph=create_graph
+            )
+        n = len(wanted) - len(self.inputs)
+        return *found[:n], *self.with_origins(found[n:])
+
+    def with_origins(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Adds the gradients of the origins, which are the last of ``grads``, to those of their inputs."""
+        n = len(grads) - len(self.origins)
+        found = list(grads[:n])
+        for (i, _), grad in zip(self.origins, grads[n:], strict=True):
+            one = found[i]
+            found[i] = grad if one is None else one if grad is None else one + grad
+        return found
 
     def check_all(self, outputs: Tensor, start: Tensor) -> None:
         """As ``check``, for the graph of a whole solve from ``start``."""
@@ -242,6 +273,9 @@ class Replay:
         )
 
     def _add(self, grads: Sequence[Tensor | None]) -> None:
+        if self._has_totals and _NONE not in map(type, grads):  # the usual case, without a loop in Python
+            torch._foreach_add_(self.grads, grads)  # type: ignore[arg-type]
+            return
         totals: list[Tensor] = []
         terms: list[Tensor] = []
         for i, grad in enumerate(grads) if self._known is None else zip(self._wanted, grads, strict=True):
@@ -255,36 +289,7 @@ class Replay:
                 terms.append(grad)
         if totals:
             torch._foreach_add_(totals, terms)
-
-
-_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")}
-
-
-class _Substitution(TorchFunctionMode):
-    """Replaces operands of torch functions by other tensors, and refuses overwritten operands.
-
-    An overwritten tensor may change func's derivatives and leave its values alone. The comparison of states would then
-    not notice.
-    """
-
-    def __init__(self, substitutes: dict[int, Tensor], overwritten: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._substitutes = substitutes
-        self._overwritten = {id(x) for x in overwritten}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._overwritten and func not in _METADATA:
-            for x in tensors_in((args, kwargs or {})):
-                if id(x) in self._overwritten:
-                    raise ReplayError(overwritten_message(x))
-        return func(*self._of(args), **self._of(kwargs or {}))
-
-    def _of(self, x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return self._substitutes.get(id(x), x)
-        if isinstance(x, (tuple, list)):
-            return type(x)(map(self._of, x)) if type(x) in (tuple, list) else x
-        return {key: self._of(value) for key, value in x.items()} if isinstance(x, dict) else x
+        self._has_totals = bool(totals) and self._known is None and _NONE not in map(type, self.grads)
 
 
 def _variable(x: Tensor) -> Tensor:

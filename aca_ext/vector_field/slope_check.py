@@ -13,8 +13,10 @@ from aca_ext.errors import SlopeError
 from aca_ext.kernels.extension import slope_function
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.problem.admission import check_readable, looks_readable
+from aca_ext.problem.recorders import recorder
 from aca_ext.problem.state import Packing, State
-from aca_ext.problem.transforms import refuse_transforms
+from aca_ext.problem.transforms import refuse_transforms, version_of
+from aca_ext.vector_field.slope_function import SlopeFunction
 
 Func = Callable[..., State]
 
@@ -51,9 +53,7 @@ class SlopeCheck:
                 raise SlopeError(f"{where} is of type {type(part).__name__}; it must be a tensor.")
             if part.device != self._device:
                 raise SlopeError(f"{where} is on {part.device}; the state is on {self._device}. Move one to the other.")
-            if not (self._has_looked and looks_readable(part)):
-                refuse_transforms(where, part)
-                check_readable(where, part, SlopeError)
+            self._look(where, part)
             expected = shape[:-1] if packing.is_complex else shape
             if part.shape != expected:
                 raise SlopeError(
@@ -64,6 +64,11 @@ class SlopeCheck:
         self._has_looked = True
         packed = packing.pack(tuple(given) if packing.is_tuple else given[0])
         return self._ops.admit(packed, "func's output")
+
+    def _look(self, where: str, part: Tensor) -> None:
+        if not (self._has_looked and looks_readable(part)):
+            refuse_transforms(where, part)
+            check_readable(where, part, SlopeError)
 
     def _parts(self, k: Any) -> Sequence[Any]:
         packing = self.packing
@@ -99,6 +104,30 @@ class SlopeCheck:
 
 def _unpacked(func: Func, packing: Packing, check: SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:
     return check(func(t, packing.unpack(y), *args))
+
+
+class _PlainSlopeCheck(SlopeCheck):
+    """``SlopeCheck`` for slopes inside transforms and recordings, whose elements nobody reads by address."""
+
+    def _look(self, where: str, part: Tensor) -> None:
+        pass
+
+
+def plain_slope_function(
+    func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations, time_shape: Sequence[int] | None = None
+) -> SlopeFunction:
+    """func on packed states with its checks, in Python alone; ``time_shape`` is that of the times of samples."""
+    check = _PlainSlopeCheck(packing, ops)
+    is_recorded = torch.compiler.is_compiling() or recorder() is not None
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        before = 0 if is_recorded else version_of(y)
+        k = func(t if time_shape is None else t.view(time_shape), packing.unpack(y), *args)
+        if not is_recorded and version_of(y) != before:
+            _changed_in_place()
+        return check(k)
+
+    return f
 
 
 def _changed_in_place() -> None:

@@ -23,15 +23,15 @@ struct Controller {
     template <typename PowerOf = Power>
     ACA_HD double grow(double h, const double* ratio, int count, PowerOf power = PowerOf()) const {
         const bool has_memory = pcoeff != 0 || dcoeff != 0;
-        const double exponent[] = {-(pcoeff + icoeff + dcoeff) / order, (pcoeff + 2 * dcoeff) / order, -dcoeff / order};
+        const double gains[] = {-(pcoeff + icoeff + dcoeff), pcoeff + 2 * dcoeff, -dcoeff};
         double factor = safety;
         for (int i = 0; i < (has_memory ? count : 1); ++i) {
-            if (exponent[i] == 0) continue;
+            if (gains[i] == 0) continue;
             if (ratio[i] == 0) {
                 factor = ifactor;
                 break;
             }
-            factor *= power(ratio[i], exponent[i]);
+            factor *= power(ratio[i], gains[i] / order);
         }
         return limit(h * least(ifactor, most(has_memory ? dfactor : 1.0, to_single(factor))));
     }

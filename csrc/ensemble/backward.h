@@ -21,14 +21,17 @@ class Backward {
     static constexpr int needed = count_needed();
 
   public:
-    Backward(const Task& task, const Record& record, const Cotangents& cotangents)
-        : task_(task), record_(record), cotangents_(cotangents) {
+    Backward(const Task& task, const Cotangents& cotangents) : task_(task), cotangents_(cotangents) {
         for (V& each : shared_) each = V{};
     }
 
-    // Samples `first` to `last`, which share a chunk.
-    void run(int64_t first, int64_t last) {
-        next_ = first;
+    // The steps of a round for samples `first` to `last`, which share a chunk. Rounds follow one another; `n_slopes`
+    // holds the evaluations of func for each sample so far.
+    void run(int64_t first, int64_t last, const Record& record, const Round& round, int64_t* n_slopes) {
+        record_ = &record;
+        round_ = round;
+        n_slopes_ = n_slopes;
+        first_ = next_ = first;
         last_ = last;
         chunk_ = first / kChunk;
         for (int c = 0; c < n; ++c) y_[c] = K(double(task_.y0[first * n + c]));
@@ -61,11 +64,14 @@ class Backward {
     bool take(int l) {
         for (; next_ < last_; ++next_) {
             const bool has_failed = task_.outcomes[next_].failure != none;
-            lane_[l] = {has_failed ? nullptr : record_.last[size_t(next_)], next_, 0};
-            for (int c = 0; c < n; ++c) g_[c][l] = 0;
+            if (round_.number > 0 && (has_failed || !round_.has(next_))) continue;
+            lane_[l] = {has_failed ? nullptr : record_->last(next_), next_, n_slopes_[next_ - first_]};
+            const bool is_first = round_.number == 0;
+            for (int c = 0; c < n; ++c) g_[c][l] = is_first ? 0 : cotangents_.y0[next_ * n + c];
+            const T* const so_far = is_first ? nullptr : cotangents_.by_sample;
             for (int i = 0; i < Field::n_by_sample; ++i) {
                 p_[i][l] = task_.by_sample[next_ * Field::n_by_sample + i];
-                by_sample_[i][l] = 0;
+                by_sample_[i][l] = so_far ? so_far[next_ * Field::n_by_sample + i] : 0;
             }
             if (lane_[l].entry) {
                 ++next_;
@@ -94,6 +100,9 @@ class Backward {
         t_[l] = entry.t;
         h_[l] = entry.h;
         t_next_[l] = entry.t_next;
+        const double sign = entry.h < 0 ? -1 : 1;
+        start_[l] = entry.starts_at_jump ? beside(entry.t, sign) : T(entry.t);
+        end_[l] = entry.ends_at_jump ? beside(entry.t_next, -sign) : T(entry.t_next);
         const T* const y = static_cast<const T*>(entry.state);
         for (int c = 0; c < n; ++c) y_[c][l] = y[c];
         const double* const times = task_.times + lane.sample * task_.times_step;
@@ -131,7 +140,10 @@ class Backward {
         V time[s];
         auto &y = stages_, &k = k_, &pulled = pulled_;
         for_each<count>([&](auto i) {
-            time[i] = __builtin_convertvector(control::stage_time(Method::c[i], t_, h_, t_next_), V);
+            constexpr double at = Method::c[i];
+            time[i] = at == 0   ? start_
+                      : at == 1 ? end_
+                                : __builtin_convertvector(control::stage_time(at, t_, h_, t_next_), V);
             for (int c = 0; c < n; ++c) {
                 if constexpr (i == 0) {
                     y[i][c] = y_[c];
@@ -168,7 +180,9 @@ class Backward {
         const int64_t sample = lane.sample;
         const bool has_failed = task_.outcomes[sample].failure != none;
         const T* const first = cotangent(0, sample);
-        for (int c = 0; c < n; ++c) cotangents_.y0[sample * n + c] = has_failed ? 0 : g_[c][l] + first[c];
+        const bool is_last = round_.is_last(sample);
+        for (int c = 0; c < n; ++c)
+            cotangents_.y0[sample * n + c] = has_failed ? 0 : is_last ? g_[c][l] + first[c] : g_[c][l];
         if (cotangents_.by_sample)
             for (int i = 0; i < Field::n_by_sample; ++i)
                 cotangents_.by_sample[sample * Field::n_by_sample + i] = by_sample_[i][l];
@@ -177,16 +191,20 @@ class Backward {
             shared[i] += double(shared_[i][l]);
             shared_[i][l] = 0;
         }
+        n_slopes_[sample - first_] = lane.n_slopes;
         int64_t& most = cotangents_.most_slopes[chunk_];
         if (lane.n_slopes > most) most = lane.n_slopes;
     }
 
     const Task& task_;
-    const Record& record_;
     const Cotangents& cotangents_;
-    int64_t chunk_ = 0, next_ = 0, last_ = 0;
+    const Record* record_ = nullptr;
+    Round round_;
+    int64_t* n_slopes_ = nullptr;
+    int64_t chunk_ = 0, first_ = 0, next_ = 0, last_ = 0;
     Lane lane_[kLanes];
     R t_{}, h_{}, t_next_{};
+    V start_{}, end_{};  // times of stages at the ends of the step
     M is_inside_{};
     V y_[n], p_[n_by_sample]{}, g_[n]{}, inside_[n]{}, slopes_[s][n]{}, by_sample_[n_by_sample]{}, shared_[n_shared];
     V stages_[s][n], k_[s][n], pulled_[s][n];  // of the step at hand

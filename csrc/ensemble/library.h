@@ -35,8 +35,17 @@ struct Library {
     static bool backward(const Task& task, const Record& record, const Cotangents& to, int64_t first, int64_t last,
                          int threads) {
         return for_each_chunk(first, last, task.n_samples, threads, [&](int64_t start, int64_t end) {
-            const auto replay = std::make_unique<Backward<Field, Method>>(task, record, to);
-            replay->run(start, end);
+            const auto transpose = std::make_unique<Backward<Field, Method>>(task, to);
+            int64_t n_slopes[kChunk] = {};
+            if (record.keep != Keep::checkpoints) {
+                transpose->run(start, end, record, Round(), n_slopes);
+                return;
+            }
+            for (Round round{&record, 0}; has_samples(round, start, end); ++round.number) {
+                Record part(start, end - start, start / kChunk, 1, Keep::states);
+                std::make_unique<Forward<Field, Method>>(task, part, round, n_slopes)->run(start, end);
+                transpose->run(start, end, part, round, n_slopes);
+            }
         });
     }
 
@@ -65,6 +74,12 @@ struct Library {
     }
 
   private:
+    static bool has_samples(const Round& round, int64_t start, int64_t end) {
+        bool found = round.number == 0;  // which has those that failed, too
+        for (int64_t sample = start; sample < end; ++sample) found |= round.has(sample);
+        return found;
+    }
+
     struct Evaluation {
         V y[Field::n], g[Field::n], k[Field::n], gy[Field::n], p[Field::n_by_sample + 1], gp[Field::n_by_sample + 1],
             gw[Field::n_learnt + 1];
@@ -86,11 +101,11 @@ struct Library {
     ACA_EXPORT int vector_bytes() { return ACA_VECTOR_BYTES; }                                                         \
     ACA_EXPORT int number_bytes() { return sizeof(T); }                                                                \
     ACA_EXPORT int64_t chunk() { return aca::kChunk; }                                                                 \
-    ACA_EXPORT void* new_record(int64_t samples, int64_t chunks, int keep) {                                           \
-        return new aca::Record(samples, chunks, aca::Keep(keep));                                                      \
+    ACA_EXPORT void* new_record(int64_t samples, int64_t chunks, int keep, int64_t most) {                             \
+        return new aca::Record(0, samples, 0, chunks, aca::Keep(keep), size_t(most));                                  \
     }                                                                                                                  \
     ACA_EXPORT void free_record(void* record) { delete static_cast<aca::Record*>(record); }                            \
-    ACA_EXPORT void free_states(void* record) { static_cast<aca::Record*>(record)->states.clear(); }                   \
+    ACA_EXPORT void free_states(void* record) { static_cast<aca::Record*>(record)->free_states(); }                    \
     ACA_EXPORT int forward(const aca::Task* task, void* record, int64_t first, int64_t last, int threads) {            \
         return aca::Library<Field, Method>::forward(*task, *static_cast<aca::Record*>(record), first, last, threads);  \
     }                                                                                                                  \
@@ -105,6 +120,6 @@ struct Library {
     }                                                                                                                  \
     /* Starts and ends of the accepted steps of a sample, first to last. */                                            \
     ACA_EXPORT void bounds(const void* record, int64_t sample, int64_t count, double* to) {                            \
-        const aca::Entry* entry = static_cast<const aca::Record*>(record)->last[size_t(sample)];                       \
+        const aca::Entry* entry = static_cast<const aca::Record*>(record)->last(sample);                               \
         for (int64_t i = count; i-- > 0; entry = entry->previous) to[2 * i] = entry->t, to[2 * i + 1] = entry->t_next; \
     }

@@ -1,5 +1,6 @@
 // A solve of a batch as Python describes it, the sums of a step with the weights of a method, and norms.
 #pragma once
+#include <cmath>
 #include <utility>
 
 #include "control/step_control.h"
@@ -16,6 +17,7 @@ enum Failure : int64_t { none, step_limit, step_size, not_finite, state_not_fini
 struct Outcome {
     int64_t n_steps, n_accepted, failure;
     double t, h, ratio;
+    int64_t n_restarts;  // first slopes evaluated again, after jumps
 };
 
 // Arrays have a row for each sample; outputs and their cotangents a batch for each time.
@@ -24,6 +26,9 @@ struct Task {
     double first_step;                                      // 0: by Hairer's rule
     int64_t max_num_steps, n_samples, n_times, times_step;  // times_step: from one sample to the next, 0 for one row
     const double* times;
+    int64_t n_stops, stops_step;  // as of times; the last stop is the end, and NaN comes first where there are fewer
+    const double* stops;
+    const bool* is_jump;  // of each stop; null: none is
     double rtol, atol;
     const T *rtol_each, *atol_each;  // null: the numbers count
     int64_t forbids_error;           // some tolerance is zero
@@ -38,6 +43,9 @@ struct Cotangents {
     double* shared;        // a row for each chunk
     int64_t* most_slopes;  // that a sample of the chunk needed
 };
+
+// The time of a stage at a jump: the next number inside the step, which has this sign.
+inline T beside(double time, double sign) { return std::nextafter(T(time), T(sign * INFINITY)); }
 
 template <int... i, typename F>
 inline void for_each_of(std::integer_sequence<int, i...>, F f) {

@@ -258,6 +258,7 @@ PYBIND11_MODULE(_C, m) {
     py::class_<Slope>(m, "Slope", py::custom_type_setup(&make_collectable<Slope>))
         .def(py::init<py::object, py::tuple, const py::object&, py::object, py::object, py::object, bool>())
         .def_readonly("n_evals", &Slope::n_evals)
+        .def_readwrite("surroundings", &Slope::surroundings)
         .def("__call__", [](Slope& f, py::handle t, py::handle y) { return f(t.ptr(), y.ptr()); });
     py::class_<KnownTensors>(m, "KnownTensors", py::custom_type_setup(&make_collectable<KnownTensors>))
         .def(py::init<const py::iterable&, Py_ssize_t>())

@@ -64,12 +64,13 @@ class Slope {
     const Admission& admission() const { return admission_; }
 
     int traverse(visitproc visit, void* arg) const {
-        for (const py::object* held : {&func_, &args_, &checked_}) Py_VISIT(held->ptr());
+        for (const py::object* held : {&func_, &args_, &checked_, &surroundings}) Py_VISIT(held->ptr());
         return 0;
     }
-    void clear() { func_ = args_ = checked_ = py::none(); }
+    void clear() { func_ = args_ = checked_ = surroundings = py::none(); }
 
     Py_ssize_t n_evals = 0;
+    py::object surroundings = py::none();  // context manager for calls of func, without the checks; or None
 
   private:
     struct Names {
@@ -82,6 +83,22 @@ class Slope {
     }
 
     py::object call(PyObject* t, PyObject* y) const {
+        if (surroundings.is_none()) return call_func(t, y);
+        const py::object surroundings_now = surroundings;
+        surroundings_now.attr("__enter__")();
+        py::object k;
+        try {
+            k = call_func(t, y);
+        } catch (py::error_already_set& error) {
+            const py::object trace = error.trace() ? error.trace() : py::none();
+            surroundings_now.attr("__exit__")(error.type(), error.value(), trace);
+            throw;
+        }
+        surroundings_now.attr("__exit__")(py::none(), py::none(), py::none());
+        return k;
+    }
+
+    py::object call_func(PyObject* t, PyObject* y) const {
         constexpr size_t kOffset = 1;  // a free place in front, which PY_VECTORCALL_ARGUMENTS_OFFSET lends the callee
         const size_t n_args = 2 + size_t(PyTuple_GET_SIZE(args_.ptr()));
         PyObject* few[kOffset + 6];

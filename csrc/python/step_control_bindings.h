@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -49,7 +50,7 @@ class SolveControl {
     std::vector<double> times_, stops_;
 };
 
-// The step controls of independent solves, one per row (a sample) of `times`.
+// The step controls of independent solves, one per row (a sample) of `times`, which may end in NaN as padding.
 class BatchControl {
   public:
     using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
@@ -57,9 +58,10 @@ class BatchControl {
     BatchControl(const Controller& controller, double first_step, int64_t max_num_steps, const Array& times)
         : times_(times),
           controls_(size_t(times.shape(0)), control::begin(controller, first_step, true, max_num_steps)) {
-        const int64_t count = times.shape(1);
         for (size_t i = 0; i < controls_.size(); ++i) {
             const double* const row = times_.data(py::ssize_t(i), 0);
+            int64_t count = times.shape(1);
+            while (count > 1 && std::isnan(row[count - 1])) --count;
             control::set_times(controls_[i], row[0], row[count - 1], uintptr_t(row), count, uintptr_t(row + count - 1),
                                1);
             if (count == 1) controls_[i].status = Status::done;
@@ -76,9 +78,9 @@ class BatchControl {
     void choose_first_steps(const Array& norm_change) {
         check(norm_change);
         for (size_t i = 0; i < controls_.size(); ++i) {
+            if (controls_[i].status != Status::running) continue;
             control::choose_first_step(controls_[i], norm_change.data()[i]);
-            if (controls_[i].status == Status::not_finite)
-                controls_[i].status = Status::running;  // the first trial decides
+            controls_[i].status = Status::running;  // where it was not finite, the first trial decides
         }
     }
 

@@ -24,7 +24,7 @@ FOR_EAGER: dict[str, dict[str, Any]] = {
     "progress": {"progress": True},
     "callback": {"callback": print},
 }
-NOT_EAGER = [name for name in ENGINES if name != "eager"]
+NOT_EAGER = [name for name in ENGINES if name not in ("eager", "auto", "compiled")]  # these take all arguments
 
 
 def decay(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -37,9 +37,10 @@ def problem(n_times: int = 2, **options: Any) -> Any:
     return make(decay, sample(3, 2), times, rtol=1e-6, atol=1e-6, method=None, options=options, args=())
 
 
+@pytest.mark.parametrize("name", ["eager", "auto", pytest.param("compiled", marks=NEEDS_COMPILER)])
 @pytest.mark.parametrize("what", FOR_EAGER)
-def test_the_eager_engine_takes_all(what: str) -> None:
-    assert ENGINES["eager"].obstacle(Request(problem(), **FOR_EAGER[what])) is None
+def test_some_take_all(name: str, what: str) -> None:
+    assert ENGINES[name].obstacle(Request(problem(), **FOR_EAGER[what])) is None
 
 
 @pytest.mark.parametrize("name", NOT_EAGER)
@@ -76,7 +77,7 @@ def test_a_solve_without_a_step_needs_no_device() -> None:
     assert torch.equal(odeint(decay, y0, [0.0], engine="graph")[0], y0)
 
 
-@pytest.mark.parametrize("name", ["eager", pytest.param("compiled", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize("name", ["eager", "auto", pytest.param("compiled", marks=NEEDS_COMPILER)])
 def test_batched_backward_passes_are_refused(name: str) -> None:
     y0 = sample(3, 2).requires_grad_()
     y = odeint(decay, y0, [0.0, 1.0], engine=name, method="euler", options={"step_size": 0.5})[-1]

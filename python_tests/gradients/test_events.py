@@ -323,13 +323,12 @@ def test_arguments_that_do_not_go_together() -> None:
     decay = lambda t, y: -y  # noqa: E731
     for settings in (
         {"gradient": "adjoint"},
-        {"options": {"batch": "independent"}},
         {"options": {"on_step_limit": "stop"}},
     ):
         with pytest.raises(ArgumentValueError, match="events are given"):
             solve(decay, y0, [0.0, 1.0], events=[event], **settings)
-    with pytest.raises(aca_ext.errors.CompileError, match="events"):
-        solve(decay, y0, [0.0, 1.0], events=[event], engine="compiled")
+    with pytest.raises(aca_ext.errors.GraphError, match="events"):
+        solve(decay, y0, [0.0, 1.0], events=[event], engine="graph")
     with pytest.raises(OptionError, match="grid_constructor"):
         solve(decay, y0, [0.0, 1.0], events=[event], options={"grid_constructor": lambda f, y, t: t})
     with pytest.raises(ArgumentValueError, match="one of them"):

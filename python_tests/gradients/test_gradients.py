@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from autograd_reference import relative_error, solve_over
-from problems import LOOSE, CoupledMlp, DrivenMlp, Mlp, sample
+from problems import LOOSE, RUNGE_KUTTA, CoupledMlp, DrivenMlp, Mlp, sample
 from torch import Tensor
 
 import aca_ext
@@ -71,7 +71,7 @@ def test_adaptive_steps(method: str, gradient: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("gradient", EXACT)
-@pytest.mark.parametrize("method", aca_ext.METHODS)
+@pytest.mark.parametrize("method", RUNGE_KUTTA)
 def test_fixed_steps(method: str, gradient: str, pattern: str) -> None:
     compare(method, gradient, pattern, options=STEPS)
 

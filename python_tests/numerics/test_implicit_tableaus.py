@@ -13,7 +13,7 @@ from rooted_trees import Residuals, Row
 from stability import StabilityFunction
 
 from aca_ext.numerics.implicit import ImplicitTableau, RosenbrockTableau
-from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.numerics.methods import METHODS
 
 # The claims that the trees prove: order, embedded order, dense order.
@@ -59,12 +59,11 @@ STIFFLY_ACCURATE = set(IMPLICIT_METHODS) - {"implicit_midpoint", "gl4", "gl6"}
 EXPLICIT_FIRST_STAGE = {"trapezoid", "trbdf2", "kvaerno3", "kvaerno5"}
 COUPLED_STAGES = {"radauIIA3", "radauIIA5", "gl4", "gl6"}
 
-RUNGE_KUTTA = {name: m for name, m in IMPLICIT_METHODS.items() if isinstance(m, ImplicitTableau)}
-RODAS5P = IMPLICIT_METHODS["rodas5p"]
-assert isinstance(RODAS5P, RosenbrockTableau)
+ALL: dict[str, ImplicitTableau | RosenbrockTableau] = {**IMPLICIT_METHODS, **ROSENBROCK_METHODS}
+RODAS5P = ROSENBROCK_METHODS["rodas5p"]
 
-every = pytest.mark.parametrize("name", IMPLICIT_METHODS)
-runge_kutta = pytest.mark.parametrize("name", RUNGE_KUTTA)
+every = pytest.mark.parametrize("name", ALL)
+runge_kutta = pytest.mark.parametrize("name", IMPLICIT_METHODS)
 
 
 def precision(name: str, what: str = "b") -> Fraction:
@@ -73,7 +72,7 @@ def precision(name: str, what: str = "b") -> Fraction:
 
 @cache
 def residuals(name: str) -> Residuals:
-    return Residuals(IMPLICIT_METHODS[name])
+    return Residuals(ALL[name])
 
 
 def beta(method: RosenbrockTableau) -> tuple[Row, ...]:
@@ -83,7 +82,7 @@ def beta(method: RosenbrockTableau) -> tuple[Row, ...]:
 
 @cache
 def stability(name: str, what: str) -> StabilityFunction:
-    method = IMPLICIT_METHODS[name]
+    method = ALL[name]
     matrix = beta(method) if isinstance(method, RosenbrockTableau) else method.a
     return StabilityFunction.of(matrix, residuals(name).weights[what], precision(name))
 
@@ -99,7 +98,7 @@ def holds_claimed_orders(method: ImplicitTableau | RosenbrockTableau) -> bool:
 
 @every
 def test_registry_states_the_orders_proven_here(name: str) -> None:
-    method = IMPLICIT_METHODS[name]
+    method = ALL[name]
     assert method.name == name
     assert (method.order, method.embedded_order, method.dense_order) == CLAIMED[name]
     assert method.adaptive == (CLAIMED[name][1] is not None)
@@ -107,14 +106,14 @@ def test_registry_states_the_orders_proven_here(name: str) -> None:
 
 
 def test_no_explicit_method_has_the_name_of_an_implicit_one() -> None:
-    assert not set(IMPLICIT_METHODS) & set(METHODS)
+    assert not set(ALL) & set(METHODS)
 
 
 @every
 @pytest.mark.parametrize("what", ["b", "b_hat", "dense"])
 def test_order_is_exactly_the_claimed_one(name: str, what: str) -> None:
     claimed = dict(zip(("b", "b_hat", "dense"), CLAIMED[name], strict=True))[what]
-    method, proofs = IMPLICIT_METHODS[name], residuals(name)
+    method, proofs = ALL[name], residuals(name)
     if claimed is None:
         assert (method.dense if what == "dense" else method.error) is None
         return
@@ -141,7 +140,7 @@ def test_stability_on_the_left_half_plane(name: str, what: str) -> None:
 @every
 def test_stability_function_agrees_with_a_step_for_the_test_equation(name: str) -> None:
     """One step of y' = z y from 1 with h = 1, its linear equations solved stage by stage or all at once."""
-    method, z = IMPLICIT_METHODS[name], -2.0 + 3.0j
+    method, z = ALL[name], -2.0 + 3.0j
     if isinstance(method, RosenbrockTableau):
         increments: list[complex] = []
         for a, coupling in zip(method.a, method.coupling, strict=True):
@@ -162,7 +161,7 @@ def test_stability_function_agrees_with_a_step_for_the_test_equation(name: str) 
 
 @every
 def test_filter_is_asked_for_where_the_raw_estimate_is_unbounded(name: str) -> None:
-    method = IMPLICIT_METHODS[name]
+    method = ALL[name]
     unbounded = AT_INFINITY[name][1] == float("inf")
     assert getattr(method, "filter_error", False) == unbounded
     if unbounded:  # the filter 1 / (1 - z a_ss) divides the numerator's degree by one
@@ -172,7 +171,7 @@ def test_filter_is_asked_for_where_the_raw_estimate_is_unbounded(name: str) -> N
 
 @runge_kutta
 def test_structure(name: str) -> None:
-    method = RUNGE_KUTTA[name]
+    method = IMPLICIT_METHODS[name]
     assert method.stiffly_accurate == (name in STIFFLY_ACCURATE)
     assert method.explicit_first_stage == (name in EXPLICIT_FIRST_STAGE)
     assert method.fsal == (name in STIFFLY_ACCURATE & EXPLICIT_FIRST_STAGE)
@@ -211,7 +210,7 @@ def test_rosenbrock_matrices_are_the_inverse_ones() -> None:
 @pytest.mark.parametrize("name", ["trbdf2", "kvaerno3", "kvaerno5"])
 def test_dense_output_joins_the_steps(name: str) -> None:
     """b(1) = b makes the output continuous, b'(0) = e_1 and b'(1) = e_s (slope of the new state) smooth."""
-    method = RUNGE_KUTTA[name]
+    method = IMPLICIT_METHODS[name]
     slope_at_end = [sum(power * p for power, p in enumerate(row, start=1)) for row in method.dense]
     assert [sum(row) for row in method.dense] == list(method.b)
     assert [row[0] for row in method.dense] == [1] + [0] * (method.stages - 1)
@@ -226,7 +225,7 @@ def test_rosenbrock_dense_output_ends_at_the_new_state() -> None:
 @runge_kutta
 def test_hermite_output_keeps_the_method(name: str) -> None:
     """The stages added for the slopes at both ends change neither the solution nor its stability."""
-    method = RUNGE_KUTTA[name].with_hermite_output()
+    method = IMPLICIT_METHODS[name].with_hermite_output()
     assert method.explicit_first_stage
     assert not any(method.a[0])
     assert method.c[-1] == 1
@@ -241,7 +240,7 @@ def test_hermite_output_keeps_the_method(name: str) -> None:
 
 @runge_kutta
 def test_linear_output(name: str) -> None:
-    method = RUNGE_KUTTA[name].with_linear_output()
+    method = IMPLICIT_METHODS[name].with_linear_output()
     assert method.dense_weights(0.25) == pytest.approx([0.25 * float(b) for b in method.b])
     assert method.dense_order == 1
 
@@ -283,14 +282,14 @@ def is_caught(method: ImplicitTableau | RosenbrockTableau, wrong: dict[str, obje
 
 @every
 def test_a_wrong_digit_is_caught(name: str) -> None:
-    method = IMPLICIT_METHODS[name]
+    method = ALL[name]
     assert holds_claimed_orders(method)
     assert all(is_caught(method, wrong) for wrong in every_entry(method))
 
 
 @pytest.mark.parametrize("name", [name for name, claimed in CLAIMED.items() if claimed[0] > 2])
 def test_wrong_digits_that_cancel_in_the_sums_are_caught(name: str) -> None:
-    method = IMPLICIT_METHODS[name]
+    method = ALL[name]
     for field in ("a", "coupling"):
         rows = getattr(method, field, ())
         for i, row in enumerate(rows):

@@ -163,14 +163,22 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 }
 
 
+UNAVAILABLE = [{"gradient": "adjoint"}, {"gradient": "naive"}, {"gradient": "aca", "checkpoints": 2}]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("settings", EVERY, ids=str)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_say_that_they_do_not_work(transform: str, settings: dict[str, Any]) -> None:
-    if transform == "batched backward" and settings["gradient"] == "direct":
-        pytest.skip("the graph of direct is torch's own, through which batches may pass")
-    with pytest.raises(errors.ArgumentTypeError, match="transform"):
+@pytest.mark.parametrize("settings", UNAVAILABLE, ids=str)
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "batched backward"])
+def test_transforms_of_other_gradients_are_refused(transform: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(errors.ArgumentValueError, match="transform"):
         TRANSFORMS[transform](lambda y: solve(y, **settings), sample(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [s for s in EVERY if s["gradient"] != "direct"], ids=str)
+def test_a_batched_backward_pass_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(errors.ArgumentTypeError, match="batched backward pass"):
+        TRANSFORMS["batched backward"](lambda y: solve(y, **settings), sample(4, 3))
 
 
 def test_a_batched_backward_pass_through_direct() -> None:
@@ -180,17 +188,29 @@ def test_a_batched_backward_pass_through_direct() -> None:
 
 
 @pytest.mark.parametrize("where", ["y0", "args", "a closure"])
-@pytest.mark.parametrize("gradient", aca_ext.GRADIENTS)
-def test_forward_mode_derivatives_are_refused(gradient: str, where: str) -> None:
+@pytest.mark.parametrize("gradient", ["aca", "direct"])
+@pytest.mark.parametrize("options", [{}, {"batch": "independent"}], ids=str)
+def test_forward_mode_derivatives(gradient: str, where: str, options: dict[str, Any]) -> None:
+    """Against reverse mode, for a tangent of the state, of an argument or of a tensor in a closure."""
+    primal, tangent = sample(3, 1), sample(3, 1, seed=1)
+
+    def end(x: Tensor) -> Tensor:
+        y0 = x if where == "y0" else sample(3, 1, seed=2)
+        func = (lambda t, y, a: -y * a) if where == "args" else (lambda t, y: -y * (x if where == "a closure" else 1))
+        args = (x,) if where == "args" else ()
+        return aca_ext.odeint(func, y0, T, args=args, gradient=gradient, options=options)
+
+    jacobian = torch.autograd.functional.jacobian(end, primal)
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(sample(3), sample(3, seed=1))
-        y0 = dual if where == "y0" else sample(3)
-        func = (
-            (lambda t, y, x: -y * x) if where == "args" else (lambda t, y: -y * (dual if where == "a closure" else 1))
-        )
-        args = (dual,) if where == "args" else ()
-        with pytest.raises(errors.ArgumentTypeError, match="forward-mode"):
-            aca_ext.odeint(func, y0, T, args=args, gradient=gradient)
+        value, found = forward_ad.unpack_dual(end(forward_ad.make_dual(primal, tangent)))
+    assert relative_error(value, end(primal)) <= 1e-13
+    assert relative_error(found, (jacobian * tangent).sum((-2, -1))) <= 1e-12
+
+
+@pytest.mark.parametrize("gradient", ["naive", "adjoint"])
+def test_forward_mode_derivatives_of_other_gradients_are_refused(gradient: str) -> None:
+    with forward_ad.dual_level(), pytest.raises(errors.ArgumentValueError, match="forward_ad"):
+        solve(forward_ad.make_dual(sample(4, 3), sample(4, 3)), gradient)
 
 
 @pytest.mark.parametrize("settings", REPLAYING, ids=str)

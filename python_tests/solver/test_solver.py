@@ -23,6 +23,8 @@ class TestTimes:
     @pytest.mark.parametrize("method", aca_ext.METHODS)
     def test_both_directions(self, method: str) -> None:
         options = {} if aca_ext.METHODS[method].adaptive else {"step_size": 0.005}
+        if method == "explicit_adams":
+            options["max_order"] = 5  # higher orders need smaller steps to be stable
         for times in ([0.0, 0.5, 2.0], [2.0, 0.5, 0.0], [-1.0, -2.5], [3.0, -3.0]):
             t = torch.tensor(times, dtype=torch.float64)
             y = aca_ext.odeint(oscillate, rotated(times[0]), t, method=method, rtol=1e-6, atol=1e-6, options=options)

@@ -21,6 +21,14 @@ from aca_ext.kernels.extension import checksums_of
 HINT = 'Use engine="eager", or change func.'
 
 
+class TraceError(CompileError):
+    """A func that cannot be traced as one graph, or whose evaluations have side effects that a graph would lose."""
+
+
+class UnusableFuncError(CompileError):
+    """A func that no engine could solve right, in compiled code or not."""
+
+
 @dataclass(eq=False)
 class Captured:
     """A traced graph of func, with what was compiled from it.
@@ -39,6 +47,8 @@ class Captured:
         differentiates: func calls torch.autograd.grad, so the state and inputs with gradients must require grad.
         counters: values to which each evaluation of func adds a constant.
         refusal: reason why the graph cannot be used, else "".
+        obstacles: reasons why the graph cannot be compiled, by the way of compiling it: "program" (the whole solve),
+            "lanes" (the solves of independent samples), "evaluations".
         lifted: some numbers that func reads are inputs, because they changed before.
         plans: cache of programs, by layout and method.
         solves: cache of ``Specification``, by the settings of a solve.
@@ -55,6 +65,7 @@ class Captured:
     differentiates: bool = False
     counters: tuple[Counter, ...] = ()
     refusal: str = ""
+    obstacles: dict[str, str] = field(default_factory=dict)
     lifted: bool = False
     plans: dict[Any, Any] = field(default_factory=dict)
     solves: dict[Any, Any] = field(default_factory=dict)
@@ -80,14 +91,6 @@ request = Request()
 
 
 def backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
-    for module in graph.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                if isinstance(node.target, torch._ops.HigherOrderOperator):
-                    raise CompileError(
-                        f"func uses {node.target}. A custom autograd.Function, checkpointing and control flow on "
-                        f"tensors are not supported. {HINT}"
-                    )
     tracer = _tracer()
     request.numbers = _numbers_read(request.scope)
     request.counters = tuple(counters_of(graph, tracer, dict(request.scope)))
@@ -96,6 +99,7 @@ def backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
     differentiates = any(node.target is torch.autograd.grad for node in graph.graph.nodes)
     captured = Captured(graph, names=names, differentiates=differentiates)
     captured.counters, request.code = request.counters, code_in_trace()
+    captured.obstacles = _obstacles(graph)
     results = next(len(node.args[0]) for node in graph.graph.nodes if node.op == "output")
     nothing = tuple(torch.empty(0, device="cpu") for _ in range(results))
 
@@ -106,6 +110,18 @@ def backend(graph: fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
         return nothing
 
     return run
+
+
+def _obstacles(graph: fx.GraphModule) -> dict[str, str]:
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                reason = (
+                    f"func uses {node.target}. A program of a whole solve does not support a custom autograd.Function, "
+                    f"checkpointing and control flow on tensors. {HINT}"
+                )
+                return {"program": reason, "lanes": reason}
+    return {}
 
 
 def _tracer() -> Any:

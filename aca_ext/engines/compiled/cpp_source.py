@@ -37,9 +37,10 @@ class Source:
         self._kernels: dict[str, str] = {}
         self._constants: list[str] = []
         self._programs: list[str] = []
+        self._count = 0
 
-    def add(self, calls: Sequence[Call], inputs: Sequence[Tensor], constant: int) -> int:
-        """Adds a program whose last ``constant`` inputs do not change between runs; returns its workspace size."""
+    def add(self, calls: Sequence[Call], inputs: Sequence[Tensor], constant: int) -> None:
+        """Adds a program whose last ``constant`` inputs do not change between runs."""
         places, workspace_bytes, constants = _places(calls, inputs)
         for storage in constants:
             name = f"constant_{len(self._constants)}"
@@ -47,7 +48,7 @@ class Source:
             self._constants.append(f"alignas({_ALIGNMENT}) static unsigned char {name}[] = {{{values}}};")
             places[storage.data_ptr()] = f"(char*){name}"
         lasting = {x.untyped_storage().data_ptr() for x in inputs[len(inputs) - constant :]}
-        products = _Products(len(self._programs), lasting)
+        products = _Products(self._count, lasting)
         body: list[str] = []
         for call in calls:
             at = [
@@ -60,11 +61,12 @@ class Source:
                 body.append(f"{name}({operands});")
             else:
                 body.append(products.call(call.operands, at))
-        i = len(self._programs)
-        self._programs.append(
-            products.text() + _function(f"program_{i}(char** in, char* workspace, char* prepared)", body)
-        )
-        return workspace_bytes
+        i = self._count
+        self._programs += [
+            _number(f"workspace_bytes_{i}", workspace_bytes),
+            products.text() + _function(f"program_{i}(char** in, char* workspace, char* prepared)", body),
+        ]
+        self._count += 1
 
     def text(self) -> str:
         kernels: list[str] = []
@@ -75,7 +77,8 @@ class Source:
             code = "\n".join(line for line in lines if not line.startswith("#include"))
             kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"static void {name}(", code))
         matmul = Path(__file__).with_name("matmul.h").read_text().replace("#pragma once", "")
-        return "\n".join([*headers, matmul, *self._constants, *kernels, *self._programs])
+        count = _number("programs", self._count)
+        return "\n".join([*headers, matmul, *self._constants, *kernels, *self._programs, count, ""])
 
 
 def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, str], int, list[torch.UntypedStorage]]:
@@ -163,9 +166,14 @@ class _Products:
     def text(self) -> str:
         """Source of the constant with the size of the prepared memory, and of the function that fills it."""
         n, i = len(self._prepared), self._program
-        size = f'extern "C" const long prepared_bytes_{i} = {f"end_{i}_{n - 1}" if n else 0};'
+        size = _number(f"prepared_bytes_{i}", f"end_{i}_{n - 1}" if n else 0)
         lines = [*self._declarations, size]
         return "\n".join(lines) + "\n" + _function(f"prepare_{i}(char** in, char* prepared)", self._prepare)
+
+
+def _number(name: str, value: object) -> str:
+    """Source of a constant that Python reads from the library."""
+    return f'extern "C" const long {name} = {value};'
 
 
 def _function(head: str, body: Sequence[str]) -> str:

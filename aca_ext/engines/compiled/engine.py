@@ -1,7 +1,8 @@
 """engine="compiled": the adaptive checkpoint adjoint, with one compiled program per step and per transposed step.
 
 The loop over the steps is compiled too (csrc/compiled/loop.h). Checkpoints and replay are those of ``gradients.aca``.
-The package imports this file; the first solve imports run.py, since that imports torch's compiler.
+If no program can hold the solve, evaluations of func are compiled (evaluations.py); what cannot be compiled runs
+uncompiled. The package imports this file; the first solve imports run.py, since that imports torch's compiler.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from aca_ext.engines.base import Request, obstacle_but_to_eager
+from aca_ext.engines.base import Request, argument_for_eager
+from aca_ext.engines.compiled.uncompiled import shortened, solve_uncompiled
 from aca_ext.errors import CompileError
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.requested_times import with_time_gradient
+from aca_ext.numerics.tableau import Tableau
+from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 
 _DTYPES = (torch.float32, torch.float64)
@@ -28,15 +32,58 @@ class CompiledEngine:
     error = CompileError
 
     def obstacle(self, request: Request) -> str | None:
-        return obstacle_but_to_eager("compiled", request) or obstacle_to_programs(request.problem)
+        return _obstacle_to_compiling(request.problem)
 
     def solve(self, request: Request) -> Result:
-        """Solves by compiled programs; second derivatives come from the eager engine.
+        """Solves by one compiled program if one can hold the solve, else by compiled evaluations of func.
 
         Raises:
-            CompileError: func cannot be compiled.
+            CompileError: no engine can solve with this func.
         """
-        return solve_by(_solve(), request)
+        return solve_by(_solve, request, obstacle_to_programs(request))
+
+
+def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, obstacle: str | None) -> Result:
+    """Solves by the compiled programs of ``programs()``, or by compiled evaluations if there is an obstacle to them."""
+    is_traced = True
+    if obstacle is None:
+        try:
+            result = _by_programs(programs(), request)
+            result.stats.compiled = "solve"
+            return result
+        except CompileError as error:
+            from aca_ext.engines.compiled.backend import TraceError, UnusableFuncError
+
+            if isinstance(error, UnusableFuncError):
+                raise
+            obstacle, is_traced = shortened(error), not isinstance(error, TraceError)
+    _check_lanes_are_not_needed(request, obstacle)
+    whole = _obstacle_to_evaluations(request.problem)
+    if whole is not None or not is_traced:
+        return solve_uncompiled(request, obstacle if whole is None else f"{obstacle} {whole}")
+    return _solve_by_evaluations()(request, obstacle)
+
+
+def _check_lanes_are_not_needed(request: Request, obstacle: str) -> None:
+    """Raises CompileError if an argument that the eager engine does not support needs compiled lanes."""
+    problem = request.problem
+    if not isinstance(problem, BatchProblem):
+        return
+    what = "checkpoints" if request.checkpoints is not None else None
+    what = "options step_t and jump_t" if problem.stops_of_rows is not None else what
+    if what is not None:
+        raise CompileError(
+            f"{what} of independent samples need compiled lanes, which cannot take this solve. {obstacle}"
+        )
+
+
+def _obstacle_to_evaluations(problem: Problem) -> str | None:
+    """Reason why func must be evaluated uncompiled; None if there is none."""
+    if type(problem.tableau) is not Tableau:
+        return f"The evaluations of method {problem.tableau.name!r} are not compiled."
+    if isinstance(problem, BatchProblem) and problem.is_compact:
+        return "Evaluations for fewer and fewer samples (option compact) are not compiled."
+    return None
 
 
 @cache
@@ -46,7 +93,14 @@ def _solve() -> Callable[..., Result]:
     return solve
 
 
-def solve_by(solve: Callable[..., Result], request: Request) -> Result:
+@cache
+def _solve_by_evaluations() -> Callable[..., Result]:
+    from aca_ext.engines.compiled.evaluations import solve
+
+    return solve
+
+
+def _by_programs(solve: Callable[..., Result], request: Request) -> Result:
     """Solves by compiled programs, with the gradient of the times if they are learnt."""
     if request.learnt is None:
         return solve(request.problem, request.params, request.task)
@@ -60,23 +114,31 @@ def solve_by(solve: Callable[..., Result], request: Request) -> Result:
     return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=solve_task)
 
 
-def obstacle_to_programs(problem: Problem) -> str | None:
-    """Reason why the problem cannot be compiled, such as its dtype, device or norm; None if it can."""
+def _obstacle_to_compiling(problem: Problem) -> str | None:
+    """Reason why nothing of the problem can be compiled; None if something can."""
     y0 = problem.y0
     if _TORCH < _OLDEST_TORCH:
         return (
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer; this is torch '
             f"{torch.__version__}. {_HINT}"
         )
-    if not y0.is_cpu or y0.dtype not in _DTYPES or problem.packing.is_complex:
-        return (
-            f'engine="compiled" takes real float32 and float64 states on the CPU; y0 is '
-            f"{'complex' if problem.packing.is_complex else y0.dtype} on {y0.device}. {_HINT}"
-        )
+    if not y0.is_cpu:
+        return f'engine="compiled" takes states on the CPU; y0 is on {y0.device}. {_HINT}'
     if type(y0) is not Tensor and not isinstance(y0, torch.nn.Parameter):
         return f'engine="compiled" takes plain tensors; y0 is of type {type(y0).__name__}. {_HINT}'
+    return None
+
+
+def obstacle_to_programs(request: Request, takes_batches: bool = False) -> str | None:
+    """Reason why no compiled program can hold the whole solve, such as the dtype or a callback; None if one can."""
+    problem, argument = request.problem, argument_for_eager(request, takes_batches)
+    if argument is not None:
+        return f"The steps run in Python because of the given {argument}."
+    if problem.packing.is_complex or problem.y0.dtype not in _DTYPES:
+        kind = "complex" if problem.packing.is_complex else problem.y0.dtype
+        return f"The steps run in Python because the state is {kind}."
     if problem.tolerance.norm is not None:
-        return f'engine="compiled" does not take a norm of your own (options["norm"]). {_HINT}'
+        return 'The steps run in Python because of a norm of your own (options["norm"]).'
     if torch.is_autocast_enabled("cpu"):
-        return f'engine="compiled" does not run under torch.autocast. {_HINT}'
+        return "The steps run in Python under torch.autocast."
     return None

@@ -9,10 +9,11 @@ workspace.
 from __future__ import annotations
 
 import ctypes
+import shlex
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,13 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source
-from aca_ext.engines.compiled.lowerings import lowerings
+from aca_ext.engines.compiled.library_cache import forget, library, origin, run_compiler, source_file
+from aca_ext.engines.compiled.lowerings import dtype_rules_made_once, lowerings
 from aca_ext.errors import CompileError
 
 Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
 
-_libraries: list[Any] = []
-_LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
+LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
 
 class Program(NamedTuple):
@@ -46,34 +47,95 @@ class Program(NamedTuple):
     prepared_bytes: int
 
 
-def compile_programs(*traced: Traced) -> list[Program]:
-    """Compiles functional traced graphs into one library; a graph returns results by ``copy_`` to inputs at its end.
+def compile_programs(known_by: Sequence[str] | None, trace: Callable[[], Sequence[Traced]]) -> list[Program]:
+    """Programs from the cache on disk, or compiled into one library from the graphs that ``trace`` returns.
 
-    Each graph comes with example inputs, which share no memory, and with the number of inputs at the end that do not
-    change between runs.
+    A graph is functional and returns results by ``copy_`` to inputs at its end. It comes with example inputs, which
+    share no memory, and with the number of inputs at the end that do not change between runs.
+
+    Args:
+        known_by: texts that determine the programs; None if only their source does.
 
     Raises:
         CompileError: a graph needs an operation that is neither a generated kernel nor a matrix product.
     """
-    from torch._inductor.codecache import CppCodeCache
+    with LOCK:
+        if known_by is None:
+            source = _source(trace())
+            found = library([*origin(), source], lambda path: _compile(source, path))
+        else:
+            found = library([*origin(), *known_by], lambda path: _build(trace, path))
+    return [_program(found, i) for i in range(_constant(found, "programs"))]
 
-    with _LOCK:
-        source = Source()
-        workspaces = [source.add(_record(graph, inputs), inputs, constant) for graph, inputs, constant in traced]
-        with _inductor_settings():
-            try:
-                library = CppCodeCache.load(source.text())
-            except OSError:  # incomplete file in torch's cache, its writer was killed: new text, new name
-                library = CppCodeCache.load(f"{source.text()}\n// {time.time_ns()}\n")
-    _libraries.append(library)  # never unloaded, since addresses of its functions may be in use
-    programs: list[Program] = []
-    for i in range(len(traced)):
-        address, prepare = (
-            ctypes.cast(getattr(library, f"{name}_{i}"), ctypes.c_void_p).value or 0 for name in ("program", "prepare")
-        )
-        prepared_bytes = ctypes.c_long.in_dll(library, f"prepared_bytes_{i}").value
-        programs.append(Program(address, prepare, workspaces[i], prepared_bytes))
-    return programs
+
+def forget_programs(known_by: Sequence[str]) -> None:
+    """Deletes programs that proved wrong from the cache on disk, so that they are compiled again."""
+    forget([*origin(), *known_by])
+
+
+def _build(trace: Callable[[], Sequence[Traced]], to: Path) -> None:
+    """Writes the library of the graphs, for the best vector instructions that the processor has.
+
+    Inductor would first compile a test for each set of instructions, which takes longer than the library. If the
+    compiler or torch does not know the best set, the library is built again, from tests.
+    """
+    with _untested_instructions():
+        source = _source(trace())
+        try:
+            _compile(source, to)
+            ctypes.CDLL(str(to))
+            return
+        except (CompileError, OSError):
+            pass
+    _compile(_source(trace()), to)
+
+
+@contextmanager
+def _untested_instructions() -> Iterator[None]:
+    from torch._inductor import config, cpu_vec_isa
+
+    if not _has(config, "cpp.vec_isa_ok") or config.cpp.vec_isa_ok is not None:
+        yield
+        return
+    found: Any = cpu_vec_isa.valid_vec_isa_list
+    are_tested = found.cache_info().currsize > 0
+    try:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            yield
+    finally:
+        if not are_tested:
+            found.cache_clear()  # whoever else compiles may want the tests
+
+
+def _source(traced: Sequence[Traced]) -> str:
+    source = Source()
+    for graph, inputs, constant in traced:
+        source.add(_record(graph, inputs), inputs, constant)
+    return source.text()
+
+
+def _program(found: ctypes.CDLL, i: int) -> Program:
+    address, prepare = (
+        ctypes.cast(getattr(found, f"{name}_{i}"), ctypes.c_void_p).value or 0 for name in ("program", "prepare")
+    )
+    return Program(address, prepare, _constant(found, f"workspace_bytes_{i}"), _constant(found, f"prepared_bytes_{i}"))
+
+
+def _constant(found: ctypes.CDLL, name: str) -> int:
+    return ctypes.c_long.in_dll(found, name).value
+
+
+def _compile(source: str, to: Path) -> None:
+    """Compiles C++ with the compiler and the flags of Inductor."""
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    with _inductor_settings():
+        options = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu")
+        command = CppBuilder(name="new", sources=source_file(to).name, BuildOption=options).get_command_line()
+    words = shlex.split(command)
+    words[words.index("-o") + 1] = str(to)
+    run_compiler(words, source, to)
 
 
 def run_program(program: Program, inputs: Sequence[Tensor]) -> None:
@@ -159,7 +221,7 @@ def _record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Call]:
     AsyncCompile.cpp_pybinding = lambda self, types, source, *_: _Kernel(types, source)
     recorder = _Recorder()
     try:
-        with torch.no_grad(), _inductor_settings(), lowerings():
+        with torch.no_grad(), _inductor_settings(), lowerings(), dtype_rules_made_once():
             wrapper: Any = compile_fx_inner(graph, list(inputs))
             _recorders.append(recorder)
             try:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.backend import Captured, UnusableFuncError
 from aca_ext.engines.compiled.places import shown
-from aca_ext.errors import CompileError, ReplayError
+from aca_ext.errors import ReplayError
 from aca_ext.kernels.extension import checksums_of
 
 
@@ -17,13 +17,13 @@ def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
     """Addresses of the inputs of func.
 
     Raises:
-        CompileError: the memory of an input was freed.
+        UnusableFuncError: the memory of an input was freed.
     """
     found = [x.data_ptr() for x in inputs]
     if 0 in found:
         for x in inputs:
             if x.numel() and x.data_ptr() == 0:
-                raise CompileError(
+                raise UnusableFuncError(
                     f"func depends on a tensor of shape {tuple(x.shape)} whose memory was freed "
                     "(untyped_storage().resize_). Restore it before the solve and before its backward pass."
                 )

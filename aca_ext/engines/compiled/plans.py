@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
-from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs
+from aca_ext.engines.compiled.fingerprint import fingerprint
+from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs, forget_programs
 from aca_ext.engines.compiled.step_graphs import Layout, slope_graph, step_graph, transpose_graph
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
-from aca_ext.engines.compiled.verification import Trial, Verification, check_transpose
+from aca_ext.engines.compiled.verification import MismatchError, Trial, Verification, check_transpose
 from aca_ext.errors import AcaError, CompileError
 from aca_ext.gradients.base import Task
 from aca_ext.kernels.fused import KernelOperations, operations_for
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.runge_kutta import scheme_of
 from aca_ext.solver.stats import Stats
+
+_TRANSPOSE = {False: "end only", True: "inside"}  # names of the transposed steps, by whether outputs lie inside them
 
 
 class Run(Protocol):
@@ -29,6 +32,7 @@ class Run(Protocol):
     stats: Stats
     used: list[Tensor]
     task: Callable[[], Task]
+    wants_backward: bool
 
 
 class Plan:
@@ -37,20 +41,41 @@ class Plan:
     def __init__(self, captured: Captured, layout: Layout) -> None:
         self._captured, self._layout = captured, layout
         self._programs: dict[str, list[Program]] = {}
+        self._unverified: dict[str, list[Program]] = {}
+        self._known_by: list[tuple[str, ...]] = []  # names on disk of the programs
         self._trials: dict[bool, list[Trial]] | None = None
 
     def forward(self, run: Run) -> tuple[Program, Program]:
         """The programs of the first slope and of a step."""
-        captured, layout = self._captured, self._layout
 
         def check(programs: list[Program]) -> None:
             with unchanged(run.problem.func, run.problem.args):
                 self._verification(run).forward(*programs)
 
-        slope, step = self._compiled(
-            "forward", run.stats, lambda: (slope_graph(captured, layout), step_graph(captured, layout)), check
-        )
+        if run.wants_backward and "forward" not in self._programs:
+            self._compile_with_backward(run)
+        slope, step = self._compiled("forward", run.stats, self._forward_graphs, check)
         return slope, step
+
+    def _forward_graphs(self) -> tuple[Traced, ...]:
+        return slope_graph(self._captured, self._layout), step_graph(self._captured, self._layout)
+
+    def _compile_with_backward(self, run: Run) -> None:
+        """Compiles a step and its transposes together, since the compiler reads torch's headers once for all."""
+        start, problem = time.perf_counter(), run.problem
+        kinds = (False, True) if problem.adaptive and len(problem.times) > 2 else (False,)
+
+        def trace() -> tuple[Traced, ...]:
+            return *self._forward_graphs(), *(self._transpose_graph(inside) for inside in kinds)
+
+        try:
+            slope, step, *transposed = self._compile(f"forward, {len(kinds)} transposes", trace)
+        except CompileError:
+            return  # alone, the step may compile, or say why not
+        finally:
+            run.stats.compile_seconds += time.perf_counter() - start
+        self._unverified = {"forward": [slope, step]}
+        self._unverified.update({_TRANSPOSE[inside]: [one] for inside, one in zip(kinds, transposed, strict=True)})
 
     def expect_gradients(self, run: Run) -> None:
         """Computes gradients of func to verify the transposed programs; by the backward pass func may have changed."""
@@ -61,19 +86,16 @@ class Plan:
 
     def transpose(self, stats: Stats, *, inside: bool) -> Program:
         """The program of a transposed step, with or without outputs inside it."""
-        captured, layout = self._captured, self._layout
 
         def check(programs: list[Program]) -> None:
             assert self._trials is not None
-            check_transpose(programs[0], layout, captured.wants_gradient, self._trials[inside])
+            check_transpose(programs[0], self._layout, self._captured.wants_gradient, self._trials[inside])
             self._trials[inside] = []
 
-        return self._compiled(
-            "inside" if inside else "end only",
-            stats,
-            lambda: (transpose_graph(captured, layout, inside=inside),),
-            check,
-        )[0]
+        return self._compiled(_TRANSPOSE[inside], stats, lambda: (self._transpose_graph(inside),), check)[0]
+
+    def _transpose_graph(self, inside: bool) -> Traced:
+        return transpose_graph(self._captured, self._layout, inside=inside)
 
     def _verification(self, run: Run) -> Verification:
         return Verification(run.task(), self._layout, run.used, self._captured.wants_gradient)
@@ -87,19 +109,31 @@ class Plan:
     ) -> list[Program]:
         if name not in self._programs:
             start = time.perf_counter()
+            programs = self._unverified.pop(name, None) or self._compile(name, trace)
             try:
-                with undisturbed():
-                    programs = compile_programs(*trace())
-            except AcaError:
+                check(programs)
+            except MismatchError:
+                for known_by in self._known_by:
+                    forget_programs(known_by)
                 raise
-            except Exception as error:
-                raise CompileError(
-                    f'torch\'s compiler failed on func. Use engine="eager". Its error: {type(error).__name__}: {error}'
-                ) from error
-            check(programs)
             self._programs[name] = programs
             stats.compile_seconds += time.perf_counter() - start
         return self._programs[name]
+
+    def _compile(self, name: str, trace: Callable[[], tuple[Traced, ...]]) -> list[Program]:
+        found = fingerprint(self._captured, self._layout)
+        known_by = None if found is None else (name, *found)
+        if known_by is not None:
+            self._known_by.append(known_by)
+        try:
+            with undisturbed():
+                return compile_programs(known_by, trace)
+        except AcaError:
+            raise
+        except Exception as error:
+            raise CompileError(
+                f'torch\'s compiler failed on func. Use engine="eager". Its error: {type(error).__name__}: {error}'
+            ) from error
 
 
 class Specification:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.backend import Captured, TraceError
 from aca_ext.engines.compiled.inputs import addresses_of, changed_input_error, contents_of
 from aca_ext.engines.compiled.plans import Plan, Specification
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.step_graphs import Layout
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.compiled.verification import inputs_by_kind
+from aca_ext.engines.compiled.verification import MismatchError, inputs_by_kind
 from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
@@ -46,7 +46,7 @@ def solve(problem: Problem, params: Sequence[Tensor] | None, task: Callable[[], 
         CompileError: func cannot be compiled.
     """
     run = _Run(problem, params, task)
-    if torch.is_grad_enabled() and (problem.y0.requires_grad or True in run.wants_gradient):
+    if run.wants_backward:
         states = Blocks(run.y0)
         run.prepare_backward(states)
         ys = with_graph(run.forward(states), run, states.blocks, problem.y0, run.learnt)
@@ -75,19 +75,21 @@ class _Run:
         start = time.perf_counter()
         try:
             captured, self.used = capture(problem.func, _ZEROS[y0.dtype], y0, problem.packing, problem.args)
-        except CompileError:
+        except TraceError:
             if isinstance(problem.func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-                raise CompileError(
+                raise TraceError(
                     "func is a scripted, traced or frozen object of torch.jit, which TorchDynamo cannot trace. Give "
-                    'the module or function from which it was made, or use engine="eager".'
+                    "the module or function from which it was made."
                 ) from None
-            self._evaluate_once()  # if func itself fails, its own error says more
             raise
         self.captured, self.addresses = captured, addresses_of(self.used)
         self.wants_gradient = captured.wants_gradient
+        self.wants_backward = torch.is_grad_enabled() and (problem.y0.requires_grad or True in self.wants_gradient)
         self.counting = None
         if captured.counters:
             self.counting = Counting(captured.counters, scope_of(problem.func, problem.args))
+        if "program" in captured.obstacles:
+            raise CompileError(captured.obstacles["program"])
         found: Specification | None = captured.solves.get(problem.settings)
         if found is None:
             if len(captured.solves) >= _MAX_SPECIFICATIONS:
@@ -95,8 +97,9 @@ class _Run:
             plan = self._plan(captured, start)
             try:
                 found = captured.solves[problem.settings] = Specification(self, plan)
-            except CompileError:
+            except CompileError as error:
                 if not captured.lifted:
+                    captured.obstacles["program"] = str(error)
                     raise
                 specialise(problem.func)  # func may need its numbers as numbers: retry with them as constants
                 return self._find()
@@ -168,8 +171,8 @@ class _Run:
         )
 
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
-        if [block.data_ptr() for block in states] != self._addresses_of_states:
-            # Hooks on saved tensors moved the states, but the loop has their old addresses.
+        # Hooks on saved tensors may have moved the states, but the loop has their old addresses.
+        if [block.data_ptr() for block in states] != self._addresses_of_states or not self._has_transpose():
             y0 = self.y0.detach().requires_grad_() if self.problem.y0.requires_grad else None
             with torch.enable_grad():
                 found = self.differentiable_gradients(grad_ys, y0, states, inputs)
@@ -178,6 +181,18 @@ class _Run:
             return self._transposed(grad_ys, inputs)
         grad_y0, *grads = self._transposed(grad_ys, self._completed(inputs))
         return grad_y0, *self._of_learnt(grads)
+
+    def _has_transpose(self) -> bool:
+        """Tells whether the transposed steps are compiled; if they cannot be, later solves use no program either."""
+        n_inside = self.loop.n_inside
+        try:
+            self._backward = self.specification.backward(self.stats, self.loop.n_accepted - n_inside, n_inside)
+        except MismatchError:
+            raise
+        except CompileError as error:
+            self.captured.obstacles["program"] = str(error)
+            return False
+        return True
 
     def _completed(self, learnt: Sequence[Tensor]) -> Sequence[Tensor]:
         """All inputs of func; those that require grad are replaced by the saved tensors ``learnt``."""
@@ -194,8 +209,8 @@ class _Run:
 
     def _transposed(self, grad_ys: Tensor, inputs: Sequence[Tensor]) -> Gradients:
         """Computes the gradients of y0 and of all inputs of func."""
-        specification, loop, y0 = self.specification, self.loop, self.y0
-        is_laid_out_alike = grad_ys.stride() == specification.rows_stride and not grad_ys.is_neg()
+        loop, y0 = self.loop, self.y0
+        is_laid_out_alike = grad_ys.stride() == self.specification.rows_stride and not grad_ys.is_neg()
         if not is_laid_out_alike or type(grad_ys) is not Tensor or grad_ys.data_ptr() == 0:
             grad_ys = self._rows().copy_(grad_ys)
         addresses = addresses_of(inputs)
@@ -204,8 +219,7 @@ class _Run:
             raise self._changed(inputs, contents)
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
         g, g_next = torch.empty_like(y0), torch.empty_like(y0)
-        n_inside = loop.n_inside
-        end_only, inside, n_bytes = specification.backward(self.stats, loop.n_accepted - n_inside, n_inside)
+        end_only, inside, n_bytes = self._backward
         memory = torch.empty(n_bytes, dtype=torch.uint8, device=_CPU)
         result = loop.transpose(
             end_only,
@@ -273,6 +287,11 @@ class _Run:
 
 class _LoopRecord(StepRecord):
     """Record of the accepted steps of a compiled loop; its Python objects are made on demand."""
+
+    end = None  # StepRecord has slots, which its constructor would fill in each solve
+    events: tuple[()] = ()  # type: ignore[assignment]
+    ended_by = None
+    formulas = ()
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop

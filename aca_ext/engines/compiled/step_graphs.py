@@ -185,20 +185,24 @@ def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: se
     Raises:
         CompileError: the graph draws random numbers, or changes another input.
     """
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     first = len(inputs)
     inputs = [*inputs, *captured.inputs]
     examples = [x.clone() for x in inputs]
-    with torch.enable_grad():  # the transpose differentiates, and func may
+    # Without this context, make_fx makes a new FakeTensorMode for each node, which takes longer than the rest of it.
+    context = TracingContext(FakeTensorMode())
+    with tracing(context), torch.enable_grad():  # the transpose differentiates, and func may
         graph = make_fx(function)(*examples)  # still contains autograd and in-place operations
-    with torch.no_grad():
+    with tracing(context), torch.no_grad():
         graph = make_fx(torch.func.functionalize(graph), decomposition_table=decompositions())(*examples)
     placeholders = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CompileError(
-                f"func draws random numbers ({node.target}), which a replay cannot repeat. "
+                f"func needs {node.target}, which can draw random numbers, and a replay could not repeat them. "
                 'Use engine="eager"; for dropout, func.eval() is enough.'
             )
         if node.target is torch.ops.aten.copy_.default and placeholders.get(node.args[0]) not in written:

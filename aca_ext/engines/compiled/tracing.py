@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from aca_ext.engines.compiled.backend import HINT, Captured, backend, keep_guard, request
+from aca_ext.engines.compiled.backend import HINT, Captured, TraceError, backend, keep_guard, request
 from aca_ext.engines.compiled.changing_numbers import ChangingNumbers
 from aca_ext.engines.compiled.method_guards import Methods
 from aca_ext.engines.compiled.side_effects import dependence_of
@@ -40,12 +40,16 @@ def capture(
     """The traced graph of func(t, y, \\*args) for a packed state, and the tensors it depends on besides t and y.
 
     Raises:
-        CompileError: TorchDynamo cannot trace func as one graph.
+        TraceError: TorchDynamo cannot trace func as one graph, or func has side effects.
     """
     has_graph = torch.is_grad_enabled()
     torch._C._set_grad_enabled(True)  # torch.enable_grad() takes several times as long
     try:
         return _captured(func, t, y0, packing, args)
+    except TraceError:
+        raise
+    except CompileError as error:
+        raise TraceError(str(error)) from error.__cause__
     finally:
         torch._C._set_grad_enabled(has_graph)
 
@@ -65,11 +69,13 @@ def _captured(
 ) -> tuple[Captured, list[Tensor]]:
     # The state requires grad, since TorchDynamo would ignore custom derivatives otherwise.
     y: State
-    if packing.is_tuple:
-        parts = packing.unpack(y0.detach())
-        y = parts = tuple(part.detach().requires_grad_() for part in parts)
+    given = y0.detach() if packing.is_trivial else packing.unpack(y0.detach())
+    parts: Sequence[Tensor]
+    if isinstance(given, tuple):
+        parts = tuple(part.detach().requires_grad_() for part in given)
+        y = packing.as_given(parts)
     else:
-        y = y0.detach().requires_grad_()
+        y = given.detach().requires_grad_()
         parts = (y,)
     entry = _entry_of(func)
     request.captured = None
@@ -83,9 +89,15 @@ def _captured(
         captured = request.captured
         if captured is None:
             refuse_swapped(func)
+            failures = _failures.of(innermost(func))
+            failures.check()
             request.t, request.y = t, parts
             try:
                 captured = _new(entry, func, t, y, args)
+                failures.end()
+            except CompileError as error:
+                failures.add(str(error))
+                raise
             finally:
                 request.y, request.scope = (), {}
         if captured.refusal:
@@ -209,6 +221,39 @@ class _Kept:
     manager: Any
     holds: Callable[[dict[str, Any]], bool]
     find: Callable[..., Any]
+
+
+class _Failures:
+    """Failed traces of an owner's funcs. After n of them, the next 2ⁿ - 1 solves do not try again.
+
+    func may become traceable, by a flag or an argument, but a trace in every solve would cost more than it can save.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._left, self._message = 0, 0, ""
+
+    def check(self) -> None:
+        """Raises TraceError if there should be no trace now."""
+        if self._left > 0:
+            self._left -= 1
+            raise TraceError(self._message)
+
+    def add(self, message: str) -> None:
+        self._count += 1
+        self._left, self._message = 2 ** min(self._count, 20) - 1, message
+
+    def end(self) -> None:
+        self._count = self._left = 0
+
+
+_failures = PerOwner(_Failures)
+
+
+def innermost(func: Any) -> Any:
+    """The callable inside partials and the like, whose owner would be a class that many share."""
+    while not isinstance(func, torch.nn.Module) and callable(getattr(func, "func", None)):
+        func = func.func
+    return func
 
 
 class _Entry:

@@ -26,6 +26,7 @@ from aca_ext.vector_field.replay import Replay
 
 # Allowed differences relative to the largest element: compiled code rounds in another order.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-11}
+_ROUNDING_OF_OTHERS = 8.0  # in units of the dtype's spacing
 _SAFETY = 100.0  # factor on the effect of rounding the state, if func amplifies rounding
 
 
@@ -34,7 +35,7 @@ class MismatchError(CompileError):
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """Stage times, state and step size at which a program is verified."""
 
     times: list[float]  # of the stages
@@ -53,7 +54,7 @@ class Trial:
         moved: ``expected`` from a state that differs in its last bits.
     """
 
-    point: _Point
+    point: Point
     inputs: list[Tensor]
     cotangents: list[Tensor]
     expected: list[Tensor]
@@ -79,8 +80,8 @@ class Verification:
         """Raises CompileError if the first slope or a step of the programs differs from that of func."""
         for point in self._points():
             expected, found = [self._field(point.times[0], point.y)], self._slope(slope, point)
-            _check("slope", expected, found, point, lambda p: [self._field(p.times[0], p.y)])
-            _check("step", self._step(point), self._compiled_step(whole_step, point), point, self._step)
+            check_close("slope", expected, found, point, lambda p: [self._field(p.times[0], p.y)])
+            check_close("step", self._step(point), self._compiled_step(whole_step, point), point, self._step)
 
     def trials(self, *, inside: bool) -> list[Trial]:
         """Transposed steps of func in its present state."""
@@ -91,7 +92,7 @@ class Verification:
             found.append(Trial(point, [x.detach().clone() for x in self.inputs], cotangents, expected, moved))
         return found
 
-    def _points(self) -> Iterator[_Point]:
+    def _points(self) -> Iterator[Point]:
         problem, y0 = self.task.problem, self.layout.like.detach()
         t0, t1 = problem.times[0], problem.times[-1]
         random = torch.Generator(device="cpu").manual_seed(0)
@@ -112,7 +113,7 @@ class Verification:
             slope = float(k.abs().max()) if k.numel() else 0.0
             h = min(0.1 * abs(t1 - t0), 0.1 * (size or 1.0) / slope if slope else math.inf)
             h = math.copysign(h, t1 - t0)
-            yield _Point([t + c * h for c in self.layout.scheme.c], y, h)
+            yield Point([t + c * h for c in self.layout.scheme.c], y, h)
             if distance == 0.1:
                 return  # two points are enough
 
@@ -122,12 +123,12 @@ class Verification:
         with torch.enable_grad():
             return self.task.field(time, y.detach().requires_grad_()).detach()
 
-    def _slope(self, program: Program, p: _Point) -> list[Tensor]:
+    def _slope(self, program: Program, p: Point) -> list[Tensor]:
         k = torch.empty_like(p.y)
         run_program(program, [_scalars(p), p.y, k, *self.inputs])
         return [k]
 
-    def _step(self, p: _Point) -> list[Tensor]:
+    def _step(self, p: Point) -> list[Tensor]:
         layout, scheme, y = self.layout, self.layout.scheme, p.y
         with torch.no_grad():
             ops = TorchOperations(layout.like, layout.tolerance)
@@ -146,7 +147,7 @@ class Verification:
         largest = max((float(x.abs().max()) for x in k if x.numel()), default=0.0)
         return (sums / max(1, k[0].numel())).sqrt() + abs(h) * largest
 
-    def _compiled_step(self, program: Program, p: _Point) -> list[Tensor]:
+    def _compiled_step(self, program: Program, p: Point) -> list[Tensor]:
         layout, y = self.layout, p.y
         k = [torch.empty_like(y) for _ in range(layout.stages)]
         y1, sums = torch.empty_like(y), torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
@@ -154,7 +155,7 @@ class Verification:
         run_program(program, [_scalars(p), y, k[0], y1, sums, *k[1:], *layout.tolerance_tensors, *self.inputs])
         return [y1, *k[1:], *([] if layout.scheme.error is None else [self._error(sums, k, p.h)])]
 
-    def _cotangents(self, p: _Point, inside: bool) -> list[Tensor]:
+    def _cotangents(self, p: Point, inside: bool) -> list[Tensor]:
         """Random cotangents, as in ``Trial.cotangents``."""
         random = torch.Generator(device="cpu").manual_seed(1)
         count = 2 + self.layout.stages if inside else 1
@@ -164,7 +165,7 @@ class Verification:
             for _ in range(count)
         ]
 
-    def _transposed(self, p: _Point, cotangents: Sequence[Tensor]) -> list[Tensor]:
+    def _transposed(self, p: Point, cotangents: Sequence[Tensor]) -> list[Tensor]:
         layout, field = self.layout, self.task.field
         of_params, of_args = inputs_by_kind(field.args, self.inputs)
         params = [self.inputs[i] for i in of_params]
@@ -192,37 +193,43 @@ def check_transpose(program: Program, layout: Layout, wants_gradient: Sequence[b
         g_y = torch.empty_like(y)
         grads = [torch.zeros_like(x) for x, w in zip(trial.inputs, wants_gradient, strict=True) if w]
         run_program(program, [_scalars(trial.point), y, g, g_y, *inside, *grads, *trial.inputs])
-        _check("gradient", trial.expected, [g_y, *grads], trial.point, partial(_moved_results, trial))
+        check_close("gradient", trial.expected, [g_y, *grads], trial.point, partial(_moved_results, trial))
 
 
-def _moved_results(trial: Trial, _: _Point) -> Sequence[Tensor]:
+def _moved_results(trial: Trial, _: Point) -> Sequence[Tensor]:
     return trial.moved
 
 
-def _scalars(p: _Point) -> Tensor:
+def _scalars(p: Point) -> Tensor:
     return torch.tensor([*p.times, p.h, 1.0, 1.0], dtype=p.y.dtype, device="cpu")
 
 
-def _moved(p: _Point) -> _Point:
+def _moved(p: Point) -> Point:
     """The point with a state that differs in its last bits."""
     signs = torch.where(torch.arange(p.y.numel(), device="cpu") % 2 == 0, 1.0, -1.0).to(p.y.dtype)
     y = p.y * (1 + 2 * torch.finfo(p.y.dtype).eps * signs.reshape(p.y.shape))
-    return _Point(p.times, torch.empty_like(p.y).copy_(y), p.h)
+    return Point(p.times, torch.empty_like(p.y).copy_(y), p.h)
 
 
-def _check(
+def check_close(
     what: str,
     expected: Sequence[Tensor],
     found: Sequence[Tensor],
-    point: _Point,
-    evaluate: Callable[[_Point], Sequence[Tensor]],
+    point: Point,
+    evaluate: Callable[[Point], Sequence[Tensor]],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Raises MismatchError if the results differ by more than rounding in func explains."""
+    """Raises MismatchError if the results differ by more than rounding in func explains.
+
+    ``dtype`` is that of func's coarsest arithmetic, by default that of the state.
+    """
+    dtype = dtype or point.y.dtype
+    rounding = _ROUNDING.get(dtype, _ROUNDING_OF_OTHERS * torch.finfo(dtype).eps)
     if not all(torch.isfinite(x).all() for x in expected):
         return
     sizes = [_largest(x) for x in expected]
     # A gradient that is zero up to rounding is measured relative to the largest one.
-    allowed = [_ROUNDING[point.y.dtype] * max(size, 0.01 * max(sizes)) for size in sizes]
+    allowed = [rounding * max(size, 0.01 * max(sizes)) for size in sizes]
     if _are_close(found, expected, allowed):
         return
     # func may amplify rounding: measure the effect of a state that differs in its last bits.

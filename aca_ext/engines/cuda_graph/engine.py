@@ -67,7 +67,7 @@ def _solve_task(task: Task) -> Result:
         ys = with_graph(ys, run, run.record.memory.hand_over_states(), problem.y0, inputs)
     else:
         ys = run.forward(keeps_states=False)
-    return Result(ys, run.record, run.stats, is_lazy=True)
+    return Result(ys, run.record, run.stats)
 
 
 class _Run:

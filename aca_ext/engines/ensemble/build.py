@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import platform
 import re
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from aca_ext.engines.compiled.library_cache import library, origin, run_compiler, source_file
 from aca_ext.errors import CompileError
 
 # Contraction would make a result depend on what the compiler sees around it; code says fma where it wants it.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
           "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w")  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parents[2]
-_libraries: dict[str, Any] = {}  # loaded for good
 
 
 def load(source: str) -> Any:
@@ -30,40 +26,13 @@ def load(source: str) -> Any:
     Raises:
         CompileError: there is no compiler, or it fails.
     """
-    parts = [source, *_command(), _state_of_headers(), _machine()]
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    if name not in _libraries:
-        path = _folder() / f"{name}.so"
-        if not path.exists():
-            _compile(source, path)
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError:  # a file whose writer was killed
-            _compile(source, path)
-            library = ctypes.CDLL(str(path))
-        _set_addresses(library)
-        _libraries[name] = library
-    return _libraries[name]
 
+    def build(to: Path) -> None:
+        run_compiler([*_command(), str(source_file(to)), "-o", str(to)], source, to)
 
-def _compile(source: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        file, made = Path(folder) / "lanes.cpp", Path(folder) / "lanes.so"
-        file.write_text(source)
-        command = [*_command(), str(file), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise CompileError(
-                f'engine="compiled" needs a C++ compiler; {command[0]} cannot be run ({error}). Install one, name it '
-                'in the environment variable CXX, or use engine="eager".'
-            ) from error
-        if done.returncode != 0:
-            raise CompileError(
-                f'The C++ compiler {command[0]} failed on the code made of func. Use engine="eager". It says: '
-                f"{done.stderr[-2000:]}"
-            )
-        os.replace(made, path)
+    found = library([*origin(), source, *_command(), _state_of_headers()], build)
+    _set_addresses(found)
+    return found
 
 
 @cache
@@ -72,17 +41,6 @@ def _command() -> tuple[str, ...]:
 
     define = ("-DACA_SLEEF",) if _vector_functions() else ()
     return (get_cpp_compiler(), *_FLAGS, *define, f"-I{_headers()}")
-
-
-@cache
-def _machine() -> str:
-    """The instructions of this processor, for which code is compiled."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.machine()} {flags}"
 
 
 # By width in bytes and size of a number, how the names of torch's functions of vectors (SLEEF) tell the kind of vector.
@@ -133,12 +91,3 @@ def _state_of_headers() -> str:
     folder = _headers()
     files = sorted([*(folder / "ensemble").glob("*.h"), *(folder / "control").glob("*.h")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-@cache
-def _folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = Path(cache_dir()) / "aca_ext"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

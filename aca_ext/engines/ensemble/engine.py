@@ -6,28 +6,46 @@ This file is imported with the package; run.py, which brings in torch's compiler
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
-from aca_ext.engines.base import Request, obstacle_but_to_eager
+from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs, solve_by
 from aca_ext.gradients.base import Result
+from aca_ext.problem.batch import BatchProblem
+from aca_ext.progress import samples_bar
 
 
 class EnsembleEngine(CompiledEngine):
-    def obstacle(self, request: Request) -> str | None:
-        if not request.is_batch:
-            return super().obstacle(request)
-        return obstacle_but_to_eager("compiled", request, takes_batches=True) or obstacle_to_programs(request.problem)
-
     def solve(self, request: Request) -> Result:
-        """The solve by compiled programs.
+        """The solve by compiled lanes or programs if they can hold it, else by compiled evaluations of func.
 
         Raises:
-            CompileError: func cannot be compiled.
+            CompileError: no engine can solve with this func.
+            NotInstalledError: a progress bar is asked for, and tqdm is missing.
         """
         if not request.is_batch:
             return super().solve(request)
-        return solve_by(_solve(), request)
+        return solve_by(lambda: _lanes(request), request, _obstacle_to_lanes(request))
+
+
+def _obstacle_to_lanes(request: Request) -> str | None:
+    assert isinstance(request.problem, BatchProblem)
+    if request.problem.is_ragged:
+        return "The steps run in Python because the times are padded with NaN."
+    others = request._replace(progress=False, checkpoints=None)  # which lanes have, too
+    return obstacle_to_programs(others, takes_batches=True)
+
+
+def _lanes(request: Request) -> Callable[..., Result]:
+    """The solver of lanes, with a bar if one is asked for."""
+
+    def solve(*problem: Any) -> Result:
+        with samples_bar(len(request.problem.y0)) if request.progress else nullcontext() as finished:
+            return _solve()(*problem, checkpoints=request.checkpoints, finished=finished)
+
+    return solve
 
 
 @cache

@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.engines.ensemble.build import load
@@ -16,9 +17,11 @@ from aca_ext.problem.batch import BatchProblem
 
 _I64, _F64, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _CHUNKS_AT_ONCE = 64  # for each thread; between calls Python sees an interrupt
+_CHUNKS_WATCHED = 4  # likewise, with a progress bar
 
-# Words of an Outcome: counts of trial and accepted steps and the failure; t, h and error ratio where it happened.
-OUTCOME_WORDS = 6
+# Words of an Outcome: counts of trial and accepted steps and the failure; t, h and error ratio where it happened; count
+# of first slopes after jumps.
+OUTCOME_WORDS = 7
 
 
 class _Controller(ctypes.Structure):
@@ -30,7 +33,8 @@ class _Controller(ctypes.Structure):
 class _Task(ctypes.Structure):
     _fields_ = [
         ("controller", _Controller), ("first_step", _F64), ("max_num_steps", _I64), ("n_samples", _I64),
-        ("n_times", _I64), ("times_step", _I64), ("times", _POINTER), ("rtol", _F64), ("atol", _F64),
+        ("n_times", _I64), ("times_step", _I64), ("times", _POINTER), ("n_stops", _I64), ("stops_step", _I64),
+        ("stops", _POINTER), ("is_jump", _POINTER), ("rtol", _F64), ("atol", _F64),
         ("rtol_each", _POINTER), ("atol_each", _POINTER), ("forbids_error", _I64), ("y0", _POINTER),
         ("by_sample", _POINTER), ("shared", _POINTER), ("outputs", _POINTER), ("outcomes", _POINTER),
     ]  # fmt: skip
@@ -46,6 +50,17 @@ class Keep(IntEnum):
     NOTHING = 0
     STEPS = 1
     STATES = 2  # and the steps
+    CHECKPOINTS = 3  # some states, and no steps
+
+
+class Record(ctypes.c_void_p):
+    """Memory for accepted steps of a solve, freed with this object.
+
+    Attributes:
+        has_states: the states at which steps start are still there.
+    """
+
+    has_states = True
 
 
 class Library:
@@ -60,7 +75,7 @@ class Library:
         self.n_learnt = n_learnt
         f = self._functions
         f.chunk.restype = _I64
-        f.new_record.restype, f.new_record.argtypes = _POINTER, [_I64, _I64, ctypes.c_int]
+        f.new_record.restype, f.new_record.argtypes = _POINTER, [_I64, _I64, ctypes.c_int, _I64]
         f.free_record.argtypes = f.free_states.argtypes = [_POINTER]
         f.forward.argtypes = [_POINTER, _POINTER, _I64, _I64, ctypes.c_int]
         f.backward.argtypes = [_POINTER, _POINTER, _POINTER, _I64, _I64, ctypes.c_int]
@@ -71,35 +86,43 @@ class Library:
     def chunks(self, n_samples: int) -> int:
         return -(-n_samples // self._chunk)
 
-    def new_record(self, n_samples: int, keep: Keep) -> Any:
-        """Memory for accepted steps, freed with the object that holds it."""
-        address = self._functions.new_record(n_samples, self.chunks(n_samples), int(keep))
-        memory = ctypes.c_void_p(address)
-        weakref.finalize(memory, self._functions.free_record, address)
-        return memory
+    def new_record(self, n_samples: int, keep: Keep, most: int) -> Record:
+        """An empty record of accepted steps, or of at most so many checkpoints of each sample."""
+        address = self._functions.new_record(n_samples, self.chunks(n_samples), int(keep), min(most, 2**62))
+        record = Record(address)
+        weakref.finalize(record, self._functions.free_record, address)
+        return record
 
-    def states_of(self, record: Any) -> Tensor:
+    def states_of(self, record: Record) -> Tensor:
         """A tensor with whose memory the states of the record are freed: autograd says when they are needed no more."""
         memory = (ctypes.c_byte * 1)()
-        # With the record, which is thus freed after them.
-        weakref.finalize(memory, lambda: self._functions.free_states(record))
+
+        def free() -> None:
+            record.has_states = False
+            self._functions.free_states(record)
+
+        weakref.finalize(memory, free)  # which holds the record, so that this is freed after its states
         return torch.frombuffer(memory, dtype=torch.uint8)
 
-    def forward(self, task: _Task, record: Any) -> None:
-        """Solves; raises MemoryError."""
-        self._in_parts(task, lambda *part: self._functions.forward(ctypes.byref(task), record, *part))
+    def forward(self, task: _Task, record: Record, finished: Callable[[int], object] | None = None) -> None:
+        """Solves, and tells ``finished`` how many more samples are done; raises MemoryError."""
+        self._in_parts(task, lambda *part: self._functions.forward(ctypes.byref(task), record, *part), finished)
 
-    def backward(self, task: _Task, record: Any, to: _Cotangents) -> None:
+    def backward(self, task: _Task, record: Record, to: _Cotangents) -> None:
         """Transposes the recorded steps; raises MemoryError."""
         self._in_parts(
             task, lambda *part: self._functions.backward(ctypes.byref(task), record, ctypes.byref(to), *part)
         )
 
-    def _in_parts(self, task: _Task, run: Callable[..., int]) -> None:
+    def _in_parts(self, task: _Task, run: Callable[..., int], finished: Callable[[int], object] | None = None) -> None:
         threads, n = torch.get_num_threads(), self.chunks(task.n_samples)
-        for first in range(0, n, _CHUNKS_AT_ONCE * threads):
-            if not run(first, min(first + _CHUNKS_AT_ONCE * threads, n), threads):
+        step = threads * (_CHUNKS_AT_ONCE if finished is None else _CHUNKS_WATCHED)
+        for first in range(0, n, step):
+            end = min(first + step, n)
+            if not run(first, end, threads):
                 raise MemoryError("no memory for the accepted steps of the samples")
+            if finished is not None:
+                finished(min(end * self._chunk, task.n_samples) - first * self._chunk)
 
     def evaluate(self, t: Tensor, y: Tensor, p: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """func at (t, y), each with a row for each sample, and the cotangents of y, p and w for that of its result."""
@@ -108,7 +131,7 @@ class Library:
         self._functions.evaluate(len(y), *(x.data_ptr() for x in (t, y, p, w, g, k, gy, gp, gw)))
         return k, gy, gp, gw
 
-    def bounds(self, record: Any, sample: int, count: int) -> Tensor:
+    def bounds(self, record: Record, sample: int, count: int) -> Tensor:
         """(count, 2) starts and ends of the accepted steps of a sample."""
         found = torch.empty(count, 2, dtype=torch.float64, device="cpu")
         self._functions.bounds(record, sample, count, found.data_ptr())
@@ -128,19 +151,23 @@ def task_of(
         held.append(value.expand(y0.shape).to(y0.dtype).contiguous())
         return held[-1].data_ptr()
 
-    of_rows = problem.times_of_rows
-    is_one_row = of_rows.strides[0] == 0 or len(of_rows) == 1
-    times = torch.tensor(of_rows[:1] if is_one_row else of_rows, dtype=torch.float64, device="cpu")
-    held.append(times)
+    def rows(x: NDArray[Any]) -> tuple[int, int, int]:
+        """Length of a row, distance to the next, and address of the first."""
+        is_one_row = x.strides[0] == 0 or len(x) == 1
+        held.append(torch.tensor(x[:1] if is_one_row else x, device="cpu"))
+        return x.shape[1], 0 if is_one_row else x.shape[1], held[-1].data_ptr()
+
+    stops = problem.stops_of_rows
+    has_jumps = stops is not None and bool(stops.is_jump.any())
     rtol, atol = tolerance.rtol, tolerance.atol
     return _Task(
         _Controller(**controller.coefficients),
         controller.first_step or 0.0,
         problem.max_num_steps,
         len(y0),
-        times.shape[1],
-        0 if is_one_row else times.shape[1],
-        held[-1].data_ptr(),
+        *rows(problem.times_of_rows),
+        *rows(problem.times_of_rows[:, -1:] if stops is None else stops.times),
+        rows(stops.is_jump)[2] if stops is not None and has_jumps else None,
         0.0 if isinstance(rtol, Tensor) else rtol,
         0.0 if isinstance(atol, Tensor) else atol,
         of_elements(rtol),

@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aca_ext.engines.compiled.backend import UnusableFuncError
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, cotangents_to, task_of
+from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, Record, cotangents_to, task_of
 from aca_ext.engines.ensemble.plan import Plan
 from aca_ext.errors import CompileError, NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.passes import Gradients, with_graph
 from aca_ext.problem.batch import BatchProblem
-from aca_ext.solver.batch_loop import BatchRecord
+from aca_ext.solver.batch_record import BatchRecord
+from aca_ext.solver.checkpoints import Policy
 from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
 from aca_ext.solver.stats import BatchStats
 
@@ -28,8 +30,19 @@ _KINDS: tuple[type[SolveError], ...] = (
 _OF_STATE, _OF_SLOPE, _OF_TOLERANCE = 4, 5, 6  # numbers of failures in csrc/ensemble/task.h
 
 
-def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> Result:
+def solve(
+    problem: BatchProblem,
+    params: Sequence[Tensor] | None,
+    task: Callable[[], Task],
+    *,
+    checkpoints: Policy = None,
+    finished: Callable[[int], object] | None = None,
+) -> Result:
     """Solves ``problem`` with gradient="aca" on compiled lanes; ``task`` evaluates func itself.
+
+    With a number of ``checkpoints``, so many states of each sample are kept at most. The backward pass repeats the
+    steps from one to the next, and holds those of a chunk of samples at a time. ``finished`` is called while the solve
+    runs, each time with the number of samples that ended since the last call.
 
     Raises:
         CompileError: func cannot be compiled for one sample, or this kind of solve is not supported.
@@ -38,13 +51,14 @@ def solve(problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable
     if n_times == 1 or problem.y0.numel() == 0:  # nothing to solve
         stats = BatchStats(*_counts(len(problem.y0)), backend="compiled")
         return Result(torch.stack([problem.y0] * n_times), BatchRecord(len(problem.y0)), stats)
-    run = _Run(problem, params, task)
+    run = _Run(problem, params, task, checkpoints if isinstance(checkpoints, int) else 0)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, run.p, run.w)):
-        ys = run.forward(Keep.STATES)
+        keep = Keep.CHECKPOINTS if isinstance(checkpoints, int) else Keep.STATES
+        ys = run.forward(keep, finished)
         ys = with_graph(ys, _Backward(run), [run.states()], problem.y0, [run.p, run.w])
     else:
-        ys = run.forward(Keep.NOTHING)
-    return Result(ys, run, run.stats, is_lazy=True)
+        ys = run.forward(Keep.NOTHING, finished)
+    return Result(ys, run, run.stats)
 
 
 def _counts(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,11 +69,14 @@ def _counts(n: int) -> tuple[Tensor, Tensor, Tensor]:
 class _Run:
     """One solve: its library, its numbers, its record."""
 
-    def __init__(self, problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task]) -> None:
-        self.problem, self._task = problem, task
+    def __init__(
+        self, problem: BatchProblem, params: Sequence[Tensor] | None, task: Callable[[], Task], most_checkpoints: int
+    ) -> None:
+        self.problem, self._task, self._most_checkpoints = problem, task, most_checkpoints
         self.y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)  # which may be edited later
         self.stats = BatchStats(*_counts(len(self.y0)), backend="compiled")
         self._held: list[Tensor] = []
+        self._steps: Record | None = None  # a record that has them
         start = time.perf_counter()
         self._plan, used, is_new = self._find()
         if params is not None:
@@ -74,22 +91,22 @@ class _Run:
     def _find(self) -> tuple[Plan, list[Tensor], bool]:
         problem, y0 = self.problem, self.y0
         t = problem.start_time(y0).view(problem.packing.time_shape).requires_grad_()
-        try:
-            captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
-        except CompileError:
-            self._evaluate_once()  # where func itself is at fault, its own error says more
-            raise
+        captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
         counters = captured.counters
         self._counting = Counting(counters, scope_of(problem.func, problem.args)) if counters else None
         key = "lanes", problem.tableau, problem.packing
+        if "lanes" in captured.obstacles:
+            raise CompileError(captured.obstacles["lanes"])
         plan: Plan | None = captured.plans.get(key)
         if plan is not None:
             return plan, used, False
         self._evaluate_once()  # checks what func returns
         try:
             plan = captured.plans[key] = Plan(captured, problem, t)
-        except CompileError:
+        except CompileError as error:
             if not captured.lifted:
+                if not isinstance(error, UnusableFuncError):
+                    captured.obstacles["lanes"] = str(error)
                 raise
             specialise(problem.func)  # perhaps it needs as numbers what it reads: once more without tensors for them
             return self._find()
@@ -102,7 +119,7 @@ class _Run:
     def _check(self, with_gradient: bool) -> None:
         self._plan.check(self._task, self._used, with_gradient)
 
-    def forward(self, keep: Keep) -> Tensor:
+    def forward(self, keep: Keep, finished: Callable[[int], object] | None) -> Tensor:
         """The outputs, (T, \\*packed shape).
 
         Raises:
@@ -110,13 +127,14 @@ class _Run:
         """
         problem, n = self.problem, len(self.y0)
         ys = self._rows()
-        if keep is Keep.STATES:
+        if keep is not Keep.NOTHING:
             self._check(with_gradient=True)
         self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device="cpu")
-        p, w = self.p.detach(), self.w.detach()
-        self._held += [p, w]
+        self._numbers = p, w = self.p.detach(), self.w.detach()
         self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
-        self._record(keep)
+        self._keep, self._record = keep, self._solve(keep, finished)
+        if keep is Keep.STATES:
+            self._steps = self._record
         self._count()
         failed = self._outcomes[:, 2].nonzero().flatten()
         if len(failed) and not problem.nan_on_failure:
@@ -130,11 +148,23 @@ class _Run:
         n_times = self.problem.times_of_rows.shape[1]
         return torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype, device="cpu")
 
-    def _record(self, keep: Keep) -> None:
-        """Solves, and keeps what is asked for."""
+    def _solve(self, keep: Keep, finished: Callable[[int], object] | None = None) -> Record:
+        """Solves; returns the record of what is kept."""
         library = self._plan.library
-        self.record, self._keeps = library.new_record(len(self.y0), keep), keep
-        library.forward(self._library_task, self.record)
+        record = library.new_record(len(self.y0), keep, self._most_checkpoints)
+        self._use(*self._numbers)
+        library.forward(self._library_task, record, finished)
+        return record
+
+    def _solve_again(self, keep: Keep) -> Record:
+        """The record of the same solve, which may keep more than before."""
+        again = self._rows()
+        self._library_task.outputs = again.data_ptr()
+        return self._solve(keep)
+
+    def _use(self, p: Tensor, w: Tensor) -> None:
+        """Sets the numbers that func reads besides time and state."""
+        self._library_task.by_sample, self._library_task.shared = p.data_ptr(), w.data_ptr()
 
     def _count(self) -> None:
         stats, tableau = self.stats, self.problem.tableau
@@ -143,6 +173,7 @@ class _Run:
         stats.n_steps, stats.n_accepted = self._outcomes[:, 0].clone(), self._outcomes[:, 1].clone()
         stats.n_rejected = stats.n_steps - stats.n_accepted
         slopes = 1 + (controller.first_step is None) + (tableau.stages - tableau.fsal) * stats.n_steps
+        slopes += self._outcomes[:, 6]
         stats.n_f_evals, stats.n_f_rows = int(slopes.max()), int(slopes.sum())
         if self._counting is not None:
             self._counting.count(stats.n_f_evals)
@@ -151,7 +182,7 @@ class _Run:
         """The error of a sample that failed."""
         problem, stats = self.problem, self.stats
         failure = int(self._outcomes[row, 2])
-        t, h, ratio = self._outcomes[row, 3:].view(torch.float64).tolist()
+        t, h, ratio = self._outcomes[row, 3:6].view(torch.float64).tolist()
         kind, message = _KINDS[failure], None
         if failure in (_OF_STATE, _OF_SLOPE):
             what = "the state is NaN or infinite at" if failure == _OF_STATE else "func returned NaN or infinity at"
@@ -173,7 +204,7 @@ class _Run:
 
     def states(self) -> Tensor:
         """A tensor that owns the recorded states; autograd frees them with it."""
-        return self._plan.library.states_of(self.record)
+        return self._plan.library.states_of(self._record)
 
     def backward(self, grad_ys: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The cotangents of y0, of what belongs to samples, and of what they share."""
@@ -184,8 +215,10 @@ class _Run:
         grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64, device="cpu")
         most_slopes = torch.zeros(n_chunks, dtype=torch.int64, device="cpu")
         to = cotangents_to(grad_ys, grad_y0, grad_p, grad_w, most_slopes)
-        self._library_task.by_sample, self._library_task.shared = p.data_ptr(), w.data_ptr()
-        library.backward(self._library_task, self.record, to)
+        # Hooks on saved tensors, such as those of torch.utils.checkpoint, let go of the tensor that owns the states.
+        record = self._record if self._record.has_states else self._solve_again(self._keep)
+        self._use(p, w)
+        library.backward(self._library_task, record, to)
         self.stats.n_f_evals_backward = int(most_slopes.max())
         if self._counting is not None:
             self._counting.count(self.stats.n_f_evals_backward)
@@ -194,12 +227,10 @@ class _Run:
 
     def bounds(self) -> tuple[Tensor, ...]:
         """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
-        if self._keeps is Keep.NOTHING:  # they are so many: few solves are asked for them
-            again = self._rows()
-            self._library_task.outputs = again.data_ptr()
-            self._record(Keep.STEPS)
+        if self._steps is None:  # they are so many: few solves are asked for them
+            self._steps = self._solve_again(Keep.STEPS)
         counts = self.stats.n_accepted.tolist()
-        return tuple(self._plan.library.bounds(self.record, i, count) for i, count in enumerate(counts))
+        return tuple(self._plan.library.bounds(self._steps, i, count) for i, count in enumerate(counts))
 
 
 class _Backward:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from aca_ext.engines.compiled.backend import UnusableFuncError
 from aca_ext.engines.ensemble.code import Code, Element, Number, Numbers
 from aca_ext.engines.ensemble.operations import TRUTH
-from aca_ext.errors import CompileError
 
 HINT = 'Use engine="eager", or change func.'
 
@@ -52,7 +52,7 @@ class Given:
 Value = Computed | Given
 
 
-class MixesError(CompileError):
+class MixesError(UnusableFuncError):
     """An operation in func makes one sample depend on another, or on its place in the batch."""
 
     def __init__(self, operation: object) -> None:

@@ -308,6 +308,7 @@ class TestCache:
                     assert theirs is not None, name
                     assert relative_error(ours, theirs) < 1e-8, name
 
+    @pytest.mark.usefixtures("no_evaluations")
     def test_a_repeated_solve_checks_its_arguments(self) -> None:
         func, y0, t = shared(), sample(3), TIMES[[0, 3]].clone()
         settings: dict[str, Any] = {**TOLERANCES, "engine": "compiled"}
@@ -323,11 +324,11 @@ class TestCache:
             odeint(func, y0, t, args=3, **settings)  # type: ignore[arg-type]
         with pytest.raises(ArgumentTypeError, match="transform"):
             torch.func.vmap(lambda y: odeint(func, y, t, **settings))(sample(2, 3))
-        with torch.autocast("cpu"), pytest.raises(CompileError, match="autocast"):
-            odeint(func, y0, t, **settings)
+        with torch.autocast("cpu"):
+            assert "autocast" in solve(func, y0, t, **settings).stats.reason
         seen: list[Any] = []
-        with pytest.raises(CompileError, match="callback"):
-            odeint(func, y0, t, callback=seen.append, **settings)
+        assert "callback" in solve(func, y0, t, callback=seen.append, **settings).stats.reason
+        assert len(seen) > 0
 
     def test_a_repeated_solution_is_like_any_other(self) -> None:
         func, y0 = shared(), sample(3)
@@ -391,7 +392,10 @@ def _module(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda t, y: net(y)
 
 
-class TestRefusals:
+@pytest.mark.usefixtures("no_evaluations")
+class TestObstacles:
+    """Reasons why no program holds a whole solve."""
+
     @pytest.mark.parametrize(
         ("func", "cause"),
         [
@@ -404,27 +408,36 @@ class TestRefusals:
         ids=["branch", "dropout", "batch norm", "custom backward", "library call"],
     )
     @pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
-    def test_of_what_cannot_be_compiled_names_the_cause(self, func: Any, cause: str) -> None:
-        y0 = sample(2, 3)
-        with pytest.raises(CompileError, match=cause) as caught:
-            odeint(func, y0, TIMES, engine="compiled")
-        assert 'engine="eager"' in str(caught.value)
+    def test_in_func_are_named(self, func: Any, cause: str) -> None:
+        for _ in range(2):
+            stats = solve(
+                func, sample(2, 3), TIMES, engine="compiled", method="euler", options={"step_size": 0.5}
+            ).stats
+            assert stats.compiled == ""
+            assert cause in stats.reason
+            assert 'engine="eager"' not in stats.reason
 
     @pytest.mark.parametrize("gradient", ["direct", "naive", "adjoint"])
-    def test_of_other_gradients(self, gradient: str) -> None:
-        with pytest.raises(CompileError, match=gradient):
-            odeint(shared(), sample(3), TIMES, engine="compiled", gradient=gradient)
+    def test_other_gradients(self, gradient: str) -> None:
+        assert gradient in self.reason(gradient=gradient)
 
-    def test_of_a_norm(self) -> None:
-        with pytest.raises(CompileError, match="norm"):
-            odeint(shared(), sample(3), TIMES, engine="compiled", options={"norm": lambda x: x.abs().max()})
+    def test_a_norm(self) -> None:
+        assert "norm" in self.reason(options={"norm": lambda x: x.abs().max()})
 
-    def test_of_complex_states_and_autocast(self) -> None:
-        with pytest.raises(CompileError, match="complex"):
-            odeint(lambda t, y: 1j * y, sample(3).to(torch.complex128), TIMES, engine="compiled")
-        with torch.autocast("cpu"), pytest.raises(CompileError, match="autocast"):
-            odeint(shared(), sample(3), TIMES, engine="compiled")
+    def test_complex_states_and_autocast(self) -> None:
+        y0 = sample(3).to(torch.complex128)
+        assert "complex" in solve(lambda t, y: 1j * y, y0, TIMES, engine="compiled").stats.reason
+        with torch.autocast("cpu"):
+            assert "autocast" in self.reason()
 
+    @staticmethod
+    def reason(**settings: Any) -> str:
+        stats = solve(shared(), sample(3), TIMES, engine="compiled", **settings).stats
+        assert isinstance(stats.reason, str)
+        return stats.reason
+
+
+class TestRefusals:
     def test_of_an_unknown_engine(self) -> None:
         with pytest.raises(UnknownNameError, match="compiled"):
             odeint(shared(), sample(3), TIMES, engine="compile")
@@ -470,26 +483,10 @@ def test_layer() -> None:
     assert relative_error(layer(y0), NeuralODE(func, (0.0, 1.0), **TOLERANCES)(y0)) < 1e-9
     assert layer.stats is not None
     assert layer.stats.backend == "compiled"
+    assert (layer.stats.compiled, layer.stats.reason) == ("solve", "")
 
 
 def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_engine, "_TORCH", (2, 12))
     with pytest.raises(CompileError, match=r"needs torch 2\.13 or newer.*this is torch 2"):
         odeint(Wave(), torch.ones(2, dtype=torch.float64), TIMES, engine="compiled")
-
-
-def test_a_damaged_file_in_the_cache_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.codecache import CppCodeCache
-
-    load, failures = CppCodeCache.load, [OSError("file too short")]
-
-    def load_damaged(*args: Any, **kwargs: Any) -> Any:
-        if failures:
-            raise failures.pop()
-        return load(*args, **kwargs)
-
-    monkeypatch.setattr(CppCodeCache, "load", load_damaged)
-    y0 = torch.ones(2, dtype=torch.float64)
-    found = odeint(Wave(), y0, TIMES, engine="compiled", **TOLERANCES, method="bosh3")
-    assert not failures
-    torch.testing.assert_close(found, odeint(Wave(), y0, TIMES, **TOLERANCES, method="bosh3"))

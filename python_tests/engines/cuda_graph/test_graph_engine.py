@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from autograd_reference import relative_error
-from problems import LotkaVolterra, ThreeBody, VanDerPol
+from problems import RUNGE_KUTTA, LotkaVolterra, ThreeBody, VanDerPol
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,7 +40,7 @@ from aca_ext.errors import (
 )
 
 ADAPTIVE = [name for name, method in METHODS.items() if method.adaptive]
-FIXED = [name for name, method in METHODS.items() if not method.adaptive]
+FIXED = [name for name in RUNGE_KUTTA if not METHODS[name].adaptive]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,6 +270,50 @@ def test_memory_is_bounded() -> None:
     assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 40 * n_bytes
 
 
+def resident(which: str) -> int:
+    """Memory of this process in bytes: now (VmRSS), or the largest since ``forget_peak`` (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+
+def forget_peak() -> int:
+    """The memory of this process now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+class TestProgress:
+    @pytest.mark.parametrize("n_samples", [3, 3000])
+    def test_counts_samples(self, n_samples: int, capsys: pytest.CaptureFixture[str]) -> None:
+        func, y0, p = inputs_of("lotka_volterra", n_samples)
+        plain = solve("compiled", func, y0, args=(p,))
+        capsys.readouterr()
+        watched = solve("compiled", func, y0, args=(p,), progress=True)
+        assert torch.equal(watched.y, plain.y)
+        written = capsys.readouterr().err
+        total = "3.00k" if n_samples == 3000 else "3.00"
+        assert f"100%|██████████| {total}/{total} " in written
+        assert len(watched.steps) == n_samples  # which are found by another solve
+        weighted(watched.y).backward()
+        assert not capsys.readouterr().err
+
+    def test_names_the_package_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+        with pytest.raises(errors.NotInstalledError, match="pip install tqdm"):
+            solve("compiled", lambda t, y: -y, torch.ones(2, 1), progress=True)
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is known on Linux only")
+    def test_memory_does_not_grow_with_the_steps(self) -> None:
+        func, y0, p = inputs_of("lotka_volterra", 50_000)
+        with torch.no_grad():
+            solve("compiled", func, y0, [0.0, 0.1], args=(p,), progress=True)
+            before = forget_peak()
+            sol = solve("compiled", func, y0, [0.0, 20.0], args=(p,), rtol=1e-6, progress=True)
+        n_bytes = int(sol.stats.n_accepted.sum()) * 8 * 9  # an entry and a state of two numbers
+        assert n_bytes > 2e8
+        assert resident("VmHWM") - before < 0.2 * n_bytes
+
+
 def weighted_by_sample(y: Tensor) -> Tensor:
     """A loss that gives each output the same weight whatever its place in the batch."""
     return (y * torch.linspace(0.3, 1.7, len(y), dtype=y.dtype)[:, None, None]).sum()
@@ -342,7 +388,6 @@ class TestFailures:
     def test_the_option_for_failures(self) -> None:
         y0 = torch.ones(2, 1, dtype=torch.float64)
         for engine, options, match in (
-            ("eager", {"on_failure": "nan"}, 'engine="compiled"'),
             ("compiled", {"on_failure": "none"}, '"raise"'),
             ("compiled", {"on_failure": "nan", "batch": "common"}, 'batch="independent"'),
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -304,26 +305,36 @@ def branching(t: Tensor, y: Tensor) -> Tensor:
         (lambda t, y: torch.linalg.solve(torch.eye(2).double() + y[:, :, None] * y[:, None], y), "."),
     ],
 )
-def test_what_lanes_do_not_have_is_refused(func: Any, match: str) -> None:
-    with pytest.raises(errors.CompileError, match=match):
-        aca_ext.odeint(func, start(2), T, options=INDEPENDENT, engine="compiled")
+@pytest.mark.usefixtures("no_evaluations")
+def test_what_lanes_do_not_have_is_named(func: Any, match: str) -> None:
+    with torch.no_grad():
+        found, expected = (
+            aca_ext.solve(func, start(2), T, options=INDEPENDENT, rtol=0.1, atol=0.1, engine=engine)
+            for engine in ("compiled", "eager")
+        )
+    assert found.stats.compiled == ""
+    assert re.search(match, found.stats.reason)
+    if func is not random:
+        torch.testing.assert_close(found.y, expected.y)
 
 
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
         ({"gradient": "direct"}, "gradient"),
-        ({"progress": True}, "progress"),
         ({"callback": print}, "callback"),
-        ({"checkpoints": 3}, "checkpoints"),
         ({"y0": torch.ones(2, 2, dtype=torch.complex128)}, "complex"),
         ({"y0": torch.ones(2, 2, dtype=torch.float16), "rtol": 0.1}, "float16"),
     ],
 )
-def test_arguments_that_are_refused(settings: dict[str, Any], match: str) -> None:
+@pytest.mark.usefixtures("no_evaluations")
+def test_arguments_that_lanes_do_not_take(settings: dict[str, Any], match: str) -> None:
     call = {"y0": start(2), "options": INDEPENDENT, "engine": "compiled"} | settings
-    with pytest.raises(errors.CompileError, match=match):
-        aca_ext.odeint(lambda t, y: -y, call.pop("y0"), T.float(), **call)
+    y0 = call.pop("y0")
+    assert match in aca_ext.solve(lambda t, y: -y, y0, T.float(), **call).stats.reason
+    failing = {**INDEPENDENT, "on_failure": "nan"}
+    with pytest.raises(errors.CompileError, match=f"needs compiled lanes.*{match}"):
+        aca_ext.solve(lambda t, y: -y, y0, T.float(), **{**call, "options": failing})
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -341,25 +352,26 @@ def test_a_slope_that_is_none(func: Any) -> None:
         aca_ext.odeint(func, start(2), T, options=INDEPENDENT, engine="compiled")
 
 
+@pytest.mark.usefixtures("no_evaluations")
 def test_code_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from aca_ext.engines.ensemble import operations, rules
 
-    wrong = operations.Operation("{0} + {1} * K(1.001)", ("{g}", "{g}"))
-    monkeypatch.setitem(rules.RULES, torch.ops.aten.maximum, rules._each(wrong))
-    with pytest.raises(errors.CompileError, match="does not compute what func does"):
-        aca_ext.odeint(lambda t, y: torch.maximum(y, 2 * y), start(2), T, options=INDEPENDENT, engine="compiled")
-    good_value = operations.Operation("maximum({0}, {1})", ("{g}", None))
-    monkeypatch.setitem(rules.RULES, torch.ops.aten.maximum, rules._each(good_value))
-    with pytest.raises(errors.CompileError, match="does not compute what func does"):
-        aca_ext.odeint(lambda t, y: torch.maximum(y, 3 * y), start(2), T, options=INDEPENDENT, engine="compiled")
+    for factor, k in ((1.001, "{g}"), (1.0, None)):  # a wrong value, and a wrong gradient
+        text = f"maximum({{0}}, {{1}}) * K({factor})"
+        monkeypatch.setitem(rules.RULES, torch.ops.aten.maximum, rules._each(operations.Operation(text, ("{g}", k))))
+        stats = aca_ext.solve(
+            lambda t, y, f=factor: torch.maximum(y, (1 + f) * y), start(2), T, options=INDEPENDENT, engine="compiled"
+        ).stats
+        assert "does not compute what func does" in stats.reason
 
 
+@pytest.mark.usefixtures("no_evaluations")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from aca_ext.engines.ensemble import build
 
     monkeypatch.setattr(build, "_command", lambda: ("no-such-compiler",))
-    with pytest.raises(errors.CompileError, match="no-such-compiler cannot be run"):
-        aca_ext.odeint(lambda t, y: -1.2345 * y, start(2), T, options=INDEPENDENT, engine="compiled")
+    stats = aca_ext.solve(lambda t, y: -1.2345 * y, start(2), T, options=INDEPENDENT, engine="compiled").stats
+    assert "no-such-compiler cannot be run" in stats.reason
 
 
 def test_numbers_that_change_compile_once_more_at_most() -> None:

@@ -1,0 +1,59 @@
+"""Resets at events, and functions of the time since a reset; for samples that share their steps, and for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from aca_ext.errors import ArgumentTypeError, EventError
+from aca_ext.problem.events import Event
+from aca_ext.problem.state import Packing, State
+from aca_ext.progress import Step
+
+MAX_RESETS = 10_000
+LAST_BIT = 2.0**-52
+
+
+def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> State:
+    """The state from which the solve goes on after an event."""
+    assert event.reset is not None
+    like = y0 if isinstance(y0, Tensor) else y0[0]
+    new = event.reset(time.to(like.real), y)
+    try:
+        found = Packing.of(new)
+    except ArgumentTypeError as error:
+        raise EventError(f"the reset of event {index} returned something that is no state: {error}") from None
+    expected = Packing.of(y0)
+    if (found.shapes, found.is_tuple, found.is_complex) != (expected.shapes, expected.is_tuple, expected.is_complex):
+        raise EventError(
+            f"the reset of event {index} returned {found.describe()}; the state has {expected.describe()}."
+        )
+    return new
+
+
+class Since:
+    """func as a function of the time since ``start``, its first further argument; of each sample or of all."""
+
+    wraps_func = True  # what func holds is found through it
+
+    def __init__(self, func: Callable[..., State]) -> None:
+        self.func = func
+
+    def __call__(self, t: Tensor, y: Any, start: Tensor, *args: Any) -> State:
+        return self.func(start.to(t).reshape(t.shape) + t, y, *args)
+
+
+class At:
+    """An event function as a function of the time since ``start``."""
+
+    def __init__(self, fn: Callable[[Tensor, Any], Tensor], start: Tensor) -> None:
+        self.fn, self.start = fn, start
+
+    def __call__(self, t: Tensor, y: Any) -> Tensor:
+        return self.fn(self.start.to(t).reshape(t.shape) + t, y)
+
+
+def moved(step: Step, start: Any) -> Step:
+    return step._replace(t=step.t + start, t_next=step.t_next + start)

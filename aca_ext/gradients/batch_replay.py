@@ -1,0 +1,197 @@
+"""The backward pass of ``aca`` for independent samples, which repeats the accepted steps of all of them.
+
+Each step of the forward pass is accepted by some of the samples. The backward pass goes through the steps from last to
+first. It repeats a step with its graph: samples that accepted it start from their checkpoints with their step sizes,
+all others make a step of length zero. It pulls the cotangents of the former back and drops the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aca_ext.errors import ReplayError
+from aca_ext.gradients.aca import Gate
+from aca_ext.gradients.base import Task
+from aca_ext.gradients.passes import ForwardPass, Gradients
+from aca_ext.kernels.fused import RowOperations, row_operations_for
+from aca_ext.problem.admission import check_readable
+from aca_ext.solver.batch_loop import stage_times
+from aca_ext.solver.batch_record import AcceptedRows, BatchRecord, assemble, index_of, outputs_of_step
+from aca_ext.solver.runge_kutta import Trial, scheme_of, solution_only, step
+from aca_ext.vector_field.batch_field import RowField
+from aca_ext.vector_field.replay import Replay
+from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
+
+
+def _record(forward: ForwardPass) -> BatchRecord:
+    assert isinstance(forward.record, BatchRecord)
+    return forward.record
+
+
+def _steps(forward: ForwardPass) -> Sequence[AcceptedRows]:
+    return _record(forward).steps
+
+
+def _check_for(forward: ForwardPass, y: Tensor, replay: Replay, *, restarts: bool) -> ReplayCheck:
+    segments, n_steps, dtype = forward.task.problem.tolerance.segments, len(_steps(forward)), forward.autocast.dtype
+    return ReplayCheck(y, segments, n_steps, dtype, replay.held, by_row=True, restarts=restarts)
+
+
+class _Steps:
+    """Repeats the accepted steps of a batch with their autograd graphs.
+
+    Samples that failed rest in place of a sample that did not, since func may have no derivative where they stopped.
+
+    """
+
+    def __init__(self, task: Task, ops: RowOperations, replay: Replay, record: BatchRecord) -> None:
+        self._ops, self._replay = ops, replay
+        failed = record.failed
+        self._places = np.arange(ops.n_rows)
+        if failed.any() and not failed.all():
+            self._places[failed] = (~failed).argmax()
+        tableau = task.problem.tableau
+        self._whole = scheme_of(tableau, estimate_error=False)
+        self._short = solution_only(self._whole)
+        self._h = np.zeros(ops.n_rows)
+        self._t = record.rest_times[self._places]
+
+    def rested(self, y: Tensor) -> Tensor:
+        """The states, with those of failed samples replaced by that of the sample in whose place they rest."""
+        is_moved = self._places != np.arange(len(self._places))
+        return y[index_of(self._places, y)] if is_moved.any() else y
+
+    def take(self, s: AcceptedRows, y: Tensor) -> tuple[Trial, Tensor]:
+        """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it."""
+        t, t_next, h = self._t, self._t.copy(), self._h
+        t[s.rows], t_next[s.rows], h[s.rows] = s.t, s.t_next, s.h
+        scheme = self._whole if (s.outputs.theta != 1.0).any() else self._short
+        steps = self._ops.steps(h.copy())
+        self._replay.begin_step(None)
+        assert isinstance(self._replay.field, RowField)
+        self._replay.field.see(s.seen)
+        trial = step(self._replay, self._ops, scheme, stage_times(scheme, t, h, t_next), y, steps)
+        h[s.rows] = 0.0
+        return trial, steps
+
+
+def replay_backward(
+    forward: ForwardPass, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Gradients:
+    task, accepted = forward.task, _steps(forward)
+    *starts, y = states
+    ops = row_operations_for(y, task.problem.tolerance, differentiable=True)
+    scheme = scheme_of(task.problem.tableau, estimate_error=False)
+    replay = forward.replay(inputs)
+    steps = _Steps(task, ops, replay, _record(forward))
+    y = steps.rested(y)
+    check = _check_for(forward, y, replay, restarts=True)
+    g = torch.zeros_like(y)  # cotangents of the samples' states at the end of the step to replay
+    with replay.repeating():
+        for n, (s, start) in reversed(list(enumerate(zip(accepted, starts, strict=True)))):
+            rows = index_of(s.rows, y)
+            y_next, y = _end_of(s, start, y), y.index_copy(0, rows, start[: len(rows)]).requires_grad_()
+            trial, h = steps.take(s, y)
+            check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, y_next, trial.y1, trial.k)
+            found = outputs_of_step(s.outputs, scheme, y, h, trial)
+            cotangents = [grad_ys[index_of(i, y), index_of(r, y)] for r, i, _ in found]
+            at_end = torch.zeros_like(g).index_copy(0, rows, g[rows])
+            ends = [trial.y1, *(state for _, _, state in found)]
+            pulled = replay.pull_back(y, ends, [at_end, *cotangents])
+            assert pulled is not None
+            check_readable("the gradient that a backward pass inside func returned", pulled)
+            g = g.index_copy(0, rows, pulled[rows])
+            y = y.detach()
+        check.finish()
+        if accepted:
+            start = task.problem.y0.detach()
+            replay.check_reached(forward.leaves, task.problem.start_time(start), start)
+    forward.stats.n_f_evals_backward = replay.n_evals
+    return _without_failures(forward, [g + grad_ys[0], *replay.grads], replay.inputs)
+
+
+def _without_failures(forward: ForwardPass, grads: Gradients, inputs: Sequence[Tensor]) -> Gradients:
+    """The gradients of y0 and the inputs, zero for the initial states of samples that failed.
+
+    Raises:
+        ReplayError: func is NaN for a failed sample wherever it rests, which spoils what all samples share.
+    """
+    failed = _record(forward).failed
+    if not failed.any():
+        return grads
+    grad_y0, *others = grads
+    healthy = None if grad_y0 is None else grad_y0.index_fill(0, index_of(np.flatnonzero(failed), grad_y0), 0.0)
+    shared = [g for g in others if g is not None]
+    is_finite = healthy is None or torch.isfinite(healthy).all()
+    if is_finite and not all(torch.isfinite(g).all() for g in shared):
+        raise ReplayError(
+            f"the gradient is NaN or infinite, and sample {int(failed.argmax())} failed. func has no finite derivative "
+            "for that sample, even at the time and state of another one (its parameters may be NaN), which spoils the "
+            "gradients of what all samples share. Leave the sample out of the batch, or mend its parameters."
+        )
+    if failed.all():  # nothing was replayed
+        others = [torch.zeros_like(x) for x in inputs]
+    return healthy, *others
+
+
+def _end_of(s: AcceptedRows, states: Tensor, y: Tensor) -> Tensor:
+    """The states at the end of a step, from those in which the samples go on; ``states`` is its entry in the record."""
+    return y.index_copy(0, index_of(s.ended, y), states[len(s.rows) :]) if len(s.ended) else y
+
+
+def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The first state, and for each step the end states of the samples that accepted it."""
+    *starts, y = states
+    found: list[Tensor] = []
+    for s, start in zip(reversed(steps), reversed(starts), strict=True):
+        rows = index_of(s.rows, y)
+        found.append(_end_of(s, start, y)[rows])
+        y = y.index_copy(0, rows, start[: len(rows)])
+    return y, found[::-1]
+
+
+def differentiable_backward(
+    forward: ForwardPass, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Gradients:
+    """The gradients with an autograd graph (create_graph=True): repeats all accepted steps in one graph.
+
+    y0 is None if it does not require grad.
+    """
+    task = forward.task
+    first, ends = _ends(_steps(forward), states)
+    y0 = first if y0 is None else y0
+    ops = row_operations_for(y0.detach(), task.problem.tolerance, differentiable=True)
+    scheme = scheme_of(task.problem.tableau, estimate_error=False)
+    gate = Gate()
+    replay = forward.replay(inputs, gate.of, y0)
+    steps = _Steps(task, ops, replay, _record(forward))
+    start = gate.of(y0)
+    y = steps.rested(start)
+    survivors = np.flatnonzero(~_record(forward).failed)
+    outputs = [(survivors, np.zeros_like(survivors), start[index_of(survivors, y0)])]
+    check = _check_for(forward, y0.detach(), replay, restarts=False)
+    expected = y.detach()
+    with replay.repeating():
+        for n, (s, end) in enumerate(zip(_steps(forward), ends, strict=True)):
+            trial, h = steps.take(s, y)
+            outputs += outputs_of_step(s.outputs, scheme, y, h, trial)
+            rows = index_of(s.rows, y0)
+            at_end = expected.index_copy(0, rows, end)
+            check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, at_end, trial.y1, trial.k)
+            go_on = index_of(s.rows[~np.isin(s.rows, s.ended)], y0)
+            y, expected = (x.index_copy(0, go_on, x1[go_on]) for x, x1 in ((y, trial.y1), (expected, at_end)))
+    check.finish()
+    forward.stats.n_f_evals_backward = replay.n_evals
+    ys = assemble(outputs, _record(forward).is_missing.shape, y0)
+    wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
+    replay.check_all(ys, start)
+    with gate.closed():
+        found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
+    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    with replay.repeating():
+        replay.check_reached(forward.leaves, task.problem.start_time(y0), y0)
+    return _without_failures(forward, [grad_y0, *replay.grads], replay.inputs)

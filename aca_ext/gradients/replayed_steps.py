@@ -1,0 +1,120 @@
+"""The steps of a solve, replayed one by one from their checkpoints: those of Runge and Kutta, and those of Adams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from aca_ext.kernels.fused import TorchOperations
+from aca_ext.numerics.adams import Adams
+from aca_ext.problem.problem import Problem
+from aca_ext.solver.adams import AdamsSteps, TransposedAdamsSteps, repeated
+from aca_ext.solver.checkpoints import StepRecord
+from aca_ext.solver.method import advancing_method_of, method_of
+from aca_ext.solver.runge_kutta import Coefficients, Compare, Trial, scheme_of, stage_times
+from aca_ext.solver.slope_checkpoints import earlier_slopes
+from aca_ext.vector_field.replay import Replay
+
+Outputs = Sequence[tuple[Sequence[float], Tensor]]
+Held = Sequence[tuple[int, Tensor]]
+
+
+class ReplayedSteps(Protocol):
+    """The steps of one solve; a row is the checkpoint of the state at the start of a step.
+
+    Attributes:
+        scheme: coefficients of the method.
+    """
+
+    @property
+    def scheme(self) -> Coefficients: ...
+
+    def state(self, row: Tensor) -> Tensor:
+        """The state in a row."""
+
+    def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
+        """Computes the row after that of step n into ``out``, with the arithmetic of the forward pass."""
+
+    def pull_back(self, n: int, row: Tensor, outputs: Outputs, compare: Compare, y_next: Tensor) -> Tensor:
+        """Replays step n and returns the cotangent of its start; see ``runge_kutta.step_vjp``."""
+
+
+def replayed_steps(
+    problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations, held: Held, width: int | None
+) -> ReplayedSteps:
+    """The steps of ``record``. ``width`` counts the tensors in a row of a multistep method; None without slopes."""
+    if width is None:
+        return _OneStep(problem, record, replay, ops)
+    return _Adams(problem, record, replay, ops, held, width)
+
+
+class _OneStep:
+    """Steps of a one-step method: a row is a state."""
+
+    def __init__(self, problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations) -> None:
+        self._problem, self._steps, self._replay = problem, record.steps, replay
+        self._method = method_of(problem, replay, ops, estimate_error=problem.adaptive, repeats=True)
+        self._advancing = advancing_method_of(problem, replay, ops)
+        self.scheme = self._method.scheme
+
+    def state(self, row: Tensor) -> Tensor:
+        return row
+
+    def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
+        s, method = self._steps[n], self._advancing
+        self._replay.begin_step(s.random_states)
+        times = stage_times(method.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
+        with torch.no_grad():
+            return method.step(times, row, s.h, None, out).y1
+
+    def pull_back(self, n: int, row: Tensor, outputs: Outputs, compare: Compare, y_next: Tensor) -> Tensor:
+        s = self._steps[n]
+        times = stage_times(self.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
+        return self._method.vjp(times, row, s.h, outputs, compare, y_next)
+
+
+class _Adams:
+    def __init__(
+        self, problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations, held: Held, width: int
+    ) -> None:
+        self._problem, self._steps, self._replay, self._ops = problem, record.steps, replay, ops
+        self._formulas = record.formulas
+        self.scheme = scheme_of(problem.tableau, estimate_error=False)
+        self._transposed = TransposedAdamsSteps(replay, ops, record.formulas)
+        self._known = dict(held) if width == 2 else {}  # rows of single slopes, which are all there
+
+    def state(self, row: Tensor) -> Tensor:
+        return row[0]
+
+    def _times(self, n: int, dtype: torch.dtype) -> list[Any]:
+        s = self._steps[n]
+        return stage_times(self.scheme, s.t, s.h, s.t_next, self._problem.jumps, dtype)
+
+    def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
+        s, replay, ops = self._steps[n], self._replay, self._ops
+        replay.begin_step(s.random_states)
+        times = self._times(n, row.dtype)
+        with torch.no_grad():
+            slopes = [replay(ops.scalars(times[:1])[0], row[0]).detach(), *row[1:].unbind(0)]
+            repeated(replay, ops, self._formulas[n], times, row[0], s.h, slopes, out[0])
+            for kept, slope in zip(out[1:].unbind(0), slopes, strict=False):
+                kept.copy_(slope)
+        return out
+
+    def pull_back(self, n: int, row: Tensor, outputs: Outputs, compare: Compare, y_next: Tensor) -> Tensor:
+        earlier = earlier_slopes(n, row, self._known, self._formulas[n].n_slopes - 1)
+        times = self._times(n, row.dtype)
+        return self._transposed.pull_back(n, times, row[0], self._steps[n].h, earlier, outputs, compare)
+
+
+def differentiable_step(
+    problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations
+) -> tuple[Callable[..., Trial], Coefficients]:
+    """``Method.step`` with graph, which repeats the steps of ``record`` in order, and the method's coefficients."""
+    if isinstance(problem.tableau, Adams):
+        return AdamsSteps(replay, ops, problem, record.formulas).step, scheme_of(problem.tableau, estimate_error=False)
+    method = method_of(problem, replay, ops, estimate_error=False, repeats=True)
+    return method.step, method.scheme

@@ -1,0 +1,1 @@
+"""Solutions along steps that are known: replayed as a function of their inputs."""

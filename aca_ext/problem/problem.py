@@ -13,7 +13,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
-from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
@@ -303,7 +303,7 @@ def checked_problem(
 def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
-    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS}
+    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS}
     name = lookup("method", method, [*methods, *ALIASES])
     return methods[ALIASES.get(name, name)]
 

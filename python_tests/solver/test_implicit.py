@@ -12,10 +12,10 @@ from torch import Tensor
 
 from aca_ext import odeint, solve
 from aca_ext.errors import ArgumentValueError, CompileError, OptionError, SolveError, StepSizeError, UnknownNameError
-from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.solver.implicit.krylov import gmres
 
-METHODS = IMPLICIT_METHODS
+METHODS: dict[str, Any] = {**IMPLICIT_METHODS, **ROSENBROCK_METHODS}
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
 

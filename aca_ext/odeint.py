@@ -45,9 +45,10 @@ def odeint(arguments: _OdeintArguments) -> State:
             also a tuple with one for each component. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
         method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
-            "kvaerno5"); default "dopri5". Implicit methods need engine="eager" and a func that neither draws random
-            numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method, with
-            derivatives up to the second; gradient="adjoint" solves the state backward, which stiffness makes unstable.
+            "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager" and a func that neither
+            draws random numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method,
+            and second derivatives too; higher ones are not supported. gradient="adjoint" solves the state backward,
+            which stiffness makes unstable.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.

@@ -259,5 +259,5 @@ _ENTRIES = (
 # are 1/2 - sqrt(3)/6, so that its order is lost if f depends on t.
 IMPLICIT_METHODS: dict[str, ImplicitTableau] = {entry.name: entry for entry in _ENTRIES}
 
-# Methods whose steps are not in the solver yet, so that ``odeint`` does not take their names.
+# Linearly implicit methods, which ``odeint`` takes by name too.
 ROSENBROCK_METHODS: dict[str, RosenbrockTableau] = {"rodas5p": _rodas5p()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
-from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
@@ -276,6 +276,7 @@ def checked_problem(
     stops = () if is_fixed else inner_times("step_t", given.get("step_t"), times)
     jumps = () if is_fixed else inner_times("jump_t", given.get("jump_t"), times)
     interp = interpolation_of(given.get("interp"))
+    newton = newton_options_of(given, tableau, packing, packed)
     grid = grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None
     perturbed = grid if grid is not None and is_perturbed(given.get("perturb")) else ()
     return Problem(
@@ -294,7 +295,7 @@ def checked_problem(
         stops_at_limit=stops_at_limit(given.get("on_step_limit")),
         accepts_min_step=accepts_min_step(given.get("on_min_step")),
         interp=interp,
-        newton=newton_options_of(given, tableau, packing, packed),
+        newton=newton,
         resolution=resolution_of(t),
     )
 
@@ -302,7 +303,7 @@ def checked_problem(
 def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
-    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS}
+    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS}
     name = lookup("method", method, [*methods, *ALIASES])
     return methods[ALIASES.get(name, name)]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from aca_ext import odeint, solve
 from aca_ext.errors import ArgumentValueError, CompileError, OptionError, SolveError, StepSizeError, UnknownNameError
-from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.solver.implicit.krylov import gmres
 
-METHODS = IMPLICIT_METHODS
+METHODS: dict[str, Any] = {**IMPLICIT_METHODS, **ROSENBROCK_METHODS}
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
 
@@ -111,6 +111,22 @@ class TestStiffProblems:
         exact = odeint(robertson, Y0, t, method="kvaerno5", rtol=1e-9, atol=1e-13)
         assert y.dtype == torch.float32
         torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=1e-8)
+
+    @pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "radauIIA5"])
+    def test_inference_mode_and_empty_states(self, method: str) -> None:
+        how: dict[str, Any] = {"method": method}
+        how |= {"options": {"step_size": 5e-4}} if method == "radauIIA5" else {"rtol": 1e-4, "atol": 1e-8}
+        t = times(0, 5e-3) if method == "radauIIA5" else times(0, 10)
+        expected = solve(robertson, Y0, t, **how)
+        with torch.inference_mode():
+            found = solve(robertson, Y0.clone(), t, **how)
+        torch.testing.assert_close(found.y.clone(), expected.y, rtol=0, atol=0)
+        assert found.stats.n_steps == expected.stats.n_steps
+        nothing = torch.empty(0, 3, dtype=torch.float64, requires_grad=True)
+        y = odeint(robertson, nothing, t, **how)
+        assert y.shape == (2, 0, 3)
+        y.sum().backward()
+        assert nothing.grad is not None
 
     def test_states_of_any_form(self) -> None:
         """Tuple, complex and channels-last states give the numbers of a flat real state."""

@@ -117,6 +117,8 @@ def _by_programs(solve: Callable[..., Result], request: Request) -> Result:
 def _obstacle_to_compiling(problem: Problem) -> str | None:
     """Reason why nothing of the problem can be compiled; None if something can."""
     y0 = problem.y0
+    if problem.newton is not None:  # the Jacobian differentiates func
+        return f'engine="compiled" does not support the given method ({problem.tableau.name!r}). {_HINT}'
     if _TORCH < _OLDEST_TORCH:
         return (
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer; this is torch '

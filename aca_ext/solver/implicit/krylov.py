@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from aca_ext.solver.implicit.systems import Rows, System
+from aca_ext.solver.implicit.systems import Rows, System, outside_inference, recording
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 _RESTART, _MOST_RESTARTS = 40, 25
@@ -36,7 +36,7 @@ class Linearisation:
         if not self._k.requires_grad:
             return torch.zeros_like(v)
         if self._pulled is None:
-            with torch.enable_grad():
+            with recording():
                 self._cotangent = torch.zeros_like(self._k, requires_grad=True)
                 (self._pulled,) = torch.autograd.grad(
                     self._k, self._y, self._cotangent, create_graph=True, allow_unused=True, materialize_grads=True
@@ -61,9 +61,9 @@ class Krylov:
         self._f = f
 
     def at(self, t: Tensor, y: Tensor) -> Linearisation:
-        with torch.enable_grad():
-            leaf = y.detach().requires_grad_()
-            return Linearisation(leaf, self._f(t, leaf))
+        with recording():
+            leaf = outside_inference(y.detach()).requires_grad_()
+            return Linearisation(leaf, self._f(outside_inference(t), leaf))
 
     def of_graph(self, t: Tensor, y: Tensor, k: Tensor) -> Linearisation:
         return Linearisation(y, k)

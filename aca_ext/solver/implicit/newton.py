@@ -86,14 +86,13 @@ class Newton:
         assert group.a is not None
         if self._linearisation is None:
             self._linearise_start()
-        iterate = self._to_tolerance if self._tolerance is not None else self._to_rounding
         try:
-            z = iterate(group, t, h, base, start)
+            z = (self._to_rounding if self._tolerance is None else self._to_tolerance)(group, t, h, base, start)
         except NewtonError:
-            if self._is_current:
+            if self._is_current or self._tolerance is None:
                 raise
             self._linearise_start()
-            z = iterate(group, t, h, base, start)
+            z = self._to_tolerance(group, t, h, base, start)
         return [self._ops.admit(k) for k in combined(1 / h, group.inverse, z)]
 
     def filtered(self, group: Group, h: float, error: Tensor) -> Tensor:
@@ -132,23 +131,36 @@ class Newton:
         raise NewtonError(sizes[-1], _TOLERANCES)
 
     def _to_rounding(
-        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
+        self,
+        group: Group,
+        t: Sequence[Tensor],
+        h: float,
+        base: Sequence[Tensor],
+        z: list[Tensor],
+        always_anew: bool = False,
     ) -> list[Tensor]:
-        """Iterates until rounding stops the convergence, with a new Jacobian at the iterate while it is slow."""
+        """Iterates until rounding stops the convergence.
+
+        If convergence is slow, it begins again with a new Jacobian in every iteration (``always_anew``). From the
+        iterate at hand, the iterations might find another solution of the equations.
+        """
+        start = z
+        if always_anew:
+            self._linearise_iterate(group, t, h, base, z)
         eps = torch.finfo(base[0].dtype).eps
         before = largest = math.inf
         for _ in range(_MOST_EXACT_ITERATIONS):
             z, change, states = self._iteration(group, t, h, base, z)
             size = max(_largest_ratio(d, s) for d, s in zip(change, states, strict=True))
             largest = max(float(d.abs().max() / (s + d).abs().max()) for d, s in zip(change, states, strict=True))
-            if not size < math.inf:
+            if not size < math.inf and always_anew:
                 break
             if size <= 4 * eps or (size > _SLOW * before and largest <= 2**12 * eps):
                 return z
-            if size > _SLOW * before:
-                states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
-                self._factorise(group, h, [self._linearise(*at) for at in zip(t, states, strict=True)])
-                self._linearisation, self._is_current = None, False
+            if always_anew:
+                self._linearise_iterate(group, t, h, base, z)
+            elif not size <= _SLOW * before:
+                return self._to_rounding(group, t, h, base, start, always_anew=True)
             before = size
         raise NewtonError(largest, "of the state")
 
@@ -163,6 +175,14 @@ class Newton:
         residual = [new - old for new, old in zip(combined(h, group.a, slopes), z, strict=True)]
         change = [self._ops.admit(d) for d in self._system_for(group, h).solve(residual)]
         return [old + d for old, d in zip(z, change, strict=True)], change, states
+
+    def _linearise_iterate(
+        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: Sequence[Tensor]
+    ) -> None:
+        """Replaces the matrix by that at the iterate, with a Jacobian of its own for each stage."""
+        states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
+        self._factorise(group, h, [self._linearise(*at) for at in zip(t, states, strict=True)])
+        self._linearisation, self._is_current = None, False
 
     def _system_for(self, group: Group, h: float) -> System:
         if self._system is None or self._key != (group.a, h):

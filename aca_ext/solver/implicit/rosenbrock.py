@@ -23,7 +23,7 @@ from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number, as_float
 from aca_ext.numerics.implicit import RosenbrockTableau
-from aca_ext.solver.implicit.systems import BlockSystem, Rowwise, Solution, System
+from aca_ext.solver.implicit.systems import BlockSystem, Rowwise, Solution, System, recording
 from aca_ext.solver.runge_kutta import PULLED, Compare, Trial
 from aca_ext.solver.stats import Stats
 
@@ -128,7 +128,7 @@ class RosenbrockMethod:
 
     def _start(self, t: Tensor, y: Tensor, is_leaf: bool = True) -> _Start:
         """f at the start of a step, with a graph to the state and the time."""
-        with torch.enable_grad():
+        with recording():
             joint = torch.cat([y.reshape(-1), t.reshape(1)])
             joint = joint.detach().requires_grad_() if is_leaf or not joint.requires_grad else joint
             state = self._ops.admit(joint[:-1].view_as(y))

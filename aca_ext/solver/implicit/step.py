@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ReplayError
+from aca_ext.errors import ArgumentValueError, ReplayError
 from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number, as_float
@@ -88,6 +88,11 @@ class ImplicitMethod:
             return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
         y1, error = ops.solution_and_error(y, h, k, scheme.solution, scheme.error, out)
         if scheme.tableau.filter_error:
+            if isinstance(h, Tensor):
+                raise ArgumentValueError(
+                    f'gradient="naive" does not differentiate the filtered error estimate of {scheme.tableau.name!r}. '
+                    'Use gradient="aca" or "direct", or another method.'
+                )
             with torch.no_grad():
                 error = self._newton.filtered(scheme.groups[-1], as_float(h), error.detach())
         return Trial(y1, k, error)
@@ -141,6 +146,8 @@ class ImplicitMethod:
         """
         stages, size = group.stages, as_float(h)
         assert group.a is not None
+        if y.numel() == 0:
+            return [torch.zeros_like(y)] * len(stages)
         with torch.no_grad():
             known = [x.detach() for x in k]
             base = [self._base(i, y.detach(), size, known) for i in stages]

@@ -9,7 +9,8 @@ Newton's method solves K·x = r. The transpose of a step solves Kᵀ·λ = r.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,18 @@ class Jacobian(Protocol):
     def system(self, linearisations: Sequence[Any], a: Rows, h: float) -> System: ...
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """Context in which autograd records func, whatever the mode of the solve."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def outside_inference(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy that autograd can record if it was made in inference mode."""
+    return x.clone() if x.is_inference() else x
+
+
 class Rowwise:
     """Products of several cotangents with a Jacobian, in one batched backward pass if func allows it."""
 
@@ -53,6 +66,8 @@ class Rowwise:
 
     def __call__(self, y: Tensor, k: Tensor, cotangents: Tensor) -> Tensor:
         how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        if len(cotangents) == 0:
+            return cotangents.new_zeros(0, *y.shape)
         if self._is_batched and len(cotangents) > _FEW:
             try:
                 return torch.autograd.grad(k, y, cotangents, is_grads_batched=True, **how)[0].detach()
@@ -74,12 +89,12 @@ class Blocks:
         self._rows = Rowwise()
 
     def at(self, t: Tensor, y: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = y.detach().requires_grad_()
+        with recording():
+            t, leaf = outside_inference(t), outside_inference(y.detach()).requires_grad_()
             return self.of_graph(t, leaf, self._f(t, leaf))
 
     def of_graph(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
-        m = k.numel() // self._count
+        m = k.numel() // max(self._count, 1)
         if not k.requires_grad:
             return torch.zeros(self._count, m, m, dtype=k.dtype, device=k.device)
         unit = torch.eye(m, dtype=k.dtype, device=k.device).unsqueeze(1).expand(m, self._count, m)

@@ -241,7 +241,7 @@ class TestSolves:
             {"options": {"batch": "independent"}, "gradient": "direct"},
             {"events": [Event(lambda t, y: y[0, 0] - 0.05, reset=lambda t, y: -y)]},
         ],
-        ids=str,
+        ids=lambda settings: " ".join((*settings, *settings.get("options", ()))) or "defaults",
     )
     def test_take_the_arguments_of_the_eager_engine(self, func: Wave, settings: dict[str, Any]) -> None:
         assert both(func, sample(2, 3) / 3, **settings).stats.reason == REASON

@@ -47,8 +47,8 @@ def odeint(arguments: _OdeintArguments) -> State:
         method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
             "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager" and a func that neither
             draws random numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method,
-            and second derivatives too; higher ones are not supported. gradient="adjoint" solves the state backward,
-            which stiffness makes unstable.
+            and second derivatives too. Third derivatives are wrong: gradient="aca" refuses them, "direct" and "naive"
+            do not notice. gradient="adjoint" solves the state backward, which stiffness makes unstable.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
@@ -214,7 +215,28 @@ def differentiable_backward(
     replay.grads = replay.with_origins([*grads, *found])
     with replay.repeating():
         replay.check_reached(forward.leaves, problem.start_time(y0), y0)
-    return [grad_y0, *replay.grads]
+    found_all = [grad_y0, *replay.grads]
+    if problem.newton is None:
+        return found_all
+    return [g if g is None else _TwiceDifferentiable.apply(g) for g in found_all]
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """A gradient whose own derivatives have no graph: those of implicit steps are exact up to the second order."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
+        if torch.is_grad_enabled() and g is not None:
+            raise ArgumentValueError(
+                "create_graph=True was given for second derivatives through an implicit method, whose third "
+                "derivatives would be wrong. Leave it out, or use an explicit method."
+            )
+        return g
 
 
 class Gate:

@@ -11,7 +11,7 @@ from autograd_reference import relative_error
 from torch import Tensor, nn
 
 from aca_ext import Event, odeint, solve
-from aca_ext.errors import ReplayError
+from aca_ext.errors import ArgumentValueError, ReplayError
 from aca_ext.numerics.implicit import ImplicitTableau, RosenbrockTableau
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 
@@ -141,6 +141,13 @@ class TestFixedSteps:
         ys = odeint(func, y0, T, method=method, options=options, args=(rate,), gradient=gradient)
         expected = reference(lambda t, y: func(t, y, rate), y0, steps, METHODS[method], T.tolist())
         assert worst(second(ys), second(expected)) < 1e-9
+
+    def test_third_derivatives_are_refused(self) -> None:
+        func, y0, _ = start()
+        ys = odeint(lambda t, y: func(t, y, 1.0), y0, T, method="implicit_euler", options={"step_size": 0.25})
+        (first,) = torch.autograd.grad(ys[-1].sum(), y0, create_graph=True)
+        with pytest.raises(ArgumentValueError, match="third derivatives"):
+            torch.autograd.grad(first.sum(), y0, create_graph=True)
 
 
 class TestAdaptiveSteps:

@@ -17,7 +17,7 @@ from aca_ext.problem.state import Packing
 
 NEWTON_OPTIONS = ("jacobian", "newton_tol")
 _KINDS = ("dense", "block", "krylov")
-_LARGEST_DENSE = 512  # elements of a state whose Jacobian is a matrix by default
+_LARGEST_DENSE = 2048  # elements of a state whose Jacobian is a matrix by default; GMRES has no preconditioner
 _DEFAULT_TOLERANCE = 0.001
 
 

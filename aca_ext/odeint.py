@@ -61,10 +61,10 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``step_t``: times that a step must end at.
             * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples
               and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
-            * ``jacobian``: of implicit methods: "dense" (default for up to 2048 elements: a matrix by autograd), "block"
-              (one matrix per sample along the first dimension of y0; samples must not depend on one another), "krylov"
-              (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args) that
-              returns the derivative of func as a matrix. With every choice the gradient is that of func.
+            * ``jacobian``: of implicit methods: "dense" (default for up to 2048 elements: a matrix by autograd),
+              "block" (one matrix per sample along the first dimension of y0; samples must not depend on one another),
+              "krylov" (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args)
+              that returns the derivative of func as a matrix. With every choice the gradient is that of func.
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
               gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a

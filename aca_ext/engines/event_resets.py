@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, EventError
 from aca_ext.problem.events import Event
-from aca_ext.problem.state import Packing, State
+from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.progress import Step
 
 MAX_RESETS = 10_000
@@ -20,7 +20,8 @@ def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> 
     """The state from which the solve goes on after an event."""
     assert event.reset is not None
     like = y0 if isinstance(y0, Tensor) else y0[0]
-    new = event.reset(time.to(like.real), y)
+    copy = y.clone() if isinstance(y, Tensor) else like_tuple(type(y), (part.clone() for part in y))
+    new = event.reset(time.to(like.real), copy)  # which may write into it
     try:
         found = Packing.of(new)
     except ArgumentTypeError as error:

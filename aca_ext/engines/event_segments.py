@@ -101,7 +101,9 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
     sign = 1.0 if times[-1] > times[0] else -1.0
     since = times[-n_left:] - start
     # A requested time may be that of the event up to rounding; then it lies just behind it.
-    least = sign * LAST_BIT * max(1.0, abs(start.item())) * torch.arange(1, n_left + 1, dtype=torch.float64, device="cpu")
+    least = (
+        sign * LAST_BIT * max(1.0, abs(start.item())) * torch.arange(1, n_left + 1, dtype=torch.float64, device="cpu")
+    )
     since = torch.where(sign * since < sign * least, least, since)
     options = dict(arguments.options or {})
     for name in _TIMES:

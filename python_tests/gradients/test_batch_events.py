@@ -369,6 +369,21 @@ def test_samples_go_on_from_their_own_resets(method: str, gradient: str) -> None
     assert [len(steps) for steps in solution.steps] == solution.stats.n_accepted.tolist()
 
 
+def test_a_reset_that_writes_into_its_state_changes_no_other_sample() -> None:
+    y0, t = torch.tensor([[2.0], [3.0]], dtype=DTYPE), torch.tensor([0.0, 2.0], dtype=DTYPE)
+    starts = torch.tensor([[0.5], [1.0]], dtype=DTYPE)
+
+    def only_of(sample: int, added: float) -> Event:
+        is_own = torch.tensor([[sample == 0], [sample == 1]])
+        return Event(lambda t, y: torch.where(is_own, t - starts, 1.0), reset=lambda t, y: y.add_(added))
+
+    events = [only_of(0, 1.0), only_of(1, 10.0)]
+    solution = aca_ext.solve(lambda t, y: -y, y0, t, events=events, options={"batch": "independent"})
+    expected = y0 * math.exp(-2) + torch.tensor([[1.0], [10.0]], dtype=DTYPE) * torch.exp(starts - 2)
+    assert isinstance(solution.y, Tensor)
+    assert torch.allclose(solution.y[-1], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"compact": True}, {"first_step": 0.1, "max_step": 0.3}])
 def test_resets_with_ragged_and_learnt_times(options: dict[str, Any]) -> None:
     nan = math.nan

@@ -209,6 +209,24 @@ def test_the_first_of_several_terminal_events_ends_the_solve() -> None:
     assert not solution.is_complete
 
 
+@pytest.mark.parametrize("is_tuple", [False, True])
+def test_a_reset_may_write_into_its_state(is_tuple: bool) -> None:
+    def reset(t: Tensor, y: Any) -> Any:
+        (y[0] if is_tuple else y).add_(1.0)
+        return y
+
+    y0, t = torch.tensor([2.0], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
+    event = Event(lambda t, y: t - 1.0, reset=reset)
+    if is_tuple:
+        solution = aca_ext.solve(lambda t, y: (-y[0],), (y0,), t, events=[event])
+        before, end = solution.events[0].y[0], solution.y[0][-1]
+    else:
+        solution = aca_ext.solve(lambda t, y: -y, y0, t, events=[event])
+        before, end = solution.events[0].y, solution.y[-1]
+    assert before.item() == pytest.approx(2 * math.exp(-1), rel=1e-5)
+    assert end.item() == pytest.approx((2 * math.exp(-1) + 1) * math.exp(-1), rel=1e-5)
+
+
 def test_resets_at_the_same_time_act_in_order() -> None:
     events = [
         Event(lambda t, y: t - 1.0, reset=lambda t, y: 2 * y),

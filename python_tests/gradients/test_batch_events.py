@@ -339,8 +339,8 @@ def test_what_is_refused() -> None:
     call: dict[str, Any] = {"events": [event], "options": INDEPENDENT}
     with pytest.raises(ArgumentValueError, match="on_failure"):
         solve(lambda t, y: -y, y0, [0.0, 1.0], events=[event], options=INDEPENDENT | {"on_failure": "nan"})
-    with pytest.raises(aca_ext.errors.CompileError, match="events"):
-        solve(lambda t, y: -y, y0, [0.0, 1.0], engine="compiled", **call)
+    solution = solve(lambda t, y: -y, y0, [0.0, 1.0], engine="compiled", **call)
+    assert "events" in solution.stats.reason
 
 
 def resets(func: Oscillators) -> list[Event]:

@@ -112,7 +112,7 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
     callback = arguments.callback
     return replace(
         arguments,
-        func=Since(arguments.func),
+        func=Since(arguments.func, _jumps(arguments)),
         y0=y,
         t=torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), since]),
         args=(start, *arguments.args),
@@ -120,6 +120,15 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
         options=options or None,
         callback=None if callback is None else lambda step: callback(moved(step, start.item())),
     )
+
+
+def _jumps(arguments: Arguments) -> Tensor | None:
+    """The times at which func jumps: those of option jump_t, or with option perturb the requested ones."""
+    options, times = arguments.options or {}, arguments.t
+    if options.get("jump_t") is not None:
+        return torch.as_tensor(options["jump_t"], dtype=torch.float64, device="cpu").detach().reshape(-1)
+    assert isinstance(times, Tensor)
+    return times.detach() if options.get("perturb") else None
 
 
 def _in_absolute_time(solution: Solution, start: Tensor) -> Solution:

@@ -135,6 +135,24 @@ def test_spiking_neuron(settings: dict[str, Any]) -> None:
         assert one.item() == pytest.approx(other.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("jump", [0.7, 0.9, 1.1])
+def test_jumps_of_func_after_a_reset(jump: float, dtype: torch.dtype) -> None:
+    def steep(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(t < jump, 1.0, 100.0).to(y) * torch.ones_like(y)
+
+    times = torch.tensor([0.0, jump, 2.0], dtype=torch.float64)
+    events = [Event(lambda t, y: t - 0.3 + 0 * y, reset=lambda t, y: y + 1)]
+    exact = 1 + jump + 100 * (2 - jump)
+    for call in (
+        {"method": "rk4", "options": {"step_size": 0.1, "perturb": True}},
+        {"method": "dopri5", "options": {"jump_t": [jump]}},
+    ):
+        solution = aca_ext.solve(steep, torch.zeros(1, dtype=dtype), times, events=events, **call)
+        assert solution.y[-1].item() == pytest.approx(exact, rel=1e-6)
+        assert solution.stats.n_steps <= 25
+
+
 def test_func_that_depends_on_time_goes_on_in_absolute_time(settings: dict[str, Any]) -> None:
     """dy/dt = a·t with a dose at y = 1: y jumps by the dose, and time does not start anew."""
     a, dose = number(0.5), number(-0.7)

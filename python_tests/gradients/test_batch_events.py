@@ -333,6 +333,16 @@ def test_an_event_without_a_derivative_names_the_sample() -> None:
         torch.autograd.grad(solution.events[0].t.nansum(), y0)
 
 
+@pytest.mark.parametrize("fn", [lambda t, y: y[:, 0] - t, lambda t, y: y - y.mean()], ids=["broadcast", "mean"])
+def test_event_functions_that_mix_samples_are_refused(fn: Any) -> None:
+    y0 = torch.tensor([[1.0], [2.0], [3.0]], dtype=DTYPE)
+    with pytest.raises(EventError, match="depends on other samples"):
+        solve(lambda t, y: -y, y0, [0.0, 2.0], events=[Event(fn, terminal=True)], options=INDEPENDENT)
+    event = Event(lambda t, y: y[:, 0] - t.flatten(), terminal=True)
+    found = solve(lambda t, y: -y, y0, [0.0, 2.0], events=[event], options=INDEPENDENT | {"max_step": 0.5}).events[0]
+    assert torch.allclose(y0[:, 0] * torch.exp(-found.t), found.t, rtol=1e-5)
+
+
 def test_what_is_refused() -> None:
     y0 = torch.ones(2, 1, dtype=DTYPE)
     event = Event(lambda t, y: y - 0.5)

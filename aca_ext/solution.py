@@ -192,7 +192,7 @@ def checked_plan(plan: StepPlan, stats: Stats | BatchStats) -> StepPlan:
 
 def event_record(found: Sequence[tuple[Tensor, Tensor]], ys: Tensor, packing: Packing) -> EventRecord:
     """The record of an event from float64 times and packed states; ``ys`` are the outputs of the solve."""
-    t = torch.stack([t for t, _ in found]) if found else torch.empty(0, dtype=torch.float64)
+    t = torch.stack([t for t, _ in found]) if found else torch.empty(0, dtype=torch.float64, device="cpu")
     y = torch.stack([y for _, y in found]) if found else ys[:0]
     return EventRecord(t, packing.unpack_rows(y))
 

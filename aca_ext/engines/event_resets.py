@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, EventError
 from aca_ext.problem.events import Event
-from aca_ext.problem.state import Packing, State
+from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.progress import Step
 
 MAX_RESETS = 10_000
@@ -20,7 +22,8 @@ def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> 
     """The state from which the solve goes on after an event."""
     assert event.reset is not None
     like = y0 if isinstance(y0, Tensor) else y0[0]
-    new = event.reset(time.to(like.real), y)
+    copy = y.clone() if isinstance(y, Tensor) else like_tuple(type(y), (part.clone() for part in y))
+    new = event.reset(time.to(like.real), copy)  # which may write into it
     try:
         found = Packing.of(new)
     except ArgumentTypeError as error:
@@ -34,15 +37,31 @@ def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> 
 
 
 class Since:
-    """func as a function of the time since ``start``, its first further argument; of each sample or of all."""
+    """func as a function of the time since ``start``, its first further argument; of each sample or of all.
+
+    Args:
+        jumps: (n,) float64 on the CPU, times at which func jumps. Steps end there, and evaluate func beside them.
+    """
 
     wraps_func = True  # what func holds is found through it
 
-    def __init__(self, func: Callable[..., State]) -> None:
-        self.func = func
+    def __init__(self, func: Callable[..., State], jumps: Tensor | None = None) -> None:
+        self.func, self.jumps = func, jumps
 
     def __call__(self, t: Tensor, y: Any, start: Tensor, *args: Any) -> State:
-        return self.func(start.to(t).reshape(t.shape) + t, y, *args)
+        time = start.to(t).reshape(t.shape) + t
+        if self.jumps is not None:
+            time = time + _towards_sides(time.detach(), t.detach(), start.detach(), self.jumps)
+        return self.func(time, y, *args)
+
+
+def _towards_sides(time: Tensor, since: Tensor, start: Tensor, jumps: Tensor) -> Tensor:
+    """The change of ``time`` that puts it on that side of a jump where ``since`` lies; the sum's rounding hides it."""
+    at = jumps.to(time)
+    side = (since - (jumps - start).to(since)).sign()
+    beside = torch.where(side == 0, at, torch.nextafter(at, side * math.inf))
+    rounding = 2 * torch.finfo(time.dtype).eps * (at.abs() + since.abs() + start.to(time).abs())
+    return torch.where((time - at).abs() <= rounding, beside - time, 0.0).sum()
 
 
 class At:

@@ -101,7 +101,9 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
     sign = 1.0 if times[-1] > times[0] else -1.0
     since = times[-n_left:] - start
     # A requested time may be that of the event up to rounding; then it lies just behind it.
-    least = sign * LAST_BIT * max(1.0, abs(start.item())) * torch.arange(1, n_left + 1, dtype=torch.float64)
+    least = (
+        sign * LAST_BIT * max(1.0, abs(start.item())) * torch.arange(1, n_left + 1, dtype=torch.float64, device="cpu")
+    )
     since = torch.where(sign * since < sign * least, least, since)
     options = dict(arguments.options or {})
     for name in _TIMES:
@@ -110,14 +112,23 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
     callback = arguments.callback
     return replace(
         arguments,
-        func=Since(arguments.func),
+        func=Since(arguments.func, _jumps(arguments)),
         y0=y,
-        t=torch.cat([torch.zeros(1, dtype=torch.float64), since]),
+        t=torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), since]),
         args=(start, *arguments.args),
         events=tuple(replace(e, fn=At(e.fn, start), reset=None if e.reset is None else e.reset) for e in events),
         options=options or None,
         callback=None if callback is None else lambda step: callback(moved(step, start.item())),
     )
+
+
+def _jumps(arguments: Arguments) -> Tensor | None:
+    """The times at which func jumps: those of option jump_t, or with option perturb the requested ones."""
+    options, times = arguments.options or {}, arguments.t
+    if options.get("jump_t") is not None:
+        return torch.as_tensor(options["jump_t"], dtype=torch.float64, device="cpu").detach().reshape(-1)
+    assert isinstance(times, Tensor)
+    return times.detach() if options.get("perturb") else None
 
 
 def _in_absolute_time(solution: Solution, start: Tensor) -> Solution:
@@ -141,7 +152,7 @@ def to_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tensor]) ->
     start = t[:1] if isinstance(t, Tensor) else torch.tensor([first], dtype=torch.float64, device="cpu")
     if not others:
         raise TimeError("event_fn needs a second time in t, which gives the direction and the end of the search.")
-    until = torch.cat([start, torch.as_tensor(t)[-1:].detach().to(start)])
+    until = torch.cat([start, torch.full_like(start, others[-1], requires_grad=False)])
     solution = solve_with_events(replace(arguments, t=until, events=(Event(event_fn, terminal=True),)))
     if solution.ended_by is None:
         raise EventError(f"event_fn changed no sign up to t={others[-1]:.17g}. Give a later last time.")

@@ -44,16 +44,17 @@ def _check_for(forward: ForwardPass, y: Tensor, replay: Replay, *, restarts: boo
 class _Steps:
     """Repeats the accepted steps of a batch with their autograd graphs.
 
-    Samples that failed rest in place of a sample that did not, since func may have no derivative where they stopped.
-
+    Samples that failed or made no step rest in place of one that did, since func may have no derivative where they are.
     """
 
     def __init__(self, task: Task, ops: RowOperations, replay: Replay, record: BatchRecord) -> None:
         self._ops, self._replay = ops, replay
-        failed = record.failed
+        is_idle = np.ones(ops.n_rows, dtype=np.bool_)
+        for s in record.steps:  # without those of samples that failed
+            is_idle[s.rows] = False
         self._places = np.arange(ops.n_rows)
-        if failed.any() and not failed.all():
-            self._places[failed] = (~failed).argmax()
+        if not is_idle.all():
+            self._places[is_idle] = is_idle.argmin()
         tableau = task.problem.tableau
         self._whole = scheme_of(tableau, estimate_error=False)
         self._short = solution_only(self._whole)
@@ -61,7 +62,7 @@ class _Steps:
         self._t = record.rest_times[self._places]
 
     def rested(self, y: Tensor) -> Tensor:
-        """The states, with those of failed samples replaced by that of the sample in whose place they rest."""
+        """The states, with those of idle samples replaced by that of the sample in whose place they rest."""
         is_moved = self._places != np.arange(len(self._places))
         return y[index_of(self._places, y)] if is_moved.any() else y
 

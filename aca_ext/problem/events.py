@@ -23,7 +23,8 @@ class Event:
     Attributes:
         fn: function (t, y) with t a 0-d tensor and y like y0. Returns a real tensor of any shape, continuous in t and y
             between two events. The event occurs at a sign change of any element. With independent samples, fn receives
-            t and y of the whole batch as func does, and returns a tensor whose first dimension is the batch.
+            t and y of the whole batch as func does, and returns a tensor whose first dimension is the batch, and whose
+            entries depend on their own sample alone.
         direction: 1 for changes from negative to positive, -1 for the opposite, 0 for both; along the direction of the
             solve.
         terminal: True ends the solve at the first occurrence.

@@ -50,6 +50,7 @@ class RowEventSearch:
         eps, everyone = torch.finfo(y.dtype).eps, np.arange(len(t))
         for i, event in enumerate(self._events):
             values = self._values(i, t, y, rows)
+            _refuse_mixed_samples(event, i, self._times(t), y, self._packing)
             signs = np.sign(values)
             for j in range(values.shape[1]):
                 element = np.full_like(everyone, j)
@@ -157,6 +158,22 @@ def checked_values(values: object, event: int, n_rows: int) -> Tensor:
             f"return a tensor whose first dimension is the batch, {n_rows}."
         )
     return values.reshape(n_rows, -1)
+
+
+def _refuse_mixed_samples(event: Event, index: int, t: Tensor, y: Tensor, packing: RowPacking) -> None:
+    """Raises EventError if the values of the first sample depend on others, as after an unwanted broadcast."""
+    with torch.enable_grad():
+        t_leaf, y_leaf = t.detach().requires_grad_(), y.detach().requires_grad_()
+        values = event.fn(t_leaf, packing.unpack(y_leaf))
+        if not values.requires_grad:
+            return
+        grads = torch.autograd.grad(values[0].sum(), (t_leaf, y_leaf), allow_unused=True)
+    of_others = [grad[1:] for grad in grads if grad is not None]
+    if any((torch.isfinite(grad) & (grad != 0)).any() for grad in of_others):
+        raise EventError(
+            f"the value of event {index} for sample 0 depends on other samples; it has shape {tuple(values.shape)}. "
+            f"Often t, of shape {tuple(t.shape)}, is broadcast with a part of y by mistake: t.flatten() is (batch,)."
+        )
 
 
 def changes_along(

@@ -84,8 +84,9 @@ class BatchStats:
 
     def followed_by(self, rest: BatchStats) -> BatchStats:
         """The sums over two parts of a solve; ``n_f_evals_backward`` is None."""
-        names = ("n_steps", "n_accepted", "n_rejected", "n_f_evals", "n_f_rows")
-        return BatchStats(**{name: getattr(self, name) + getattr(rest, name) for name in names}, backend=rest.backend)
+        names = ("n_steps", "n_accepted", "n_rejected", "n_f_evals", "n_f_rows", "compile_seconds")
+        same = {name: getattr(rest, name) for name in ("backend", "compiled", "engine", "reason")}
+        return BatchStats(**{name: getattr(self, name) + getattr(rest, name) for name in names}, **same)
 
     def __repr__(self) -> str:
         """Shows each per-sample count as its range over the batch."""

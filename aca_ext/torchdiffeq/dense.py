@@ -34,7 +34,7 @@ def odeint_dense(
     Raises:
         ArgumentValueError: the method has no steps of its own choice.
     """
-    ends = torch.stack([torch.as_tensor(t, dtype=torch.float64).detach().cpu().reshape(()) for t in (t0, t1)])
+    ends = torch.stack([torch.as_tensor(t, dtype=torch.float64, device="cpu").detach().reshape(()) for t in (t0, t1)])
     call = Call.of(func, y0, ends.to(_device_of(y0)), rtol, atol, method, options)
     if kind_of(call.method) != "adaptive":
         raise ArgumentValueError(f"odeint_dense takes adaptive methods; method {call.method!r} is none.")

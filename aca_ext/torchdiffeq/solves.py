@@ -121,7 +121,7 @@ def odeint_event(
     Both are differentiable, exactly: also with respect to t0, and to what event_fn depends on.
     """
     start = torch.as_tensor(t0).reshape(-1)
-    ahead = 1 + start.detach().abs()
+    ahead = 1.0 + start.detach().abs()  # floating-point, also for an integer start
     t = torch.cat([start, start.detach() - ahead if reverse_time else start.detach() + ahead])
     return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 
@@ -158,7 +158,7 @@ def _until_event(call: Call, event_fn: EventFn, **how: Any) -> tuple[Tensor, Sta
     end = t[:1].detach().double() + (reach if t[1] > t[0] else -reach)
     counted = ZeroCounts(event_fn, t[0], call.y0)
     event_t, y = _states(call, torch.cat([t[:1].double(), end]), event_fn=counted, **how)
-    return event_t.to(t), y
+    return event_t.to(t) if t.is_floating_point() else event_t, y
 
 
 def _checked_params(func: Any, given: Any) -> tuple[Tensor, ...] | None:

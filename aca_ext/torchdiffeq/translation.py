@@ -130,7 +130,7 @@ def tolerance_of(given: Any, y0: State) -> Any:
     """
     if not isinstance(y0, tuple):
         is_number = isinstance(given, Tensor) or number_in(given) is not None
-        return given if is_number else torch.as_tensor(given, dtype=torch.float64)
+        return given if is_number else torch.as_tensor(given, dtype=torch.float64, device=getattr(y0, "device", None))
     try:
         entries = tuple(given)
     except TypeError:

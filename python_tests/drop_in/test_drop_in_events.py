@@ -107,6 +107,26 @@ class TestSearch:
         assert (event_t.dtype, event_t.shape, y.dtype, y.shape) == (dtype, (), dtype, (2, 2))
         assert event_t.item() == pytest.approx(math.pi / 2, abs=1e-3)
 
+    def test_integer_times_do_not_cut_the_time_of_the_event(self) -> None:
+        start = torch.tensor(0)
+        found, expected = (of.odeint_event(circle, Y0.float(), start, event_fn=first) for of in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        event_t, _ = ours.odeint(circle, Y0, torch.tensor([0, 1]), event_fn=first)
+        assert event_t.item() == pytest.approx(math.pi / 2, abs=1e-6)
+
+    @pytest.mark.parametrize("kind", [torch.bool, torch.int64])
+    def test_event_functions_that_return_conditions(self, kind: torch.dtype) -> None:
+        t0 = torch.tensor(0.0, dtype=torch.float64)
+        found, expected = (
+            of.odeint_event(circle, Y0, t0, event_fn=lambda t, y: (y[0] > 0).to(kind), **TIGHT) for of in (ours, theirs)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+    def test_event_functions_that_return_no_real_tensor(self) -> None:
+        for event_fn in (lambda t, y: 1.0, lambda t, y: y * 1j):
+            with pytest.raises(EventError, match="must return a real tensor"):
+                ours.odeint_event(circle, Y0, torch.tensor(0.0), event_fn=event_fn)
+
     def test_an_event_just_behind_the_start_is_found(self) -> None:
         y0 = torch.tensor([1e-4, -1.0])
         event_t, _ = ours.odeint(circle, y0, torch.tensor([0.0, 1.0]), event_fn=first, rtol=1e-4, atol=1e-4)

@@ -333,14 +333,24 @@ def test_an_event_without_a_derivative_names_the_sample() -> None:
         torch.autograd.grad(solution.events[0].t.nansum(), y0)
 
 
+@pytest.mark.parametrize("fn", [lambda t, y: y[:, 0] - t, lambda t, y: y - y.mean()], ids=["broadcast", "mean"])
+def test_event_functions_that_mix_samples_are_refused(fn: Any) -> None:
+    y0 = torch.tensor([[1.0], [2.0], [3.0]], dtype=DTYPE)
+    with pytest.raises(EventError, match="depends on other samples"):
+        solve(lambda t, y: -y, y0, [0.0, 2.0], events=[Event(fn, terminal=True)], options=INDEPENDENT)
+    event = Event(lambda t, y: y[:, 0] - t.flatten(), terminal=True)
+    found = solve(lambda t, y: -y, y0, [0.0, 2.0], events=[event], options=INDEPENDENT | {"max_step": 0.5}).events[0]
+    assert torch.allclose(y0[:, 0] * torch.exp(-found.t), found.t, rtol=1e-5)
+
+
 def test_what_is_refused() -> None:
     y0 = torch.ones(2, 1, dtype=DTYPE)
     event = Event(lambda t, y: y - 0.5)
     call: dict[str, Any] = {"events": [event], "options": INDEPENDENT}
     with pytest.raises(ArgumentValueError, match="on_failure"):
         solve(lambda t, y: -y, y0, [0.0, 1.0], events=[event], options=INDEPENDENT | {"on_failure": "nan"})
-    with pytest.raises(aca_ext.errors.CompileError, match="events"):
-        solve(lambda t, y: -y, y0, [0.0, 1.0], engine="compiled", **call)
+    solution = solve(lambda t, y: -y, y0, [0.0, 1.0], engine="compiled", **call)
+    assert "events" in solution.stats.reason
 
 
 def resets(func: Oscillators) -> list[Event]:
@@ -367,6 +377,21 @@ def test_samples_go_on_from_their_own_resets(method: str, gradient: str) -> None
     assert not crossings.t.isnan().all()
     assert (solution.stats.n_steps == solution.stats.n_accepted + solution.stats.n_rejected).all()
     assert [len(steps) for steps in solution.steps] == solution.stats.n_accepted.tolist()
+
+
+def test_a_reset_that_writes_into_its_state_changes_no_other_sample() -> None:
+    y0, t = torch.tensor([[2.0], [3.0]], dtype=DTYPE), torch.tensor([0.0, 2.0], dtype=DTYPE)
+    starts = torch.tensor([[0.5], [1.0]], dtype=DTYPE)
+
+    def only_of(sample: int, added: float) -> Event:
+        is_own = torch.tensor([[sample == 0], [sample == 1]])
+        return Event(lambda t, y: torch.where(is_own, t - starts, 1.0), reset=lambda t, y: y.add_(added))
+
+    events = [only_of(0, 1.0), only_of(1, 10.0)]
+    solution = aca_ext.solve(lambda t, y: -y, y0, t, events=events, options={"batch": "independent"})
+    expected = y0 * math.exp(-2) + torch.tensor([[1.0], [10.0]], dtype=DTYPE) * torch.exp(starts - 2)
+    assert isinstance(solution.y, Tensor)
+    assert torch.allclose(solution.y[-1], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"compact": True}, {"first_step": 0.1, "max_step": 0.3}])

@@ -135,6 +135,24 @@ def test_spiking_neuron(settings: dict[str, Any]) -> None:
         assert one.item() == pytest.approx(other.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("jump", [0.7, 0.9, 1.1])
+def test_jumps_of_func_after_a_reset(jump: float, dtype: torch.dtype) -> None:
+    def steep(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(t < jump, 1.0, 100.0).to(y) * torch.ones_like(y)
+
+    times = torch.tensor([0.0, jump, 2.0], dtype=torch.float64)
+    events = [Event(lambda t, y: t - 0.3 + 0 * y, reset=lambda t, y: y + 1)]
+    exact = 1 + jump + 100 * (2 - jump)
+    for call in (
+        {"method": "rk4", "options": {"step_size": 0.1, "perturb": True}},
+        {"method": "dopri5", "options": {"jump_t": [jump]}},
+    ):
+        solution = aca_ext.solve(steep, torch.zeros(1, dtype=dtype), times, events=events, **call)
+        assert solution.y[-1].item() == pytest.approx(exact, rel=1e-6)
+        assert solution.stats.n_steps <= 25
+
+
 def test_func_that_depends_on_time_goes_on_in_absolute_time(settings: dict[str, Any]) -> None:
     """dy/dt = a·t with a dose at y = 1: y jumps by the dose, and time does not start anew."""
     a, dose = number(0.5), number(-0.7)
@@ -207,6 +225,24 @@ def test_the_first_of_several_terminal_events_ends_the_solve() -> None:
     assert [len(record.t) for record in solution.events] == [0, 1, 1]
     assert solution.t.tolist() == [0.0, 0.15]
     assert not solution.is_complete
+
+
+@pytest.mark.parametrize("is_tuple", [False, True])
+def test_a_reset_may_write_into_its_state(is_tuple: bool) -> None:
+    def reset(t: Tensor, y: Any) -> Any:
+        (y[0] if is_tuple else y).add_(1.0)
+        return y
+
+    y0, t = torch.tensor([2.0], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
+    event = Event(lambda t, y: t - 1.0, reset=reset)
+    if is_tuple:
+        solution = aca_ext.solve(lambda t, y: (-y[0],), (y0,), t, events=[event])
+        before, end = solution.events[0].y[0], solution.y[0][-1]
+    else:
+        solution = aca_ext.solve(lambda t, y: -y, y0, t, events=[event])
+        before, end = solution.events[0].y, solution.y[-1]
+    assert before.item() == pytest.approx(2 * math.exp(-1), rel=1e-5)
+    assert end.item() == pytest.approx((2 * math.exp(-1) + 1) * math.exp(-1), rel=1e-5)
 
 
 def test_resets_at_the_same_time_act_in_order() -> None:

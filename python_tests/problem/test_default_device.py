@@ -11,6 +11,7 @@ from problems import Mlp, sample
 from torch import Tensor
 
 import aca_ext
+import aca_ext.torchdiffeq
 
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 ATOL = torch.full((2, 3), 1e-4, dtype=torch.float64)
@@ -132,3 +133,29 @@ def test_events_of_independent_samples() -> None:
     loss = solution.y.nansum() + solution.events[0].t.nansum() + solution.events[1].t.nansum()
     (grad,) = torch.autograd.grad(loss, y0)
     assert {x.device.type for x in (solution.y, solution.events[0].t, solution.ended_by, grad)} == {"cpu"}
+
+
+@pytest.mark.usefixtures("_another_default_device")
+@pytest.mark.parametrize("given", [T, T.tolist()], ids=["tensor", "list"])
+def test_events(given: Any) -> None:
+    y0 = torch.full((3, 1), 0.3, dtype=torch.float64, requires_grad=True)
+    events = [
+        aca_ext.Event(lambda t, y: y[:1] - 0.2, reset=lambda t, y: y + 0.5),
+        aca_ext.Event(lambda t, y: y + 1),  # never
+    ]
+    torch.set_default_device("meta")
+    solution = aca_ext.solve(lambda t, y: -y, y0, given, events=events)
+    found, none = solution.events
+    assert (len(found.t), len(none.t)) == (1, 0)
+    (grad,) = torch.autograd.grad(found.t.sum(), y0)
+    event_t, _ = aca_ext.odeint(lambda t, y: -y, y0, given, event_fn=lambda t, y: y[:1] - 0.2)
+    assert {x.device.type for x in (solution.y, solution.steps, found.t, none.t, grad, event_t)} == {"cpu"}
+
+
+@pytest.mark.usefixtures("_another_default_device")
+def test_the_drop_in() -> None:
+    y0 = sample(2, 3)
+    torch.set_default_device("meta")
+    y = aca_ext.torchdiffeq.odeint(lambda t, y: -y, y0, T, rtol=[1e-6, 1e-6, 1e-7], atol=1e-8)
+    at = aca_ext.torchdiffeq.odeint_dense(lambda t, y: -y, y0, 0.0, 1.0)(T[1])
+    torch.testing.assert_close(y[1], at, rtol=1e-5, atol=1e-6)

@@ -142,6 +142,24 @@ def test_a_sample_of_one_time_is_not_looked_at() -> None:
     assert y[:, 0].isnan().all()
 
 
+@pytest.mark.parametrize("start", [0.0, NAN])
+def test_a_sample_of_one_time_spoils_no_gradient(start: float) -> None:
+    y0 = torch.tensor([[start], [1.0]], dtype=torch.float64, requires_grad=True)
+    rate = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([[0.0, NAN], [0.0, 0.5]], dtype=torch.float64)
+
+    def derivatives(y0: Tensor, t: Tensor) -> list[Tensor]:
+        ys = aca_ext.odeint(lambda t, y: -rate * torch.sqrt(y), y0, t, rtol=1e-6, options=INDEPENDENT)
+        assert isinstance(ys, Tensor)
+        grads = torch.autograd.grad(ys[-1, -1].sum(), [y0, rate], create_graph=True)
+        (second,) = torch.autograd.grad(grads[1].sum(), rate)
+        plain = torch.autograd.grad(ys[-1, -1].sum(), [y0, rate])
+        return [grads[0][-1], grads[1], second, plain[0][-1], plain[1]]
+
+    alone = y0.detach()[1:].requires_grad_()
+    torch.testing.assert_close(derivatives(y0, t), derivatives(alone, t[1:]), rtol=1e-12, atol=1e-12)
+
+
 def test_times_as_lists() -> None:
     solution = aca_ext.solve(lambda t, y: -y, torch.ones(2, 1), [[0.0, NAN], [0.0, 1.0]], options=INDEPENDENT)
     assert solution.t.shape == (2, 2)
@@ -169,8 +187,9 @@ def test_without_a_batch_padding_is_refused() -> None:
         aca_ext.odeint(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0, NAN], options=INDEPENDENT)
 
 
-def test_compiled_lanes_say_no() -> None:
-    with pytest.raises(errors.CompileError, match="padded with NaN"):
-        aca_ext.odeint(
-            lambda t, y: -y, torch.ones(2, 1), padded([[0.0], [0.0, 1.0]], 2), options=INDEPENDENT, engine="compiled"
-        )
+@pytest.mark.parametrize("engine", ["compiled", "auto"])
+def test_other_engines_agree(engine: str) -> None:
+    y0, t = sample(2, 1), padded([[0.0], [0.0, 1.0]], 2)
+    call: dict[str, Any] = {"options": INDEPENDENT, "rtol": 1e-6, "atol": 1e-8}
+    found, expected = (aca_ext.odeint(lambda t, y: -y, y0, t, engine=name, **call) for name in (engine, "eager"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -353,6 +353,23 @@ class TestChanges:
             stats = both(func, y0).stats
             assert (stats.compile_seconds > 0) == (change in ("", "shape", "frozen")), change
 
+    @pytest.mark.parametrize(
+        "factor",
+        [
+            lambda n: 2.0 if n in {4, 7} else 1.0,
+            lambda n: 2.0 if isinstance(n, int) and n % 2 == 0 else 1.0,
+        ],
+        ids=["set", "type"],
+    )
+    def test_of_numbers_for_which_a_tensor_cannot_stand(self, factor: Callable[[int], float]) -> None:
+        n = {"n": 2}
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return -y * factor(n["n"])
+
+        for n["n"] in (1, 3, 4):  # in traces after the first, a tensor stands for n
+            both(func, torch.ones(2, dtype=torch.float64))
+
     def test_of_numbers_compile_once_more(self) -> None:
         func = Wave()
         for i in range(4):

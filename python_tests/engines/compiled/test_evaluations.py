@@ -460,3 +460,18 @@ class TestByInductor:
             assert "not faster" in both(func, sample(2, 3), compiled="").stats.reason
         assert len(times) == 1
         assert min(times[0]) > 0
+
+
+def test_second_derivatives_with_times_that_require_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aca_ext.engines.compiled.graph_check.is_worthwhile", lambda *_: True)
+    w = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)
+    found = []
+    for engine in ("compiled", "eager"):
+        t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+        y0 = torch.ones_like(w, requires_grad=True)
+        settings = {"checkpoints": 2, "engine": engine, **TOLERANCES}
+        y = odeint(lambda t, y: torch.tanh(w * y) * torch.cos(t) - y**2, y0, t, **settings)
+        first = torch.autograd.grad(y[-1].square().sum(), (y0, w, t), create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in first), (y0, w, t)))
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) < 1e-9

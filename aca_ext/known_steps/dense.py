@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from aca_ext.errors import ArgumentTypeError, ReplayError, TimeError
 from aca_ext.problem.state import Packing, State
@@ -110,15 +110,21 @@ class Interpolant:
         flat = torch.tensor(times, dtype=torch.float64, device="cpu")
         results: list[Any] = []
         for n, places in self._by_step(flat):
+            first: list[Tensor] = []  # results of the solve, for comparison when they are computed again
 
-            def of_step(start: Tensor, n: int = n, at: Tensor = flat[places]) -> Any:
+            def of_step(start: Tensor, n: int = n, at: Tensor = flat[places], first: list[Tensor] = first) -> Any:
                 states = self._inside(n, at, dense_weights, start)
                 as_given = at.to(states).unbind(0)
-                return [fn(t, self._packing.unpack(y)) for t, y in zip(as_given, states.unbind(0), strict=True)]
+                found = [fn(t, self._packing.unpack(y)) for t, y in zip(as_given, states.unbind(0), strict=True)]
+                values = [x.detach() for x in pytree.tree_leaves(found) if isinstance(x, Tensor)]
+                _check_outputs(first, values)
+                first[:] = first or values
+                return found
 
             keeps_graph = torch.is_grad_enabled()
             start = self._states[n]
-            results += checkpoint(of_step, start, use_reentrant=False) if keeps_graph else of_step(start)
+            with set_checkpoint_early_stop(False):  # or it would not come to the comparison
+                results += checkpoint(of_step, start, use_reentrant=False) if keeps_graph else of_step(start)
         return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
 
     def _by_step(self, times: Tensor) -> list[tuple[int, Tensor]]:
@@ -165,3 +171,15 @@ class Interpolant:
         allowed = _ROUNDING * torch.finfo(y.dtype).eps * (size + abs(bounds[1]) * slope)
         if not deviation <= allowed:
             raise ReplayError(_CHANGED.format(t=bounds[0], t_next=bounds[2], deviation=deviation))
+
+
+def _check_outputs(first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
+    """Raises ReplayError if output_fn does not repeat its results; ``first`` is empty at its first call."""
+    for x, y in zip(first, again, strict=False):
+        rounding = _ROUNDING * torch.finfo(x.dtype).eps if x.is_floating_point() or x.is_complex() else 0.0
+        size = float(x.abs().max()) if x.numel() and rounding else 0.0
+        if not torch.allclose(x, y, rtol=0.0, atol=rounding * size, equal_nan=True):
+            raise ReplayError(
+                "output_fn does not repeat the values that it had in the solve: it has changed since, or a tensor that "
+                "it uses (an optimizer step?). Call backward() before the change, or solve again."
+            )

@@ -19,12 +19,19 @@ from aca_ext.vector_field.slope_function import SlopeFunction
 
 def refuse_unrepeatable(func: Callable[..., Any]) -> None:
     """Raises ArgumentValueError if func trains a batch normalisation, whose statistics would move once more."""
-    for module in modules_of(func) if isinstance(func, nn.Module) else ():
+    for module in _modules(func):
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise ArgumentValueError(
                 f"func holds a {type(module).__name__} in training mode, whose statistics another evaluation would "
                 "move once more. Call func.eval() first."
             )
+
+
+def _modules(func: Callable[..., Any]) -> list[nn.Module]:
+    if isinstance(func, nn.Module):
+        return modules_of(func)
+    is_recorded = torch.compiler.is_compiling() or recorder() is not None  # neither follows the walk
+    return [] if is_recorded else Holdings((func,)).modules
 
 
 def repeatable(f: SlopeFunction, like: Tensor, func: Callable[..., Any]) -> SlopeFunction:

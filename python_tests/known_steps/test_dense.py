@@ -246,3 +246,12 @@ def test_output_fn_of_a_layer() -> None:
     layer = aca_ext.NeuralODE(NET, T, output="all", output_fn=lambda t, y: y.square().sum(-1), **LOOSE)
     expected = aca_ext.odeint(NET, sample(4, 3), T, **LOOSE).square().sum(-1)
     assert relative_error(layer(sample(4, 3)).detach(), expected.detach()) <= 1e-13
+
+
+def test_output_fn_that_changes_before_the_backward_pass() -> None:
+    p = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    y = aca_ext.solve(NET, sample(4, 3).requires_grad_(), T, output_fn=lambda t, y: p * y * t, **LOOSE).y
+    with torch.no_grad():
+        p.mul_(2)
+    with pytest.raises(errors.ReplayError, match="output_fn does not repeat"):
+        y.sum().backward()

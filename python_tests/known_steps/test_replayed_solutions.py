@@ -376,3 +376,18 @@ def test_params_of_a_module() -> None:
     expected = functional_call(Replayed(solution), {f"func.{n}": p for n, p in other.named_parameters()}, (spread(),))
     assert torch.equal(found, expected)
     assert torch.equal(found, aca_ext.replay(other, solution, spread()))
+
+
+@pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
+def test_refuses_to_train_a_batch_normalisation_that_a_function_holds() -> None:
+    norm = nn.BatchNorm1d(3, dtype=torch.float64)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return norm(y)
+
+    y0 = sample(4, 3)
+    solution = aca_ext.solve(func, y0, [0.0, 1.0], method="rk4", options={"step_size": 0.5})
+    before = norm.state_dict()["running_mean"].clone()
+    with pytest.raises(errors.ArgumentValueError, match="BatchNorm1d in training mode"):
+        aca_ext.replay(func, solution, y0)
+    assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]

@@ -6,13 +6,18 @@ during that trace. So it becomes an input of the traced graph, which is then val
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from aca_ext.engines.compiled.places import Place
+from aca_ext.problem.state import State
+
+if TYPE_CHECKING:
+    from aca_ext.engines.compiled.backend import Captured
 
 
 class ChangingNumbers:
@@ -22,12 +27,54 @@ class ChangingNumbers:
         known: numbers that traces took as constants, by TorchDynamo's names of their places.
         places: places of the numbers that become tensors.
         is_given_up: func does not work with tensors in place of its numbers.
+        compared: the graph that was last compared with func, and the values that the numbers had.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, float] = {}
         self.places: list[Place] = []
         self.is_given_up = False
+        self.compared: tuple[Captured, list[float | None]] | None = None
+
+    def were_compared(self, captured: Captured, scope: dict[str, Any]) -> bool:
+        """Tells whether ``compare`` was called last with this graph and the present values."""
+        return self.compared is not None and self.compared[0] is captured and self.compared[1] == self._values(scope)
+
+    def compare(
+        self,
+        captured: Captured,
+        scope: dict[str, Any],
+        inputs: Sequence[Tensor],
+        t: Tensor,
+        y: State,
+        evaluate: Callable[[], Any],
+    ) -> bool:
+        """Tells whether a graph, in which tensors replace numbers, equals func for the present numbers.
+
+        A trace evaluates types, sets and keys of dicts once: ``n in {2, 3}`` is false for a tensor, and no guard tells.
+        """
+        of: dict[str, Sequence[Tensor]] = {"t": (t,), "y": y if isinstance(y, tuple) else (y,)}
+        of["input"] = [x if x.requires_grad else x.clone() for x in inputs]
+        try:
+            k = evaluate()
+            expected = k if isinstance(k, (tuple, list)) else (k,)
+            found = captured.graph.forward(*(of[kind][i] for kind, i in captured.roles))
+            is_same = all(map(_are_close, expected, found))
+        except Exception:  # such as a missing key; func raises it again when it runs uncompiled
+            return False
+        self.compared = captured, self._values(scope)
+        return is_same
+
+    def _values(self, scope: dict[str, Any]) -> list[float | None]:
+        """The numbers at the places; None for anything else."""
+        found: list[Any] = []
+        for place in self.places:
+            try:
+                value = place.get(place.owner(scope))
+            except (AttributeError, LookupError, TypeError, ValueError):
+                value = None
+            found.append(value if type(value) in (int, float) else None)
+        return found
 
     def lift_changed(self, scope: dict[str, Any]) -> bool:
         """Turns known numbers that have changed into tensors for later traces; tells whether there are any."""
@@ -66,3 +113,8 @@ class ChangingNumbers:
         finally:
             for place, owner, number in reversed(replaced):
                 place.set(owner, number)
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    size = float(one.detach().abs().max()) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=0.0, atol=size * torch.finfo(one.dtype).eps ** 0.5, equal_nan=True)

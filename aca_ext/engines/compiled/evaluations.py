@@ -83,6 +83,7 @@ def _evaluation(request: Request) -> tuple[Evaluation, tuple[Tensor, ...], bool]
         if compiled is None:
             compiled = captured.plans["evaluations"] = _new(captured, used, problem)
         evaluation = Evaluation(captured, compiled, used, request.gradient in ("aca", "adjoint"))
+        evaluation.may_differentiate_once = request.learnt is None  # those of times are in a graph
         is_new = check(request, evaluation, compiled, used)
     except NotComparedError:
         raise
@@ -134,13 +135,17 @@ class Evaluation:
 
     Args:
         is_replayed: the solve keeps no autograd graph of its evaluations, or only of its backward pass.
+
+    Attributes:
+        may_differentiate_once: no evaluation of a replayed solve is in a graph outside of its backward pass.
     """
 
-    __slots__ = ("_captured", "_compiled", "_counting", "_is_replayed", "_used", "_versions")
+    __slots__ = ("_captured", "_compiled", "_counting", "_is_replayed", "_used", "_versions", "may_differentiate_once")
 
     def __init__(self, captured: Captured, compiled: CompiledGraph, used: Sequence[Tensor], is_replayed: bool) -> None:
         self._captured, self._compiled, self._used, self._is_replayed = captured, compiled, used, is_replayed
         self._counting: Counting | None = None
+        self.may_differentiate_once = True
         counters = {counter.place.name for counter in captured.counters}
         self._versions = [
             (i, x._version)
@@ -181,7 +186,7 @@ class Evaluation:
         return tuple(k) if isinstance(y, tuple) else k[0]
 
     def _recorded(self, t: Tensor, y: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self._is_replayed and not _belong_to_graph(y, inputs):
+        if self._is_replayed and self.may_differentiate_once and not _belong_to_graph(y, inputs):
             return self._compiled.with_graph(t, y, inputs)
         found: Sequence[Tensor] = _Twice.apply(self._compiled, len(y), t, *y, *inputs)
         return found

@@ -45,13 +45,27 @@ def capture(
     has_graph = torch.is_grad_enabled()
     torch._C._set_grad_enabled(True)  # torch.enable_grad() takes several times as long
     try:
-        return _captured(func, t, y0, packing, args)
+        captured, used = _captured(func, t, y0, packing, args)
+        if captured.lifted and not _holds_for_numbers(captured, used, func, t, _state(packing, y0)[0], args):
+            specialise(func)
+            return _captured(func, t, y0, packing, args)
+        return captured, used
     except TraceError:
         raise
     except CompileError as error:
         raise TraceError(str(error)) from error.__cause__
     finally:
         torch._C._set_grad_enabled(has_graph)
+
+
+def _holds_for_numbers(
+    captured: Captured, used: Sequence[Tensor], func: Callable[..., Any], t: Tensor, y: State, args: tuple[Any, ...]
+) -> bool:
+    numbers, scope = _by_owner.of(func).numbers, scope_of(func, args)
+    if numbers.were_compared(captured, scope):
+        return True
+    with undisturbed(), unchanged(func, args):
+        return numbers.compare(captured, scope, used, t, y, lambda: func(t, y, *args))
 
 
 def specialise(func: Callable[..., Any]) -> None:
@@ -67,16 +81,7 @@ def scope_of(func: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
 def _captured(
     func: Callable[..., Any], t: Tensor, y0: Tensor, packing: Packing, args: tuple[Any, ...]
 ) -> tuple[Captured, list[Tensor]]:
-    # The state requires grad, since TorchDynamo would ignore custom derivatives otherwise.
-    y: State
-    given = y0.detach() if packing.is_trivial else packing.unpack(y0.detach())
-    parts: Sequence[Tensor]
-    if isinstance(given, tuple):
-        parts = tuple(part.detach().requires_grad_() for part in given)
-        y = packing.as_given(parts)
-    else:
-        y = given.detach().requires_grad_()
-        parts = (y,)
+    y, parts = _state(packing, y0)
     entry = _entry_of(func)
     request.captured = None
     try:
@@ -105,6 +110,16 @@ def _captured(
         return captured, [request.inputs[i] for i in captured.places]
     finally:
         request.captured, request.inputs = None, ()
+
+
+def _state(packing: Packing, y0: Tensor) -> tuple[State, Sequence[Tensor]]:
+    """The state as func receives it, and its components; they require grad, or TorchDynamo ignores custom gradients."""
+    given = y0.detach() if packing.is_trivial else packing.unpack(y0.detach())
+    if isinstance(given, tuple):
+        parts = tuple(part.detach().requires_grad_() for part in given)
+        return packing.as_given(parts), parts
+    y = given.detach().requires_grad_()
+    return y, (y,)
 
 
 def _new(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:

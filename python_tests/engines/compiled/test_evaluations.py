@@ -359,6 +359,23 @@ class TestChanges:
             stats = both(func, y0).stats
             assert (stats.compile_seconds > 0) == (change in ("", "shape", "frozen")), change
 
+    @pytest.mark.parametrize(
+        "factor",
+        [
+            lambda n: 2.0 if n in {4, 7} else 1.0,
+            lambda n: 2.0 if isinstance(n, int) and n % 2 == 0 else 1.0,
+        ],
+        ids=["set", "type"],
+    )
+    def test_of_numbers_for_which_a_tensor_cannot_stand(self, factor: Callable[[int], float]) -> None:
+        n = {"n": 2}
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return -y * factor(n["n"])
+
+        for n["n"] in (1, 3, 4):  # in traces after the first, a tensor stands for n
+            both(func, torch.ones(2, dtype=torch.float64))
+
     def test_of_numbers_compile_once_more(self) -> None:
         func = Wave()
         for i in range(4):
@@ -449,3 +466,18 @@ class TestByInductor:
             assert "not faster" in both(func, sample(2, 3), compiled="").stats.reason
         assert len(times) == 1
         assert min(times[0]) > 0
+
+
+def test_second_derivatives_with_times_that_require_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aca_ext.engines.compiled.graph_check.is_worthwhile", lambda *_: True)
+    w = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)
+    found = []
+    for engine in ("compiled", "eager"):
+        t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+        y0 = torch.ones_like(w, requires_grad=True)
+        settings = {"checkpoints": 2, "engine": engine, **TOLERANCES}
+        y = odeint(lambda t, y: torch.tanh(w * y) * torch.cos(t) - y**2, y0, t, **settings)
+        first = torch.autograd.grad(y[-1].square().sum(), (y0, w, t), create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in first), (y0, w, t)))
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) < 1e-9

@@ -95,7 +95,7 @@ def _check_control(path: Any) -> None:
             'X is an Interpolation of kind "constant", whose derivative is zero, so that z would not change. Give '
             "another kind; or use X.evaluate(t) inside a func of odeint, with options=X.solver_options."
         )
-    if path.jumps and path.grid_points.requires_grad:
+    if path.kind == "linear" and path.grid_points.requires_grad:
         raise ArgumentValueError(
             "the knots of X require grad, and its derivative jumps there, which no gradient through the steps takes "
             'into account. Detach t, or give kind="cubic" or "hermite".'

@@ -7,8 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from aca_ext.errors import ArgumentTypeError, SlopeError
+from aca_ext.errors import SlopeError
 from aca_ext.problem.state import State
+
+_CONTROL = "Control (..., channels) and state (..., hidden) need the same batch dimensions."
+_PRODUCT = "It must have the shape of z."
+_MATRIX = "It must be (..., hidden, channels) for z (..., hidden)."
 
 
 class ControlledField:
@@ -21,42 +25,46 @@ class ControlledField:
         self.prod = getattr(func, "prod", None)
 
     def __call__(self, t: Tensor, z: State, *args: Any) -> State:
-        if isinstance(self.path, (tuple, list)):
-            speed = tuple(path.derivative(t) for path in self.path)
-        else:
-            speed = self.path.derivative(t)
-        found = self.func(t, z, *args) if self.prod is None else self.prod(t, z, speed, *args)
-        if isinstance(z, Tensor):
-            return self._slope(found, speed, z, "")
-        _check_length("the control", speed, z)
-        _check_length("func", found, z)
-        parts = zip(found, speed, z, strict=True)
-        return tuple(self._slope(*part, f" for component {i}") for i, part in enumerate(parts))
-
-    def _slope(self, found: Any, speed: Any, z: Tensor, which: str) -> Tensor:
-        for what, x in (("the derivative of the control", speed), ("the result of func", found)):
-            if not isinstance(x, Tensor):
-                raise ArgumentTypeError(f"{what}{which} is of type {type(x).__name__}; it must be a tensor like z.")
-            if x.dtype != z.dtype:
-                raise SlopeError(f"{what}{which} is of dtype {x.dtype}, and z of {z.dtype}; give all the same dtype.")
-        if speed.shape[:-1] != z.shape[:-1]:
-            raise SlopeError(
-                f"the derivative of the control{which} has shape {tuple(speed.shape)}, and z {tuple(z.shape)}; give a "
-                "control (..., channels) and a state (..., hidden) of the same batch dimensions."
-            )
+        speed = self._speed(t)
+        _check("the derivative of the control", speed, z, lambda part, z: part.shape[:-1] == z.shape[:-1], _CONTROL)
         if self.prod is not None:
-            if found.shape != z.shape:
-                raise SlopeError(f"func.prod returned shape {tuple(found.shape)}{which}, not z's {tuple(z.shape)}.")
-            return found
-        if found.shape != (*z.shape, speed.shape[-1]):
-            raise SlopeError(
-                f"func returned shape {tuple(found.shape)}{which}; it must be (..., hidden, channels), here "
-                f"{(*z.shape, speed.shape[-1])}."
-            )
-        return (found @ speed.unsqueeze(-1)).squeeze(-1)
+            product = self.prod(t, z, speed, *args)
+            _check("the result of func.prod", product, z, lambda part, z: part.shape == z.shape, _PRODUCT)
+            return product
+        matrix = self.func(t, z, *args)
+        _check("the result of func", matrix, z, lambda part, z: part.shape[:-1] == z.shape, _MATRIX)
+        if isinstance(z, Tensor):
+            return _product(matrix, speed)
+        return tuple(_product(*parts) for parts in zip(matrix, speed, strict=True))
+
+    def _speed(self, t: Tensor) -> Any:
+        if isinstance(self.path, (tuple, list)):
+            return tuple(path.derivative(t) for path in self.path)
+        return self.path.derivative(t)
 
 
-def _check_length(what: str, given: Any, z: tuple[Tensor, ...]) -> None:
-    if not isinstance(given, (tuple, list)) or len(given) != len(z):
+def _product(matrix: Tensor, speed: Tensor) -> Tensor:
+    if matrix.shape[-1] != speed.shape[-1]:
+        raise SlopeError(
+            f"the result of func has shape {tuple(matrix.shape)}, with {matrix.shape[-1]} channels last, but the "
+            f"control has {speed.shape[-1]}; return (..., hidden, channels)."
+        )
+    return (matrix @ speed.unsqueeze(-1)).squeeze(-1)
+
+
+def _check(what: str, given: Any, z: State, fits: Callable[[Tensor, Tensor], bool], rule: str) -> None:
+    """Raises SlopeError unless ``given`` is a tensor, or a tuple of such, that ``fits`` z."""
+    if isinstance(z, Tensor):
+        given, z = (given,), (z,)
+    elif not isinstance(given, (tuple, list)) or len(given) != len(z):
         kind = f"{len(given)} tensors" if isinstance(given, (tuple, list)) else f"a {type(given).__name__}"
-        raise SlopeError(f"z is a tuple of {len(z)} tensors, but {what} returns {kind}; it must return as many.")
+        raise SlopeError(f"z is a tuple of {len(z)} tensors, and {what} {kind}; it must be a tuple of as many.")
+    for part, state in zip(given, z, strict=True):
+        if not isinstance(part, Tensor):
+            raise SlopeError(f"{what} is of type {type(part).__name__}; it must be a tensor.")
+        if part.dtype != state.dtype:
+            raise SlopeError(f"{what} is of dtype {part.dtype}, and z of {state.dtype}; give both the same dtype.")
+        if not fits(part, state):
+            raise SlopeError(
+                f"{what} has shape {tuple(part.shape)}, which does not fit z, {tuple(state.shape)}. {rule}"
+            )

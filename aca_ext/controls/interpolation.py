@@ -85,8 +85,11 @@ class Interpolation(nn.Module):
 
     @property
     def jumps(self) -> bool:
-        """True if the derivative, for "constant" the value, is discontinuous at the knots."""
-        return self.kind in ("linear", "constant")
+        """True if the derivative, for "constant" the value, is discontinuous at the knots.
+
+        For "hermite" also with knots that require grad: the derivative is continuous, but not its gradient there.
+        """
+        return self.kind in ("linear", "constant") or (self.kind == "hermite" and self._t.requires_grad)
 
     def evaluate(self, t: Tensor | float) -> Tensor:
         """The values at times t of any shape: (..., \\*t.shape, channels), in the dtype of x."""
@@ -118,7 +121,8 @@ class Interpolation(nn.Module):
         dtype = torch.promote_types(times.dtype, self._t.dtype)
         is_constant = self.kind == "constant"  # whose last value is a piece of its own
         starts = self._t[1:] if is_constant else self._t[1:-1]
-        return torch.bucketize(times.detach().to(dtype), starts.detach().to(dtype), right=is_constant)
+        times, starts = times.detach().to(dtype).unsqueeze(-1), starts.detach().to(dtype)
+        return (times >= starts if is_constant else times > starts).sum(-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Interpolation:
         super()._apply(fn, recurse)

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aca_ext.controls.controlled_field import ControlledField
+from aca_ext.controls.controlled_field import ControlledField, FieldOfSamples
 from aca_ext.controls.interpolation import Interpolation
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError
+from aca_ext.engines.default import get_default_engine
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.odeint import odeint
@@ -33,7 +34,8 @@ def cdeint(
     """Solves dz/dt = func(t, z) dX/dt, a controlled differential equation, from z(t[0]) = z0, as torchcde does.
 
     Adaptive steps end at the knots of an ``Interpolation`` (``Interpolation.solver_options``), unless ``step_t`` or
-    ``jump_t`` is among the options (None for neither), samples are independent, or the solve is inside torch.func.
+    ``jump_t`` is among the options (None for neither), or the solve is inside torch.func. Those of independent samples
+    (option ``batch``) do with engine="compiled" alone; its lanes need code that grows with the number of knots.
     Fixed steps on a linear path evaluate func inside of each step (option ``perturb``), since dX/dt jumps at the knots;
     let knots be nodes of their grid.
 
@@ -60,6 +62,7 @@ def cdeint(
         ArgumentTypeError: X has no method ``derivative``.
         ArgumentValueError: unknown backend; a constant path, whose derivative is zero; a linear path whose knots
             require grad.
+        OptionError: independent samples whose X is no single ``Interpolation`` with a path for each.
         SlopeError: shapes or dtypes of X, func and z0 do not fit.
         Those of ``odeint``.
 
@@ -71,6 +74,9 @@ def cdeint(
     settings = {"rtol": 1e-4, "atol": 1e-6} | kwargs
     settings["options"] = _options_at_knots(paths, settings)
     field = ControlledField(X, func)
+    if settings["options"].get("batch") == "independent" and backend == "aca_ext":
+        field = _field_of_samples(paths, func, z0, settings)
+        settings["args"] = (paths[0].pieces_of_samples, *settings.get("args", ()))
     if backend == "aca_ext":
         settings.pop("adjoint_params", None)
         settings.setdefault("gradient", "aca" if adjoint else "direct")
@@ -114,12 +120,39 @@ def _options_at_knots(paths: Sequence[Any], settings: Mapping[str, Any]) -> dict
         if any(path.jumps for path in paths):
             options.setdefault("perturb", True)
         return options
-    if "step_t" in options or "jump_t" in options or options.get("batch") is not None or is_transformed():
+    is_taken = options.get("batch") is None or _engine(settings) == "compiled"
+    if "step_t" in options or "jump_t" in options or not is_taken or is_transformed():
         return options
     for path in paths:
         for name, knots in path.solver_options.items():
             options[name] = (*options.get(name, ()), *knots)
     return options
+
+
+def _engine(settings: Mapping[str, Any]) -> str:
+    return settings.get("engine") or get_default_engine()
+
+
+def _field_of_samples(
+    paths: Sequence[Any], func: Callable[..., Any], z0: State, settings: Mapping[str, Any]
+) -> FieldOfSamples:
+    """The vector field of independent samples.
+
+    Raises:
+        OptionError: the control is no single ``Interpolation`` with a path for each sample.
+    """
+    (path, *others), advice = paths, 'or leave out option batch="independent".'
+    if others or not isinstance(path, Interpolation) or not isinstance(z0, Tensor):
+        raise OptionError(
+            f"independent samples need an aca_ext.Interpolation as X and a tensor as z0; give them, {advice}"
+        )
+    pieces = path.pieces_of_samples
+    if pieces.dim() < 4 or pieces.shape[:1] != z0.shape[:1]:
+        raise OptionError(
+            f"X has {pieces.shape[0] if pieces.dim() > 3 else 'no'} samples, and z0 has shape {tuple(z0.shape)}. "
+            f"Independent samples need a path each: give x of shape (batch, ..., L, channels), {advice}"
+        )
+    return FieldOfSamples(path, func, by_weights=_engine(settings) == "compiled")
 
 
 def _by_drop_in(

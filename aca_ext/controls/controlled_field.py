@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from aca_ext.controls.interpolation import Interpolation
+from aca_ext.controls.pieces import derivative, polynomial
 from aca_ext.errors import SlopeError
 from aca_ext.problem.state import State
 
@@ -25,7 +28,10 @@ class ControlledField:
         self.prod = getattr(func, "prod", None)
 
     def __call__(self, t: Tensor, z: State, *args: Any) -> State:
-        speed = self._speed(t)
+        return self.slope(t, z, self._speed(t), *args)
+
+    def slope(self, t: Tensor, z: State, speed: Any, *args: Any) -> State:
+        """The slope of z where the path has the derivative ``speed``."""
         _check("the derivative of the control", speed, z, lambda part, z: part.shape[:-1] == z.shape[:-1], _CONTROL)
         if self.prod is not None:
             product = self.prod(t, z, speed, *args)
@@ -41,6 +47,37 @@ class ControlledField:
         if isinstance(self.path, (tuple, list)):
             return tuple(path.derivative(t) for path in self.path)
         return self.path.derivative(t)
+
+
+class FieldOfSamples(ControlledField):
+    """The same for a batch of independent samples, each with its own time.
+
+    It is called with t (batch, 1, ..., 1) and the path's pieces (batch, powers, ..., pieces, channels) as an argument,
+    which follow the samples where the solver takes them one by one.
+    """
+
+    def __init__(self, path: Interpolation, func: Callable[..., Any], *, by_weights: bool) -> None:
+        """``by_weights`` finds the piece of a time by a sum over all, which takes no index that varies."""
+        super().__init__(path, func)
+        self.knots, self.by_weights = path.grid_points, by_weights
+
+    def __call__(self, t: Tensor, z: State, *args: Any) -> State:
+        pieces, *others = args
+        times = t.reshape(-1, 1)
+        knots = self.knots.to(t.dtype)
+        is_behind = times.detach() > knots[1:-1].detach()
+        ones = (1,) * (pieces.dim() - 3)
+        if self.by_weights:
+            behind, one = is_behind.to(t.dtype), torch.ones_like(times)
+            weights = torch.cat([one, behind], dim=-1) - torch.cat([behind, 0 * one], dim=-1)
+            start = (weights * knots[:-1]).sum(-1, keepdim=True)
+            coefficients = (pieces * weights.reshape(-1, *ones, weights.shape[-1], 1)).sum(-2)
+        else:
+            piece = is_behind.sum(-1, keepdim=True)
+            start = knots[piece]
+            coefficients = pieces.take_along_dim(piece.reshape(-1, *ones, 1, 1), dim=-2).squeeze(-2)
+        u = (times - start).reshape(-1, *ones)
+        return self.slope(t, z, polynomial(derivative(coefficients.unbind(1)), u), *others)
 
 
 def _product(matrix: Tensor, speed: Tensor) -> Tensor:

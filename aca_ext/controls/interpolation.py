@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aca_ext.controls.pieces import KINDS
+from aca_ext.controls.pieces import KINDS, derivative, polynomial
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.times import times_of
@@ -56,7 +56,8 @@ class Interpolation(nn.Module):
         self.kind = lookup("kind of interpolation", kind, KINDS)
         _check_values(x)
         self._knots = _checked_knots(t, x)
-        t = t if isinstance(t, Tensor) and t.is_floating_point() else torch.tensor(self._knots, dtype=torch.float64)
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            t = torch.tensor(self._knots, dtype=torch.float64, device="cpu")
         t = t.to(x.device)
         dtype = torch.promote_types(t.dtype, x.dtype)  # differences of coarse times would be wrong
         pieces = KINDS[kind](t.to(dtype), x.to(dtype).transpose(-1, -2))
@@ -91,30 +92,33 @@ class Interpolation(nn.Module):
         """
         return self.kind in ("linear", "constant") or (self.kind == "hermite" and self._t.requires_grad)
 
+    @property
+    def pieces_of_samples(self) -> Tensor:
+        """(batch, powers, ..., pieces, channels): coefficients with the first batch dimension first."""
+        return self._coefficients.movedim(0, 1)
+
     def evaluate(self, t: Tensor | float) -> Tensor:
         """The values at times t of any shape: (..., \\*t.shape, channels), in the dtype of x."""
-        return self._at(t, lambda power: 1, first=0)
+        return polynomial(*self._at(t))
 
     def derivative(self, t: Tensor | float) -> Tensor:
         """The derivative at times t of any shape: (..., \\*t.shape, channels), in the dtype of x.
 
         At a knot where it jumps, that of the piece before; at the first knot, of the piece behind.
         """
-        return self._at(t, lambda power: power, first=1)
+        coefficients, u = self._at(t)
+        return polynomial(derivative(coefficients), u)
 
-    def _at(self, t: Tensor | float, factor: Callable[[int], int], first: int) -> Tensor:
-        """Σ factor(j)·c_j·u^(j - first) for the powers j ≥ first of the time u since the knot before t."""
+    def _at(self, t: Tensor | float) -> tuple[Sequence[Tensor], Tensor]:
+        """The coefficients of the pieces at t, (..., times, channels), and the times since their knots."""
         if not isinstance(t, Tensor) or not t.is_floating_point():
-            t = torch.as_tensor(t, dtype=torch.float64)
+            t = torch.as_tensor(t, dtype=torch.float64, device=self._t.device)
         times = t.to(self._t.device).reshape(-1)
         piece = self._piece(times)
         shape = (*self._coefficients.shape[:-2], *t.shape, self._coefficients.shape[-1])
-        c = self._coefficients.index_select(-2, piece).reshape(shape).unbind()
-        u = (times - self._t.index_select(0, piece)).to(c[0].dtype).reshape(*t.shape, 1)
-        total = torch.zeros_like(c[0])
-        for power in reversed(range(first, len(c))):
-            total = total * u + factor(power) * c[power]
-        return total
+        coefficients = self._coefficients.index_select(-2, piece).reshape(shape).unbind()
+        u = times - self._t.index_select(0, piece)
+        return coefficients, u.to(self._coefficients.dtype).reshape(*t.shape, 1)
 
     def _piece(self, times: Tensor) -> Tensor:
         """The index of the piece that each of the times lies in."""
@@ -127,7 +131,7 @@ class Interpolation(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Interpolation:
         super()._apply(fn, recurse)
         # The knots on the host are rounded as those of the path are.
-        self._knots = tuple(torch.tensor(self._knots, dtype=torch.float64).to(self._t.dtype).tolist())
+        self._knots = tuple(torch.tensor(self._knots, dtype=torch.float64, device="cpu").to(self._t.dtype).tolist())
         return self
 
     def extra_repr(self) -> str:

@@ -1,12 +1,12 @@
-"""Polynomials between the knots of a path, one function for each kind of interpolation.
+"""Polynomials between the knots of a path, one function for each kind of interpolation, and their values.
 
-Each takes the knots t (L,) and the path x (..., L), with NaN where a value is missing, and returns the coefficients of
-the powers 0, 1, ... of the time since the knot before, a list of tensors (..., pieces).
+Each kind takes the knots t (L,) and the path x (..., L), with NaN where a value is missing. It returns the coefficients
+of the powers 0, 1, ... of the time since the knot before, a list of tensors (..., pieces).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,21 @@ def _moved(pieces: Pieces, by: Tensor) -> Pieces:
     """The same cubic polynomials as functions of the time since ``by`` later."""
     a, b, c, d = pieces
     return [a + by * (b + by * (c + by * d)), b + by * (2 * c + 3 * by * d), c + 3 * by * d, d]
+
+
+def polynomial(coefficients: Sequence[Tensor], u: Tensor) -> Tensor:
+    """Σ c_j·u^j"""
+    *lower, total = coefficients
+    for c in reversed(lower):
+        total = total * u + c
+    return total
+
+
+def derivative(coefficients: Sequence[Tensor]) -> list[Tensor]:
+    """The coefficients of the polynomial's derivative."""
+    if len(coefficients) == 1:
+        return [torch.zeros_like(coefficients[0])]
+    return [power * c for power, c in enumerate(coefficients[1:], start=1)]
 
 
 KINDS: dict[str, Callable[[Tensor, Tensor], Pieces]] = {

@@ -241,6 +241,20 @@ class TestEngines:
             assert solutions[2 * i].stats.compiled == "solve"
         assert solutions[2].stats.compile_seconds == 0
 
+    @pytest.mark.parametrize("engine", ["eager", "compiled"])
+    def test_independent_samples_take_the_steps_of_each_alone(self, solutions: list[Any], engine: str) -> None:
+        t = T[:4] / T[3]
+        z0, x, weight = start().requires_grad_(), data()[:, :4, :2].detach().requires_grad_(), Field(HIDDEN, 2)
+        wanted = [z0, x, *weight.parameters()]
+        options = {"batch": "independent"}
+        z = cdeint(Interpolation(t, x, "hermite"), weight, z0, t[[0, -1]], options=options, engine=engine)
+        stop = {} if engine == "compiled" else {"options": {"step_t": None}}
+        alone = [cdeint(Interpolation(t, x[i], "hermite"), weight, z0[i], t[[0, -1]], **stop) for i in range(BATCH)]
+        assert solutions[0].stats.n_accepted.tolist() == [solution.stats.n_accepted for solution in solutions[1:]]
+        assert relative_error(z, torch.stack(alone)) <= 1e-11
+        grads = [torch.autograd.grad(z[..., -1, :].square().sum(), wanted) for z in (z, torch.stack(alone))]
+        assert all(relative_error(one, other) <= 1e-10 for one, other in zip(*grads, strict=True))
+
     def test_inside_torch_func(self) -> None:
         path, field = Interpolation(T, data(), "cubic"), Field()
         z0 = start()
@@ -269,6 +283,21 @@ class TestErrors:
             ({"z0": torch.ones(2, 4, dtype=torch.float64)}, errors.SlopeError, "derivative of the control has shape"),
             ({"z0": torch.ones(5, 4)}, errors.SlopeError, "the derivative of the control is of dtype torch.float64"),
             ({"z0": (start(), start())}, errors.SlopeError, "the derivative of the control a Tensor"),
+            (
+                {"X": Interpolation(T, torch.ones(6, 3)), "options": {"batch": "independent"}},
+                errors.OptionError,
+                "X has no samples",
+            ),
+            (
+                {"X": Interpolation(T, torch.ones(2, 6, 3)), "options": {"batch": "independent"}},
+                errors.OptionError,
+                "X has 2 samples",
+            ),
+            (
+                {"X": [Interpolation(T, torch.ones(2, 6, 3))] * 2, "options": {"batch": "independent"}},
+                errors.OptionError,
+                "independent samples need",
+            ),
             ({"rtol": -1.0}, errors.ToleranceError, "rtol"),
             ({"method": "dopri"}, errors.UnknownNameError, "dopri"),
         ],

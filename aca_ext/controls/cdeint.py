@@ -60,8 +60,8 @@ def cdeint(
 
     Raises:
         ArgumentTypeError: X has no method ``derivative``.
-        ArgumentValueError: unknown backend; a constant path, whose derivative is zero; a linear path whose knots
-            require grad.
+        ArgumentValueError: unknown backend; event_fn or output_fn; a constant path, whose derivative is zero; a linear
+            path whose knots require grad.
         OptionError: independent samples whose X is no single ``Interpolation`` with a path for each.
         SlopeError: shapes or dtypes of X, func and z0 do not fit.
         Those of ``odeint``.
@@ -71,6 +71,11 @@ def cdeint(
     paths = tuple(X) if isinstance(X, (tuple, list)) else (X,)
     for path in paths:
         _check_control(path)
+    for name in ("event_fn", "output_fn"):
+        if kwargs.get(name) is not None:
+            raise ArgumentValueError(
+                f"{name} has no place in cdeint, which returns the states at the times t. Leave it out."
+            )
     settings = {"rtol": 1e-4, "atol": 1e-6} | kwargs
     settings["options"] = _options_at_knots(paths, settings)
     field = ControlledField(X, func)
@@ -113,6 +118,8 @@ def _options_at_knots(paths: Sequence[Any], settings: Mapping[str, Any]) -> dict
     options = dict(settings.get("options") or {})
     paths = [path for path in paths if isinstance(path, Interpolation)]
     method = settings.get("method") or "dopri5"
+    if not isinstance(method, str):
+        return options  # odeint says what is allowed
     weights = METHODS.get(ALIASES.get(method, method)) or IMPLICIT_METHODS.get(method)
     if weights is None:
         return options  # an unknown method, or one of the drop-in alone

@@ -191,6 +191,23 @@ class TestGradients:
             found.append(torch.autograd.grad(second[:, -1].sum(), [x, *field.parameters(), *other.parameters()]))
         assert all(relative_error(one, two) <= 1e-12 for one, two in zip(*found, strict=True))
 
+    @pytest.mark.parametrize("kind", [*SPLINES, "constant"])
+    def test_through_values_of_a_path_in_odeint(self, kind: str) -> None:
+        z0, x = start(), data(missing=0.2)[..., :1].requires_grad_()
+        found = []
+        for gradient in ("aca", "direct"):
+            path = Interpolation(T, x, kind)
+            z = aca_ext.odeint(
+                lambda t, z, path=path: (z * path.evaluate(t)).sin(),
+                z0,
+                path.interval,
+                options=path.solver_options,
+                gradient=gradient,
+            )
+            found.append(torch.autograd.grad(z[-1].square().sum(), x)[0])
+        assert float(found[0].abs().max()) > 1e-3
+        assert relative_error(*found) <= 1e-12
+
     @pytest.mark.parametrize("adjoint_params", [None, ()])
     def test_of_the_drop_in(self, adjoint_params: Any) -> None:
         """The continuous adjoint, close to the exact gradient at tight tolerance; without those left out."""
@@ -298,6 +315,9 @@ class TestErrors:
                 errors.OptionError,
                 "independent samples need",
             ),
+            ({"event_fn": lambda t, z: z.sum()}, errors.ArgumentValueError, "event_fn has no place"),
+            ({"output_fn": lambda t, z: z.sum()}, errors.ArgumentValueError, "output_fn has no place"),
+            ({"method": 5}, errors.UnknownNameError, "5"),
             ({"rtol": -1.0}, errors.ToleranceError, "rtol"),
             ({"method": "dopri"}, errors.UnknownNameError, "dopri"),
         ],

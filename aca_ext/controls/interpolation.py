@@ -30,7 +30,7 @@ class Interpolation(nn.Module):
             * "cubic": the natural cubic spline through the values that are not missing. Two continuous derivatives;
               every value has an effect at every time.
             * "hermite": cubic pieces; the derivative at a knot is that of the line before it. Missing values are on
-              straight lines. Continuous derivative, and no effect of values beyond the next knot.
+              straight lines. Continuous derivative, and no effect of values beyond the next observation.
             * "constant": each value, also in place of missing ones, until the next. At a knot its own.
 
     The path is differentiable with respect to t and x to any order, but not where it jumps; the gradient of a missing
@@ -80,7 +80,7 @@ class Interpolation(nn.Module):
         """Entries of ``options`` with which adaptive steps end at the knots: ``jump_t`` or ``step_t``.
 
         They suit a func that uses the derivative, and for "constant" one that uses the value. The times are numbers on
-        the host, as options are.
+        the host, as options are. A solve gives knots that require grad no gradient for moving a jump of func.
         """
         return {"jump_t" if self.jumps else "step_t": self._knots}
 

@@ -31,7 +31,7 @@ def linear(t: Tensor, x: Tensor) -> Pieces:
 def hermite(t: Tensor, x: Tensor) -> Pieces:
     """Cubic pieces whose slope at a knot is that of the line before it, at the first knot that of the line behind it.
 
-    Source: Morrill et al., Neural CDEs for long time series / online predictions, 2021 (causal up to one observation).
+    Source: Morrill et al., Neural controlled differential equations for online prediction tasks, 2021.
     """
     x, slopes = linear(t, filled_linearly(t, x))
     return _cubic_between(t.diff(), x, slopes, torch.cat([slopes[..., :1], slopes[..., :-1]], dim=-1), slopes)

@@ -23,6 +23,8 @@ else:
     import torch as _torch  # noqa: F401  loads the OpenMP runtime, which the kernels then share
 
     from aca_ext import errors
+    from aca_ext.controls.cdeint import cdeint
+    from aca_ext.controls.interpolation import Interpolation
     from aca_ext.engines.default import get_default_engine, set_default_engine
     from aca_ext.gradients import GRADIENTS
     from aca_ext.kernels.extension import config, show_config
@@ -45,11 +47,13 @@ else:
         "BatchStats",
         "Event",
         "EventRecord",
+        "Interpolation",
         "NeuralODE",
         "Solution",
         "Stats",
         "Step",
         "__version__",
+        "cdeint",
         "config",
         "errors",
         "get_default_engine",

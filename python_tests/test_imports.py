@@ -30,6 +30,7 @@ ORDER = (
     "odeint",
     "neural_ode",
     "torchdiffeq",
+    "controls",
     "tensor_memory",
     "demo",
     "__main__",

@@ -1,0 +1,1 @@
+"""Controls: paths through data, and the equations that they drive."""

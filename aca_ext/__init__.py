@@ -22,7 +22,7 @@ if importlib.util.find_spec("aca_ext._C") is None:
 else:
     import torch as _torch  # noqa: F401  loads the OpenMP runtime, which the kernels then share
 
-    from aca_ext import errors
+    from aca_ext import errors, flows
     from aca_ext.engines.default import get_default_engine, set_default_engine
     from aca_ext.gradients import GRADIENTS
     from aca_ext.kernels.extension import config, show_config
@@ -52,6 +52,7 @@ else:
         "__version__",
         "config",
         "errors",
+        "flows",
         "get_default_engine",
         "odeint",
         "replay",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, SlopeError
 from aca_ext.flows.products import products
 from aca_ext.problem.arguments import lookup
+from aca_ext.vector_field.holdings import Holdings
+from aca_ext.vector_field.module_buffers import modules_of
 
 KINDS = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
@@ -38,8 +40,8 @@ def with_divergence(
 
     Args:
         func: callable or nn.Module (t, y, \\*args) that returns dy/dt, a tensor like y. Samples of a batch must not
-            depend on one another: with batch normalisation in training mode the result is no density. Training takes
-            second derivatives of its operations.
+            depend on one another, which is checked for batch normalisation alone. Training takes second derivatives of
+            its operations.
         kind: "exact": the trace of the Jacobian, by one product for each element of a sample. "hutchinson": the mean of
             eᵀJe over random vectors e, which are drawn once for each solve. The estimate is unbiased.
         probes: number of random vectors of "hutchinson"; default 1.
@@ -102,9 +104,11 @@ class DivergenceField(nn.Module):
         """The initial state (y, change of log-density, \\*penalties); all but y are zeros of the batch's shape.
 
         Raises:
-            ArgumentTypeError, ArgumentValueError: y is no real tensor with a dimension for each of ``batch_dims``.
+            ArgumentTypeError, ArgumentValueError: y is no real tensor with a dimension for each of ``batch_dims``, or
+                func normalises over the batch.
         """
         self._check(y)
+        _refuse_batch_normalisation(self.func)
         zeros = y.new_zeros(y.shape[: self.batch_dims])
         return y, zeros, *(zeros.clone() for _ in self.penalties)
 
@@ -170,6 +174,16 @@ class DivergenceField(nn.Module):
 def state_norm(error: tuple[Tensor, ...]) -> Tensor:
     """The RMS norm of the first component alone: ``options={"norm": state_norm}`` leaves the log-density out."""
     return error[0].square().mean().sqrt()
+
+
+def _refuse_batch_normalisation(func: Callable[..., Any]) -> None:
+    """Raises if samples depend on one another by batch statistics, since then none has a density of its own."""
+    for module in modules_of(func) if isinstance(func, nn.Module) else Holdings((func,)).modules:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ArgumentValueError(
+                f"func holds a {type(module).__name__} that uses batch statistics: samples depend on one another and "
+                "have no density of their own. Call func.eval() if it has running statistics, or use another layer."
+            )
 
 
 def _count(name: str, value: object, least: int) -> int:

@@ -22,7 +22,7 @@ from aca_ext.solver.stats import BatchStats, Stats
 Times = Tensor | Sequence[float]
 
 _ATOL = next(argument.default for argument in fields(Arguments) if argument.name == "atol")
-_UNBOUNDED = 1e30  # an absolute tolerance that no error reaches, finite in float32
+_UNBOUNDED = 1e30  # an absolute tolerance that no error reaches
 
 
 class Likelihood(NamedTuple):
@@ -85,7 +85,8 @@ def likelihood(
     """
     field = func if isinstance(func, DivergenceField) else with_divergence(func)
     _log_prob_of(base)
-    backward = _checked_times(t).flip(-1)
+    times = _checked_times(t)
+    backward = times.flip(-1) if isinstance(times, Tensor) else times[::-1]
     state, stats = _end("flows.likelihood", field, x, backward, args, probes, error_norm, settings)
     z, change, *penalties = state
     signs = _direction(backward)
@@ -155,7 +156,7 @@ def _end(
     caller: str,
     field: DivergenceField,
     y: Tensor,
-    t: Tensor,
+    t: Times,
     args: Sequence[Any],
     probes: Tensor | None,
     error_norm: str,
@@ -170,13 +171,13 @@ def _end(
         raise ArgumentValueError(
             'probes are given, but the divergence is exact; use with_divergence(func, "hutchinson").'
         )
-    tolerances = _tolerances(error_norm, len(state), settings)
+    tolerances = _tolerances(error_norm, state, settings)
     solution = solve(field, state, t, args=args, **{**settings, **tolerances})
     _check_complete(caller, solution.is_complete)
     return tuple(component[-1] for component in solution.y), solution.stats
 
 
-def _tolerances(error_norm: str, n_components: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _tolerances(error_norm: str, state: Sequence[Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The tolerance that leaves all components but the first out of the error norm, for "state".
 
     A huge tolerance works in every engine, where a norm of one's own would keep the steps in Python.
@@ -186,7 +187,8 @@ def _tolerances(error_norm: str, n_components: int, settings: Mapping[str, Any])
     atol = settings.get("atol", _ATOL)
     if isinstance(atol, (tuple, list)):
         raise ArgumentValueError('atol is given for each component; with error_norm="state" give that of y alone.')
-    return {"atol": (atol, *(_UNBOUNDED for _ in range(n_components - 1)))}
+    unbounded = min(_UNBOUNDED, torch.finfo(state[0].dtype).max)
+    return {"atol": (atol, *(unbounded for _ in state[1:]))}
 
 
 def _check(caller: str, settings: Mapping[str, Any]) -> None:
@@ -241,19 +243,26 @@ def _base_samples(n: object, base: Any) -> Tensor:
     return drawn
 
 
-def _checked_times(t: Times) -> Tensor:
-    """The times as a tensor.
+def _checked_times(t: Times) -> Tensor | tuple[float, ...]:
+    """The times as a tensor, or as numbers, which have no derivative inside transforms.
 
     Raises:
-        TimeError: they are no times, or fewer than two.
+        TimeError: they are no times, fewer than two, or padded.
     """
-    times = t if isinstance(t, Tensor) else torch.tensor(times_of(t), dtype=torch.float64, device="cpu")
-    if times.dim() == 0 or times.shape[-1] < 2:
+    times = t if isinstance(t, Tensor) else times_of(t)
+    count = len(times) if not isinstance(times, Tensor) else times.shape[-1] if times.dim() else 0
+    if count < 2:
         raise TimeError("t has no end: give the time of the base distribution and that of the data, (0.0, 1.0).")
+    if isinstance(times, Tensor) and times.dim() > 1 and bool(times.isnan().any()):
+        raise TimeError(
+            "t holds NaN, so that some samples have no last time here. Give each sample its first and last."
+        )
     return times
 
 
-def _direction(times: Tensor) -> Tensor | float:
+def _direction(times: Tensor | tuple[float, ...]) -> Tensor | float:
     """1 where time increases and -1 where it decreases; (batch,) for times of single samples."""
+    if not isinstance(times, Tensor):
+        return 1.0 if times[-1] > times[0] else -1.0
     sign = torch.sign(times[..., -1] - times[..., 0]).detach()
     return float(sign) if sign.dim() == 0 else sign

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.problem.transforms import is_transformed
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError
+from aca_ext.problem.transforms import is_transformed, is_transformed_by_func
 
 Function = Callable[[Tensor], Tensor]
 
@@ -23,19 +24,33 @@ def products(f: Function, y: Tensor, vectors: Tensor, mode: str | None) -> tuple
     overhead; forward mode inside transforms of torch.func, where ``torch.autograd.grad`` does not work, and in
     inference mode, where there are no graphs.
     """
-    if mode is None:
-        is_reverse = torch.compiler.is_compiling() or not (is_transformed() or torch.is_inference_mode_enabled())
-        mode = "reverse" if is_reverse else "forward"
-    return _by_reverse_mode(f, y, vectors) if mode == "reverse" else _by_forward_mode(f, y, vectors)
+    if _is_reverse(mode):
+        return _by_reverse_mode(f, y, vectors)
+    return _by_forward_mode(f, y, vectors)
+
+
+def _is_reverse(mode: str | None) -> bool:
+    if torch.compiler.is_compiling():
+        return mode != "forward"
+    is_inside = is_transformed()
+    if is_inside and not is_transformed_by_func():
+        raise ArgumentTypeError(
+            "a divergence has no forward-mode derivative by torch.autograd.forward_ad, since PyTorch does not nest its "
+            "levels. Use torch.func.jvp."
+        )
+    if is_inside and mode == "reverse":
+        raise ArgumentValueError(
+            'mode="reverse" does not work inside transforms of torch.func. Use mode="forward" or leave it out.'
+        )
+    return mode == "reverse" or (mode is None and not (is_inside or torch.is_inference_mode_enabled()))
 
 
 def _by_forward_mode(f: Function, y: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     def product(v: Tensor) -> Any:
         return torch.func.jvp(f, (y,), (v,))
 
-    # The value does not depend on v, so it is computed once.
-    result: tuple[Tensor, Tensor] = torch.func.vmap(product, out_dims=(None, 0))(vectors)  # type: ignore[arg-type]
-    return result
+    values, found = torch.func.vmap(product)(vectors)
+    return values[0], found  # one value, computed once and expanded, since it does not depend on v
 
 
 def _by_reverse_mode(f: Function, y: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -242,6 +242,21 @@ class TestFields:
         assert "kind='hutchinson', probes=1" in repr(field)
 
 
+def torch_sin(t: Tensor, y: Tensor) -> Tensor:
+    return y.sin()
+
+
+class _Unary(nn.Module):
+    """A network that ignores time."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.net(y)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("settings", "error", "message"),
@@ -270,6 +285,28 @@ class TestErrors:
         for y in (torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3, 2, dtype=torch.int64), (torch.zeros(3),)):
             with pytest.raises(ArgumentTypeError, match="real numbers"):
                 field.start(y)  # type: ignore[arg-type]
+
+    def test_batch_normalisation(self) -> None:
+        net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        for func in (lambda t, y: net(y), _Unary(net)):
+            net.train()
+            with pytest.raises(ArgumentValueError, match="BatchNorm1d"):
+                flows.with_divergence(func).start(torch.zeros(3, 2))
+            net.eval()
+            assert len(flows.with_divergence(func).start(torch.zeros(3, 2))) == 2
+
+    def test_transforms(self) -> None:
+        y, t = torch.randn(3, 2), torch.tensor(0.0)
+        field = flows.with_divergence(torch_sin, mode="reverse")
+        with pytest.raises(ArgumentValueError, match='mode="forward"'):
+            torch.func.jvp(lambda y: field(t, field.start(y))[1], (y,), (y,))
+        field = flows.with_divergence(torch_sin)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(y, y)
+            with pytest.raises(ArgumentTypeError, match=r"torch\.func\.jvp"):
+                field(t, field.start(dual))
+        tangent = torch.func.jvp(lambda y: field(t, field.start(y))[1], (y,), (y,))[1]
+        torch.testing.assert_close(tangent, (y.sin() * y).sum(1))
 
     def test_probes(self) -> None:
         y, times = torch.zeros(3, 2, dtype=DTYPE), (0.0, 1.0)

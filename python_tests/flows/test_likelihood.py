@@ -165,6 +165,23 @@ def test_times_of_single_samples() -> None:
             torch.testing.assert_close(found.penalties[name][i], alone.penalties[name][0], rtol=1e-7, atol=1e-7)
 
 
+def test_transforms_of_a_likelihood() -> None:
+    func, x, times = Linear(), torch.randn(3, 2, dtype=DTYPE), (0.0, 1.0)
+    expected = func.density(1.0, torch.tensor(1.0, dtype=DTYPE))
+    scores = torch.linalg.solve(expected.covariance_matrix, (expected.mean - x).T).T
+    jacobian = torch.func.jacfwd(lambda x: flows.log_prob(func, x, times, standard(), **TIGHT))(x)
+    torch.testing.assert_close(jacobian.sum(1), scores, rtol=1e-6, atol=1e-6)
+    field = flows.with_divergence(func, batch_dims=0)
+    found = torch.vmap(lambda x: flows.log_prob(field, x, times, standard(), **TIGHT))(x)
+    torch.testing.assert_close(found, expected.log_prob(x), rtol=1e-7, atol=1e-7)
+    estimate = flows.with_divergence(func, "hutchinson", batch_dims=0)
+    probes = torch.ones(3, 1, 2, dtype=DTYPE)
+    one = torch.vmap(lambda x, e: flows.log_prob(estimate, x, times, standard(), probes=e, **TIGHT))(x, probes)
+    batched = flows.with_divergence(func, "hutchinson")
+    other = flows.log_prob(batched, x, times, standard(), probes=probes, **TIGHT)
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
+
+
 def test_error_norm_of_the_state_alone() -> None:
     class Stretching(nn.Module):
         """Samples stand still, while the density oscillates fast: y' = y sin(50 t) at y = 0."""
@@ -254,6 +271,11 @@ class TestErrors:
             (lambda f, x, b: flows.log_prob(f, x, (0.0, 1.0), 3), ArgumentTypeError, "log_prob"),
             (lambda f, x, b: flows.log_prob(f, x, (0.0,), b), TimeError, "no end"),
             (lambda f, x, b: flows.log_prob(f, x, torch.tensor(1.0), b), TimeError, "no end"),
+            (
+                lambda f, x, b: flows.log_prob(f, x, torch.tensor([[0.0, 1.0], [0.0, torch.nan], [0.0, 1.0]]), b),
+                TimeError,
+                "holds NaN",
+            ),
             (lambda f, x, b: flows.log_prob(f, x, "01", b), TimeError, "type str"),
             (lambda f, x, b: flows.log_prob(f, x.cfloat(), (0.0, 1.0), b), ArgumentTypeError, "real numbers"),
             (lambda f, x, b: flows.log_prob(f, x, (0.0, 1.0), b, probes=x), ArgumentValueError, "is exact"),

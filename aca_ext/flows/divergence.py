@@ -52,7 +52,7 @@ def with_divergence(
         batch_dims: number of leading dimensions of y that count samples; the others are one sample. Default 1. Use 0
             inside torch.vmap.
         mode: "reverse" or "forward" derivatives of func. Default: reverse, and forward inside transforms of torch.func
-            and in inference mode.
+            and in inference mode. Give "forward" for transforms of torch.func inside torch.compile.
 
     Raises:
         ArgumentTypeError, ArgumentValueError, UnknownNameError: an argument is not accepted.
@@ -207,7 +207,7 @@ def _check_probes(probes: object, y: Tensor, batch_dims: int) -> None:
             "*args), or use flows.log_prob, which draws them."
         )
     shape = (*probes.shape[:batch_dims], *probes.shape[batch_dims + 1 :])
-    if shape != tuple(y.shape):
+    if shape != tuple(y.shape) or probes.shape[batch_dims] == 0:
         raise ArgumentValueError(
             f"the probes have shape {tuple(probes.shape)} and y has {tuple(y.shape)}. Draw them for this y, "
             "field.draw_probes(y), and give them as the first of args."

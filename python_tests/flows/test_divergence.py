@@ -315,6 +315,8 @@ class TestErrors:
             aca_ext.odeint(field, field.start(y), times)
         with pytest.raises(ArgumentValueError, match=r"shape \(1, 1, 2\)"):
             aca_ext.odeint(field, field.start(y), times, args=(field.draw_probes(y[:1]),))
+        with pytest.raises(ArgumentValueError, match=r"shape \(3, 0, 2\)"):
+            aca_ext.odeint(field, field.start(y), times, args=(y[:, None][:, :0],))
         with pytest.raises(ArgumentValueError, match="has no probes"):
             flows.with_divergence(Network()).draw_probes(y)
 

@@ -52,7 +52,7 @@ def with_divergence(
         batch_dims: number of leading dimensions of y that count samples; the others are one sample. Default 1. Use 0
             inside torch.vmap.
         mode: "reverse" or "forward" derivatives of func. Default: reverse, and forward inside transforms of torch.func
-            and in inference mode. Give "forward" for transforms of torch.func inside torch.compile.
+            and in inference mode. Not for transforms of torch.func inside torch.compile.
 
     Raises:
         ArgumentTypeError, ArgumentValueError, UnknownNameError: an argument is not accepted.

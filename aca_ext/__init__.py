@@ -22,7 +22,7 @@ if importlib.util.find_spec("aca_ext._C") is None:
 else:
     import torch as _torch  # noqa: F401  loads the OpenMP runtime, which the kernels then share
 
-    from aca_ext import errors
+    from aca_ext import errors, flows
     from aca_ext.controls.cdeint import cdeint
     from aca_ext.controls.interpolation import Interpolation
     from aca_ext.engines.default import get_default_engine, set_default_engine
@@ -56,6 +56,7 @@ else:
         "cdeint",
         "config",
         "errors",
+        "flows",
         "get_default_engine",
         "odeint",
         "replay",

@@ -29,6 +29,7 @@ ORDER = (
     "engines",
     "odeint",
     "neural_ode",
+    "flows",
     "torchdiffeq",
     "controls",
     "tensor_memory",

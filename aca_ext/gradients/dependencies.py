@@ -50,7 +50,7 @@ class FirstEvaluation:
         y = y.clone() if y.is_inference() else y
         watch = _watch_for(task.field.func, (y, *args))
         k = (_plain if is_traced else _differentiable)(task, y, watch)
-        task.field.calls_autograd = watch.has_called_autograd
+        task.field.calls_autograd = _needs_graph_inside(task, watch)
         captured = watch.captured_and_held()
         self.params = captured if task.params is None else [p for p in task.params if p.requires_grad]
         n_captured = len(captured)
@@ -131,8 +131,13 @@ def first_slope_with_graph(task: Task) -> Tensor | None:
     """f(t0, y0) with its autograd graph; also records in ``task.field`` whether func calls autograd."""
     watch = _watch_for(task.field.func, ())
     k = task.first_slope(task.problem.y0, watch)
-    task.field.calls_autograd = watch.has_called_autograd
+    task.field.calls_autograd = _needs_graph_inside(task, watch)
     return k
+
+
+def _needs_graph_inside(task: Task, watch: Any) -> bool:
+    """Tells whether func calls autograd and leaves it to its caller to enable gradients."""
+    return watch.has_called_autograd and not getattr(task.field.func, "enables_grad_itself", False)
 
 
 def _plain(task: Task, y: Tensor, watch: Any) -> Tensor | None:

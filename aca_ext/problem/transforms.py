@@ -28,7 +28,12 @@ _level: Callable[[], int | None] = getattr(_FUNCTORCH, "maybe_current_level", la
 
 def is_transformed() -> bool:
     """Tells whether a transform of torch.func, or a level of forward-mode derivatives, is active in this thread."""
-    return _level() is not None or getattr(forward_ad, "_current_level", -1) >= 0
+    return is_transformed_by_func() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_transformed_by_func() -> bool:
+    """Tells whether a transform of torch.func is active in this thread."""
+    return _level() is not None
 
 
 def outside_transforms() -> AbstractContextManager[Any]:

@@ -24,6 +24,7 @@ from aca_ext.engines.compiled import tracing as capture
 from aca_ext.errors import (
     AcaError,
     ArgumentTypeError,
+    ArgumentValueError,
     CompileError,
     NonFiniteError,
     SlopeError,
@@ -322,7 +323,7 @@ class TestCache:
             odeint(3, y0, t, **settings)  # type: ignore[arg-type]
         with pytest.raises(ArgumentTypeError, match="args"):
             odeint(func, y0, t, args=3, **settings)  # type: ignore[arg-type]
-        with pytest.raises(ArgumentTypeError, match="transform"):
+        with pytest.raises(ArgumentValueError, match="transform"):
             torch.func.vmap(lambda y: odeint(func, y, t, **settings))(sample(2, 3))
         with torch.autocast("cpu"):
             assert "autocast" in solve(func, y0, t, **settings).stats.reason

@@ -78,6 +78,7 @@ class Replay:
         self._has_totals = False  # every gradient has a first term
         is_named = not is_checked and (is_one_graph or not cuts_all)
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
+        self._origins = tuple(p for _, p in self.origins)
         # The graph between named params and tensors made from them before the solve serves every evaluation.
         has_histories = field.holdings is not None and field.holdings.has_histories()
         self._keeps_graph = is_named and (bool(self.origins) or has_histories)
@@ -162,7 +163,7 @@ class Replay:
         if self._known is not None:
             self.check(slopes, y)
         try:
-            targets = y, *self._targets, *(p for _, p in self.origins)
+            targets = y, *self._targets, *self._origins
             v, *grads = _run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
@@ -186,7 +187,7 @@ class Replay:
         """Gradients of a slope with respect to ``wanted``, which ends with the inputs; adds up nothing."""
         if not self._keeps_graph:
             return torch.autograd.grad(k, wanted, grad_k, allow_unused=True, create_graph=create_graph)
-        targets = *wanted, *(p for _, p in self.origins)
+        targets = *wanted, *self._origins
         with torch._C.DisableTorchFunction():  # otherwise the substitutes would take the place of the origins
             found = torch.autograd.grad(
                 k, targets, grad_k, retain_graph=True, allow_unused=True, create_graph=create_graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.adams import AdamsSteps, TransposedAdamsSteps, repeated
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.method import advancing_method_of, method_of
+from aca_ext.solver.method import Method, advancing_method_of, method_of
 from aca_ext.solver.runge_kutta import Coefficients, Compare, Trial, scheme_of, stage_times
 from aca_ext.solver.slope_checkpoints import earlier_slopes
 from aca_ext.vector_field.replay import Replay
@@ -55,10 +56,13 @@ class _OneStep:
     """Steps of a one-step method: a row is a state."""
 
     def __init__(self, problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations) -> None:
-        self._problem, self._steps, self._replay = problem, record.steps, replay
+        self._problem, self._steps, self._replay, self._ops = problem, record.steps, replay, ops
         self._method = method_of(problem, replay, ops, estimate_error=problem.adaptive, repeats=True)
-        self._advancing = advancing_method_of(problem, replay, ops)
         self.scheme = self._method.scheme
+
+    @cached_property
+    def _advancing(self) -> Method:
+        return advancing_method_of(self._problem, self._replay, self._ops)
 
     def state(self, row: Tensor) -> Tensor:
         return row

@@ -80,8 +80,9 @@ class Replay:
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
         self._origins = tuple(p for _, p in self.origins)
         # The graph between named params and tensors made from them before the solve serves every evaluation.
-        has_histories = field.holdings is not None and field.holdings.has_histories()
-        self._keeps_graph = is_named and (bool(self.origins) or has_histories)
+        self._keeps_graph = is_named and (
+            bool(self.origins) or (field.holdings is not None and field.holdings.has_histories())
+        )
         # After a complete walk, asking for the gradients of a few unused leaves is cheaper than searching every graph.
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept

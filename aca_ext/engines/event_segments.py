@@ -27,8 +27,9 @@ _TIMES = ("step_t", "jump_t")
 def solve_with_events(arguments: Arguments) -> Solution:
     """The solution, started anew at every reset.
 
-    A segment after a reset is solved in the time since the reset, and the time of the reset is an argument of func. So
-    the gradient with respect to that time is exact for the discrete solution, as that of any argument is.
+    A segment after a reset is solved in the time since the reset, and the time of the reset is an argument of func, so
+    that it has a gradient. Requested times have moved against it; for their part of this gradient, see
+    ``gradients.requested_times``.
 
     Raises:
         EventError: resets follow one another without end, or a reset returned something that is no state.

@@ -30,8 +30,8 @@ class Event:
         terminal: True ends the solve at the first occurrence.
         reset: function (t, y) called at every occurrence. The solve continues from the state that it returns, which is
             like y0. Not together with ``terminal``. With independent samples it is called on the whole batch, with t of
-            shape (batch, 1, ..., 1), whenever some samples have occurrences; of its result only their rows count. A reset
-            that carries the state across the zero of another event's function is no occurrence of that event.
+            shape (batch, 1, ..., 1), whenever some samples have occurrences; of its result only their rows count. A
+            reset that carries the state across the zero of another event's function is no occurrence of that event.
 
     Raises:
         ArgumentTypeError: fn or reset is not callable, or terminal is no bool.

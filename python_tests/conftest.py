@@ -57,3 +57,13 @@ def no_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     from aca_ext.engines.compiled import engine
 
     monkeypatch.setattr(engine, "_solve_by_evaluations", lambda: engine.solve_uncompiled)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an empty cache of compiled libraries, which this test uses alone."""
+    from aca_ext.engines.compiled import library_cache
+
+    monkeypatch.setenv(library_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(library_cache, "_libraries", {})
+    return tmp_path / "cache"

@@ -259,7 +259,7 @@ def test_several_events_of_one_sample_in_one_step_come_in_order() -> None:
     events.append(Event(lambda t, y: torch.stack([y[:, 0] - 0.25, y[:, 0] - 0.35], 1), terminal=True))
     y0 = torch.tensor([[0.0], [0.15], [0.4]], dtype=DTYPE)
     solution = solve(lambda t, y: 1 + 0 * y, y0, [0.0, 0.02, 5.0], events=events, options=INDEPENDENT)
-    expected = [[[], [], []], [[0.1], [], []], [[0.2], [0.05], []]]
+    expected: list[list[list[float]]] = [[[], [], []], [[0.1], [], []], [[0.2], [0.05], []]]
     for record, times in zip(solution.events, expected, strict=False):
         assert [times_of(record, i)[0].tolist() for i in range(3)] == [pytest.approx(t) for t in times]
     assert solution.events[3].t[:2].tolist() == pytest.approx([0.25, 0.1])

@@ -335,7 +335,7 @@ class TestLimits:
         with pytest.raises(aca_ext.errors.GraphError, match=method):
             aca_ext.odeint(oscillate, rotated(0.0), EQUAL, method=method, engine="graph")
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
     def test_recordings_say_no(self) -> None:
         with pytest.raises(ArgumentValueError, match="explicit_adams"):
             torch.jit.trace(lambda y: aca_ext.odeint(oscillate, y, EQUAL, method="explicit_adams"), rotated(0.0))

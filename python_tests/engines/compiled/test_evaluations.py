@@ -448,7 +448,8 @@ class TestByInductor:
             stats = solve(func, sample(3, 4) / 3, T, engine="compiled", **TOLERANCES).stats
             assert torch.equal(torch.get_rng_state(), drawn)
             both(func, sample(3, 4) / 3, inputs=(*mixed.parameters(), *conv.parameters()))
-        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        of_machine = "torch.utils.cpp_extension"  # says that there is no GPU
+        assert not [x for x in caplog.records if x.levelno >= logging.WARNING and x.name != of_machine]
         assert stats.compile_seconds > 0
 
     def test_only_if_it_is_faster(self, monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:

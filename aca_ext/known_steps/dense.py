@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from aca_ext.errors import ArgumentTypeError, ReplayError, TimeError
+from aca_ext.numerics.weights import Weights
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.transforms import Batches
 from aca_ext.solution import Solution
-from aca_ext.solver.repeated_steps import PlainOperations, dense_derivative_weights, dense_weights
+from aca_ext.solver.repeated_steps import PlainOperations
 from aca_ext.solver.runge_kutta import scheme_of, stage_times, step
 from aca_ext.solver.step_plan import StepBounds, StepPlan
 from aca_ext.vector_field.repeatable import repeatable
@@ -53,7 +54,7 @@ class DenseSolution(Solution):
             ReplayError: func does not repeat the steps of the solve; it has changed.
         """
         assert self.interpolant is not None
-        return self.interpolant.at(t, dense_weights)
+        return self.interpolant.at(t, Weights.dense_weights)
 
     def derivative(self, t: Any) -> State:
         """The derivative of the solution in time, shaped like the state; arguments and errors as for a call.
@@ -62,7 +63,7 @@ class DenseSolution(Solution):
         that at the end of the first.
         """
         assert self.interpolant is not None
-        return self.interpolant.at(t, dense_derivative_weights)
+        return self.interpolant.at(t, Weights.dense_derivative_weights)
 
 
 class Interpolant:
@@ -113,7 +114,7 @@ class Interpolant:
             first: list[Tensor] = []  # results of the solve, for comparison when they are computed again
 
             def of_step(start: Tensor, n: int = n, at: Tensor = flat[places], first: list[Tensor] = first) -> Any:
-                states = self._inside(n, at, dense_weights, start)
+                states = self._inside(n, at, Weights.dense_weights, start)
                 as_given = at.to(states).unbind(0)
                 found = [fn(t, self._packing.unpack(y)) for t, y in zip(as_given, states.unbind(0), strict=True)]
                 values = [x.detach() for x in pytree.tree_leaves(found) if isinstance(x, Tensor)]
@@ -153,7 +154,7 @@ class Interpolant:
         at = stage_times(self._scheme, t, h, t_next, self._plan.jumps, y.dtype)
         trial = step(self._f, self._ops, self._scheme, at, y, h)
         self._check(bounds, y, trial.y1, self._states[n + 1], trial.k)
-        theta, of_state = (times - t) / (t_next - t), weights_at is dense_weights
+        theta, of_state = (times - t) / (t_next - t), weights_at is Weights.dense_weights
         scale = h if of_state else h / (t_next - t)
         total: Any = y if of_state else torch.zeros_like(y)
         shape = (len(times), *(1,) * y.dim())

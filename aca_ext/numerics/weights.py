@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Row = tuple[Fraction, ...]
 WeightsType = TypeVar("WeightsType", bound="Weights")
@@ -120,29 +120,31 @@ class Weights:
         # Stages that dense output does not use get no coefficients, so that dense_weights skips them.
         return tuple(tuple(float(p) for p in reversed(row)) if any(row) else () for row in self.dense)
 
-    def dense_weights(self, theta: float) -> list[float]:
-        """The weights b_1(theta), ..., b_s(theta) in float64, at position ``theta`` in [0, 1] of a step.
+    def dense_weights(self, theta: Any) -> list[Any]:
+        """The weights b_1(theta), ..., b_s(theta) at position ``theta`` in [0, 1] of a step: a number, array or tensor.
+
+        A stage without a weight has 0.0, whatever theta is.
 
         Raises:
             ValueError: the method has no dense output.
         """
-        weights: list[float] = []
+        weights: list[Any] = []
         for row in self.dense_coefficients:
-            weight = 0.0
+            weight: Any = 0.0
             for coefficient in row:
                 weight = (weight + coefficient) * theta
             weights.append(weight)
         return weights
 
-    def dense_derivative_weights(self, theta: float) -> list[float]:
+    def dense_derivative_weights(self, theta: Any) -> list[Any]:
         """Derivatives of ``dense_weights`` with respect to theta: dy/dt of the dense output is Σ b_i'(theta)·k_i.
 
         Raises:
             ValueError: the method has no dense output.
         """
-        weights: list[float] = []
+        weights: list[Any] = []
         for row in self.dense_coefficients:
-            weight = 0.0
+            weight: Any = 0.0
             for power, coefficient in zip(range(len(row), 0, -1), row, strict=True):
                 weight = weight * theta + power * coefficient
             weights.append(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor
 from aca_ext.kernels import reference
 from aca_ext.kernels.operations import Floats, Tensors, TorchOperations
 from aca_ext.kernels.reference import Number
-from aca_ext.numerics.tableau import Tableau
-from aca_ext.numerics.weights import Weights as AnyWeights
 from aca_ext.problem.tolerance import Tolerance
 from aca_ext.solver.runge_kutta import Scheme, Weights, nonzero, scheme_of, solution_only, stage_times, step
 from aca_ext.solver.step_plan import Array, StepPlan, outputs_by_step, places_of
@@ -131,33 +129,11 @@ def _inside(lanes: Lanes, plan: StepPlan, starts: Tensor, slopes: Sequence[Seque
     index, theta = places_of(steps, plan.times[:, 1:-1])
     h = np.take_along_axis(steps[:, :, 1], index, 1)
     total = lanes.pick(starts, index)
-    for i, b in enumerate(dense_weights(plan.tableau, theta)):
+    for i, b in enumerate(plan.tableau.dense_weights(theta)):
         if np.any(b):
             k = torch.stack([of_step[i] for of_step in slopes])
             total = total + lanes.weights(h * b, starts) * lanes.pick(k, index)
     return total
-
-
-def dense_weights(tableau: AnyWeights, theta: Any) -> list[Any]:
-    """The weights of the slopes at positions ``theta``, an array or a tensor; 0.0 for slopes without weight."""
-    weights: list[Any] = []
-    for row in tableau.dense_coefficients:
-        weight: Any = 0.0
-        for coefficient in row:
-            weight = (weight + coefficient) * theta
-        weights.append(weight)
-    return weights
-
-
-def dense_derivative_weights(tableau: Tableau, theta: Any) -> list[Any]:
-    """Derivatives of ``dense_weights`` with respect to ``theta``."""
-    weights: list[Any] = []
-    for row in tableau.dense_coefficients:
-        weight: Any = 0.0
-        for power, coefficient in zip(range(len(row), 0, -1), row, strict=True):
-            weight = weight * theta + power * coefficient
-        weights.append(weight)
-    return weights
 
 
 class Rows:

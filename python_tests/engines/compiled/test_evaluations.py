@@ -343,7 +343,7 @@ class TestSolves:
 
 @pytest.mark.usefixtures("no_programs")
 class TestChanges:
-    """What changes between solves, or between a forward and its backward pass."""
+    """Changes of func between solves, and between a forward and its backward pass."""
 
     def test_between_solves(self) -> None:
         func, y0 = Wave(), sample(2, 3)

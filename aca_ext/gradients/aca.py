@@ -24,7 +24,7 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.gradients.replayed_steps import differentiable_step, replayed_steps
-from aca_ext.kernels.fused import empty_rows, operations_for, rows_like
+from aca_ext.kernels.fused import TorchOperations, empty_rows, operations_for, rows_like
 from aca_ext.kernels.layout import stack_rows
 from aca_ext.kernels.pool import pool_for
 from aca_ext.numerics.adams import Adams
@@ -105,7 +105,9 @@ class _EagerBackward:
             # This pass overwrites the states between the ends, so a second pass (retain_graph) must not read them.
             ends = 0, len(steps)
             self._numbers = [n if n in ends else -1 for n in self._numbers]
-        return _replay_backward(self._forward, self._capacity, grad_ys, held, self._width, inputs)
+        problem = self._forward.task.problem
+        with pool_for(problem.settings).lend(problem.y0.detach(), problem.tolerance) as ops:
+            return _replay_backward(self._forward, ops, self._capacity, grad_ys, held, self._width, inputs)
 
     def differentiable_gradients(
         self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]
@@ -135,6 +137,7 @@ def _record(forward: ForwardPass) -> StepRecord:
 
 def _replay_backward(
     forward: ForwardPass,
+    ops: TorchOperations,
     capacity: float,
     grad_ys: Tensor,
     held: Sequence[tuple[int, Tensor]],
@@ -143,7 +146,6 @@ def _replay_backward(
 ) -> Gradients:
     problem, steps = forward.task.problem, _steps(forward)
     y0 = problem.y0.detach()
-    ops = operations_for(y0, problem.tolerance)
     replay = forward.replay(inputs)
     replayed = replayed_steps(problem, _record(forward), replay, ops, held, width)
     solution = replayed.scheme.solution

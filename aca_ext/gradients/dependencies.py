@@ -210,16 +210,18 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _AUTOGRAD:
             self.has_called_autograd = True
-        for x in tensors_in((args, kwargs or {})):
-            if x.requires_grad and id(x) not in self._ids:
-                self._ids.add(id(x))
-                self._captured.append(x)
-        result = func(*args, **(kwargs or {}))
-        for x in tensors_in(result):
-            if x.requires_grad and id(x) not in self._ids:
-                self._ids.add(id(x))
-                self._made.append(x)
+        self._note(args if not kwargs else (*args, *kwargs.values()), self._captured)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        self._note((result,), self._made)
         return result
+
+    def _note(self, values: Sequence[Any], into: list[Tensor]) -> None:
+        """Appends the tensors in ``values`` that require grad and were not met before."""
+        for value in values:
+            for x in (value,) if isinstance(value, Tensor) else tensors_in(value):
+                if x.requires_grad and id(x) not in self._ids:
+                    self._ids.add(id(x))
+                    into.append(x)
 
     def captured_and_held(self) -> list[Tensor]:
         """Captured operands with a history, except temporaries of functions that bypass ``__torch_function__``."""

@@ -23,17 +23,13 @@ except ImportError:
 _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 is_wrapped: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", lambda x: False)
 _is_batched = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda x: False)
-_level: Callable[[], int | None] = getattr(_FUNCTORCH, "maybe_current_level", lambda: None)
+# Asking for the current level instead would make state that torch copies in every backward pass from then on.
+is_transformed_by_func: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def is_transformed() -> bool:
     """Tells whether a transform of torch.func, or a level of forward-mode derivatives, is active in this thread."""
     return is_transformed_by_func() or getattr(forward_ad, "_current_level", -1) >= 0
-
-
-def is_transformed_by_func() -> bool:
-    """Tells whether a transform of torch.func is active in this thread."""
-    return _level() is not None
 
 
 def outside_transforms() -> AbstractContextManager[Any]:

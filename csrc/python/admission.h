@@ -15,7 +15,7 @@ namespace aca {
 class Admission {
   public:
     explicit Admission(const py::object& like)
-        : is_plain_(Torch::found().is_plain(like.ptr())),
+        : is_plain_(Torch::is_plain(like.ptr())),
           type_(py::type::of(like)),
           dtype_(names().dtype.of(like.ptr())),
           device_(names().device.of(like.ptr())),
@@ -57,7 +57,7 @@ class Admission {
     }
 
     bool has_layout(PyObject* x) const {
-        const bool is_of_type = is_plain_ ? Torch::found().is_plain(x) : py::type::handle_of(x).is(type_);
+        const bool is_of_type = is_plain_ ? Torch::is_plain(x) : py::type::handle_of(x).is(type_);
         return is_of_type && names().dtype.of(x).is(dtype_) && equal(names().shape.of(x), shape_) &&
                equal(names().stride.call(x), stride_) && equal(names().device.of(x), device_) &&
                names().is_neg.call(x).ptr() == Py_False;

@@ -195,8 +195,9 @@ void make_collectable(PyHeapTypeObject* heap_type) {
 void use_torch(const py::type& tensor, const py::type& parameter, const py::object& exchange_api,
                const py::object& storage_uses, const py::tuple& alone) {
     Torch& torch = Torch::found();
-    torch = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()),
-             reinterpret_cast<PyTypeObject*>(py::type(parameter).release().ptr()), nullptr, nullptr};
+    torch = {};
+    TensorClasses::known() = {reinterpret_cast<PyTypeObject*>(py::type(tensor).release().ptr()),
+                              reinterpret_cast<PyTypeObject*>(py::type(parameter).release().ptr())};
     if (!storage_uses.is_none()) torch.storage_uses = py::object(storage_uses).release().ptr();
     Ownership::known().learn(alone[0], alone[1]);
     if (exchange_api.is_none()) return;

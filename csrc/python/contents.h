@@ -292,7 +292,7 @@ class Contents {
         return x ? py::reinterpret_steal<py::object>(x) : missing_;
     }
 
-    static bool is_tensor(PyObject* x) { return PyType_IsSubtype(Py_TYPE(x), Torch::found().tensor); }
+    static bool is_tensor(PyObject* x) { return PyType_IsSubtype(Py_TYPE(x), TensorClasses::known().tensor); }
 
     // Returns true if `x` is, or holds not far inside, a tensor with an autograd graph. Modules are not searched, since
     // a search of modules in modules takes long.

@@ -107,13 +107,13 @@ class StepSums {
 
     // False if someone else could change `x` before the step is done: func may write all its slopes, and a backward
     // pass all its results, into one buffer. False for small tensors too, since copying one costs less than this test.
-    bool is_own(const Row& x, bool has_graph) const {
-        return !is_small() && Ownership::known().is_sole(x.tensor.ptr(), has_graph);
+    bool is_own(const py::object& x, bool has_graph) const {
+        return !is_small() && Ownership::known().is_sole(x.ptr(), has_graph);
     }
 
-    Row copy(const Row& x) {
+    Row copy(uintptr_t x) {
         Row out = copies_.take();
-        copy_to(check_memory(out.address), x.address);
+        copy_to(check_memory(out.address), x);
         return out;
     }
 

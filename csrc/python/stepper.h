@@ -148,8 +148,8 @@ class Stepper {
 
     Row slope_of(const py::object& f, Slope* slope, size_t i, const py::object& y, uintptr_t y_address) {
         Slope::Result k = sums.call(f, slope, i, y, y_address);
-        Row row{std::move(k.tensor), k.address};
-        return !k.is_held && sums.is_own(row, false) ? row : sums.copy(row);
+        const bool is_own = !k.is_held && sums.is_own(k.tensor, false);
+        return is_own ? Row{std::move(k.tensor), k.address} : sums.copy(k.address);
     }
 
     std::vector<double> c_;

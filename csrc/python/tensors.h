@@ -23,41 +23,6 @@ void run(int64_t n, F&& f) {
     }
 }
 
-// Name of an attribute, interned once; a literal would make a temporary string at each access.
-class Attribute {
-  public:
-    explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
-    py::object of(PyObject* x) const { return owned(PyObject_GetAttr(x, name_)); }
-    py::object call(PyObject* x) const { return owned(PyObject_VectorcallMethod(name_, &x, 1, nullptr)); }
-    PyObject* name() const { return name_; }
-
-    static py::object owned(PyObject* result) {
-        if (!result) throw py::error_already_set();
-        return py::reinterpret_steal<py::object>(result);
-    }
-
-  private:
-    PyObject* name_;
-};
-
-inline size_t as_size(const py::object& x) {
-    const size_t value = PyLong_AsSize_t(x.ptr());
-    if (value == size_t(-1) && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-}
-
-inline long as_long(const py::object& x) {
-    const long value = PyLong_AsLong(x.ptr());
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-}
-
-inline bool equal(const py::object& a, const py::object& b) {
-    const int result = a.is(b) ? 1 : PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
-    if (result < 0) throw py::error_already_set();
-    return result == 1;
-}
-
 // Address of the elements of a tensor, 0 if it has none.
 inline uintptr_t address_of(const py::object& tensor) {
     static const Attribute data_ptr("data_ptr");

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "python/attributes.h"
+
 namespace aca {
 
 namespace py = pybind11;
@@ -37,9 +39,8 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
-// Types and functions of the torch that is loaded; null if its version lacks them.
+// Functions of the torch that is loaded; null if its version lacks them.
 struct Torch {
-    PyTypeObject *tensor = nullptr, *parameter = nullptr;
     int (*view)(void*, dlpack::Tensor*) = nullptr;
     PyObject* storage_uses = nullptr;  // called with the address of a storage, returns the number of its references
 
@@ -49,7 +50,7 @@ struct Torch {
     }
 
     // False for subclasses, which may keep their elements elsewhere.
-    bool is_plain(PyObject* x) const { return Py_TYPE(x) == tensor || Py_TYPE(x) == parameter; }
+    static bool is_plain(PyObject* x) { return TensorClasses::known().are_those_of(x); }
 
     // Returns false, and leaves `seen` undefined, unless `x` is a plain tensor with memory.
     bool look(PyObject* x, dlpack::Tensor* seen) const {
@@ -72,8 +73,9 @@ struct Torch {
         constexpr uint64_t kSurelyMemory = uint64_t(1) << 40;  // larger than any offset in a storage
         if (uint64_t(address) >= kSurelyMemory) return true;
         if (address == 0) return false;
-        try {
-            return py::handle(x).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
+        try {  // memory of a program that is not loaded at a random address, such as that of some builds of Python
+            static const Attribute offset("storage_offset"), element_size("element_size");
+            return address != as_size(offset.call(x)) * as_size(element_size.call(x));
         } catch (const py::error_already_set&) {
             return false;
         }

@@ -75,7 +75,7 @@ class TransposedStep {
             if (!sums_.has_checked_storage) check_whole(v.tensor.ptr());
             sums_.has_checked_storage = true;
             const bool is_held = Py_REFCNT(v.tensor.ptr()) != 1;
-            pulled.emplace_back(i, kept(std::move(v), is_held, false, count + i));
+            pulled.emplace_back(i, kept(v.tensor, v.address, is_held, false, count + i));
         }
 
         StepSums::Terms terms;
@@ -120,14 +120,17 @@ class TransposedStep {
 
     Stage stage(Slope::Result k, size_t i) {
         static const Attribute clone{"clone"}, current{"_version"};
-        if (!k.has_graph) return {k.tensor, kept({k.tensor, k.address}, k.is_held, false, i), py::object()};
+        if (!k.has_graph) {
+            Row values = kept(k.tensor, k.address, k.is_held, false, i);
+            return {std::move(k.tensor), std::move(values), py::object()};
+        }
         py::object version = k.is_held ? py::object() : version_of(k.tensor);
         if (!version) {  // func may still attach another autograd graph to this tensor
             k.tensor = clone.call(k.tensor.ptr());
             k.address = sums_.memory_of(k.tensor);
             version = current.of(k.tensor.ptr());
         }
-        Row values = kept({k.tensor, k.address}, false, true, i);
+        Row values = kept(k.tensor, k.address, false, true, i);
         return {std::move(k.tensor), std::move(values), std::move(version)};
     }
 
@@ -149,12 +152,15 @@ class TransposedStep {
         return {std::move(x), address};
     }
 
-    // Returns `x`, or a copy if someone else could change it. Small ones are copied to place `i` of a common buffer.
-    Row kept(Row x, bool is_held, bool has_graph, size_t i) {
-        if (!sums_.is_small()) return !is_held && sums_.is_own(x, has_graph) ? x : sums_.copy(x);
-        const uintptr_t to = sums_.small_copy(i);
-        sums_.copy_to(to, x.address);
-        return {py::object(), to};
+    // Returns `x`, to which only the caller may hold a reference, or a copy if someone else could change it. Small ones
+    // are copied to place `i` of a common buffer.
+    Row kept(const py::object& x, uintptr_t address, bool is_held, bool has_graph, size_t i) {
+        if (sums_.is_small()) {
+            const uintptr_t to = sums_.small_copy(i);
+            sums_.copy_to(to, address);
+            return {py::object(), to};
+        }
+        return !is_held && sums_.is_own(x, has_graph) ? Row{x, address} : sums_.copy(address);
     }
 
     // False on a GPU, where a comparison would have to wait for the device.

@@ -125,4 +125,4 @@ class _Aca(torch.autograd.Function):
             grads = ctx.pass_back.differentiable_gradients(grad_ys, y0, states, inputs)
         else:
             grads = ctx.pass_back.gradients(grad_ys, states, inputs)
-        return None, None, *(g if n else None for g, n in zip(grads, needed[2:], strict=True))
+        return None, None, *[g if n else None for g, n in zip(grads, needed[2:], strict=True)]

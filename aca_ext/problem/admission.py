@@ -52,7 +52,7 @@ def looks_readable(x: Tensor) -> bool:
 
 def check_readable(what: str, x: Any, error: type[AcaError] = ArgumentTypeError) -> None:
     """Raises ``error`` if ``x`` is a tensor whose elements cannot be read; ``what`` names it in the message."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or is_wrapped(x) or _is_surely_readable(x):
+    if not isinstance(x, Tensor) or is_wrapped(x) or _is_surely_readable(x) or torch.compiler.is_compiling():
         return
     obstacle = _obstacle(x)
     if obstacle is not None and recorder() is None:  # a recorder's tensors have no elements yet
@@ -63,7 +63,8 @@ def _is_surely_readable(x: Tensor) -> bool:
     """True for nearly every tensor that has no obstacle, in less than half the time that it takes to find one."""
     if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.is_quantized or not x.is_contiguous():
         return False
-    return x.data_ptr() > _SURELY_MEMORY and x.untyped_storage().nbytes() >= _extent(x)
+    end = x.storage_offset() * x.element_size() + x.nbytes
+    return x.data_ptr() > _SURELY_MEMORY and x.untyped_storage().nbytes() >= end
 
 
 def _obstacle(x: Tensor) -> str | None:

@@ -245,7 +245,7 @@ def refuse_dense(caller: str, dense: object) -> None:
 
 def refuse_to_stop(caller: str, options: object) -> None:
     """Raises OptionError if ``caller``, which returns only the state, is given ``on_step_limit="stop"``."""
-    if isinstance(options, Mapping) and options.get("on_step_limit") == "stop":
+    if options is not None and isinstance(options, Mapping) and options.get("on_step_limit") == "stop":
         raise OptionError(
             f'option on_step_limit="stop" may end a solve before its last time, and the result of {caller} does not '
             "show where. Use aca_ext.solve: its Solution has t_reached and resume()."

@@ -225,7 +225,7 @@ class _Run:
             end_only,
             inside,
             memory.data_ptr(),
-            [*(x.data_ptr() for x in grads if x is not None), *addresses],
+            [*[x.data_ptr() for x in grads if x is not None], *addresses],
             grad_ys.data_ptr(),
             g.data_ptr(),
             g_next.data_ptr(),

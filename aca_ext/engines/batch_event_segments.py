@@ -43,7 +43,7 @@ def solve_batch_with_events(arguments: Arguments) -> Solution:
     if not isinstance(given, Tensor):
         given = torch.from_numpy(times.copy()) if times.size else given
     # Times of events are float64 between the segments, whatever dtype the given times have.
-    precise = given.double().cpu() if isinstance(given, Tensor) else given
+    precise = given.cpu().double() if isinstance(given, Tensor) else given
     solution = run(replace(arguments, t=precise))
     assert isinstance(precise, Tensor)
     each = precise.expand(len(solution.steps), -1) if precise.dim() == 1 else precise

@@ -43,7 +43,7 @@ def solve_with_events(arguments: Arguments) -> Solution:
     times = times_of(given)
     # Times of events are float64 between the parts, whatever dtype the given times have.
     if isinstance(given, Tensor):
-        precise = given.double().cpu()
+        precise = given.cpu().double()
     else:
         precise = torch.tensor(times, dtype=torch.float64, device="cpu")
     arguments = replace(arguments, events=events, t=precise)

@@ -51,8 +51,8 @@ def squared_error_ratios(
 ) -> Tensor:
     """The sum of ((partial + w·k) / (atol + rtol·max(|y0|, |y1|)))² over each segment, shape (segments,).
 
-    In float64 where the device has it. An element without error adds 0 even if its tolerance is 0. An element of y1 that
-    is not finite makes the sum NaN.
+    In float64 where the device has it. An element without error adds 0 even if its tolerance is 0. An element of y1
+    that is not finite makes the sum NaN.
     """
     squares = _squared_error_ratio(partial, k, w, y0, y1, rtol, atol)
     flat = squares.reshape(-1) if len(segments) == 2 else squares

@@ -15,8 +15,9 @@ from aca_ext.problem.problem import Problem
 from aca_ext.solver.adams import AdamsSteps, TransposedAdamsSteps, repeated
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.solver.method import Method, advancing_method_of, method_of
-from aca_ext.solver.runge_kutta import Coefficients, Compare, Trial, scheme_of, stage_times
+from aca_ext.solver.runge_kutta import Coefficients, Trial, scheme_of, stage_times
 from aca_ext.solver.slope_checkpoints import earlier_slopes
+from aca_ext.solver.transposed_step import Compare
 from aca_ext.vector_field.replay import Replay
 
 Outputs = Sequence[tuple[Sequence[float], Tensor]]

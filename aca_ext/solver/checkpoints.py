@@ -62,9 +62,22 @@ class StepRecord:
     ended_by: int | None = None
     formulas: Sequence[Any] = ()
 
+    def add_run(
+        self, accepted: Sequence[tuple[float, float, float, int, int]], times: Sequence[float]
+    ) -> Iterator[int]:
+        """Adds steps (t, h, t_next, first output, end of the outputs); yields the indices of their outputs."""
+        for t, h, t_next, first, end in accepted:
+            due = [(i, _position(times[i], t, t_next)) for i in range(first, end)]
+            self.steps.append(AcceptedStep(t, h, t_next, due))
+            yield from range(first, end)
+
     def bounds(self) -> Tensor:
         """Start and end of every accepted step, (n_accepted, 2) float64 on the CPU."""
         return torch.from_numpy(np.array([(s.t, s.t_next) for s in self.steps], dtype=np.float64).reshape(-1, 2))
+
+
+def _position(time: float, t: float, t_next: float) -> float:
+    return 1.0 if time == t_next else (time - t) / (t_next - t)
 
 
 class Checkpoints:

@@ -1,4 +1,4 @@
-"""Interface of the one-step methods, and the choice of the method of a problem."""
+"""Interface of the methods, and the choice of the method of a problem."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import Tensor
 from aca_ext.errors import ArgumentValueError
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
+from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.implicit import RosenbrockTableau
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.problem import Problem
+from aca_ext.solver.adams import AdamsSteps
+from aca_ext.solver.checkpoints import Checkpoints, StepRecord
 from aca_ext.solver.implicit.jacobians import jacobian_of
 from aca_ext.solver.implicit.rosenbrock import RosenbrockMethod, rosenbrock_scheme_of
 from aca_ext.solver.implicit.scheme import implicit_scheme_of
 from aca_ext.solver.implicit.step import ImplicitMethod
+from aca_ext.solver.one_step import OneStepMethod
 from aca_ext.solver.runge_kutta import (
     Coefficients,
-    Compare,
     Scheme,
     Trial,
     compiled_stepper,
@@ -29,17 +32,19 @@ from aca_ext.solver.runge_kutta import (
     stepper,
     transposed_stepper,
 )
+from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.solver.stats import Stats
+from aca_ext.solver.transposed_step import Compare
 from aca_ext.vector_field.field import VectorField
 
 
-class Method(Protocol):
-    """A one-step method, bound to f and the operations of one solve.
+class Steps(Protocol):
+    """The steps of one solve, in order.
 
     All methods share the dense output, y + h·Σ_i b_i(theta)·k_i, and the error norm: see ``runge_kutta``.
 
     Attributes:
-        scheme: its coefficients.
+        scheme: the coefficients of the step at hand.
         compiled: the C++ object that makes many steps per call; None if steps run in Python.
     """
 
@@ -54,6 +59,16 @@ class Method(Protocol):
     ) -> Trial:
         """Advances ``y`` by h; see ``runge_kutta.step``."""
 
+    def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
+        """Goes on to the next step after an accepted one from ``y``; returns its first slope if that is known."""
+
+    def finish(self) -> None:
+        """Warns of steps that may be wrong."""
+
+
+class Method(Steps, Protocol):
+    """A one-step method, bound to f and the operations of one solve."""
+
     def vjp(
         self,
         times: Sequence[float],
@@ -66,17 +81,47 @@ class Method(Protocol):
         """Replays a step and returns the cotangent of ``y``; see ``runge_kutta.step_vjp``."""
 
 
-class ExplicitMethod:
+class ExplicitMethod(OneStepMethod):
     """An explicit Runge-Kutta method."""
 
     def __init__(self, f: Any, ops: TorchOperations, scheme: Scheme) -> None:
-        self._f, self._ops, self.scheme = f, ops, scheme
+        self._f, self._ops = f, ops
+        self.scheme: Scheme = scheme
         self.compiled = compiled_stepper(ops, scheme)
         self.step = stepper(f, ops, scheme, self.compiled)
 
     @cached_property
     def vjp(self) -> Any:
         return transposed_stepper(self._f, self._ops, self.scheme)
+
+
+def steps_of(
+    problem: Problem,
+    field: VectorField,
+    ops: TorchOperations,
+    counts: Stats,
+    record: StepRecord,
+    checkpoints: Checkpoints | SlopeCheckpoints | None,
+) -> Steps:
+    """The steps of a forward pass.
+
+    Args:
+        counts: receives the work of Newton's method.
+        record: receives the formulas of a multistep method.
+        checkpoints: receive its slopes.
+
+    Raises:
+        ArgumentValueError: func does not suit the method.
+    """
+    if isinstance(problem.tableau, Adams):
+        adams = AdamsSteps(field.fastest, ops, problem)
+        record.formulas = adams.formulas
+        if isinstance(checkpoints, SlopeCheckpoints):
+            checkpoints.slopes = adams.slopes
+        return adams
+    if problem.newton is not None:
+        _check_repeatable(problem, field)
+    return method_of(problem, field.fastest, ops, estimate_error=problem.adaptive, counts=counts)
 
 
 def method_of(
@@ -113,7 +158,7 @@ def advancing_method_of(problem: Problem, f: Any, ops: TorchOperations) -> Metho
     return ExplicitMethod(f, ops, solution_only(scheme_of(problem.tableau, problem.adaptive)))
 
 
-def check_repeatable(problem: Problem, field: VectorField) -> None:
+def _check_repeatable(problem: Problem, field: VectorField) -> None:
     """Raises ArgumentValueError if func does not return the same at every evaluation, as Newton's method needs."""
     draws, moves = field.draws_random_numbers, bool(field.moving_buffers)
     if draws or moves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -14,8 +14,8 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.adams import AdamsSteps, TransposedAdamsSteps, repeated
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.method import Method, advancing_method_of, method_of
-from aca_ext.solver.runge_kutta import Coefficients, Trial, scheme_of, stage_times
+from aca_ext.solver.method import Method, Steps, advancing_method_of, method_of
+from aca_ext.solver.runge_kutta import Coefficients, scheme_of, stage_times
 from aca_ext.solver.slope_checkpoints import earlier_slopes
 from aca_ext.solver.transposed_step import Compare
 from aca_ext.vector_field.replay import Replay
@@ -115,11 +115,8 @@ class _Adams:
         return self._transposed.pull_back(n, times, row[0], self._steps[n].h, earlier, outputs, compare)
 
 
-def differentiable_step(
-    problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations
-) -> tuple[Callable[..., Trial], Coefficients]:
-    """``Method.step`` with graph, which repeats the steps of ``record`` in order, and the method's coefficients."""
+def repeated_steps(problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations) -> Steps:
+    """The steps of ``record``, in order, with an autograd graph if ``ops`` make one."""
     if isinstance(problem.tableau, Adams):
-        return AdamsSteps(replay, ops, problem, record.formulas).step, scheme_of(problem.tableau, estimate_error=False)
-    method = method_of(problem, replay, ops, estimate_error=False, repeats=True)
-    return method.step, method.scheme
+        return AdamsSteps(replay, ops, problem, record.formulas)
+    return method_of(problem, replay, ops, estimate_error=False, repeats=True)

@@ -104,6 +104,10 @@ class AdamsSteps:
     def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
         return slope_at_end(self.scheme, trial)
 
+    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
+        compare(trial.y1, trial.k)
+        return trial.y1
+
     def finish(self) -> None:
         """Warns of steps whose corrector did not converge."""
         if self._unconverged:

@@ -65,6 +65,9 @@ class Steps(Protocol):
     def finish(self) -> None:
         """Warns of steps that may be wrong."""
 
+    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
+        """The end of a repeated step with its graph, after a comparison with its end in the forward pass."""
+
 
 class Method(Steps, Protocol):
     """A one-step method, bound to f and the operations of one solve."""

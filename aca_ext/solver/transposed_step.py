@@ -35,6 +35,24 @@ def compare_implicit_end(
         compare(y1, k)
 
 
+def repeated_implicit_end(
+    ops: TorchOperations,
+    compare: Compare,
+    y: Tensor,
+    y_next: Tensor,
+    y1: Tensor,
+    k: Sequence[Tensor],
+    tolerance: float | None = None,
+) -> Tensor:
+    """The end of a step in the forward pass, with the graph of ``y1``, the end of the repeated step.
+
+    The next step then starts where it did in the forward pass, so that the error of the iterations does not add up.
+    """
+    with torch.no_grad():
+        compare_implicit_end(ops, compare, y.detach(), y_next, y1.detach(), k, tolerance)
+    return y_next + (y1 - y1.detach())
+
+
 def _is_near(ops: TorchOperations, y: Tensor, y_next: Tensor, y1: Tensor, tolerance: float | None) -> bool:
     difference = y1 - y_next
     if tolerance is not None:

@@ -27,7 +27,7 @@ from aca_ext.solver.implicit.systems import BlockSystem, Rowwise, Solution, Syst
 from aca_ext.solver.one_step import OneStepMethod
 from aca_ext.solver.runge_kutta import PULLED, Trial
 from aca_ext.solver.stats import Stats
-from aca_ext.solver.transposed_step import Compare, compare_implicit_end, cotangent_of_start
+from aca_ext.solver.transposed_step import Compare, compare_implicit_end, cotangent_of_start, repeated_implicit_end
 
 _CORRECTIONS = 2  # as in ``step``
 
@@ -120,6 +120,9 @@ class RosenbrockMethod(OneStepMethod):
                     pulled[i] = ops.admit(v, PULLED)
         at_start = self._pulled_through_start(start, h, k, cotangents)
         return cotangent_of_start(ops, outputs, [*pulled.values(), *([] if at_start is None else [at_start])])
+
+    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
+        return repeated_implicit_end(self._ops, compare, y, y_next, trial.y1, trial.k)
 
     def _start(self, t: Tensor, y: Tensor, is_leaf: bool = True) -> _Start:
         """f at the start of a step, with a graph to the state and the time."""

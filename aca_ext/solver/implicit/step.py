@@ -28,7 +28,7 @@ from aca_ext.solver.implicit.systems import Jacobian, Solution, System
 from aca_ext.solver.one_step import OneStepMethod
 from aca_ext.solver.runge_kutta import PULLED, Trial
 from aca_ext.solver.stats import Stats
-from aca_ext.solver.transposed_step import Compare, compare_implicit_end, cotangent_of_start
+from aca_ext.solver.transposed_step import Compare, compare_implicit_end, cotangent_of_start, repeated_implicit_end
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 _CORRECTIONS = 2  # Newton corrections with a graph: each makes one more order of derivatives exact
@@ -127,6 +127,9 @@ class ImplicitMethod(OneStepMethod):
                 if v is not None:
                     pulled[i] = ops.admit(v, PULLED)
         return cotangent_of_start(ops, outputs, pulled.values())
+
+    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
+        return repeated_implicit_end(self._ops, compare, y, y_next, trial.y1, trial.k, self._tolerance)
 
     def _base(self, i: int, y: Tensor, h: Number, k: Sequence[Tensor]) -> Tensor:
         """The state of stage i without the slopes that are not yet in ``k``."""

@@ -30,7 +30,7 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, rows
 from aca_ext.solver.loop import Solver
 from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
-from aca_ext.solver.runge_kutta import interpolate, stage_times
+from aca_ext.solver.runge_kutta import Coefficients, interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -147,7 +147,6 @@ def _replay_backward(
     y0 = problem.y0.detach()
     replay = forward.replay(inputs)
     replayed = replayed_steps(problem, _record(forward), replay, ops, held, width)
-    solution = replayed.scheme.solution
     segments = problem.tolerance.segments
     check = ReplayCheck(y0, segments, len(steps), forward.autocast.dtype, replay.held)
     distance = distances([n for n, _ in held]) if math.isfinite(capacity) else {}
@@ -155,8 +154,9 @@ def _replay_backward(
     with replay.repeating():
         for n, row, row_next in brought_to(y0.device, reversed_states(held, len(steps), capacity, replayed.advance)):
             s: AcceptedStep = steps[n]
-            outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(solution, g)]
-            outputs += [(_weights(problem, solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
+            scheme = replayed.scheme(n)
+            outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
+            outputs += [(_weights(scheme, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
             replay.begin_step(s.random_states)
             if outputs:
                 assert row_next is not None
@@ -172,8 +172,8 @@ def _replay_backward(
     return grad_y0, *replay.grads
 
 
-def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[float]:
-    return solution if theta == 1.0 else problem.tableau.dense_weights(theta)
+def _weights(scheme: Coefficients, theta: float) -> Sequence[float]:
+    return scheme.solution if theta == 1.0 else scheme.tableau.dense_weights(theta)
 
 
 def differentiable_backward(
@@ -187,7 +187,7 @@ def differentiable_backward(
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
-    made = repeated_steps(problem, _record(forward), replay, ops)
+    method_of_step = repeated_steps(problem, _record(forward), replay, ops)
     start = gate.of(y0)
     y, outputs = start, {0: start}
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
@@ -196,6 +196,7 @@ def differentiable_backward(
     with replay.repeating():
         for n, s in enumerate(steps):
             replay.begin_step(s.random_states)
+            made = method_of_step(n)
             times = stage_times(made.scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
             trial = made.step(times, y, s.h)
             end = trial.y1

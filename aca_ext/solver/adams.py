@@ -62,7 +62,7 @@ class AdamsSteps:
         formulas: formulas of the steps so far.
     """
 
-    compiled = None
+    compiled = memory = None
 
     def __init__(
         self, f: SlopeFunction, ops: TorchOperations, problem: Problem, given: Sequence[Formula] | None = None

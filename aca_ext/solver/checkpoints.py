@@ -53,7 +53,8 @@ class StepRecord:
         end: state of the solver where the solve stopped; None without option ``on_step_limit="stop"``.
         events: the events found, in the order of time.
         ended_by: index of the event that ended the solve: a terminal one, or else the first reset.
-        formulas: the formula of each step of a multistep method (``solver/adams.py``).
+        formulas: the formula of each step, for a method that has several: those of Adams (``solver/adams.py``), or the
+            number of the part of a method that switches (``solver/switching.py``).
     """
 
     steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
@@ -61,6 +62,10 @@ class StepRecord:
     events: list[Occurrence] = field(default_factory=lambda: list[Occurrence]())
     ended_by: int | None = None
     formulas: Sequence[Any] = ()
+
+    def part_of(self, n: int) -> int:
+        """The number of the part that made step n, of a method that switches; else 0."""
+        return self.formulas[n] if self.formulas else 0
 
     def add_run(
         self, accepted: Sequence[tuple[float, float, float, int, int]], times: Sequence[float]

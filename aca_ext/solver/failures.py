@@ -23,7 +23,7 @@ def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **
         message = fault_of_start(problem.y0) or message
     reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
     if problem.newton is None and kind in (StepLimitError, StepSizeError) and message is None:
-        reason += ' If the problem is stiff, use method="kvaerno5".'
+        reason += ' If the problem is stiff, use method="kvaerno5" or "auto".'
     return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
 
 

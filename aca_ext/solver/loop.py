@@ -198,7 +198,8 @@ class Solver:
 
     def _state(self, control: AnyStepControl, is_complete: bool) -> SolverState:
         h = control.h if self.problem.adaptive else math.nan
-        return SolverState(control.t, h, control.sign, control.ratios, self._k, self._first_random_state, is_complete)
+        at = control.t, h, control.sign, control.ratios, self._k, self._first_random_state
+        return SolverState(*at, is_complete, self._steps.memory)
 
     def _is_smallest(self, h: Number) -> bool:
         """Tells whether a step is accepted whatever its error."""
@@ -235,7 +236,7 @@ class Solver:
         t_next = control.t
         due = [(i, control.position(i)) for i in range(*control.due)]
         if self._events is not None:
-            end = self._events.find(t, t_next, y, h, trial)
+            end = self._events.find(self._steps.scheme.tableau, t, t_next, y, h, trial)
             due = [(i, theta) for i, theta in due if theta <= end]
             control.status = "event" if end <= 1 else control.status
         for i, theta in due:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,27 +13,20 @@ from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.implicit import RosenbrockTableau
+from aca_ext.numerics.switching import Switching
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.adams import AdamsSteps
 from aca_ext.solver.checkpoints import Checkpoints, StepRecord
+from aca_ext.solver.explicit import ExplicitAmongImplicit, ExplicitMethod
 from aca_ext.solver.implicit.jacobians import jacobian_of
 from aca_ext.solver.implicit.rosenbrock import RosenbrockMethod, rosenbrock_scheme_of
 from aca_ext.solver.implicit.scheme import implicit_scheme_of
 from aca_ext.solver.implicit.step import ImplicitMethod
-from aca_ext.solver.one_step import OneStepMethod
-from aca_ext.solver.runge_kutta import (
-    Coefficients,
-    Scheme,
-    Trial,
-    compiled_stepper,
-    scheme_of,
-    solution_only,
-    stepper,
-    transposed_stepper,
-)
+from aca_ext.solver.runge_kutta import Coefficients, Trial, scheme_of, solution_only
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.solver.stats import Stats
+from aca_ext.solver.switching import SwitchingSteps
 from aca_ext.solver.transposed_step import Compare
 from aca_ext.vector_field.field import VectorField
 
@@ -46,6 +39,7 @@ class Steps(Protocol):
     Attributes:
         scheme: the coefficients of the step at hand.
         compiled: the C++ object that makes many steps per call; None if steps run in Python.
+        memory: data of earlier steps on which the choice of later ones depends, for a solve that continues this one.
     """
 
     @property
@@ -53,6 +47,9 @@ class Steps(Protocol):
 
     @property
     def compiled(self) -> Any | None: ...
+
+    @property
+    def memory(self) -> Any: ...
 
     def step(
         self, times: Sequence[Number], y: Tensor, h: Number, k_first: Tensor | None = None, out: Tensor | None = None
@@ -84,20 +81,6 @@ class Method(Steps, Protocol):
         """Replays a step and returns the cotangent of ``y``; see ``runge_kutta.step_vjp``."""
 
 
-class ExplicitMethod(OneStepMethod):
-    """An explicit Runge-Kutta method."""
-
-    def __init__(self, f: Any, ops: TorchOperations, scheme: Scheme) -> None:
-        self._f, self._ops = f, ops
-        self.scheme: Scheme = scheme
-        self.compiled = compiled_stepper(ops, scheme)
-        self.step = stepper(f, ops, scheme, self.compiled)
-
-    @cached_property
-    def vjp(self) -> Any:
-        return transposed_stepper(self._f, self._ops, self.scheme)
-
-
 def steps_of(
     problem: Problem,
     field: VectorField,
@@ -110,7 +93,7 @@ def steps_of(
 
     Args:
         counts: receives the work of Newton's method.
-        record: receives the formulas of a multistep method.
+        record: receives the formulas of a method that has several.
         checkpoints: receive its slopes.
 
     Raises:
@@ -124,6 +107,15 @@ def steps_of(
         return adams
     if problem.newton is not None:
         _check_repeatable(problem, field)
+    if isinstance(problem.tableau, Switching):
+        explicit, implicit = (
+            method_of(part, field.fastest, ops, estimate_error=True, counts=counts) for part in parts_of(problem)
+        )
+        assert isinstance(implicit, ImplicitMethod)
+        memory = None if problem.resumed is None else problem.resumed.memory
+        switching = SwitchingSteps(problem.tableau, (explicit, implicit), ops, counts, memory)
+        record.formulas = switching.chosen
+        return switching
     return method_of(problem, field.fastest, ops, estimate_error=problem.adaptive, counts=counts)
 
 
@@ -152,6 +144,25 @@ def method_of(
     tolerance = problem.newton.tolerance if problem.adaptive else None
     jacobian = jacobian_of(problem, f)
     return ImplicitMethod(f, ops, scheme, jacobian, tolerance, counts, repeats)
+
+
+def parts_of(problem: Problem) -> list[Problem]:
+    """The problem once with each of its methods, of which a step has one: see ``StepRecord.part_of``."""
+    if isinstance(problem.tableau, Switching):
+        return [replace(problem, tableau=tableau) for tableau in problem.tableau.parts]
+    return [problem]
+
+
+def methods_of_replay(
+    problem: Problem, record: StepRecord, f: Any, ops: TorchOperations, *, estimate_error: bool
+) -> list[Method]:
+    """The methods of ``parts_of``, for steps that repeat those of a forward pass."""
+    methods = [method_of(part, f, ops, estimate_error=estimate_error, repeats=True) for part in parts_of(problem)]
+    if len(methods) > 1 and any(record.formulas):
+        assert problem.newton is not None
+        scheme = scheme_of(problem.tableau.explicit, estimate_error)
+        methods[0] = ExplicitAmongImplicit(f, ops, scheme, problem.newton.tolerance)
+    return methods
 
 
 def advancing_method_of(problem: Problem, f: Any, ops: TorchOperations) -> Method:

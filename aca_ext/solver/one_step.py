@@ -16,6 +16,7 @@ class OneStepMethod:
 
     scheme: Any
     compiled: Any | None = None
+    memory: Any = None
 
     def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
         return slope_at_end(self.scheme, trial)

@@ -128,6 +128,11 @@ class ImplicitMethod(OneStepMethod):
                     pulled[i] = ops.admit(v, PULLED)
         return cotangent_of_start(ops, outputs, pulled.values())
 
+    def jacobian_norm(self, scale: Tensor) -> float:
+        """The norm of the Jacobian that Newton's method has used last, for states in units of ``scale``."""
+        known = self._newton.linearisation
+        return math.inf if known is None else self._jacobian.norm(known, scale)
+
     def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
         return repeated_implicit_end(self._ops, compare, y, y_next, trial.y1, trial.k, self._tolerance)
 

@@ -46,6 +46,9 @@ class Jacobian(Protocol):
 
     def system(self, linearisations: Sequence[Any], a: Rows, h: float) -> System: ...
 
+    def norm(self, linearisation: Any, scale: Tensor) -> float:
+        """The norm of a linearisation for states in units of ``scale``; infinite if it is not known."""
+
 
 @contextmanager
 def recording() -> Iterator[None]:
@@ -104,6 +107,11 @@ class Blocks:
 
     def system(self, linearisations: Sequence[Tensor], a: Rows, h: float) -> System:
         return BlockSystem(linearisations, a, h)
+
+    def norm(self, linearisation: Tensor, scale: Tensor) -> float:
+        units = scale.reshape(linearisation.shape[:2])
+        rows = (linearisation.abs() @ units.unsqueeze(-1)).squeeze(-1) / units
+        return float(rows.max()) if rows.numel() else 0.0
 
 
 class GivenMatrix(Blocks):

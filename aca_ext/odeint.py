@@ -47,8 +47,8 @@ def odeint(arguments: _OdeintArguments) -> State:
         method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
             "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager" and a func that neither
             draws random numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method,
-            and second derivatives too. Third derivatives are wrong: gradient="aca" refuses them, "direct" and "naive"
-            do not notice. gradient="adjoint" solves the state backward, which stiffness makes unstable.
+            and second derivatives too. Third derivatives are refused, in the backward pass that would make a graph of
+            the second ones. gradient="adjoint" solves the state backward, which stiffness makes unstable.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.
@@ -180,7 +180,7 @@ def odeint(arguments: _OdeintArguments) -> State:
 
     Returns:
         (T, \\*y0.shape), or for a tuple state a tuple of such; the first row is y0. Differentiable with respect to y0,
-        args, params and t: "aca", "direct" and "naive" to any order, "adjoint" once.
+        args, params and t: "aca", "direct" and "naive" to any order (implicit methods: twice), "adjoint" once.
 
     Raises:
         aca_ext.errors.ArgumentTypeError, ArgumentValueError: an argument is not accepted (among them TimeError,

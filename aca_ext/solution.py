@@ -20,7 +20,7 @@ from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import Packing, State, like_tuple
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.stats import BatchStats, Stats
+from aca_ext.solver.stats import BatchStats, Stats, sum_of
 from aca_ext.solver.step_plan import StepPlan
 
 _RESETS = "a reset changed the state during the solve, at a time that depends on it."
@@ -180,7 +180,7 @@ class Solution:
             t=torch.cat([self.t, rest.t[1:].to(self.t)]),
             y=y,
             steps=torch.cat([self.steps, rest.steps]),
-            stats=_sum(self.stats, rest.stats),
+            stats=sum_of(self.stats, rest.stats),
             plan=None if self.plan is None or rest.plan is None else self.plan.followed_by(rest.plan),
         )
 
@@ -212,7 +212,7 @@ def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
     """One solution to ``times`` of parts that follow one another, each from a reset of the one before it."""
     y, stats = parts[0].y, parts[0].stats
     for part in parts[1:]:
-        y, stats = followed_by(y, part.y), _sum(stats, part.stats)
+        y, stats = followed_by(y, part.y), sum_of(stats, part.stats)
     events = tuple(_all_of(records, times) for records in zip(*(part.events for part in parts), strict=True))
     steps = torch.cat([part.steps for part in parts])  # type: ignore[misc]
     n = sum(len(part.t) for part in parts) - len(parts) + 1
@@ -300,10 +300,3 @@ def _form(x: Tensor) -> str:
 def _stacked(one: Tensor, other: Tensor) -> Tensor:
     """The outputs of both parts without the first of ``other``, which is the start of that part; keeps the strides."""
     return stack_rows([*one.unbind(0), *other[1:].unbind(0)], one[0])
-
-
-def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
-    counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
-    counted = {name: getattr(one, name) + getattr(other, name) for name in (*counts, "compile_seconds")}
-    same = {name: getattr(other, name) for name in ("backend", "engine", "compiled", "reason")}
-    return Stats(**counted, **same)

@@ -179,7 +179,7 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
 
 def _plan(problem: Problem, record: Any, stats: Stats | BatchStats) -> StepPlan:
     if problem.events:
-        record = StepRecord(record.steps)  # without the events, whose tensors would stay
+        record = StepRecord(record.steps, formulas=record.formulas)  # without the events, whose tensors would stay
     return checked_plan(StepPlan(problem.tableau, record, problem.known_times, problem.jumps), stats)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError
+from aca_ext.numerics.switching import Switching
 from aca_ext.problem.options import is_compact, is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.sample_times import (
@@ -163,6 +164,11 @@ def batch_problem_of(
     t, longest = checked_sample_times(t)
     others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
     problem = problem_of(func, y0, longest, options=others, **settings)
+    if isinstance(problem.tableau, Switching):
+        raise OptionError(
+            f'option batch="independent" takes one method, and {problem.tableau.name!r} changes it. Choose an explicit '
+            "one, or leave the option out: the samples then share their steps."
+        )
     if problem.newton is not None:
         raise OptionError(
             f'option batch="independent" takes explicit methods, and {problem.tableau.name!r} is implicit. Leave the '

@@ -28,7 +28,7 @@ from aca_ext.solver.batch_record import (
     order_of,
     outputs_of_step,
 )
-from aca_ext.solver.failures import stops
+from aca_ext.solver.callback import stops
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
 from aca_ext.solver.stats import BatchStats
 from aca_ext.vector_field.batch_field import RowField

@@ -63,6 +63,11 @@ class Newton:
         self._rate = 1.0
         self._start: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def linearisation(self) -> Any:
+        """The Jacobian in use; None if the next step evaluates one."""
+        return self._linearisation
+
     def begin_step(self, t: Tensor, y: Tensor) -> None:
         """Tells where the next step starts; a trial that repeats the step from there shares its Jacobian."""
         if self._start is None or self._start[1] is not y:

@@ -69,18 +69,17 @@ class ImplicitMethod(OneStepMethod):
         scheme, ops = self.scheme, self._ops
         t = ops.scalars(times)
         k: list[Tensor] = []
+        first = self._first_slope(t, y) if k_first is None else k_first
         self._newton.begin_step(t[0], y)
         for group in scheme.groups:
             if group.a is None:
                 i = group.stages.start
-                known = k_first if i == 0 and scheme.starts_explicitly else None
-                k.append(self._f(t[i], self._base(i, y, h, k)) if known is None else known)
+                k.append(first if i == 0 else self._f(t[i], self._base(i, y, h, k)))
                 continue
             try:
-                found = self._solved(group, t, y, h, k)
+                found = self._solved(group, t, y, h, k, first)
             except NewtonError as failure:
-                start = k_first if k_first is not None else k[0] if k else torch.zeros_like(y)
-                return Trial(y, [start], None, math.inf, _failure_message(failure, as_float(h)))
+                return Trial(y, [first], None, math.inf, _failure_message(failure, as_float(h)))
             k += self._with_graph(group, t, y, h, k, found) if torch.is_grad_enabled() else found
         if scheme.error is None:
             return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
@@ -136,16 +135,26 @@ class ImplicitMethod(OneStepMethod):
     def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
         return repeated_implicit_end(self._ops, compare, y, y_next, trial.y1, trial.k, self._tolerance)
 
+    def _first_slope(self, t: Sequence[Tensor], y: Tensor) -> Tensor:
+        """The slope at the start of the step: the first stage, or else a value from which Newton's method starts."""
+        if self.scheme.starts_explicitly:
+            return self._f(t[0], y)
+        with torch.no_grad():
+            return self._f(t[-1], y.detach())
+
     def _base(self, i: int, y: Tensor, h: Number, k: Sequence[Tensor]) -> Tensor:
         """The state of stage i without the slopes that are not yet in ``k``."""
         known = [(w, x) for w, x in zip(self.scheme.a[i], k, strict=False) if w != 0]
         return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
 
-    def _solved(self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor]) -> list[Tensor]:
+    def _solved(
+        self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], first: Tensor
+    ) -> list[Tensor]:
         """The slopes of a group of stages, without a graph.
 
         The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
-        steps start from the state, since the slope may lead to another solution of the equations.
+        steps start from the state, since the slope may lead to another solution of the equations; ``first``, the slope
+        at the start of the step, then saves their first evaluations of func.
         """
         stages, size = group.stages, as_float(h)
         assert group.a is not None
@@ -154,11 +163,12 @@ class ImplicitMethod(OneStepMethod):
         with torch.no_grad():
             known = [x.detach() for x in k]
             base = [self._base(i, y.detach(), size, known) for i in stages]
+            at = t[stages.start : stages.stop]
             if known and self._tolerance is not None:
                 start = combined(size, group.a, known[-1:] * len(stages))
-            else:
-                start = [y.detach() - x for x in base]
-            return self._newton.solve(group, t[stages.start : stages.stop], size, base, start)
+                return self._newton.solve(group, at, size, base, start)
+            start = [y.detach() - x for x in base]
+            return self._newton.solve(group, at, size, base, start, first.detach())
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
@@ -184,11 +194,12 @@ class ImplicitMethod(OneStepMethod):
         t = self._ops.scalars(times)
         stages: list[_Stage] = []
         y = y.detach()
+        first = None if self.scheme.starts_explicitly else self._first_slope(t, y)
         self._newton.begin_step(t[0], y)
         for group in self.scheme.groups:
             k = [stage.k for stage in stages]
             if group.a is not None:
-                k += self._solved(group, t, y, h, k)
+                k += self._solved(group, t, y, h, k, k[0] if first is None else first)
             for i in group.stages:
                 state = self._base(i, y, h, k).detach().requires_grad_()
                 slope = self._f(t[i], state)

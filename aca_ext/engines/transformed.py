@@ -21,8 +21,9 @@ from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.batch import BatchProblem, RowPacking, batch_problem_of, is_independent
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.recorders import recorder
-from aca_ext.problem.state import Packing, State, tensors_in
+from aca_ext.problem.state import Packing, State
 from aca_ext.problem.transforms import Batches, FurtherBatchError, constant_of, outside_transforms
+from aca_ext.problem.trees import leaves_of, like
 from aca_ext.solution import Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
 from aca_ext.solver.lane_loop import LaneField, LaneOperations, LaneSolver, TransformedLanes
@@ -130,9 +131,9 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
     with outside_transforms():
         parts = tuple(
             torch.zeros(shape[:-1] if packing.is_complex else shape, dtype=part.dtype, device=part.device)
-            for shape, part in zip(packing.shapes, tensors_in(arguments.y0), strict=True)
+            for shape, part in zip(packing.shapes, leaves_of(arguments.y0), strict=True)
         )
-        y0: State = packing.as_given(parts) if packing.is_tuple else parts[0]
+        y0: State = like(arguments.y0, parts)
         problem: Problem = make(arguments.func, y0, arguments.t, **arguments.of_problem)
     if type(problem.tableau) is not Tableau:
         raise ArgumentValueError(
@@ -181,10 +182,8 @@ def _of_lanes(problem: Problem, batches: Batches) -> BatchProblem:
     if isinstance(problem, BatchProblem):
         return replace(problem, times_of_rows=np.tile(problem.times_of_rows, (batches.count, 1)))
     given = {name: value for name, value in vars(problem).items() if name != "packing"}
-    flat = problem.packing
     times = np.tile(np.array(problem.times), (batches.count, 1))
-    packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
-    return BatchProblem(**given, packing=packing, times_of_rows=times)
+    return BatchProblem(**given, packing=RowPacking.of_problem(problem), times_of_rows=times)
 
 
 def _along_common_steps(

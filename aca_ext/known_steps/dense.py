@@ -15,6 +15,7 @@ from aca_ext.errors import ArgumentTypeError, ReplayError, TimeError
 from aca_ext.numerics.weights import Weights
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.transforms import Batches
+from aca_ext.problem.trees import map_leaves
 from aca_ext.solution import Solution
 from aca_ext.solver.repeated_steps import PlainOperations
 from aca_ext.solver.runge_kutta import scheme_of, stage_times, step
@@ -46,7 +47,7 @@ class DenseSolution(Solution):
             t: a time or a tensor of times of any shape.
 
         Returns:
-            (\\*t.shape, \\*y0.shape); for a tuple state a tuple of such.
+            (\\*t.shape, \\*y0.shape); for a tree one of such.
 
         Raises:
             TimeError: a time lies outside of the solution.
@@ -100,11 +101,7 @@ class Interpolant:
         if order:
             values = values[torch.cat(order).argsort().to(values.device)]
         rows = self._packing.unpack_rows(values)
-
-        def shaped(x: Tensor) -> Tensor:
-            return x.reshape(*time.shape, *x.shape[1:])
-
-        return shaped(rows) if isinstance(rows, Tensor) else self._packing.as_given(map(shaped, rows))
+        return map_leaves(lambda x: x.reshape(*time.shape, *x.shape[1:]), rows)
 
     def outputs(self, fn: Callable[[Tensor, Any], Any], times: Sequence[float]) -> Any:
         """The results of ``fn(t, y)`` at the times, stacked; only these are kept, and states are computed again."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.problem.batch import RowPacking
 from aca_ext.problem.state import Packing, State
+from aca_ext.problem.trees import leaves_of
 from aca_ext.solution import Solution
 from aca_ext.solver.repeated_steps import (
     FixedStep,
@@ -52,7 +53,7 @@ def replay(
             Default: those that the module holds.
 
     Returns:
-        The states at the times of the solution, (T, \\*y0.shape); for a tuple state a tuple of such. Not
+        The states at the times of the solution, (T, \\*y0.shape); for a tree one of such. Not
         differentiable with respect to the times.
 
     Raises:
@@ -100,7 +101,7 @@ def _prepared(solution: object) -> _Prepared:
     known, y = plan.known, solution.y
     if known.refusal is not None:
         raise ArgumentValueError(f"the steps of this solution cannot be repeated: {known.refusal}")
-    dtype = (y if isinstance(y, Tensor) else y[0]).dtype.to_real()
+    dtype = leaves_of(y)[0].dtype.to_real()
     if known.of_rows is not None:
         return _Prepared(dtype, (), plan, len(known.of_rows))
     return _Prepared(dtype, fixed_steps(plan, dtype))

@@ -161,11 +161,13 @@ def odeint(arguments: _OdeintArguments) -> State:
         args: further arguments of func; tensors among them receive gradients.
         dense: ``solve`` alone: True makes the solution a function of time, ``solution(t)`` for any t between the first
             and the last, and ``solution.derivative(t)``. A method without dense output gets cubic Hermite
-            interpolation. For engine="eager", gradient="aca", explicit Runge-Kutta methods and steps that all samples
-            share, without events.
+            interpolation. Independent samples are asked at times for all of them or for each, ``solution(t)`` with t
+            (T,) or (batch, T). For engine="eager", gradient="aca" and explicit Runge-Kutta methods, without events. The
+            ends of all steps are kept, in addition to the checkpoints of the backward pass.
         output_fn: function (t, y) of a time and a state that returns a tensor or a tree of tensors. The result holds
             its values at the times t in place of the states, which are not kept: memory is that of the steps. A
-            backward pass computes the states again. Conditions as for ``dense``.
+            backward pass computes the states again. Independent samples are given together, with t (batch, 1, ..., 1).
+            Conditions as for ``dense``.
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
         progress: show a bar of the time reached (needs tqdm); of the samples solved, with engine="compiled" and

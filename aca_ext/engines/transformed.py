@@ -30,7 +30,7 @@ from aca_ext.solver.lane_loop import LaneField, LaneOperations, LaneSolver, Tran
 from aca_ext.solver.repeated_steps import PlainOperations, fixed_steps, repeated_states, repeated_states_of_lanes
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_plan import KnownSteps, StepPlan
-from aca_ext.vector_field.repeatable import leaving_no_trace, refuse_unrepeatable, repeatable
+from aca_ext.vector_field.repeatable import leaving_no_trace, refuse_unrepeatable, repeatable, without_foreign_draws
 from aca_ext.vector_field.slope_check import plain_slope_function
 
 _UNAVAILABLE = (
@@ -61,6 +61,12 @@ def solve_transformed(arguments: Arguments) -> Solution:
     if problem.grid is not None:
         steps = [AcceptedStep(t, t_next - t, t_next, []) for t, t_next in pairwise(problem.grid)]
         return _along_common_steps(f, problem, packing, y, t, StepRecord(steps), Stats(backend="reference"))
+    with without_foreign_draws(problem.func):
+        return _with_own_steps(f, problem, packing, y, t)
+
+
+def _with_own_steps(f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor) -> Solution:
+    """The solution of adaptive steps, those that each sample of vmap takes alone."""
     batches = Batches()
     for x in (y, *(x for x in problem.args if isinstance(x, Tensor))):
         batches = batches.with_those_of(x)

@@ -22,7 +22,7 @@ from aca_ext.solver.repeated_steps import (
     repeated_states_of_lanes,
 )
 from aca_ext.solver.step_plan import StepPlan
-from aca_ext.vector_field.repeatable import refuse_unrepeatable, repeatable
+from aca_ext.vector_field.repeatable import refuse_unrepeatable, repeatable, without_foreign_draws
 from aca_ext.vector_field.slope_check import plain_slope_function
 
 
@@ -60,7 +60,8 @@ def replay(
         ArgumentTypeError: an argument has a type that is not accepted.
         ArgumentValueError: the steps cannot be repeated: the method is no explicit Runge-Kutta method, a reset changed
             the state, a sample failed or had stops of its own, func draws random numbers or trains a batch
-            normalisation; or y0 is another batch than that of independent samples.
+            normalisation; or y0 is another batch than that of independent samples. Random numbers
+            are not noticed inside torch.compile and torch.export, which record those of NumPy as constants.
         SlopeError: func returned something that is not a derivative of the state.
     """
     prepared = _prepared(solution)
@@ -74,9 +75,12 @@ def replay(
         raise ArgumentTypeError(f"y0 has real dtype {y.dtype}, but the solution has {prepared.dtype}. Convert y0.")
     time_shape = packing.time_shape if isinstance(packing, RowPacking) else None
     f = repeatable(plain_slope_function(called, args, packing, PlainOperations(y), time_shape), y, func)
-    if prepared.lanes is None:
-        return packing.unpack_rows(torch.stack(repeated_states(f, prepared.steps, y)))
-    return packing.unpack_rows(repeated_states_of_lanes(f, prepared.lanes, y, Rows(y)))
+    with without_foreign_draws(func):
+        if prepared.lanes is None:
+            ys = torch.stack(repeated_states(f, prepared.steps, y))
+        else:
+            ys = repeated_states_of_lanes(f, prepared.lanes, y, Rows(y))
+    return packing.unpack_rows(ys)
 
 
 class _Prepared(NamedTuple):

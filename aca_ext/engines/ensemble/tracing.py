@@ -19,6 +19,7 @@ from aca_ext.engines.ensemble.rules import HELD, MOVES, RULES
 from aca_ext.engines.ensemble.values import HINT, rows_of
 from aca_ext.errors import CompileError
 from aca_ext.problem.batch import RowPacking
+from aca_ext.problem.trees import leaves_of
 
 aten = torch.ops.aten
 
@@ -48,8 +49,7 @@ def trace(captured: Captured, t: Tensor, y: Tensor, packing: RowPacking) -> Trac
     Raises:
         CompileError: an operation is not supported, or mixes samples.
     """
-    unpacked = packing.unpack(y.detach())
-    parts = unpacked if isinstance(unpacked, tuple) else (unpacked,)
+    parts = leaves_of(packing.unpack(y.detach()))
     graph = _graph(captured, t.detach(), parts)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     changing = set(placeholders[: 1 + len(parts)])

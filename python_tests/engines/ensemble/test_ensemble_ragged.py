@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from autograd_reference import relative_error, solve_over
@@ -16,6 +17,8 @@ from torch import Tensor
 import aca_ext
 from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
+from aca_ext.problem.sample_times import last_times_of
+from aca_ext.problem.stops import stops_of
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 
@@ -172,6 +175,16 @@ class TestStops:
             for grad, other in zip(found, exact, strict=True):
                 expected = torch.zeros_like(grad) if other is None else other
                 torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-8)
+
+
+    def test_common_times_have_common_stops(self) -> None:
+        """One row, however many samples there are."""
+        common = np.broadcast_to(np.array([0.0, 1.0, 2.0]), (1000, 3))
+        for times, n_rows in ((common, 1), (padded(MOST).numpy(), MOST)):
+            stops = stops_of({"step_t": [0.2, 0.5]}, times[:, 0], last_times_of(times))
+            assert stops is not None
+            assert stops.times.shape == (n_rows, 3)
+            assert np.array_equal(stops.times[:, -1], last_times_of(times)[:n_rows])
 
 
 class TestCotangents:

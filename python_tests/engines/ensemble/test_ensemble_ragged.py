@@ -176,7 +176,6 @@ class TestStops:
                 expected = torch.zeros_like(grad) if other is None else other
                 torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-8)
 
-
     def test_common_times_have_common_stops(self) -> None:
         """One row, however many samples there are."""
         common = np.broadcast_to(np.array([0.0, 1.0, 2.0]), (1000, 3))

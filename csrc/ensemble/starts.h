@@ -78,9 +78,10 @@ class Starts {
   private:
     // Writes the first output of a sample, and NaN behind its last time.
     void begin_outputs(int64_t sample) {
-        const auto output = [&](int64_t i) { return task_.outputs + (i * task_.n_samples + sample) * n; };
-        std::copy(task_.y0 + sample * n, task_.y0 + (sample + 1) * n, output(0));
-        for (int64_t i = task_.count_times(sample); i < task_.n_times; ++i) std::fill(output(i), output(i) + n, T(NAN));
+        const int64_t count = task_.count_times(sample);
+        for (int c = 0; c < n; ++c) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
+        for (int64_t i = count; i < task_.n_times; ++i)
+            for (int c = 0; c < n; ++c) task_.outputs[(i * task_.n_samples + sample) * n + c] = T(NAN);
     }
 
     bool has_steps(int64_t sample) const {

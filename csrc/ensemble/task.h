@@ -36,7 +36,9 @@ struct Task {
     T* outputs;
     Outcome* outcomes;
 
-    int64_t count_times(int64_t sample) const { return control::count_times(times + sample * times_step, n_times); }
+    ACA_HD int64_t count_times(int64_t sample) const {
+        return control::count_times(times + sample * times_step, n_times);
+    }
 };
 
 struct Cotangents {

@@ -43,6 +43,8 @@ class Starts {
     void begin(int64_t first, int64_t last) {
         next_sample_ = first;
         last_ = last;
+        if (round_) return;
+        for (int64_t sample = first; sample < last; ++sample) begin_outputs(sample);
     }
 
     // Loads as many samples as there are lanes and finds their first slopes and steps.
@@ -50,8 +52,7 @@ class Starts {
         next = count = 0;
         int64_t samples[kLanes];
         for (; count < kLanes && next_sample_ < last_; ++next_sample_)
-            if (!round_ || (round_->has(next_sample_) && task_.outcomes[next_sample_].failure == none))
-                samples[count++] = next_sample_;
+            if (has_steps(next_sample_)) samples[count++] = next_sample_;
         if (count == 0) return false;
         for (int l = 0; l < kLanes; ++l) load(l, samples[l < count ? l : 0]);
         V t;
@@ -75,6 +76,19 @@ class Starts {
     int next = 0, count = 0;  // the next one to take, and how many there are
 
   private:
+    // Writes the first output of a sample, and NaN behind its last time.
+    void begin_outputs(int64_t sample) {
+        const int64_t count = task_.count_times(sample);
+        for (int c = 0; c < n; ++c) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
+        for (int64_t i = count; i < task_.n_times; ++i)
+            for (int c = 0; c < n; ++c) task_.outputs[(i * task_.n_samples + sample) * n + c] = T(NAN);
+    }
+
+    bool has_steps(int64_t sample) const {
+        if (round_) return round_->has(sample) && task_.outcomes[sample].failure == none;
+        return task_.count_times(sample) > 1;
+    }
+
     void load(int l, int64_t sample) {
         Lane& lane = lanes[l];
         lane = Lane{};
@@ -85,12 +99,11 @@ class Starts {
         const int64_t row = sample * task_.stops_step, last = row + task_.n_stops - 1;
         int64_t stop = row;
         while (stop < last && task_.stops[stop] != task_.stops[stop]) ++stop;
-        control::set_times(lane.control, times[0], task_.stops[last], uintptr_t(times), task_.n_times,
+        control::set_times(lane.control, times[0], task_.stops[last], uintptr_t(times), task_.count_times(sample),
                            uintptr_t(task_.stops + stop), last + 1 - stop);
         if (task_.is_jump) lane.is_jump = task_.is_jump + stop;
         for (int c = 0; c < n; ++c) {
             y[c][l] = task_.y0[sample * n + c];
-            if (!round_) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
             tolerance[c][l] = task_.rtol_each ? task_.rtol_each[sample * n + c] : T(task_.rtol);
             tolerance[n + c][l] = task_.atol_each ? task_.atol_each[sample * n + c] : T(task_.atol);
         }

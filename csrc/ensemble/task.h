@@ -25,7 +25,7 @@ struct Task {
     Controller controller;
     double first_step;                                      // 0: by Hairer's rule
     int64_t max_num_steps, n_samples, n_times, times_step;  // times_step: from one sample to the next, 0 for one row
-    const double* times;
+    const double* times;                                    // NaN pads the end of a row with fewer
     int64_t n_stops, stops_step;  // as of times; the last stop is the end, and NaN comes first where there are fewer
     const double* stops;
     const bool* is_jump;  // of each stop; null: none is
@@ -35,6 +35,10 @@ struct Task {
     const T *y0, *by_sample, *shared;
     T* outputs;
     Outcome* outcomes;
+
+    ACA_HD int64_t count_times(int64_t sample) const {
+        return control::count_times(times + sample * times_step, n_times);
+    }
 };
 
 struct Cotangents {

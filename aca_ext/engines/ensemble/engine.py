@@ -13,7 +13,6 @@ from typing import Any
 from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs, solve_by
 from aca_ext.gradients.base import Result
-from aca_ext.problem.batch import BatchProblem
 from aca_ext.progress import samples_bar
 
 
@@ -31,9 +30,6 @@ class EnsembleEngine(CompiledEngine):
 
 
 def _obstacle_to_lanes(request: Request) -> str | None:
-    assert isinstance(request.problem, BatchProblem)
-    if request.problem.is_ragged:
-        return "The steps run in Python because the times are padded with NaN."
     others = request._replace(progress=False, checkpoints=None)  # which lanes have, too
     return obstacle_to_programs(others, takes_batches=True)
 

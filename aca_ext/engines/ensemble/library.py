@@ -166,7 +166,7 @@ def task_of(
         problem.max_num_steps,
         len(y0),
         *rows(problem.times_of_rows),
-        *rows(problem.times_of_rows[:, -1:] if stops is None else stops.times),
+        *rows(problem.last_times[:, None] if stops is None else stops.times),
         rows(stops.is_jump)[2] if stops is not None and has_jumps else None,
         0.0 if isinstance(rtol, Tensor) else rtol,
         0.0 if isinstance(atol, Tensor) else atol,

@@ -60,7 +60,7 @@ class Plan:
         problem = task.problem
         assert isinstance(problem, BatchProblem)
         random = torch.Generator(device="cpu").manual_seed(0)
-        y0 = problem.y0.detach()
+        y0 = _finite(problem.y0.detach())
         noise, g = (torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu") for _ in range(2))
         size = float(y0.square().mean().sqrt()) if y0.numel() else 0.0
         y = y0 + distance * (size or 1.0) * noise
@@ -118,6 +118,14 @@ def _of_func(
             return [k, *(torch.zeros_like(x) for x in (y, *wanted))]
         grads = torch.autograd.grad(k, (y, *wanted), g, allow_unused=True)
         return [k.detach(), *_filled(grads, (y, *wanted))]
+
+
+def _finite(y: Tensor) -> Tensor:
+    """``y`` with a finite row in place of those that are not: sums over samples that are NaN would show no mistake."""
+    is_finite = y.isfinite().reshape(len(y), -1).all(1)
+    if bool(is_finite.all()) or not bool(is_finite.any()):
+        return y
+    return torch.where(is_finite.view(-1, *(1,) * (y.dim() - 1)), y, y[is_finite][0])
 
 
 def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

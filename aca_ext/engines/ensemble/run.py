@@ -43,19 +43,21 @@ def solve(
     With a number of ``checkpoints``, so many states of each sample are kept at most. The backward pass repeats the
     steps from one to the next, and holds those of a chunk of samples at a time. ``finished`` is called while the solve
     runs, each time with the number of samples that ended since the last call.
+    Outputs at times that are padding are NaN; their cotangents are ignored.
 
     Raises:
         CompileError: func cannot be compiled for one sample, or this kind of solve is not supported.
     """
-    n_times = problem.times_of_rows.shape[1]
-    if n_times == 1 or problem.y0.numel() == 0:  # nothing to solve
-        stats = BatchStats(*_counts(len(problem.y0)), backend="compiled")
-        return Result(torch.stack([problem.y0] * n_times), BatchRecord(len(problem.y0)), stats)
+    y0 = problem.y0
+    if (problem.counts == 1).all() or y0.numel() == 0:  # nothing to solve
+        padding = [torch.full_like(y0, math.nan)] * (problem.times_of_rows.shape[1] - 1)
+        stats = BatchStats(*_counts(len(y0)), backend="compiled")
+        return Result(torch.stack([y0, *padding]), BatchRecord(len(y0)), stats)
     run = _Run(problem, params, task, checkpoints if isinstance(checkpoints, int) else 0)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, run.p, run.w)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, run.p, run.w)):
         keep = Keep.CHECKPOINTS if isinstance(checkpoints, int) else Keep.STATES
         ys = run.forward(keep, finished)
-        ys = with_graph(ys, _Backward(run), [run.states()], problem.y0, [run.p, run.w])
+        ys = with_graph(ys, _Backward(run), [run.states()], y0, [run.p, run.w])
     else:
         ys = run.forward(Keep.NOTHING, finished)
     return Result(ys, run, run.stats)
@@ -167,13 +169,14 @@ class _Run:
         self._library_task.by_sample, self._library_task.shared = p.data_ptr(), w.data_ptr()
 
     def _count(self) -> None:
-        stats, tableau = self.stats, self.problem.tableau
-        controller = self.problem.controller
+        stats, problem, tableau = self.stats, self.problem, self.problem.tableau
+        controller = problem.controller
         assert controller is not None
         stats.n_steps, stats.n_accepted = self._outcomes[:, 0].clone(), self._outcomes[:, 1].clone()
         stats.n_rejected = stats.n_steps - stats.n_accepted
         slopes = 1 + (controller.first_step is None) + (tableau.stages - tableau.fsal) * stats.n_steps
         slopes += self._outcomes[:, 6]
+        slopes *= torch.from_numpy(problem.counts > 1)  # others take no step
         stats.n_f_evals, stats.n_f_rows = int(slopes.max()), int(slopes.sum())
         if self._counting is not None:
             self._counting.count(stats.n_f_evals)
@@ -189,7 +192,7 @@ class _Run:
             message = fault_of_start(problem.y0[row]) or f"{what} t={t:.17g}; look at func there."
         elif failure == _OF_TOLERANCE:
             message = NO_TOLERANCE
-        reason = message or reason_of(kind, problem.max_num_steps, problem.times_of_rows[row, -1])
+        reason = message or reason_of(kind, problem.max_num_steps, problem.last_times[row])
         return kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
             f"stopped: {reason}",

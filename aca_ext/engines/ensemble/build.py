@@ -89,5 +89,5 @@ def _headers() -> Path:
 @cache
 def _state_of_headers() -> str:
     folder = _headers()
-    files = sorted([*(folder / "ensemble").glob("*.h"), *(folder / "control").glob("*.h")])
+    files = sorted([*(folder / "ensemble").glob("*.*h"), *(folder / "control").glob("*.h")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -24,9 +24,9 @@ struct Arena {
 // The accepted steps of the samples of a thread.
 template <int n>
 class ThreadRecord {
-    static constexpr int64_t kBytes = 16 * int64_t(sizeof(Entry) + (n * sizeof(T) + 7) / 8 * 8);
-
   public:
+    static constexpr int64_t kBytes = 16 * int64_t(sizeof(Entry) + (n * sizeof(T) + 7) / 8 * 8);  // of a piece
+
     // All steps of a sample, since there are no checkpoints to start from.
     struct Round {
         static constexpr bool is_resumed = false;
@@ -135,19 +135,39 @@ __global__ void __launch_bounds__(kBlock)
     if (thread < threads) body(Share{thread, thread, n, threads});
 }
 
+// Makes a device current for a scope, then restores the caller's.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) {
+        error = cudaGetDevice(&previous_);
+        if (error == cudaSuccess) error = cudaSetDevice(device);
+    }
+    ~OnDevice() { cudaSetDevice(previous_); }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+    cudaError_t error;
+
+  private:
+    int previous_ = 0;
+};
+
 // Starts threads that share n samples; returns an error of CUDA, or 0.
 template <typename Body>
-int launch(const Body& body, int64_t n, int64_t threads, void* stream) {
+int launch(const Body& body, int64_t n, int64_t threads, int device, void* stream) {
+    const OnDevice on(device);
+    if (on.error != cudaSuccess) return on.error;
     const auto blocks = unsigned((threads + kBlock - 1) / kBlock);
     for_each_thread<<<blocks, kBlock, 0, static_cast<cudaStream_t>(stream)>>>(body, n, threads);
     return cudaGetLastError();
 }
 
-// Threads that the current device runs at once; 0 if it cannot run any.
+// Threads that a device runs at once; 0 if it cannot run any.
 template <typename Body>
-int64_t most_threads() {
-    int device = 0, blocks = 0, processors = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
+int64_t most_threads(int device) {
+    const OnDevice on(device);
+    int blocks = 0, processors = 0;
+    if (on.error != cudaSuccess ||
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, for_each_thread<Body>, kBlock, 0) != cudaSuccess ||
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
         return 0;
@@ -159,14 +179,14 @@ inline const char* name_of_error(int error) { return cudaGetErrorString(cudaErro
 #else
 
 template <typename Body>
-int launch(const Body& body, int64_t n, int64_t threads, void*) {
+int launch(const Body& body, int64_t n, int64_t threads, int, void*) {
     for (int64_t thread = 0; thread < threads; ++thread) body(Share{thread, thread, n, threads});
     return 0;
 }
 
 template <typename>
-int64_t most_threads() {
-    return 7;
+int64_t most_threads(int) {
+    return 7;  // fewer than samples, and not a divisor of their number
 }
 
 inline const char* name_of_error(int) { return ""; }
@@ -179,24 +199,30 @@ inline const char* name_of_error(int) { return ""; }
 #define ACA_EXPORT extern "C" __attribute__((visibility("default")))
 
 #define ACA_LIBRARY(Field, Method)                                                                                     \
-    ACA_EXPORT int64_t most_threads_forward() { return aca::most_threads<aca::ForwardOfThread<Field, Method>>(); }     \
-    ACA_EXPORT int64_t most_threads_backward() { return aca::most_threads<aca::BackwardOfThread<Field, Method>>(); }   \
+    ACA_EXPORT int64_t bytes_of_piece() { return aca::ThreadRecord<Field::n>::kBytes; }                                \
+    ACA_EXPORT int64_t most_threads_forward(int device) {                                                              \
+        return aca::most_threads<aca::ForwardOfThread<Field, Method>>(device);                                         \
+    }                                                                                                                  \
+    ACA_EXPORT int64_t most_threads_backward(int device) {                                                             \
+        return aca::most_threads<aca::BackwardOfThread<Field, Method>>(device);                                        \
+    }                                                                                                                  \
     ACA_EXPORT const char* name_of_error(int error) { return aca::name_of_error(error); }                              \
-    ACA_EXPORT int forward(const aca::Task* task, const aca::Arena* arena, int64_t threads, void* stream) {            \
+    ACA_EXPORT int forward(const aca::Task* task, const aca::Arena* arena, int64_t threads, int device,                \
+                           void* stream) {                                                                             \
         const aca::ForwardOfThread<Field, Method> body{*task, *arena};                                                 \
-        return aca::launch(body, task->n_samples, threads, stream);                                                    \
+        return aca::launch(body, task->n_samples, threads, device, stream);                                            \
     }                                                                                                                  \
     ACA_EXPORT int backward(const aca::Task* task, const aca::Arena* arena, const aca::Cotangents* to,                 \
-                            int64_t threads, void* stream) {                                                           \
+                            int64_t threads, int device, void* stream) {                                               \
         const aca::BackwardOfThread<Field, Method> body{*task, *arena, *to};                                           \
-        return aca::launch(body, task->n_samples, threads, stream);                                                    \
+        return aca::launch(body, task->n_samples, threads, device, stream);                                            \
     }                                                                                                                  \
     ACA_EXPORT int evaluate(int64_t n, const T* t, const T* y, const T* p, const T* w, const T* g, T* k, T* gy, T* gp, \
-                            double* gw, int64_t threads, void* stream) {                                               \
+                            double* gw, int64_t threads, int device, void* stream) {                                   \
         const aca::EvaluationOfThread<Field> body{{n, t, y, p, w, g, k, gy, gp, gw}};                                  \
-        return aca::launch(body, n, threads, stream);                                                                  \
+        return aca::launch(body, n, threads, device, stream);                                                          \
     }                                                                                                                  \
-    ACA_EXPORT int bounds(const aca::Arena* arena, int64_t n, const int64_t* count, const int64_t* end, double* to,    \
-                          void* stream) {                                                                              \
-        return aca::launch(aca::BoundsOfThread{arena->last, count, end, to}, n, n, stream);                            \
+    ACA_EXPORT int bounds(const aca::Arena* arena, const int64_t* count, const int64_t* end, double* to, int64_t n,    \
+                          int device, void* stream) {                                                                  \
+        return aca::launch(aca::BoundsOfThread{arena->last, count, end, to}, n, n, device, stream);                    \
     }

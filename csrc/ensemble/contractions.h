@@ -17,6 +17,7 @@ ACA_HD V lanes_of(V x) { return x; }
 template <int Rows, int Columns, typename A, typename B>
 ACA_HD void rows_times(V* sums, A a, int row, int inner, B b, int step) {
     for (int r = 0; r < Rows; ++r) sums[r] = lanes_of(a[r * row]) * b[0];
+    ACA_LOOP
     for (int j = 1; j < Columns; ++j) {
         const V x = b[j * step];
         for (int r = 0; r < Rows; ++r) sums[r] = fma(lanes_of(a[r * row + j * inner]), x, sums[r]);
@@ -28,10 +29,12 @@ ACA_HD void each_row(Store store, A a, int row, int inner, B b, int step) {
     constexpr int kBlock = 8;
     V sums[kBlock];
     int i = 0;
+    ACA_LOOP
     for (; i + kBlock <= Rows; i += kBlock) {
         rows_times<kBlock, Columns>(sums, a + i * row, row, inner, b, step);
         for (int r = 0; r < kBlock; ++r) store(i + r, sums[r]);
     }
+    ACA_LOOP
     for (; i < Rows; ++i) {
         rows_times<1, Columns>(sums, a + i * row, row, inner, b, step);
         store(i, sums[0]);
@@ -53,8 +56,10 @@ ACA_HD void contract_add(V* out, int distance, A a, int row, int inner, B b, int
 // out[i·row + j·inner] += a[i·step_a]·b[j·step_b]
 template <int Rows, int Columns, typename B>
 ACA_HD void outer_add(V* out, int row, int inner, const V* a, int step_a, B b, int step_b) {
+    ACA_LOOP
     for (int i = 0; i < Rows; ++i) {
         const V x = a[i * step_a];
+        ACA_LOOP
         for (int j = 0; j < Columns; ++j) {
             V& to = out[i * row + j * inner];
             to = fma(x, lanes_of(b[j * step_b]), to);

@@ -13,11 +13,14 @@
 #include "ensemble/vectors.h"
 #endif
 
-// Of functions that are too long to be compiled into each of their callers.
+// ACA_HD_CALLED: functions that are too long to be compiled into each of their callers. ACA_LOOP: loops that are not
+// unrolled on a GPU, whose arrays would not fit into registers anyway.
 #ifdef __CUDACC__
 #define ACA_HD_CALLED __host__ __device__ __noinline__
+#define ACA_LOOP _Pragma("unroll 1")
 #else
 #define ACA_HD_CALLED __attribute__((noinline))
+#define ACA_LOOP
 #endif
 
 namespace aca {

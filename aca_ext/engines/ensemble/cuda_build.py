@@ -16,8 +16,9 @@ import torch
 from aca_ext.engines.compiled.library_cache import file_state, library, origin, run_compiler, source_file
 from aca_ext.engines.ensemble.build import headers, state_of_headers
 
-# Without contraction, as on the CPU: code says fma where it wants it.
-FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-x", "cu")
+# Without contraction, as on the CPU: code says fma where it wants it. Generated code has variables that nothing uses.
+_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-x", "cu",
+          "-diag-suppress=177,550")  # fmt: skip
 _NEEDS = "nvcc of the CUDA toolkit (12.0 or newer) on PATH, or named in the environment variable CUDACXX"
 
 
@@ -28,7 +29,7 @@ def load(source: str, device: torch.device) -> Any:
         CompileError: nvcc is missing, or it fails.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    command = (*compiler_command(f"sm_{major}{minor}"), "-w")
+    command = compiler_command(f"sm_{major}{minor}")
 
     def build(to: Path) -> None:
         run_compiler([*command, str(source_file(to)), "-o", str(to)], source, to, needs=_NEEDS)
@@ -37,5 +38,6 @@ def load(source: str, device: torch.device) -> Any:
 
 
 def compiler_command(architecture: str) -> tuple[str, ...]:
+    """nvcc with its options, for an architecture such as "sm_90"."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    return (nvcc, *FLAGS, f"-arch={architecture}", f"-I{headers()}")
+    return (nvcc, *_FLAGS, f"-arch={architecture}", f"-I{headers()}")

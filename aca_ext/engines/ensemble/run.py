@@ -95,7 +95,7 @@ class _Run:
         captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
         counters = captured.counters
         self._counting = Counting(counters, scope_of(problem.func, problem.args)) if counters else None
-        key = "lanes", problem.tableau, problem.packing
+        key = "lanes", y0.device, problem.tableau, problem.packing
         if "lanes" in captured.obstacles:
             raise CompileError(captured.obstacles["lanes"])
         plan: Plan | None = captured.plans.get(key)

@@ -5,8 +5,7 @@ Nothing here runs on a GPU.
 
 from __future__ import annotations
 
-import ctypes
-import os
+import math
 import re
 import shutil
 import subprocess
@@ -24,8 +23,10 @@ from torch import Tensor, nn
 import aca_ext
 from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
-from aca_ext.engines.compiled import library_cache
+from aca_ext.engines.compiled import library_cache, tracing
 from aca_ext.engines.ensemble import build, cuda_build, plan, thread_library
+from aca_ext.engines.ensemble.library import Record
+from aca_ext.engines.ensemble.thread_library import ThreadRecord
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 
@@ -50,11 +51,16 @@ def library_on_cpu(source: str, _: torch.device) -> Any:
 
 @pytest.fixture
 def kinds(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Function that chooses the lanes of the plans that are made next."""
+    """Function that chooses the lanes of the next solves."""
+
+    def choose(kind: str) -> None:
+        tracing._by_owner.clear()  # with the plans that have other lanes
+        monkeypatch.setattr(plan, "lanes_of", lambda _: kind)
+
     monkeypatch.setattr(build, "_command", lambda: tuple(command_of_cpp()))
     monkeypatch.setattr(build, "_vector_functions", dict)
     monkeypatch.setattr(thread_library, "load", library_on_cpu)
-    return lambda kind: monkeypatch.setattr(plan, "lanes_of", lambda _: kind)
+    return choose
 
 
 class Hamiltonian(nn.Module):
@@ -62,7 +68,7 @@ class Hamiltonian(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1, bias=False)).double()
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         slope = torch.func.grad(lambda x: self.net(x).sum())(y)
@@ -89,8 +95,10 @@ def learnt(*shape: int) -> Tensor:
 # Of each case: what makes func, y0, args, and further arguments of the solve.
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], Callable[[], tuple[Tensor, ...]], dict[str, Any]]] = {
     "lotka_volterra": (lambda: lotka_volterra, lambda: sample(BATCH, 2).abs() + 0.3, lambda: (learnt(BATCH, 4),), {}),
-    "van_der_pol": (lambda: van_der_pol, lambda: sample(BATCH, 2), lambda: (3 * learnt(BATCH, 1),), {"method": "dopri8"}),
-    "robertson": (lambda: robertson, lambda: 0.1 * sample(BATCH, 3).abs() + 0.5, lambda: (learnt(BATCH, 3),), {"method": "bosh3"}),
+    "van_der_pol": (lambda: van_der_pol, lambda: sample(BATCH, 2), lambda: (3 * learnt(BATCH, 1),),
+                    {"method": "dopri8"}),
+    "robertson": (lambda: robertson, lambda: 0.1 * sample(BATCH, 3).abs() + 0.5, lambda: (learnt(BATCH, 3),),
+                  {"method": "bosh3"}),
     "network": (Network, lambda: sample(BATCH, 2), tuple, {}),
     "torch.func.grad": (Hamiltonian, lambda: sample(BATCH, 2), tuple, {"method": "tsit5"}),
     "step_t": (lambda: pulses, lambda: sample(BATCH, 1), lambda: (learnt(BATCH, 1),),
@@ -122,12 +130,17 @@ def solved(case: str, dtype: torch.dtype = torch.float64) -> tuple[Any, tuple[Te
     return sol, grads[: len(own)], list(grads[len(own) :])
 
 
+def record_of(sol: Any) -> Any:
+    return vars(sol)["_plan"][1]._record
+
+
 class TestThreadsOnTheCpu:
     def check(self, kinds: Callable[[str], None], case: str, dtype: torch.dtype = torch.float64) -> None:
         kinds("vectors")
         vectors, own, shared = solved(case, dtype)
         kinds("threads")
         threads, own_of_threads, shared_of_threads = solved(case, dtype)
+        assert [type(record_of(sol)) for sol in (vectors, threads)] == [Record, ThreadRecord]
         assert torch.equal(threads.y, vectors.y)
         assert len(set(threads.stats.n_steps.tolist())) > 1
         for count in ("n_steps", "n_accepted", "n_rejected"):
@@ -148,3 +161,122 @@ class TestThreadsOnTheCpu:
     @pytest.mark.parametrize("case", ["lotka_volterra", "network"])
     def test_float32(self, kinds: Callable[[str], None], case: str) -> None:
         self.check(kinds, case, torch.float32)
+
+
+class TestRecord:
+    """Memory for steps, of which threads take pieces."""
+
+    def test_too_little_memory_makes_the_solve_again(
+        self, kinds: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kinds("vectors")
+        expected = solved("lotka_volterra")
+        kinds("threads")
+        sizes: list[int] = []
+        memory = thread_library.ThreadLibrary._memory
+        monkeypatch.setattr(
+            thread_library.ThreadLibrary, "_memory", lambda self, size: sizes.append(size) or memory(self, size)
+        )
+        monkeypatch.setattr(thread_library, "_STEPS_AT_FIRST", 0)
+        sol, grads, _ = solved("lotka_volterra")
+        assert len(sizes) == 2
+        assert sizes[0] < sizes[1]
+        assert torch.equal(sol.y, expected[0].y)
+        for one, other in zip(grads, expected[1], strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(sol.steps, expected[0].steps, strict=True):
+            assert torch.equal(one, other)
+
+    def test_is_freed_with_the_graph(self, kinds: Callable[[str], None]) -> None:
+        kinds("threads")
+        y0, rates = (sample(BATCH, 2).abs() + 0.3).requires_grad_(), learnt(BATCH, 4)
+        call = {**CALL, "options": INDEPENDENT, "engine": "compiled", "args": (rates,)}
+        sol = aca_ext.solve(lambda *operands: lotka_volterra(*operands), y0, T, **call)
+        record = record_of(sol)
+        assert record.has_states
+        one = torch.autograd.grad(weighted(sol.y), (y0, rates), retain_graph=True)
+        assert record.has_states
+        for grad, again in zip(one, torch.autograd.grad(weighted(sol.y), (y0, rates)), strict=True):
+            assert torch.equal(grad, again)
+        sol.y.detach_()
+        assert not record.has_states
+        assert len(sol.steps) == BATCH  # which are found by another solve
+
+    def test_checkpoints_are_refused(self, kinds: Callable[[str], None]) -> None:
+        kinds("threads")
+        with pytest.raises(errors.CompileError, match="checkpoints"):
+            aca_ext.solve(
+                lambda t, y: -y, learnt(BATCH, 2), T, checkpoints=4, options=INDEPENDENT, engine="compiled", **CALL
+            )
+
+
+def explosive(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+    return p * y * y
+
+
+def test_samples_that_fail(kinds: Callable[[str], None]) -> None:
+    y0, p = torch.ones(4, 1, dtype=torch.float64), torch.tensor([[0.1], [2.0], [-1.0], [math.nan]]).double()
+    found = {}
+    for kind in ("vectors", "threads"):
+        kinds(kind)
+        leaves = [x.clone().requires_grad_() for x in (y0, p)]
+        call = {**CALL, "args": (leaves[1],), "engine": "compiled"}
+        with pytest.raises(errors.SolveError, match=r"The solve of sample 1 \(and 1 more\)"):
+            aca_ext.solve(lambda *operands: explosive(*operands), leaves[0], T, options=INDEPENDENT, **call)
+        options = INDEPENDENT | {"on_failure": "nan"}
+        sol = aca_ext.solve(lambda *operands: explosive(*operands), leaves[0], T, options=options, **call)
+        assert sol.y[:, [1, 3]].isnan().all()
+        assert not sol.y[:, [0, 2]].isnan().any()
+        found[kind] = sol, torch.autograd.grad(weighted(sol.y[:, [0, 2]]), leaves)
+    (sol, grads), (expected, of_vectors) = found["threads"], found["vectors"]
+    assert [(type(e), str(e)) for e in sol.stats.failures] == [(type(e), str(e)) for e in expected.stats.failures]
+    for one, other in zip(grads, of_vectors, strict=True):
+        assert torch.equal(one, other)
+        assert not one[[1, 3]].any()
+
+
+def test_progress(kinds: Callable[[str], None], capsys: pytest.CaptureFixture[str]) -> None:
+    kinds("threads")
+    aca_ext.solve(lambda t, y: -y, sample(BATCH, 2), T, progress=True, options=INDEPENDENT, engine="compiled", **CALL)
+    assert f"{BATCH}.0/{BATCH}.0 " in capsys.readouterr().err
+
+
+@pytest.fixture
+def nvcc() -> Iterator[str]:
+    command = cuda_build.compiler_command("sm_90")[0]
+    if shutil.which(command) is None:
+        pytest.skip("there is no nvcc")
+    return command
+
+
+class TestCuda:
+    """Generated sources as CUDA."""
+
+    def compiled(self, case: str, kinds: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, to: Path) -> str:
+        """Compiles the source of a case for the GPU, warnings as errors; returns the report about registers."""
+        sources: list[str] = []
+
+        def load(source: str, device: torch.device) -> Any:
+            sources.append(source)
+            return library_on_cpu(source, device)
+
+        kinds("threads")
+        monkeypatch.setattr(thread_library, "load", load)
+        solved(case)
+        to.with_suffix(".cu").write_text(sources[0])
+        command = [*cuda_build.compiler_command("sm_90"), "-Werror", "all-warnings", "-Xptxas", "-v"]
+        done = subprocess.run(
+            [*command, str(to.with_suffix(".cu")), "-o", str(to)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+    @pytest.mark.parametrize("case", ["lotka_volterra", "torch.func.grad", "step_t"])
+    def test_compiles_without_warnings(
+        self, nvcc: str, kinds: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
+    ) -> None:
+        report = self.compiled(case, kinds, monkeypatch, tmp_path / "found.so")
+        kernels = re.findall(
+            r"properties for .*?\d([A-Z]\w+)OfThread.*\n\s*(\d+) bytes stack.* (\d+) bytes spill loads", report
+        )
+        assert {name for name, _, _ in kernels} >= {"Forward", "Backward"}

@@ -147,7 +147,9 @@ def odeint(arguments: _OdeintArguments) -> State:
               eager engine makes the steps. A func that cannot be compiled (control flow on values, random numbers,
               BatchNorm in training, side effects other than counters), or is not faster for it, is evaluated as it
               is. ``stats.compiled`` and ``stats.reason`` tell which of these ran, and why. Compiled code is compared
-              with func before use. A callback must not change func. For states on the CPU. Needs torch 2.13 or newer.
+              with func before use. A callback must not change func. For states on the CPU; with option
+              batch="independent" also on a CUDA device if nvcc is there (experimental: it has not run on a GPU yet).
+              Needs torch 2.13 or newer.
             * "graph" (experimental: it has not run on a GPU yet): captures a trial step and its transpose as CUDA
               graphs, which the device repeats and controls without the host. The steps of the eager engine. For states
               on a CUDA device, gradient="aca", checkpoints=None and numbers as tolerances; second derivatives come from

@@ -12,6 +12,7 @@ from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.engines.ensemble.library import Library
 from aca_ext.engines.ensemble.source import source_of
+from aca_ext.engines.ensemble.thread_library import ThreadLibrary
 from aca_ext.engines.ensemble.tracing import trace
 from aca_ext.errors import AcaError, CompileError
 from aca_ext.gradients.base import Task
@@ -41,8 +42,12 @@ class Plan:
                 f'func cannot be traced for one sample. Use engine="eager". The cause: {type(error).__name__}: {error}'
             ) from error
         self.gather = traced.gather
-        source = source_of(traced, problem.tableau, problem.tolerance.segments, y0.dtype)
-        self.library = Library(source, traced.lane.inputs.n_shared if traced.is_learnt[1] else 0)
+        n_learnt = traced.lane.inputs.n_shared if traced.is_learnt[1] else 0
+        lanes = lanes_of(y0.device)
+        source = source_of(traced, problem.tableau, problem.tolerance.segments, y0.dtype, lanes)
+        self.library: Library | ThreadLibrary = (
+            Library(source, n_learnt) if lanes == "vectors" else ThreadLibrary(source, n_learnt, y0.device)
+        )
         self._is_checked = {False: False, True: False}
 
     def check(self, task_of: Callable[[], Task], inputs: Sequence[Tensor], with_gradient: bool) -> None:
@@ -61,7 +66,9 @@ class Plan:
         assert isinstance(problem, BatchProblem)
         random = torch.Generator(device="cpu").manual_seed(0)
         y0 = _finite(problem.y0.detach())
-        noise, g = (torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu") for _ in range(2))
+        noise, g = (
+            torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu").to(y0.device) for _ in range(2)
+        )
         size = float(y0.square().mean().sqrt()) if y0.numel() else 0.0
         y = y0 + distance * (size or 1.0) * noise
         t = problem.start_time(y0) + distance * problem.length
@@ -102,6 +109,11 @@ class Plan:
         if outputs and wanted:
             grads = torch.autograd.grad([x for x, _ in outputs], wanted, [x for _, x in outputs], allow_unused=True)
         return [k.view(y.shape), gy.view(y.shape), *_filled(grads, wanted)]
+
+
+def lanes_of(device: torch.device) -> str:
+    """The lanes of a device: vectors of numbers, or on a GPU threads."""
+    return "threads" if device.type == "cuda" else "vectors"
 
 
 def _of_func(

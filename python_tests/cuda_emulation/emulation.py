@@ -94,6 +94,7 @@ class Emulation:
             "control_bytes": (_int64, []),
             "begin": (None, [ctypes.c_uint64, ctypes.c_int]),
             "allocate_buffer": (_address, [_address, _address, ctypes.c_int]),
+            "mark_written": (None, [_address, _address]),
             "release_buffers": (None, []),
             "take_findings": (ctypes.c_char_p, []),
             "new_stream": (_address, []),
@@ -136,6 +137,10 @@ class Emulation:
         if is_written:
             array[...] = values
         return array
+
+    def mark_written(self, array: NDArray[Any]) -> None:
+        """Tells the emulation that Python wrote to an array that was allocated unwritten."""
+        self.library.mark_written(address_of(array), array.nbytes)
 
     def target(self, dtype: str, stream: int = 0, workspace: int | None = None) -> Target:
         number = ("float32", "float64").index(dtype)

@@ -21,6 +21,7 @@ void maybe_switch();              // lets another thread run, now and then
 
 // memory.cpp
 char* allocate(size_t bytes, size_t offset, bool is_written);
+void set_written(const char* address, size_t bytes);
 void release(char* address);
 void release_all();
 void check_guards();

@@ -31,6 +31,7 @@ void begin(uint64_t seed, int planted_fault) {
 }
 
 void* allocate_buffer(size_t bytes, size_t offset, int is_written) { return allocate(bytes, offset, is_written != 0); }
+void mark_written(const char* address, size_t bytes) { set_written(address, bytes); }
 void release_buffers() { release_all(); }
 
 // Returns the findings since the last call, one per line.

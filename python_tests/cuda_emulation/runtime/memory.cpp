@@ -129,6 +129,10 @@ char* allocate(size_t bytes, size_t offset, bool written) {
     return address;
 }
 
+void set_written(const char* address, size_t bytes) {
+    std::memset(flags + (address - arena), is_allocated | is_written, bytes);
+}
+
 void release(char* address) {
     const auto found = buffers.find(address);
     std::memset(flags + (address - arena), 0, found->second);

@@ -15,7 +15,7 @@ from aca_ext.kernels.fused import KernelOperations, Norm, Tolerance, TorchOperat
 
 CHUNK = 4096  # elements that a CPU thread handles at a time
 THREADS_FROM = 1 << 15  # elements from which the CPU kernels use threads
-PARTIAL_SUMS = 1024  # of one reduction, at most
+PARTIAL_SUMS = 512  # of one reduction, at most
 VERY_LARGE = PARTIAL_SUMS * CHUNK + 77
 NO_CUDA = (
     "the build has no CUDA kernels"

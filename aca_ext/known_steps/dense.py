@@ -102,7 +102,7 @@ class Interpolant:
         rows = self._packing.unpack_rows(values)
 
         def shaped(x: Tensor) -> Tensor:
-            return x.reshape(*time.shape, *x.shape[1:])
+            return x.reshape((*time.shape, *x.shape[1:]))
 
         return shaped(rows) if isinstance(rows, Tensor) else self._packing.as_given(map(shaped, rows))
 

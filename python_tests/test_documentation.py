@@ -143,3 +143,14 @@ def test_files_are_there() -> None:
     assert len(paths) > 10
     for path in paths:
         assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    readme = PAGES["README.md"]
+    assert len(readme.splitlines()) <= 180
+    links = re.findall(r"\]\((?!https:)([^)#]+)(?:#([^)]*))?\)", readme)
+    assert len(links) > 10
+    for path, anchor in links:
+        assert (ROOT / path).is_file(), path
+        titles = re.findall(r"^#+ (.*)$", (ROOT / path).read_text() if path.endswith(".md") else "", re.MULTILINE)
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]

@@ -192,7 +192,7 @@ class TestPackage:
     def test_examples_import_only_public_names(self) -> None:
         examples = {module for module in IMPORTS if is_within(module, "aca_ext.examples")}
         inner = {name for module in examples for name in IMPORTS[module] if is_within(name, "aca_ext")}
-        assert inner - examples <= {"aca_ext", "aca_ext.flows"}
+        assert inner - examples <= {"aca_ext", "aca_ext.flows", "aca_ext.odeint"}  # names that are modules, too
 
 
 class TestSources:

@@ -55,8 +55,9 @@ def draw(truth: Solution, flight: Solution) -> Figure:
     axes = figure.subplots()
     with torch.no_grad():
         first = throw(torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
-    for solution, label, style in ((truth, "true", "-"), (first, "first guess", ":"), (flight, "found", "--")):
-        axes.plot(T, solution.y[:, 0], style, label=label)
+    axes.plot(T, truth.y[:, 0], color="0.8", linewidth=5, label="true")
+    axes.plot(T, first.y[:, 0], ":", label="first guess")
+    axes.plot(T, flight.y[:, 0], label="found")
     heard = truth.events[0].t[:3]
     axes.plot(heard, torch.zeros_like(heard), "kv", label="impacts that were heard")
     axes.set(xlabel="t [s]", ylabel="height [m]")

@@ -81,6 +81,6 @@ def draw(field: flows.DivergenceField, base: Independent, n: int, quick: bool) -
     ):
         axes.plot(*values.T, ".", markersize=2)
         axes.set(title=title, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
-    plane.imshow(density, origin="lower", extent=(-4, 4, -4, 4), cmap="viridis")
+    plane.imshow(density.numpy(), origin="lower", extent=(-4, 4, -4, 4), cmap="viridis")
     plane.set(title="Density of the flow", xlim=(-3, 3), ylim=(-3, 3))
     return figure

@@ -82,7 +82,7 @@ def draw(images: Tensor, guesses: Tensor, labels: Tensor, accuracies: list[float
     axes.set(xlabel="epoch", ylabel="accuracy on test images")
     order = (guesses == labels).int().argsort(stable=True)
     for i, panel in zip(order.tolist(), right.subplots(3, 6).flat, strict=False):
-        panel.imshow(images[i, 0], cmap="gray_r")
+        panel.imshow(images[i, 0].numpy(), cmap="gray_r")
         panel.set_axis_off()
         panel.set_title(int(guesses[i]), color="C0" if guesses[i] == labels[i] else "C3", fontsize="small")
     return figure

@@ -54,7 +54,7 @@ def draw(blood: Tensor, elasticity: Tensor, steps: Tensor) -> Figure:
     curves.plot(T, middle, color="C0", label="median")
     curves.set(xlabel="t [h]", ylabel="concentration in blood", title=f"{blood.shape[1]} patients")
     curves.legend(fontsize="small")
-    effects.bar(["uptake", "fastest\nbreakdown", "half\nsaturation"], elasticity)
+    effects.bar(["uptake", "fastest\nbreakdown", "half\nsaturation"], elasticity.tolist())
     effects.axhline(0, color="0.6")
     effects.set(title="Change of exposure [%] by one percent")
     counts.hist(steps, bins=range(int(steps.min()), int(steps.max()) + 2))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aca_ext.errors import AcaError
+from aca_ext.examples.command import can_be_written, report_missing
 from aca_ext.gradients import GRADIENTS
 from aca_ext.neural_ode import NeuralODE
 from aca_ext.numerics.methods import ALIASES, METHODS
@@ -44,23 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
         import sklearn  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as missing:
-        print(
-            f"The demo needs the package {missing.name}, which is not installed. Run pip install 'aca_ext[demo]', or "
-            "pip install '.[demo]' in the source folder.",
-            file=sys.stderr,
-        )
-        return 1
+        return report_missing("The demo", missing)
     try:
         device = torch.device(arguments.device)
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         print(f"--device {arguments.device} is not available here: {error}", file=sys.stderr)
         return 1
-    try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.open("ab").close()  # fail before the training, not after it
-    except OSError as error:
-        print(f"--output {arguments.output} cannot be written: {error}", file=sys.stderr)
+    if not can_be_written(arguments.output):
         return 1
     images, labels, test_images, test_labels = _digits(device)
     print(

@@ -33,6 +33,7 @@ ORDER = (
     "torchdiffeq",
     "controls",
     "tensor_memory",
+    "examples",
     "demo",
     "__main__",
 )
@@ -186,7 +187,12 @@ class TestPackage:
 
     def test_modules_import_one_another_not_the_package(self) -> None:
         importers = {module for module, names in IMPORTS.items() if "aca_ext" in names}
-        assert importers <= {"aca_ext.__main__"}
+        assert {name for name in importers if wing_of(name) != "examples"} <= {"aca_ext.__main__"}
+
+    def test_examples_import_only_public_names(self) -> None:
+        examples = {module for module in IMPORTS if is_within(module, "aca_ext.examples")}
+        inner = {name for module in examples for name in IMPORTS[module] if is_within(name, "aca_ext")}
+        assert inner - examples <= {"aca_ext", "aca_ext.flows", "aca_ext.odeint"}  # names that are modules, too
 
 
 class TestSources:

@@ -102,7 +102,7 @@ class Interpolant:
         if order:
             values = values[torch.cat(order).argsort().to(values.device)]
         rows = self._packing.unpack_rows(values)
-        return map_leaves(lambda x: x.reshape(*time.shape, *x.shape[1:]), rows)
+        return map_leaves(lambda x: x.reshape((*time.shape, *x.shape[1:])), rows)
 
     def outputs(self, fn: Callable[[Tensor, Any], Any], times: Sequence[float]) -> Any:
         """The results of ``fn(t, y)`` at the times, stacked; only these are kept, and states are computed again."""

@@ -34,6 +34,13 @@ def dense(y0: Any, t: Tensor = T, func: Any = NET, **settings: Any) -> Any:
     return aca_ext.solve(func, y0, t, dense=True, **LOOSE | settings)
 
 
+def test_of_a_number_at_a_time() -> None:
+    y0 = torch.tensor(2.0, dtype=torch.float64)
+    solution = dense(y0, func=lambda t, y: -y)
+    assert solution(0.5).shape == solution.derivative(0.5).shape == ()
+    assert torch.equal(solution(0.5), solution([0.5])[0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_back", [False, True], ids=["forward", "backward"])
 class TestOfAState:

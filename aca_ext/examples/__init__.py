@@ -1,0 +1,1 @@
+"""Tutorials as short programs. ``aca-ext examples`` lists them and runs one."""

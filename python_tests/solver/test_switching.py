@@ -272,6 +272,20 @@ class TestRefusals:
         with pytest.raises(ArgumentValueError, match="draws random numbers"):
             odeint(lambda t, y: -y * torch.rand(()), times(1, 1), times(0, 1), method="auto")
 
-    def test_errors_of_explicit_methods_name_it(self) -> None:
-        with pytest.raises(StepLimitError, match='use method="kvaerno5" or "auto"'):
-            odeint(van_der_pol, times(2, 0), times(0, 2000), options={"max_num_steps": 200})
+
+class TestAdvice:
+    @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+    def test_of_an_explicit_method_at_the_limit_of_stability(self, method: str) -> None:
+        with pytest.raises(StepLimitError, match=r'The problem looks stiff here.*Use method="auto"'):
+            odeint(van_der_pol, times(2, 0), times(0, 2000), method=method, options={"max_num_steps": 400})
+
+    @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+    def test_of_a_solve_that_shows_no_stiffness(self, method: str) -> None:
+        """With many steps for their accuracy; bosh3 has no estimate."""
+        with pytest.raises(StepLimitError, match='If the problem is stiff, use method="auto"'):
+            odeint(lotka_volterra, times(1, 1), times(0, 20), method=method, options={"max_num_steps": 20})
+
+    def test_costs_no_counted_evaluation(self) -> None:
+        with pytest.raises(StepLimitError) as error:
+            odeint(lotka_volterra, times(1, 1), times(0, 20), options={"max_num_steps": 20})
+        assert error.value.n_f_evals == 2 + 6 * 20

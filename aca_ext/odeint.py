@@ -129,6 +129,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             * "direct": the same gradient, from the stored autograd graph of all steps.
             * "naive": in addition differentiates the search for the step size.
             * "adjoint": the continuous adjoint, whose gradient is approximate.
+
+            Inside transforms of torch.func, "aca" has no checkpoints: its steps keep their graph, so that a reverse
+            pass takes the memory of "direct".
         checkpoints: states that gradient="aca" keeps for the backward pass; the gradient is the same, bit for bit.
 
             * None (default): the state of every accepted step.

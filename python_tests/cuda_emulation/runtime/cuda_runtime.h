@@ -49,7 +49,8 @@ Kernel kernel_of(F f, dim3 grid, dim3 block) {
 
 void launch(Kernel kernel, Stream* stream);
 
-// `kernel<<<grid, block, shared, stream>>>(arguments)` is rewritten as Launch(grid, block, shared, stream).of(kernel)(…).
+// `kernel<<<grid, block, shared, stream>>>(arguments)` is rewritten as Launch(grid, block, shared,
+// stream).of(kernel)(…).
 struct Launch {
     dim3 grid, block;
     Stream* stream;

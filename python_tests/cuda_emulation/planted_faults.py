@@ -75,7 +75,9 @@ PATCHES: list[Patch] = [
         "__shared__ double warp_sum[kThreads / 32];\n    for (int offset = emulation::has_fault(14) ? 8 : 16;",
     ),
     _without(15, _CONTROL, "__syncthreads();", after="\n    if (threadIdx.x == 0)"),
-    _without(16, _CONTROL, "__syncthreads();", after="\n    for (int i = threadIdx.x; i < kWords; i += kThreads) th"),
+    _without(
+        16, _CONTROL, "__syncthreads();", after="\n    for (int i = threadIdx.x; i < kWords; i += kThreads) there"
+    ),
     (
         _CUDA,
         "for (int64_t i = lane; i < n; i += Lanes) value",

@@ -16,10 +16,11 @@ from aca_ext.odeint import solve
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.events import refuse_terminal
 from aca_ext.problem.options import option_names, refuse_dense, refuse_to_stop
-from aca_ext.problem.state import State, like_tuple, tensors_in
+from aca_ext.problem.state import State, tensors_in
 from aca_ext.problem.suggestions import meant_by
 from aca_ext.problem.times import times_of
 from aca_ext.problem.transforms import is_transformed
+from aca_ext.problem.trees import map_leaves
 from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.user_warnings import warn_user
 
@@ -75,7 +76,7 @@ class NeuralODE(nn.Module):
         """The state at the last time, or at all times, from the initial state ``y0``.
 
         Args:
-            y0: initial state, a tensor or a tuple of tensors.
+            y0: initial state, a tensor or a tree of tensors.
             t: (T,) times that replace those of the layer; default None.
             args: further arguments of func.
 
@@ -95,7 +96,7 @@ class NeuralODE(nn.Module):
         if self.output == "all":
             return solution.y
         y = solution.y
-        return y[-1] if isinstance(y, Tensor) else like_tuple(type(y), (part[-1] for part in y))
+        return y[-1] if isinstance(y, Tensor) else map_leaves(lambda part: part[-1], y)
 
     def _look_for_unregistered(self, y: State, y0: State, args: Sequence[Any]) -> None:
         """Warns once if the solve depends on parameters that are not registered with the layer."""

@@ -34,21 +34,23 @@ def odeint(arguments: _OdeintArguments) -> State:
             arguments is (t, y); a func whose parameters are named (y, t) is refused. Batch normalisation inside func
             trains, but its running statistics average over all times, so that evaluation mode is another model: a
             BatchStatisticsWarning says so.
-        y0: initial state, a tensor of any shape, or a tuple or namedtuple of tensors; float32, float64, complex64 or
-            complex128. func receives, and the result has, the same structure.
+        y0: initial state, a tensor of any shape, or a tree of tensors of one dtype: tuples, namedtuples, lists and
+            dicts, nested to any depth, and dataclasses registered by ``torch.export.register_dataclass``. float32,
+            float64, complex64 or complex128. func, norms, events and callbacks receive the same structure; func returns
+            it, with the keys of a dict in any order, and the result has it.
         t: (T,) strictly increasing or strictly decreasing times, T ≥ 1, on any device, in the unit that func uses. With
             option ``batch="independent"`` also (batch, T): times for each sample. NaN pads the end of shorter series: a
             sample's solve ends at its last time, its outputs at padded times are NaN, and their cotangents are ignored.
             The solver keeps time in float64, but func receives it in the state's dtype; a TimeResolutionWarning says if
             that is too coarse (unix time in float32).
-        rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tuple state
-            also a tuple with one for each component. A step is accepted if the norm of
+        rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tree of
+            tensors also a tree of the same structure. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
         method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
             "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager" and a func that neither
             draws random numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method,
-            and second derivatives too. Third derivatives are wrong: gradient="aca" refuses them, "direct" and "naive"
-            do not notice. gradient="adjoint" solves the state backward, which stiffness makes unstable.
+            and second derivatives too. Third derivatives are refused, in the backward pass that would make a graph of
+            the second ones. gradient="adjoint" solves the state backward, which stiffness makes unstable.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.
@@ -68,7 +70,7 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
               gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
-              tuple state the largest RMS norm of its components.
+              tree the largest RMS norm of its tensors.
             * ``on_min_step``: "raise" (default), or "accept": a step of min_step is accepted whatever its error.
             * ``on_step_limit``: "raise" (default), or "stop", for ``solve`` alone: return the states reached within
               max_num_steps; ``Solution.resume`` continues. For gradients "aca" and "direct".
@@ -145,7 +147,9 @@ def odeint(arguments: _OdeintArguments) -> State:
               eager engine makes the steps. A func that cannot be compiled (control flow on values, random numbers,
               BatchNorm in training, side effects other than counters), or is not faster for it, is evaluated as it
               is. ``stats.compiled`` and ``stats.reason`` tell which of these ran, and why. Compiled code is compared
-              with func before use. A callback must not change func. For states on the CPU. Needs torch 2.13 or newer.
+              with func before use. A callback must not change func. For states on the CPU; with option
+              batch="independent" also on a CUDA device if nvcc is there (experimental: it has not run on a GPU yet).
+              Needs torch 2.13 or newer.
             * "graph" (experimental: it has not run on a GPU yet): captures a trial step and its transpose as CUDA
               graphs, which the device repeats and controls without the host. The steps of the eager engine. For states
               on a CUDA device, gradient="aca", checkpoints=None and numbers as tolerances; second derivatives come from
@@ -159,11 +163,13 @@ def odeint(arguments: _OdeintArguments) -> State:
         args: further arguments of func; tensors among them receive gradients.
         dense: ``solve`` alone: True makes the solution a function of time, ``solution(t)`` for any t between the first
             and the last, and ``solution.derivative(t)``. A method without dense output gets cubic Hermite
-            interpolation. For engine="eager", gradient="aca", explicit Runge-Kutta methods and steps that all samples
-            share, without events.
-        output_fn: function (t, y) of a time and a state that returns a tensor or a tuple of tensors. The result holds
+            interpolation. Independent samples are asked at times for all of them or for each, ``solution(t)`` with t
+            (T,) or (batch, T). For engine="eager", gradient="aca" and explicit Runge-Kutta methods, without events. The
+            ends of all steps are kept, in addition to the checkpoints of the backward pass.
+        output_fn: function (t, y) of a time and a state that returns a tensor or a tree of tensors. The result holds
             its values at the times t in place of the states, which are not kept: memory is that of the steps. A
-            backward pass computes the states again. Conditions as for ``dense``.
+            backward pass computes the states again. Independent samples are given together, with t (batch, 1, ..., 1).
+            Conditions as for ``dense``.
         params: tensors besides y0 and args that func depends on. Default: the parameters of a module, and every other
             tensor that func's code can reach; a tensor that was not found raises ReplayError when it is used.
         progress: show a bar of the time reached (needs tqdm); of the samples solved, with engine="compiled" and
@@ -179,8 +185,8 @@ def odeint(arguments: _OdeintArguments) -> State:
         adjoint_params: torchdiffeq's name for ``params``.
 
     Returns:
-        (T, \\*y0.shape), or for a tuple state a tuple of such; the first row is y0. Differentiable with respect to y0,
-        args, params and t: "aca", "direct" and "naive" to any order, "adjoint" once.
+        (T, \\*y0.shape), or for a tree one of such tensors; the first row is y0. Differentiable with respect to y0,
+        args, params and t: "aca", "direct" and "naive" to any order (implicit methods: twice), "adjoint" once.
 
     Raises:
         aca_ext.errors.ArgumentTypeError, ArgumentValueError: an argument is not accepted (among them TimeError,

@@ -18,9 +18,10 @@ from aca_ext.kernels.layout import stack_rows
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
-from aca_ext.problem.state import Packing, State, like_tuple
+from aca_ext.problem.state import Packing, State
+from aca_ext.problem.trees import labelled_leaves, leaves_of, map_leaves
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.stats import BatchStats, Stats
+from aca_ext.solver.stats import BatchStats, Stats, sum_of
 from aca_ext.solver.step_plan import StepPlan
 
 _RESETS = "a reset changed the state during the solve, at a time that depends on it."
@@ -52,7 +53,7 @@ class EventRecord:
     Attributes:
         t: (n,) times of the occurrences, in the unit of t. dtype and device are those of the requested times if these
             are a floating-point tensor, else float64 on the CPU. Differentiable, once.
-        y: (n, \\*y0.shape) states at these times, before a reset; for a tuple state a tuple of such tensors.
+        y: (n, \\*y0.shape) states at these times, before a reset; for a tree one of such tensors.
             Differentiable, once.
 
     With independent samples t is (batch, n) and y (batch, n, \\*state of a sample), with n the most occurrences in one
@@ -70,7 +71,7 @@ class Solution:
     Attributes:
         t: (T,) requested times as given; (batch, T) for independent samples with times of their own. After a stop at
             the step limit, only the times that were reached.
-        y: state at these times, (T, \\*y0.shape), NaN at padded times; for a tuple state a tuple of such tensors.
+        y: state at these times, (T, \\*y0.shape), NaN at padded times; for a tree one of such tensors.
             Differentiable.
         steps: (n_accepted, 2) float64 on the CPU, start and end of every accepted step, in the unit of t; for
             independent samples a tuple with one such tensor per sample.
@@ -97,7 +98,7 @@ class Solution:
     def __repr__(self) -> str:
         """Shows shapes and counts instead of values."""
         t, y = self.t, self.y
-        states = _form(y) if isinstance(y, Tensor) else f"({', '.join(map(_form, y))})"
+        states = _forms(y)
         ends = f", {t[0].item():.6g} to {t[-1].item():.6g}" if t.dim() == 1 and len(t) else ""
         is_complete = "" if self.is_complete else ", is_complete=False"
         counts = ", ".join(str(len(record.t)) for record in self.events)
@@ -180,7 +181,7 @@ class Solution:
             t=torch.cat([self.t, rest.t[1:].to(self.t)]),
             y=y,
             steps=torch.cat([self.steps, rest.steps]),
-            stats=_sum(self.stats, rest.stats),
+            stats=sum_of(self.stats, rest.stats),
             plan=None if self.plan is None or rest.plan is None else self.plan.followed_by(rest.plan),
         )
 
@@ -202,17 +203,15 @@ def batch_event_record(t: Tensor, ys: Tensor, packing: Packing, is_terminal: boo
     if is_terminal and len(t) == 0:
         t, ys = t.new_full((1, *t.shape[1:]), math.nan), ys.new_full((1, *ys.shape[1:]), math.nan)
     y = packing.unpack_rows(ys)
-    parts = (part[0] if is_terminal else part.transpose(0, 1) for part in (y if isinstance(y, tuple) else (y,)))
-    return EventRecord(
-        t[0] if is_terminal else t.T, like_tuple(type(y), parts) if isinstance(y, tuple) else next(parts)
-    )
+    of_samples = map_leaves(lambda part: part[0] if is_terminal else part.transpose(0, 1), y)
+    return EventRecord(t[0] if is_terminal else t.T, of_samples)
 
 
 def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
     """One solution to ``times`` of parts that follow one another, each from a reset of the one before it."""
     y, stats = parts[0].y, parts[0].stats
     for part in parts[1:]:
-        y, stats = followed_by(y, part.y), _sum(stats, part.stats)
+        y, stats = followed_by(y, part.y), sum_of(stats, part.stats)
     events = tuple(_all_of(records, times) for records in zip(*(part.events for part in parts), strict=True))
     steps = torch.cat([part.steps for part in parts])  # type: ignore[misc]
     n = sum(len(part.t) for part in parts) - len(parts) + 1
@@ -226,21 +225,14 @@ def joined(parts: Sequence[Solution], times: Tensor) -> Solution:
 
 
 def _all_of(records: Sequence[EventRecord], times: Tensor) -> EventRecord:
-    states = [record.y for record in records]
-    if isinstance(states[0], Tensor):
-        y: State = torch.cat(states)  # type: ignore[arg-type]
-    else:
-        y = like_tuple(type(states[0]), map(torch.cat, zip(*states, strict=True)))
+    y = map_leaves(lambda *parts: torch.cat(parts), *(record.y for record in records))
     t = torch.cat([record.t for record in records])
     return EventRecord(t.to(times) if times.is_floating_point() else t, y)
 
 
 def followed_by(y: State, rest: State) -> State:
     """The rows of two parts of a solve, without the first of the second part, where the first part ended."""
-    if isinstance(y, Tensor):
-        assert isinstance(rest, Tensor)
-        return _stacked(y, rest)
-    return like_tuple(type(y), (_stacked(one, other) for one, other in zip(y, rest, strict=True)))
+    return map_leaves(_stacked, y, rest)
 
 
 def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Callable[..., Solution]) -> Solution:
@@ -248,19 +240,15 @@ def stopped(solution: Solution, problem: Problem, record: StepRecord, again: Cal
     end = record.end
     if end is None:  # a single time, so there was no step
         return solution
-    packing = problem.packing
-    parts = solution.y if isinstance(solution.y, tuple) else (solution.y,)
-    n_reached = len(parts[0]) - (not end.is_complete and len(record.steps) > 0)
-    y_reached = tuple(part[-1] for part in parts)
-    rows = tuple(part[:n_reached] for part in parts)
-    y, left = packing.as_given(y_reached) if packing.is_tuple else y_reached[0], problem.times[n_reached:]
+    n_reached = len(leaves_of(solution.y)[0]) - (not end.is_complete and len(record.steps) > 0)
+    y_reached, left = map_leaves(lambda part: part[-1], solution.y), problem.times[n_reached:]
     return replace(
         solution,
         t=solution.t[:n_reached],
         plan=None if solution.plan is None else solution.plan.reaching(n_reached),
-        y=packing.as_given(rows) if packing.is_tuple else rows[0],
+        y=map_leaves(lambda part: part[:n_reached], solution.y),
         is_complete=end.is_complete,
-        continuation=Continuation(end, y, left, again),
+        continuation=Continuation(end, y_reached, left, again),
     )
 
 
@@ -297,13 +285,14 @@ def _form(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
+def _forms(y: Any) -> str:
+    """Shapes and dtypes of the states; ``output_fn`` may have returned anything."""
+    if isinstance(y, tuple) and all(isinstance(part, Tensor) for part in y):
+        return f"({', '.join(map(_form, y))})"
+    leaves = [(path, x) for path, x in labelled_leaves(y, "") if isinstance(x, Tensor)]
+    return ", ".join(f"{path}: {_form(x)}" if path else _form(x) for path, x in leaves)
+
+
 def _stacked(one: Tensor, other: Tensor) -> Tensor:
     """The outputs of both parts without the first of ``other``, which is the start of that part; keeps the strides."""
     return stack_rows([*one.unbind(0), *other[1:].unbind(0)], one[0])
-
-
-def _sum(one: Stats | BatchStats, other: Stats | BatchStats) -> Stats:
-    counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected")
-    counted = {name: getattr(one, name) + getattr(other, name) for name in (*counts, "compile_seconds")}
-    same = {name: getattr(other, name) for name in ("backend", "engine", "compiled", "reason")}
-    return Stats(**counted, **same)

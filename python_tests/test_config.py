@@ -68,6 +68,20 @@ class TestConfig:
             assert line.endswith(value)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of loaded libraries")
+@pytest.mark.skipif(not _C.HAS_OPENMP, reason="built without OpenMP")
+def test_one_openmp_runtime_is_loaded() -> None:
+    program = (
+        "import aca_ext, torch; torch.set_num_threads(2); "
+        "aca_ext.odeint(lambda t, y: -y, torch.ones(100_000), torch.tensor([0.0, 1.0])); "
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp.so' in line or 'omp-' in line})"
+    )
+    run = run_python("-c", program)
+    assert run.returncode == 0, run.stderr
+    (runtime,) = run.stdout.split()  # two would start twice as many threads as there are cores
+    assert Path(runtime).is_relative_to(Path(torch.__file__).parent.parent)
+
+
 @in_uncompiled_source
 class TestSourceFolder:
     def test_tests_run_on_the_installed_package(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from aca_ext.controls.controlled_field import ControlledField, FieldOfSamples
 from aca_ext.controls.interpolation import Interpolation
@@ -17,6 +18,7 @@ from aca_ext.odeint import odeint
 from aca_ext.problem.options import FIXED_OPTIONS
 from aca_ext.problem.state import State
 from aca_ext.problem.transforms import is_transformed
+from aca_ext.problem.trees import map_leaves
 from aca_ext.torchdiffeq import solves as drop_in
 
 BACKENDS = ("aca_ext", "torchdiffeq")
@@ -41,10 +43,10 @@ def cdeint(
 
     Args:
         X: the control, an ``Interpolation``, or an object with a method ``derivative(t)`` that returns (..., channels);
-            for a tuple state also a tuple of such.
+            for a state with components a tree of such, structured like z0.
         func: callable or nn.Module. func(t, z) returns (..., hidden, channels) for a 0-d tensor t and z like z0. If it
             has a method ``prod``, func.prod(t, z, dXdt) returns the product, (..., hidden), instead.
-        z0: (..., hidden) initial state, of the batch dimensions and the dtype of X; or a tuple of such.
+        z0: (..., hidden) initial state, of the batch dimensions and the dtype of X; or a tree of such.
         t: (T,) strictly monotonic times, usually ``X.interval``.
         adjoint: True (default) for gradients at the memory of checkpoints, gradient="aca"; False for gradient="direct".
         backend: "aca_ext" (default), or "torchdiffeq": kwargs and gradients are torchdiffeq's, with the continuous
@@ -54,7 +56,7 @@ def cdeint(
             and X depend on receives its gradient.
 
     Returns:
-        (..., T, hidden), or a tuple of such: the times come before the channels, unlike in ``odeint``. Differentiable
+        (..., T, hidden), or a tree of such: the times come before the channels, unlike in ``odeint``. Differentiable
         with respect to z0, t, parameters, and the x of X; also the knots of X, if it is a spline. (A knot of a linear
         path would move a jump of dX/dt through the steps: a knot that requires grad is an error there.)
 
@@ -68,7 +70,7 @@ def cdeint(
 
     Source: Kidger et al., Neural controlled differential equations for irregular time series, NeurIPS 2020.
     """
-    paths = tuple(X) if isinstance(X, (tuple, list)) else (X,)
+    paths = pytree.tree_leaves(X)
     for path in paths:
         _check_control(path)
     for name in ("event_fn", "output_fn"):
@@ -90,14 +92,14 @@ def cdeint(
         out = _by_drop_in(paths, field, z0, t, adjoint, settings)
     else:
         raise ArgumentValueError(f"backend is {backend!r}; there are {', '.join(map(repr, BACKENDS))}.")
-    return out.movedim(0, -2) if isinstance(out, Tensor) else tuple(part.movedim(0, -2) for part in out)
+    return map_leaves(lambda part: part.movedim(0, -2), out)
 
 
 def _check_control(path: Any) -> None:
     if not callable(getattr(path, "derivative", None)):
         raise ArgumentTypeError(
             f"X is of type {type(path).__name__}, which has no method derivative(t); give an aca_ext.Interpolation or, "
-            "for a tuple state, a tuple of such."
+            "for a state with components, a tree of such."
         )
     if not isinstance(path, Interpolation):
         return

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from aca_ext.controls.interpolation import Interpolation
 from aca_ext.controls.pieces import derivative, polynomial
 from aca_ext.errors import SlopeError
 from aca_ext.problem.state import State
+from aca_ext.problem.trees import is_flat, is_node, leaves_like, leaves_of, like, parts_like, structure_of
 
 _CONTROL = "Control (..., channels) and state (..., hidden) need the same batch dimensions."
 _PRODUCT = "It must have the shape of z."
@@ -26,6 +28,7 @@ class ControlledField:
     def __init__(self, path: Any, func: Callable[..., Any]) -> None:
         self.path, self.func = path, func
         self.prod = getattr(func, "prod", None)
+        self._has_paths = is_node(path)
 
     def __call__(self, t: Tensor, z: State, *args: Any) -> State:
         return self.slope(t, z, self._speed(t), *args)
@@ -41,11 +44,11 @@ class ControlledField:
         _check("the result of func", matrix, z, lambda part, z: part.shape[:-1] == z.shape, _MATRIX)
         if isinstance(z, Tensor):
             return _product(matrix, speed)
-        return tuple(_product(*parts) for parts in zip(matrix, speed, strict=True))
+        return like(z, [_product(*parts) for parts in zip(*(parts_like(z, x) for x in (matrix, speed)), strict=True)])
 
     def _speed(self, t: Tensor) -> Any:
-        if isinstance(self.path, (tuple, list)):
-            return tuple(path.derivative(t) for path in self.path)
+        if self._has_paths:
+            return pytree.tree_map(lambda path: path.derivative(t), self.path)
         return self.path.derivative(t)
 
 
@@ -90,9 +93,11 @@ def _product(matrix: Tensor, speed: Tensor) -> Tensor:
 
 
 def _check(what: str, given: Any, z: State, fits: Callable[[Tensor, Tensor], bool], rule: str) -> None:
-    """Raises SlopeError unless ``given`` is a tensor, or a tuple of such, that ``fits`` z."""
+    """Raises SlopeError unless ``given`` is a tensor, or a tree of such, that ``fits`` z."""
     if isinstance(z, Tensor):
         given, z = (given,), (z,)
+    elif not is_flat(z):
+        given, z = leaves_like(structure_of(z), given, what, SlopeError), leaves_of(z)
     elif not isinstance(given, (tuple, list)) or len(given) != len(z):
         kind = f"{len(given)} tensors" if isinstance(given, (tuple, list)) else f"a {type(given).__name__}"
         raise SlopeError(f"z is a tuple of {len(z)} tensors, and {what} {kind}; it must be a tuple of as many.")

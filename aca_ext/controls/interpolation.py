@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aca_ext.controls.pieces import KINDS, derivative, polynomial
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
+from aca_ext.kernels.reference import widest_dtype
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.times import times_of
 
@@ -112,7 +113,7 @@ class Interpolation(nn.Module):
     def _at(self, t: Tensor | float) -> tuple[Sequence[Tensor], Tensor]:
         """The coefficients of the pieces at t, (..., times, channels), and the times since their knots."""
         if not isinstance(t, Tensor) or not t.is_floating_point():
-            t = torch.as_tensor(t, dtype=torch.float64, device=self._t.device)
+            t = torch.as_tensor(t, dtype=widest_dtype(self._t.device), device=self._t.device)
         times = t.to(self._t.device).reshape(-1)
         piece = self._piece(times)
         shape = (*self._coefficients.shape[:-2], *t.shape, self._coefficients.shape[-1])

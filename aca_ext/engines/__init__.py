@@ -10,7 +10,7 @@ from aca_ext.engines.ensemble.engine import EnsembleEngine
 
 ENGINES: dict[str, Engine] = {
     "eager": EagerEngine(),
-    "compiled": EnsembleEngine(),
+    "compiled": EnsembleEngine(takes_gpu=True),
     "graph": GraphEngine(),
     "auto": AutoEngine(),
 }

@@ -19,11 +19,12 @@ from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, At, Since, after_
 from aca_ext.errors import EventError, TimeError
 from aca_ext.problem.events import Event
 from aca_ext.problem.sample_times import checked_sample_times, counts_of
-from aca_ext.problem.state import State, like_tuple
+from aca_ext.problem.state import State
+from aca_ext.problem.trees import leaves_of, like, map_leaves
 from aca_ext.solution import EventRecord, Solution
 from aca_ext.solver.stats import BatchStats
 
-Parts = tuple[Tensor, ...]  # the components of a state
+Parts = Sequence[Tensor]  # the components of a state
 
 
 def solve_batch_with_events(arguments: Arguments) -> Solution:
@@ -43,7 +44,7 @@ def solve_batch_with_events(arguments: Arguments) -> Solution:
     if not isinstance(given, Tensor):
         given = torch.from_numpy(times.copy()) if times.size else given
     # Times of events are float64 between the segments, whatever dtype the given times have.
-    precise = given.double().cpu() if isinstance(given, Tensor) else given
+    precise = given.cpu().double() if isinstance(given, Tensor) else given
     solution = run(replace(arguments, t=precise))
     assert isinstance(precise, Tensor)
     each = precise.expand(len(solution.steps), -1) if precise.dim() == 1 else precise
@@ -71,7 +72,7 @@ class _Segments:
         assert isinstance(first.stats, BatchStats)
         assert isinstance(first.ended_by, Tensor)
         self._arguments, self._times, self._n = arguments, times, len(times)
-        self._y0, self._y = _parts(arguments.y0), _parts(first.y)
+        self._y0, self._y = leaves_of(arguments.y0), leaves_of(first.y)
         self._n_reached, self._n_wanted = _n_reached(self._y), (~times.detach().isnan()).sum(1)
         self._ended_by, self._stats = first.ended_by.clone(), first.stats
         self._steps = [[steps] for steps in first.steps]
@@ -95,7 +96,7 @@ class _Segments:
         self._check_progress(rows, time.detach())
         y = self._after_resets(rows, time, y)
         solution = run(self._segment(rows, time, y))
-        parts, n_before = _parts(solution.y), self._n_reached
+        parts, n_before = leaves_of(solution.y), self._n_reached
         n_times = len(parts[0])
         # Numbers of the outputs within the segment, whose first is the start.
         number = torch.arange(self._times.shape[1], device="cpu").unsqueeze(1) - n_before + 1
@@ -118,7 +119,7 @@ class _Segments:
 
     def _take_events(self, solution: Solution, start: Tensor | None) -> None:
         for found, event, record in zip(self._events, self._arguments.events, solution.events, strict=True):
-            t, y = record.t, _parts(record.y)
+            t, y = record.t, leaves_of(record.y)
             if event.terminal:
                 t, y = t.unsqueeze(1), tuple(part.unsqueeze(1) for part in y)
             if start is not None:  # missing times stay without a graph: their cotangents may be NaN
@@ -167,8 +168,8 @@ class _Segments:
             last = ((~t.isnan()).sum(1) - 1).clamp(min=0)
             here = rows & (t.detach().gather(1, last.unsqueeze(1))[:, 0] == time.detach())
             if here.any():
-                new = after_reset(event, i, time.view(-1, *(1,) * (rank - 1)), _like(y0, y), y0)
-                pairs = zip(_parts(new), y, strict=True)
+                new = after_reset(event, i, time.view(-1, *(1,) * (rank - 1)), like(y0, y), y0)
+                pairs = zip(leaves_of(new), y, strict=True)
                 y = tuple(torch.where(_beside(here, old), changed, old) for changed, old in pairs)
         return y
 
@@ -188,7 +189,7 @@ class _Segments:
         return replace(
             arguments,
             func=Since(arguments.func),
-            y0=_like(arguments.y0, y),
+            y0=like(arguments.y0, y),
             t=torch.cat([torch.zeros(self._n, 1, dtype=torch.float64, device="cpu"), since], 1),
             args=(start, *arguments.args),
             events=tuple(replace(event, fn=At(event.fn, start)) for event in arguments.events),
@@ -203,7 +204,7 @@ class _Segments:
         )
         steps = tuple(torch.cat(of_row) for of_row in self._steps)
         is_complete = bool((self._n_reached == self._n_wanted).all())
-        solution = Solution(times, _like(self._arguments.y0, self._y), steps, self._stats, is_complete)
+        solution = Solution(times, like(self._arguments.y0, self._y), steps, self._stats, is_complete)
         return replace(solution, events=records, ended_by=self._ended_by)
 
 
@@ -217,15 +218,7 @@ def _joined(found: Sequence[tuple[Tensor, Parts]], y0: State, is_terminal: bool)
         order = torch.zeros(len(t), 1, dtype=torch.int64, device="cpu")
     everyone = torch.arange(len(t), device="cpu").unsqueeze(1)
     t, y = t[everyone, order], tuple(part[everyone.to(part.device), order.to(part.device)] for part in y)
-    return EventRecord(t[:, 0], _like(y0, (part[:, 0] for part in y))) if is_terminal else EventRecord(t, _like(y0, y))
-
-
-def _parts(y: State) -> Parts:
-    return y if isinstance(y, tuple) else (y,)
-
-
-def _like(y0: State, parts: Any) -> State:
-    return like_tuple(type(y0), parts) if isinstance(y0, tuple) else next(iter(parts))
+    return EventRecord(t[:, 0], like(y0, (part[:, 0] for part in y))) if is_terminal else EventRecord(t, like(y0, y))
 
 
 def _beside(mask: Tensor, x: Tensor) -> Tensor:
@@ -258,8 +251,7 @@ def to_batch_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tenso
             f"event_fn changed no sign for sample {without[0]}{others} up to its last time. Give a later last time."
         )
     (found,) = solution.events
-    pairs = zip(_parts(solution.y), _parts(found.y), strict=True)
-    return found.t, _like(arguments.y0, [torch.stack([y[0], at_event]) for y, at_event in pairs])
+    return found.t, map_leaves(lambda y, at_event: torch.stack([y[0], at_event]), solution.y, found.y)
 
 
 def _ends(given: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,11 @@ from aca_ext.engines.base import Request
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.gradients.base import Result
 from aca_ext.known_steps.dense import DenseSolution, Interpolant
+from aca_ext.known_steps.dense_rows import RowInterpolant, refuse_padded
 from aca_ext.numerics.tableau import Tableau
+from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
+from aca_ext.problem.sample_times import checked_sample_times, times_of_samples
 from aca_ext.problem.times import times_of
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.solver.step_plan import StepPlan
@@ -43,8 +47,13 @@ def dense_problem(arguments: Arguments, problem: Problem) -> Problem:
     if problem.tableau.dense is None:
         problem = replace(problem, tableau=problem.tableau.with_hermite_output())
     # Adaptive steps do not depend on the times in between, a fixed grid does.
-    drops_states = arguments.output_fn is not None and problem.adaptive
-    return replace(problem, times=(problem.times[0], problem.times[-1])) if drops_states else problem
+    if arguments.output_fn is None or not problem.adaptive:
+        return problem
+    ends = problem.times[0], problem.times[-1]
+    if isinstance(problem, BatchProblem):
+        refuse_padded(problem.times_of_rows)
+        return replace(problem, times=ends, times_of_rows=problem.times_of_rows[:, [0, -1]])
+    return replace(problem, times=ends)
 
 
 def check_dense(request: Request, engine: str) -> None:
@@ -55,7 +64,7 @@ def check_dense(request: Request, engine: str) -> None:
         f"gradient={request.gradient!r}": request.gradient != "aca",
         f"checkpoints={request.checkpoints!r}": request.checkpoints is not None,
         f"method={problem.tableau.name!r}": type(problem.tableau) is not Tableau,
-        'option batch="independent"': request.is_batch,
+        'option on_failure="nan"': isinstance(problem, BatchProblem) and problem.nan_on_failure,
         'option on_step_limit="stop"': problem.stops_at_limit,
         "events": len(problem.events) > 0,
         "t that requires grad": request.learnt is not None,
@@ -64,7 +73,7 @@ def check_dense(request: Request, engine: str) -> None:
         if is_given:
             raise ArgumentValueError(
                 f"dense or output_fn is given, but does not support {what}. Leave one of the two out; both need "
-                'engine="eager", gradient="aca", an explicit Runge-Kutta method and steps that all samples share.'
+                'engine="eager", gradient="aca" and an explicit Runge-Kutta method.'
             )
 
 
@@ -74,6 +83,8 @@ def dense_solution(arguments: Arguments, problem: Problem, result: Result) -> De
     Raises:
         ArgumentValueError: func draws random numbers.
     """
+    if isinstance(problem, BatchProblem):
+        return _of_samples(arguments, problem, result)
     record, t = result.record, arguments.t
     assert isinstance(record, StepRecord)
     plan = StepPlan(problem.tableau, StepRecord(record.steps), problem.times, problem.jumps)
@@ -89,3 +100,20 @@ def dense_solution(arguments: Arguments, problem: Problem, result: Result) -> De
         y = interpolant.outputs(arguments.output_fn, asked)
     plan = replace(plan, times=asked)
     return DenseSolution(given, y, record.bounds(), result.stats, plan=plan, interpolant=interpolant)
+
+
+def _of_samples(arguments: Arguments, problem: BatchProblem, result: Result) -> DenseSolution:
+    """``dense_solution`` for independent samples."""
+    n, t, of_rows = problem.times_of_rows.shape[1], arguments.t, problem.times_of_rows
+    interval = np.stack([of_rows[:, 0], problem.last_times], 1)
+    plan = StepPlan(problem.tableau, result.record, interval)
+    interpolant = RowInterpolant(problem.func, problem.args, problem.packing, plan, problem.y0, result.ys[n:])
+    times, _ = checked_sample_times(t)
+    asked = times_of_samples(times, len(of_rows))
+    if arguments.output_fn is None:
+        y: Any = problem.packing.unpack_rows(result.ys[:n])
+    else:
+        y = interpolant.outputs(arguments.output_fn, asked)
+    given = t if isinstance(t, Tensor) else torch.from_numpy(times.copy())
+    steps = result.record.bounds()
+    return DenseSolution(given, y, steps, result.stats, plan=replace(plan, times=asked), interpolant=interpolant)

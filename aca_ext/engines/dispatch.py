@@ -30,7 +30,7 @@ from aca_ext.problem.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem.problem import Problem, known_problem, problem_of
 from aca_ext.problem.recorders import recorder
 from aca_ext.problem.resumption import SolverState
-from aca_ext.problem.state import State
+from aca_ext.problem.state import State, tensors_in
 from aca_ext.problem.times import as_float64, warn_where_time_stands_still
 from aca_ext.problem.transforms import is_transformed, refuse_transforms
 from aca_ext.solution import LazySolution, Solution, batch_event_record, checked_plan, event_record, stopped
@@ -47,7 +47,7 @@ def run(arguments: Arguments, resumed: SolverState | None = None, *, may_stop: b
     policy, params = checked_policy(arguments.checkpoints), checked_params(_named_params(arguments))
     adjoint, y0, t = _adjoint_options(arguments), arguments.y0, arguments.t
     for what, x in (("y0", y0), ("t", t), ("args", arguments.args)):
-        for part in x if isinstance(x, (tuple, list)) else (x,):
+        for part in (x,) if isinstance(x, Tensor) else tensors_in(x):
             refuse_transforms(what, part)
     recording = recorder()
     if recording is not None:
@@ -179,7 +179,7 @@ def _solution_with_events(problem: Problem, times: Tensor, record: StepRecord, r
 
 def _plan(problem: Problem, record: Any, stats: Stats | BatchStats) -> StepPlan:
     if problem.events:
-        record = StepRecord(record.steps)  # without the events, whose tensors would stay
+        record = StepRecord(record.steps, formulas=record.formulas)  # without the events, whose tensors would stay
     return checked_plan(StepPlan(problem.tableau, record, problem.known_times, problem.jumps), stats)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ArgumentTypeError, EventError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError
 from aca_ext.problem.events import Event
-from aca_ext.problem.state import Packing, State, like_tuple
+from aca_ext.problem.state import Packing, State
+from aca_ext.problem.trees import leaves_of, map_leaves
 from aca_ext.progress import Step
 
 MAX_RESETS = 10_000
@@ -21,15 +22,19 @@ LAST_BIT = 2.0**-52
 def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> State:
     """The state from which the solve goes on after an event."""
     assert event.reset is not None
-    like = y0 if isinstance(y0, Tensor) else y0[0]
-    copy = y.clone() if isinstance(y, Tensor) else like_tuple(type(y), (part.clone() for part in y))
-    new = event.reset(time.to(like.real), copy)  # which may write into it
+    copy = map_leaves(torch.clone, y)  # the reset may write into it
+    new = event.reset(time.to(leaves_of(y0)[0].real), copy)
     try:
         found = Packing.of(new)
-    except ArgumentTypeError as error:
+    except (ArgumentTypeError, ArgumentValueError) as error:
         raise EventError(f"the reset of event {index} returned something that is no state: {error}") from None
     expected = Packing.of(y0)
-    if (found.shapes, found.is_tuple, found.is_complex) != (expected.shapes, expected.is_tuple, expected.is_complex):
+    is_like_state = found.is_tuple == expected.is_tuple and (found.tree is None) == (expected.tree is None)
+    if is_like_state and found.is_tuple:
+        parts = expected.components(new, f"the result of the reset of event {index}", EventError)
+        new = expected.as_given(parts)
+        found = Packing.of(new)
+    if not is_like_state or (found.shapes, found.is_complex) != (expected.shapes, expected.is_complex):
         raise EventError(
             f"the reset of event {index} returned {found.describe()}; the state has {expected.describe()}."
         )

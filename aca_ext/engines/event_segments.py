@@ -16,9 +16,10 @@ from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, At, Since, after_
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, TimeError
 from aca_ext.problem.batch import is_independent
 from aca_ext.problem.events import Event
-from aca_ext.problem.state import State, like_tuple
+from aca_ext.problem.state import State
 from aca_ext.problem.times import times_of
 from aca_ext.problem.transforms import is_transformed
+from aca_ext.problem.trees import map_leaves
 from aca_ext.solution import EventRecord, Solution, joined
 
 _TIMES = ("step_t", "jump_t")
@@ -43,7 +44,7 @@ def solve_with_events(arguments: Arguments) -> Solution:
     times = times_of(given)
     # Times of events are float64 between the parts, whatever dtype the given times have.
     if isinstance(given, Tensor):
-        precise = given.double().cpu()
+        precise = given.cpu().double()
     else:
         precise = torch.tensor(times, dtype=torch.float64, device="cpu")
     arguments = replace(arguments, events=events, t=precise)
@@ -58,7 +59,7 @@ def solve_with_events(arguments: Arguments) -> Solution:
             parts[-1] = solution
             break
         together = [i for i, record in enumerate(solution.events) if len(record.t) and record.t[-1] == time]
-        y, start = _last(solution.events[index].y), time
+        y, start = map_leaves(lambda part: part[-1], solution.events[index].y), time
         for i in (i for i in together if events[i].reset is not None):
             y = after_reset(events[i], i, time, y, arguments.y0)
         solution = _in_absolute_time(run(_segment(arguments, events, start, y, n_left)), start)
@@ -89,10 +90,6 @@ def _check_progress(index: int, n: int, time: float, start: float, times: Sequen
             "before it. Such a solution does not go on in time. Let the reset move the state away from the surface, or "
             "end the solve by a terminal event when the resets follow too fast."
         )
-
-
-def _last(y: State) -> State:
-    return y[-1] if isinstance(y, Tensor) else like_tuple(type(y), (part[-1] for part in y))
 
 
 def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: State, n_left: int) -> Arguments:
@@ -158,8 +155,4 @@ def to_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tensor]) ->
     if solution.ended_by is None:
         raise EventError(f"event_fn changed no sign up to t={others[-1]:.17g}. Give a later last time.")
     (event,) = solution.events
-    y = solution.y
-    if isinstance(y, Tensor):
-        return event.t[0], torch.cat([y[:1], event.y])  # type: ignore[list-item]
-    ends = zip(y, event.y, strict=True)
-    return event.t[0], like_tuple(type(y), (torch.cat([one[:1], other]) for one, other in ends))
+    return event.t[0], map_leaves(lambda one, other: torch.cat([one[:1], other]), solution.y, event.y)

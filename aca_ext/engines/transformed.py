@@ -21,15 +21,16 @@ from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.batch import BatchProblem, RowPacking, batch_problem_of, is_independent
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.recorders import recorder
-from aca_ext.problem.state import Packing, State, tensors_in
+from aca_ext.problem.state import Packing, State
 from aca_ext.problem.transforms import Batches, FurtherBatchError, constant_of, outside_transforms
+from aca_ext.problem.trees import leaves_of, like
 from aca_ext.solution import Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
 from aca_ext.solver.lane_loop import LaneField, LaneOperations, LaneSolver, TransformedLanes
 from aca_ext.solver.repeated_steps import PlainOperations, fixed_steps, repeated_states, repeated_states_of_lanes
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_plan import KnownSteps, StepPlan
-from aca_ext.vector_field.repeatable import leaving_no_trace, refuse_unrepeatable, repeatable
+from aca_ext.vector_field.repeatable import leaving_no_trace, refuse_unrepeatable, repeatable, without_foreign_draws
 from aca_ext.vector_field.slope_check import plain_slope_function
 
 _UNAVAILABLE = (
@@ -60,6 +61,12 @@ def solve_transformed(arguments: Arguments) -> Solution:
     if problem.grid is not None:
         steps = [AcceptedStep(t, t_next - t, t_next, []) for t, t_next in pairwise(problem.grid)]
         return _along_common_steps(f, problem, packing, y, t, StepRecord(steps), Stats(backend="reference"))
+    with without_foreign_draws(problem.func):
+        return _with_own_steps(f, problem, packing, y, t)
+
+
+def _with_own_steps(f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor) -> Solution:
+    """The solution of adaptive steps, those that each sample of vmap takes alone."""
     batches = Batches()
     for x in (y, *(x for x in problem.args if isinstance(x, Tensor))):
         batches = batches.with_those_of(x)
@@ -130,9 +137,9 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
     with outside_transforms():
         parts = tuple(
             torch.zeros(shape[:-1] if packing.is_complex else shape, dtype=part.dtype, device=part.device)
-            for shape, part in zip(packing.shapes, tensors_in(arguments.y0), strict=True)
+            for shape, part in zip(packing.shapes, leaves_of(arguments.y0), strict=True)
         )
-        y0: State = packing.as_given(parts) if packing.is_tuple else parts[0]
+        y0: State = like(arguments.y0, parts)
         problem: Problem = make(arguments.func, y0, arguments.t, **arguments.of_problem)
     if type(problem.tableau) is not Tableau:
         raise ArgumentValueError(
@@ -181,10 +188,8 @@ def _of_lanes(problem: Problem, batches: Batches) -> BatchProblem:
     if isinstance(problem, BatchProblem):
         return replace(problem, times_of_rows=np.tile(problem.times_of_rows, (batches.count, 1)))
     given = {name: value for name, value in vars(problem).items() if name != "packing"}
-    flat = problem.packing
     times = np.tile(np.array(problem.times), (batches.count, 1))
-    packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
-    return BatchProblem(**given, packing=packing, times_of_rows=times)
+    return BatchProblem(**given, packing=RowPacking.of_problem(problem), times_of_rows=times)
 
 
 def _along_common_steps(

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ArgumentValueError
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
-from aca_ext.gradients.replayed_steps import differentiable_step, replayed_steps
+from aca_ext.gradients.replayed_steps import repeated_steps, replayed_steps
 from aca_ext.kernels.fused import TorchOperations, empty_rows, operations_for, rows_like
 from aca_ext.kernels.layout import stack_rows
 from aca_ext.kernels.pool import pool_for
@@ -31,7 +30,7 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, rows
 from aca_ext.solver.loop import Solver
 from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
-from aca_ext.solver.runge_kutta import interpolate, stage_times
+from aca_ext.solver.runge_kutta import Coefficients, interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
@@ -148,7 +147,6 @@ def _replay_backward(
     y0 = problem.y0.detach()
     replay = forward.replay(inputs)
     replayed = replayed_steps(problem, _record(forward), replay, ops, held, width)
-    solution = replayed.scheme.solution
     segments = problem.tolerance.segments
     check = ReplayCheck(y0, segments, len(steps), forward.autocast.dtype, replay.held)
     distance = distances([n for n, _ in held]) if math.isfinite(capacity) else {}
@@ -156,8 +154,9 @@ def _replay_backward(
     with replay.repeating():
         for n, row, row_next in brought_to(y0.device, reversed_states(held, len(steps), capacity, replayed.advance)):
             s: AcceptedStep = steps[n]
-            outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(solution, g)]
-            outputs += [(_weights(problem, solution, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
+            scheme = replayed.scheme(n)
+            outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
+            outputs += [(_weights(scheme, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
             replay.begin_step(s.random_states)
             if outputs:
                 assert row_next is not None
@@ -173,8 +172,8 @@ def _replay_backward(
     return grad_y0, *replay.grads
 
 
-def _weights(problem: Any, solution: Sequence[float], theta: float) -> Sequence[float]:
-    return solution if theta == 1.0 else problem.tableau.dense_weights(theta)
+def _weights(scheme: Coefficients, theta: float) -> Sequence[float]:
+    return scheme.solution if theta == 1.0 else scheme.tableau.dense_weights(theta)
 
 
 def differentiable_backward(
@@ -188,7 +187,7 @@ def differentiable_backward(
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
-    make, scheme = differentiable_step(problem, _record(forward), replay, ops)
+    method_of_step = repeated_steps(problem, _record(forward), replay, ops)
     start = gate.of(y0)
     y, outputs = start, {0: start}
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
@@ -197,15 +196,18 @@ def differentiable_backward(
     with replay.repeating():
         for n, s in enumerate(steps):
             replay.begin_step(s.random_states)
-            times = stage_times(scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
-            trial = make(times, y, s.h)
+            made = method_of_step(n)
+            times = stage_times(made.scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
+            trial = made.step(times, y, s.h)
+            end = trial.y1
             if n + 1 in states:
-                end = states[n + 1].to(y0.device)
-                check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)
+                y_next = states[n + 1].to(y0.device)
+                compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance[n + 1]), y, y_next)
+                end = made.repeated_end(compare, y, y_next, trial)
             for i, theta in s.outputs:
                 inside = theta != 1.0
-                outputs[i] = interpolate(ops, problem.tableau, y, s.h, trial.k, theta) if inside else trial.y1
-            y = trial.y1
+                outputs[i] = interpolate(ops, made.scheme.tableau, y, s.h, trial.k, theta) if inside else end
+            y = end
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
     wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
@@ -217,28 +219,7 @@ def differentiable_backward(
     replay.grads = replay.with_origins([*grads, *found])
     with replay.repeating():
         replay.check_reached(forward.leaves, problem.start_time(y0), y0)
-    found_all = [grad_y0, *replay.grads]
-    if problem.newton is None:
-        return found_all
-    return [g if g is None else _TwiceDifferentiable.apply(g) for g in found_all]
-
-
-class _TwiceDifferentiable(torch.autograd.Function):
-    """A gradient whose own derivatives have no graph: those of implicit steps are exact up to the second order."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
-        if torch.is_grad_enabled() and g is not None:
-            raise ArgumentValueError(
-                "create_graph=True was given for second derivatives through an implicit method, whose third "
-                "derivatives would be wrong. Leave it out, or use an explicit method."
-            )
-        return g
+    return grad_y0, *replay.grads
 
 
 class Gate:

@@ -71,7 +71,8 @@ def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, 
     _check_buffers(task.field)
     y0 = problem.y0.detach()
     assert isinstance(task.field, RowField)
-    solver = BatchSolver(problem, task.field, row_operations_for(y0, problem.tolerance), k0, keep_states)
+    ops = row_operations_for(y0, problem.tolerance)
+    solver = BatchSolver(problem, task.field, ops, k0, keep_states, task.keeps_ends)
     return Result(solver.run(y0.clone()), solver.record, solver.stats), [*solver.states, solver.y]
 
 

@@ -14,9 +14,10 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.adams import AdamsSteps, TransposedAdamsSteps, repeated
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.method import Method, advancing_method_of, method_of
-from aca_ext.solver.runge_kutta import Coefficients, Compare, Trial, scheme_of, stage_times
+from aca_ext.solver.method import Method, Steps, advancing_method_of, methods_of_replay, parts_of
+from aca_ext.solver.runge_kutta import Coefficients, scheme_of, stage_times
 from aca_ext.solver.slope_checkpoints import earlier_slopes
+from aca_ext.solver.transposed_step import Compare
 from aca_ext.vector_field.replay import Replay
 
 Outputs = Sequence[tuple[Sequence[float], Tensor]]
@@ -24,14 +25,10 @@ Held = Sequence[tuple[int, Tensor]]
 
 
 class ReplayedSteps(Protocol):
-    """The steps of one solve; a row is the checkpoint of the state at the start of a step.
+    """The steps of one solve; a row is the checkpoint of the state at the start of a step."""
 
-    Attributes:
-        scheme: coefficients of the method.
-    """
-
-    @property
-    def scheme(self) -> Coefficients: ...
+    def scheme(self, n: int) -> Coefficients:
+        """The coefficients of step n."""
 
     def state(self, row: Tensor) -> Tensor:
         """The state in a row."""
@@ -56,28 +53,30 @@ class _OneStep:
     """Steps of a one-step method: a row is a state."""
 
     def __init__(self, problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations) -> None:
-        self._problem, self._steps, self._replay, self._ops = problem, record.steps, replay, ops
-        self._method = method_of(problem, replay, ops, estimate_error=problem.adaptive, repeats=True)
-        self.scheme = self._method.scheme
+        self._problem, self._record, self._replay, self._ops = problem, record, replay, ops
+        self._methods = methods_of_replay(problem, record, replay, ops, estimate_error=problem.adaptive)
 
     @cached_property
-    def _advancing(self) -> Method:
-        return advancing_method_of(self._problem, self._replay, self._ops)
+    def _advancing(self) -> list[Method]:
+        return [advancing_method_of(part, self._replay, self._ops) for part in parts_of(self._problem)]
+
+    def scheme(self, n: int) -> Coefficients:
+        return self._methods[self._record.part_of(n)].scheme
 
     def state(self, row: Tensor) -> Tensor:
         return row
 
     def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
-        s, method = self._steps[n], self._advancing
+        s, method = self._record.steps[n], self._advancing[self._record.part_of(n)]
         self._replay.begin_step(s.random_states)
         times = stage_times(method.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
         with torch.no_grad():
             return method.step(times, row, s.h, None, out).y1
 
     def pull_back(self, n: int, row: Tensor, outputs: Outputs, compare: Compare, y_next: Tensor) -> Tensor:
-        s = self._steps[n]
-        times = stage_times(self.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
-        return self._method.vjp(times, row, s.h, outputs, compare, y_next)
+        s, method = self._record.steps[n], self._methods[self._record.part_of(n)]
+        times = stage_times(method.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
+        return method.vjp(times, row, s.h, outputs, compare, y_next)
 
 
 class _Adams:
@@ -86,16 +85,19 @@ class _Adams:
     ) -> None:
         self._problem, self._steps, self._replay, self._ops = problem, record.steps, replay, ops
         self._formulas = record.formulas
-        self.scheme = scheme_of(problem.tableau, estimate_error=False)
+        self._scheme = scheme_of(problem.tableau, estimate_error=False)
         self._transposed = TransposedAdamsSteps(replay, ops, record.formulas)
         self._known = dict(held) if width == 2 else {}  # rows of single slopes, which are all there
+
+    def scheme(self, n: int) -> Coefficients:
+        return self._scheme
 
     def state(self, row: Tensor) -> Tensor:
         return row[0]
 
     def _times(self, n: int, dtype: torch.dtype) -> list[Any]:
         s = self._steps[n]
-        return stage_times(self.scheme, s.t, s.h, s.t_next, self._problem.jumps, dtype)
+        return stage_times(self._scheme, s.t, s.h, s.t_next, self._problem.jumps, dtype)
 
     def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
         s, replay, ops = self._steps[n], self._replay, self._ops
@@ -114,11 +116,12 @@ class _Adams:
         return self._transposed.pull_back(n, times, row[0], self._steps[n].h, earlier, outputs, compare)
 
 
-def differentiable_step(
+def repeated_steps(
     problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations
-) -> tuple[Callable[..., Trial], Coefficients]:
-    """``Method.step`` with graph, which repeats the steps of ``record`` in order, and the method's coefficients."""
+) -> Callable[[int], Steps]:
+    """The method of each step of ``record``, for steps in order, with an autograd graph if ``ops`` make one."""
     if isinstance(problem.tableau, Adams):
-        return AdamsSteps(replay, ops, problem, record.formulas).step, scheme_of(problem.tableau, estimate_error=False)
-    method = method_of(problem, replay, ops, estimate_error=False, repeats=True)
-    return method.step, method.scheme
+        adams = AdamsSteps(replay, ops, problem, record.formulas)
+        return lambda n: adams
+    methods = methods_of_replay(problem, record, replay, ops, estimate_error=False)
+    return lambda n: methods[record.part_of(n)]

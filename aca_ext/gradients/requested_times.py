@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
 
     Each output takes one more step of the midpoint rule, of length t - t.detach(). The length is zero, so the output
     stays as it is. The length has the graph of t, so the output gets the derivatives of moving along the solution. The
-    start takes such a step backward.
+    start takes such a step backward. One evaluation of func serves as both slopes, since their points are the same.
     """
     problem, field = task.problem, task.field
     like = problem.y0
@@ -28,9 +29,11 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
     now = times.detach()
 
     def move(time: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+        slope: list[Tensor] = []
         with field.aside():
-            k = field(time, field.admit(y))
-            return y + delta * field(time + delta / 2, field.admit(y + delta / 2 * k))
+            k = field(time + delta / 2, field.admit(_Midpoint.apply(y, delta, slope)))
+        slope.append(k.detach())
+        return y + delta * k
 
     start = move(times[0], like, now[0] - times[0])
     result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
@@ -55,3 +58,19 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
     moved = [moved_to(i) for i in range(1, n_reached)]
     result.stats.n_f_evals += field.n_evals - solved
     return replace(result, ys=stack_rows([like, *moved, *result.ys[n_reached:].unbind(0)], like))
+
+
+class _Midpoint(torch.autograd.Function):
+    """The state y + delta/2·k for a delta of zero, with the one entry of ``slope`` as k, entered later.
+
+    Its derivatives are those up to second ones of the midpoint rule, for which k counts by its value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, delta: Tensor, slope: list[Tensor]) -> Tensor:
+        ctx.slope, ctx.shape_of_delta = slope, delta.shape
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        return g, (g * (ctx.slope[0] / 2)).sum_to_size(ctx.shape_of_delta), None

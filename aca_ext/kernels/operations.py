@@ -81,27 +81,27 @@ class TorchOperations:
         if sums.requires_grad:
             sizes = torch.tensor(tolerance.sizes, dtype=sums.dtype, device=sums.device).clamp(min=1)
             worst = (sums / sizes).max()
-            return worst.sqrt().cpu() if worst != 0 else worst.detach().cpu()
+            return worst.sqrt().cpu().double() if worst != 0 else worst.detach().cpu().double()
         return tolerance.norm_of_sums(sums.tolist())
 
     @staticmethod
     def _as_number(norm: Any) -> Number:
         if isinstance(norm, Tensor) and norm.requires_grad:
-            return norm.double().cpu()
+            return norm.cpu().double()
         return float(norm)
 
     def scalars(self, values: Sequence[Number]) -> Sequence[Tensor]:
         """The numbers as 0-d tensors of the state's dtype and device."""
         if any(isinstance(v, Tensor) for v in values):
             numbers = [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]
-            return torch.stack(numbers).to(self.like).unbind(0)
+            return torch.stack(numbers).to(self.like.dtype).to(self.like.device).unbind(0)
         return torch.tensor(values, dtype=self.like.dtype, device=self.like.device).unbind(0)
 
 
 class RowOperations(TorchOperations):
     """The operations on a batch of independent samples, one per row of the first dimension, each with its own h and t.
 
-    Step sizes are a float64 tensor (batch, 1, ...), made by ``steps``. Times are tensors (batch, 1, ...), made by
+    Step sizes are a tensor (batch, 1, ...), made by ``steps``. Times are tensors (batch, 1, ...), made by
     ``scalars``. Norms are a float64 array (batch,).
     """
 
@@ -111,11 +111,12 @@ class RowOperations(TorchOperations):
         self.row_shape = (self.n_rows, *(1,) * (like.dim() - 1))
 
     def steps(self, h: Array) -> Tensor:
-        """The step sizes (batch,) as a float64 tensor (batch, 1, ...) on the state's device."""
-        return torch.from_numpy(h).view(self.row_shape).to(self.like.device)
+        """The step sizes (batch,) as a tensor (batch, 1, ...) on the state's device, float64 where that has it."""
+        device = self.like.device
+        return torch.from_numpy(h).view(self.row_shape).to(reference.widest_dtype(device)).to(device)
 
     def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
-        stacked = torch.from_numpy(np.stack(values)).to(dtype=self.like.dtype, device=self.like.device)
+        stacked = torch.from_numpy(np.stack(values)).to(self.like.dtype).to(self.like.device)
         return stacked.view(len(values), *self.row_shape).unbind(0)
 
     def error_norm(self, partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor) -> Array:

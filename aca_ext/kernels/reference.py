@@ -16,6 +16,13 @@ from torch import Tensor
 # A float, or a 0-d tensor if the step size is differentiated.
 Number = Any
 
+_WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The most accurate floating dtype of a device, for sums over many elements and for step sizes."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
 
 def as_float(x: Number) -> float:
     """A number without its graph."""
@@ -42,9 +49,10 @@ def squared_error_ratios(
     atol: float | Tensor,
     segments: Sequence[int],
 ) -> Tensor:
-    """The float64 sum of ((partial + w·k) / (atol + rtol·max(|y0|, |y1|)))² over each segment, shape (segments,).
+    """The sum of ((partial + w·k) / (atol + rtol·max(|y0|, |y1|)))² over each segment, shape (segments,).
 
-    An element without error adds 0 even if its tolerance is 0. An element of y1 that is not finite makes the sum NaN.
+    In float64 where the device has it. An element without error adds 0 even if its tolerance is 0. An element of y1
+    that is not finite makes the sum NaN.
     """
     squares = _squared_error_ratio(partial, k, w, y0, y1, rtol, atol)
     flat = squares.reshape(-1) if len(segments) == 2 else squares
@@ -73,4 +81,5 @@ def _squared_error_ratio(
         w = w.to(partial.dtype)
     error = partial if k is None else partial + w * k
     ratio = error / (atol + rtol * torch.maximum(y0.abs(), y1.abs()))
-    return torch.where(error == 0, torch.zeros_like(ratio), ratio).double().square() + (y1 - y1).detach().double()
+    dtype = widest_dtype(y1.device)
+    return torch.where(error == 0, torch.zeros_like(ratio), ratio).to(dtype).square() + (y1 - y1).detach().to(dtype)

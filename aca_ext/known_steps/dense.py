@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from aca_ext.errors import ArgumentTypeError, ReplayError, TimeError
+from aca_ext.known_steps.dense_rows import RowInterpolant
+from aca_ext.known_steps.output_functions import checked_output, recomputed, stacked_outputs
 from aca_ext.numerics.weights import Weights
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.transforms import Batches
+from aca_ext.problem.trees import map_leaves
 from aca_ext.solution import Solution
 from aca_ext.solver.repeated_steps import PlainOperations
 from aca_ext.solver.runge_kutta import scheme_of, stage_times, step
@@ -34,7 +35,7 @@ _CHANGED = (
 class DenseSolution(Solution):
     """Result of ``solve`` with ``dense=True``; it can be called. Else a ``Solution``."""
 
-    interpolant: Interpolant | None = field(default=None, repr=False, compare=False)
+    interpolant: Interpolant | RowInterpolant | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, t: Any) -> State:
         """The state at any times between the first and the last, by the dense output of the method.
@@ -43,10 +44,11 @@ class DenseSolution(Solution):
         the states between its steps; a call evaluates func anew in the steps that ``t`` falls into.
 
         Args:
-            t: a time or a tensor of times of any shape.
+            t: a time or a tensor of times of any shape. For independent samples a time or (T,) times for all of them,
+                or (batch, T) times for each.
 
         Returns:
-            (\\*t.shape, \\*y0.shape); for a tuple state a tuple of such.
+            (\\*t.shape, \\*y0.shape), for times of each sample (T, \\*y0.shape); for a tree one of such.
 
         Raises:
             TimeError: a time lies outside of the solution.
@@ -100,33 +102,21 @@ class Interpolant:
         if order:
             values = values[torch.cat(order).argsort().to(values.device)]
         rows = self._packing.unpack_rows(values)
-
-        def shaped(x: Tensor) -> Tensor:
-            return x.reshape((*time.shape, *x.shape[1:]))
-
-        return shaped(rows) if isinstance(rows, Tensor) else self._packing.as_given(map(shaped, rows))
+        return map_leaves(lambda x: x.reshape((*time.shape, *x.shape[1:])), rows)
 
     def outputs(self, fn: Callable[[Tensor, Any], Any], times: Sequence[float]) -> Any:
         """The results of ``fn(t, y)`` at the times, stacked; only these are kept, and states are computed again."""
         flat = torch.tensor(times, dtype=torch.float64, device="cpu")
         results: list[Any] = []
         for n, places in self._by_step(flat):
-            first: list[Tensor] = []  # results of the solve, for comparison when they are computed again
 
-            def of_step(start: Tensor, n: int = n, at: Tensor = flat[places], first: list[Tensor] = first) -> Any:
+            def of_step(start: Tensor, n: int = n, at: Tensor = flat[places]) -> list[Any]:
                 states = self._inside(n, at, Weights.dense_weights, start)
-                as_given = at.to(states).unbind(0)
-                found = [fn(t, self._packing.unpack(y)) for t, y in zip(as_given, states.unbind(0), strict=True)]
-                values = [x.detach() for x in pytree.tree_leaves(found) if isinstance(x, Tensor)]
-                _check_outputs(first, values)
-                first[:] = first or values
-                return found
+                given = zip(at.to(states).unbind(0), states.unbind(0), strict=True)
+                return [checked_output(fn(t, self._packing.unpack(y))) for t, y in given]
 
-            keeps_graph = torch.is_grad_enabled()
-            start = self._states[n]
-            with set_checkpoint_early_stop(False):  # or it would not come to the comparison
-                results += checkpoint(of_step, start, use_reentrant=False) if keeps_graph else of_step(start)
-        return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
+            results += recomputed(of_step, self._states[n])
+        return stacked_outputs(results)
 
     def _by_step(self, times: Tensor) -> list[tuple[int, Tensor]]:
         """Pairs (number of a step, indices of the times in it); a time between two steps belongs to the first.
@@ -172,15 +162,3 @@ class Interpolant:
         allowed = _ROUNDING * torch.finfo(y.dtype).eps * (size + abs(bounds[1]) * slope)
         if not deviation <= allowed:
             raise ReplayError(_CHANGED.format(t=bounds[0], t_next=bounds[2], deviation=deviation))
-
-
-def _check_outputs(first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
-    """Raises ReplayError if output_fn does not repeat its results; ``first`` is empty at its first call."""
-    for x, y in zip(first, again, strict=False):
-        rounding = _ROUNDING * torch.finfo(x.dtype).eps if x.is_floating_point() or x.is_complex() else 0.0
-        size = float(x.abs().max()) if x.numel() and rounding else 0.0
-        if not torch.allclose(x, y, rtol=0.0, atol=rounding * size, equal_nan=True):
-            raise ReplayError(
-                "output_fn does not repeat the values that it had in the solve: it has changed since, or a tensor that "
-                "it uses (an optimizer step?). Call backward() before the change, or solve again."
-            )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.problem.batch import RowPacking
 from aca_ext.problem.state import Packing, State
+from aca_ext.problem.trees import leaves_of
 from aca_ext.solution import Solution
 from aca_ext.solver.repeated_steps import (
     FixedStep,
@@ -21,7 +22,7 @@ from aca_ext.solver.repeated_steps import (
     repeated_states_of_lanes,
 )
 from aca_ext.solver.step_plan import StepPlan
-from aca_ext.vector_field.repeatable import refuse_unrepeatable, repeatable
+from aca_ext.vector_field.repeatable import refuse_unrepeatable, repeatable, without_foreign_draws
 from aca_ext.vector_field.slope_check import plain_slope_function
 
 
@@ -52,14 +53,15 @@ def replay(
             Default: those that the module holds.
 
     Returns:
-        The states at the times of the solution, (T, \\*y0.shape); for a tuple state a tuple of such. Not
+        The states at the times of the solution, (T, \\*y0.shape); for a tree one of such. Not
         differentiable with respect to the times.
 
     Raises:
         ArgumentTypeError: an argument has a type that is not accepted.
         ArgumentValueError: the steps cannot be repeated: the method is no explicit Runge-Kutta method, a reset changed
             the state, a sample failed or had stops of its own, func draws random numbers or trains a batch
-            normalisation; or y0 is another batch than that of independent samples.
+            normalisation; or y0 is another batch than that of independent samples. Random numbers
+            are not noticed inside torch.compile and torch.export, which record those of NumPy as constants.
         SlopeError: func returned something that is not a derivative of the state.
     """
     prepared = _prepared(solution)
@@ -73,9 +75,12 @@ def replay(
         raise ArgumentTypeError(f"y0 has real dtype {y.dtype}, but the solution has {prepared.dtype}. Convert y0.")
     time_shape = packing.time_shape if isinstance(packing, RowPacking) else None
     f = repeatable(plain_slope_function(called, args, packing, PlainOperations(y), time_shape), y, func)
-    if prepared.lanes is None:
-        return packing.unpack_rows(torch.stack(repeated_states(f, prepared.steps, y)))
-    return packing.unpack_rows(repeated_states_of_lanes(f, prepared.lanes, y, Rows(y)))
+    with without_foreign_draws(func):
+        if prepared.lanes is None:
+            ys = torch.stack(repeated_states(f, prepared.steps, y))
+        else:
+            ys = repeated_states_of_lanes(f, prepared.lanes, y, Rows(y))
+    return packing.unpack_rows(ys)
 
 
 class _Prepared(NamedTuple):
@@ -100,7 +105,7 @@ def _prepared(solution: object) -> _Prepared:
     known, y = plan.known, solution.y
     if known.refusal is not None:
         raise ArgumentValueError(f"the steps of this solution cannot be repeated: {known.refusal}")
-    dtype = (y if isinstance(y, Tensor) else y[0]).dtype.to_real()
+    dtype = leaves_of(y)[0].dtype.to_real()
     if known.of_rows is not None:
         return _Prepared(dtype, (), plan, len(known.of_rows))
     return _Prepared(dtype, fixed_steps(plan, dtype))

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+_PATIENCE = 4  # a start may waste one evaluation; the bracket is by then far smaller than that where it began
+
 
 def bracketed_root(f: Callable[[float], float], a: float, fa: float, b: float, fb: float, tolerance: float) -> float:
     """The root of ``f`` in a bracket a < b; ``fa`` and ``fb`` are its values there, of opposite signs."""
@@ -22,22 +24,26 @@ def bracketed_roots(f: Callable[[Array], Array], a: Array, fa: Array, b: Array, 
     ``fa`` and ``fb`` are the values at the ends, of opposite signs. Each bracket shrinks to a width of ``tolerance``.
     The end with the smaller absolute value is returned. Where a value is zero at the start, that end is returned.
 
-    Source: the ITP method of Oliveira & Takahashi, ACM Trans. Math. Softw. 47 (2020), with κ1 = 0.2/(b - a), κ2 = 2 and
-    n0 = 1. It is as fast as the secant method on smooth functions, and takes at most one evaluation more than bisection
-    on any function.
+    Source: the ITP method of Oliveira & Takahashi, ACM Trans. Math. Softw. 47 (2020), with κ1 = 0.2/(b - a), κ2 = 2,
+    and n0 = 1, begun again after every four evaluations at which it had to bisect. It is as fast as the secant method
+    on functions that are smooth near the root, and takes at most a quarter more evaluations than bisection on any.
     """
-    scale = 0.2 / (b - a)
+    first_width, bisected = b - a, np.zeros(len(a))
     largest = b - a  # width that bisection would have left one evaluation earlier
     while True:
+        begins = bisected == _PATIENCE
+        first_width, largest = np.where(begins, b - a, first_width), np.where(begins, b - a, largest)
+        bisected = np.where(begins, 0, bisected)
         is_open = (b - a > tolerance) & (fa != 0) & (fb != 0)
         middle = (a + b) / 2
         secant = (fb * a - fa * b) / np.where(is_open, fb - fa, 1.0)
         # Truncation: a shift from the secant's root towards the middle, so that both ends of the bracket move.
-        shift = np.minimum(scale * (b - a) ** 2, np.abs(middle - secant))
-        x = np.where(secant < middle, secant + shift, secant - shift)
+        shift = np.minimum(0.2 * (b - a) ** 2 / first_width, np.abs(middle - secant))
+        wanted = np.where(secant < middle, secant + shift, secant - shift)
         # Projection: the distance from the middle stays within the budget of bisection.
         reach = largest - (b - a) / 2
-        x = np.minimum(np.maximum(x, middle - reach), middle + reach)
+        x = np.minimum(np.maximum(wanted, middle - reach), middle + reach)
+        bisected += x != wanted
         x = np.where((a < x) & (x < b), x, middle)
         is_open &= (a < x) & (x < b)
         if not is_open.any():

@@ -52,7 +52,8 @@ def looks_readable(x: Tensor) -> bool:
 
 def check_readable(what: str, x: Any, error: type[AcaError] = ArgumentTypeError) -> None:
     """Raises ``error`` if ``x`` is a tensor whose elements cannot be read; ``what`` names it in the message."""
-    if not isinstance(x, Tensor) or is_wrapped(x) or _is_surely_readable(x) or torch.compiler.is_compiling():
+    # TorchDynamo traces no C function, such as is_wrapped, so it has to stop before.
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or is_wrapped(x) or _is_surely_readable(x):
         return
     obstacle = _obstacle(x)
     if obstacle is not None and recorder() is None:  # a recorder's tensors have no elements yet

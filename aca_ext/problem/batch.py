@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError
+from aca_ext.numerics.switching import Switching
 from aca_ext.problem.options import is_compact, is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.sample_times import (
@@ -22,7 +23,7 @@ from aca_ext.problem.sample_times import (
     last_times_of,
     times_of_samples,
 )
-from aca_ext.problem.state import Packing, State
+from aca_ext.problem.state import Packing, State, as_real
 from aca_ext.problem.stops import STOP_OPTIONS, Stops, stops_of
 from aca_ext.problem.tolerance import Tolerance
 
@@ -47,17 +48,22 @@ def is_independent(options: object) -> bool:
 class RowPacking(Packing):
     """Conversion between a user's state and one real tensor with a row per sample.
 
-    A row holds the flattened components of a tuple state one after the other.
+    A row holds the flattened components of a tuple or another tree one after the other.
     """
 
     @property
     def n_rows(self) -> int:
         return self.shapes[0][0]
 
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Number of elements of each component in one sample."""
-        return [shape[1:].numel() for shape in self.shapes]
+    @classmethod
+    def of_problem(cls, problem: Problem) -> RowPacking:
+        """The packing by rows of a state that ``problem`` packs as a whole."""
+        flat = problem.packing
+        return cls(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind, flat.tree, flat.paths)
+
+    @staticmethod
+    def _size(shape: torch.Size) -> int:
+        return shape[1:].numel()  # of one sample
 
     @property
     def time_shape(self) -> tuple[int, ...]:
@@ -65,11 +71,10 @@ class RowPacking(Packing):
         rank = max(len(shape) for shape in self.shapes) - self.is_complex
         return (self.n_rows, *(1,) * (rank - 1))
 
-    def pack(self, y: State) -> Tensor:
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
         if not self.is_tuple:
-            return super().pack(y)
-        single = [Packing((shape,), False, self.is_complex) for shape in self.shapes]
-        return torch.cat([p.pack(part).reshape(self.n_rows, -1) for p, part in zip(single, y, strict=True)], 1)
+            return super().join(parts)
+        return torch.cat([as_real(part).reshape(self.n_rows, -1) for part in parts], 1)
 
     def unpack(self, y: Tensor) -> State:
         if not self.is_tuple:
@@ -163,6 +168,11 @@ def batch_problem_of(
     t, longest = checked_sample_times(t)
     others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
     problem = problem_of(func, y0, longest, options=others, **settings)
+    if isinstance(problem.tableau, Switching):
+        raise OptionError(
+            f'option batch="independent" takes one method, and {problem.tableau.name!r} changes it. Choose an explicit '
+            "one, or leave the option out: the samples then share their steps."
+        )
     if problem.newton is not None:
         raise OptionError(
             f'option batch="independent" takes explicit methods, and {problem.tableau.name!r} is implicit. Leave the '
@@ -174,8 +184,7 @@ def batch_problem_of(
             "every sample anyway. Remove the option, or use an adaptive method without "
             "step_size, grid_constructor and n_steps."
         )
-    flat = problem.packing
-    packing = RowPacking(flat.shapes, flat.is_tuple, flat.is_complex, flat.kind)
+    packing = RowPacking.of_problem(problem)
     n_rows = _n_rows(packing)
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}

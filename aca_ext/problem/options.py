@@ -13,6 +13,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentValueError, OptionError, UnknownNameError
 from aca_ext.numerics.adams import DEFAULT_MAX_ITERS, MAX_ORDER, MIN_ORDER, Adams
 from aca_ext.numerics.controller import Controller
+from aca_ext.numerics.switching import Switching
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.numerics.weights import Weights
 from aca_ext.problem.admission import check_readable
@@ -36,8 +37,13 @@ DEFAULT_MAX_NUM_STEPS = 100_000
 Options = Mapping[str, Any]
 
 
-def check_option_names(given: Options, tableau: Weights, is_fixed: bool) -> None:
+def check_option_names(given: Options, tableau: Weights | Switching, is_fixed: bool) -> None:
     """Raises UnknownNameError if a name is no option, or an option of adaptive steps in a solve with fixed steps."""
+    if is_fixed and isinstance(tableau, Switching):
+        raise OptionError(
+            f"method {tableau.name!r} changes its method with the stiffness that its steps show, so it chooses their "
+            "sizes. Leave out step_size, grid_constructor and n_steps, or choose one method."
+        )
     of_newton = () if isinstance(tableau, Tableau) else NEWTON_OPTIONS
     allowed = (*_ALL_FIXED_OPTIONS, *of_newton) if is_fixed else (*_ADAPTIVE_OPTIONS, *FIXED_OPTIONS, *of_newton)
     if isinstance(tableau, Adams):

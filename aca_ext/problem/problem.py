@@ -15,6 +15,7 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
+from aca_ext.numerics.switching import AUTO
 from aca_ext.problem.admission import looks_readable
 from aca_ext.problem.arguments import holds_grad, lookup
 from aca_ext.problem.events import Event
@@ -303,7 +304,7 @@ def checked_problem(
 def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
-    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS}
+    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS, AUTO.name: AUTO}
     name = lookup("method", method, [*methods, *ALIASES])
     return methods[ALIASES.get(name, name)]
 

@@ -19,6 +19,7 @@ class SolverState:
         ratios: error ratios of the last accepted steps, newest first.
         k: slope at t; None if it has to be evaluated.
         random_state: states of the random generators before k was evaluated; None if func draws no random numbers.
+        memory: data of a method that switches; see ``solver.method.Steps``.
         is_complete: True if the solve reached its last time.
     """
 
@@ -29,3 +30,4 @@ class SolverState:
     k: Tensor | None
     random_state: tuple[Tensor, ...] | None
     is_complete: bool
+    memory: Any = None

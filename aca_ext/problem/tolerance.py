@@ -14,6 +14,7 @@ from aca_ext.errors import ToleranceError
 from aca_ext.problem.admission import check_readable
 from aca_ext.problem.arguments import number_in
 from aca_ext.problem.state import Packing
+from aca_ext.problem.trees import is_node
 
 # A norm given by the user: from error / tolerance, a tensor like the packed state, to a number.
 Norm = Callable[[Tensor], Any]
@@ -62,8 +63,8 @@ def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) ->
         if not math.isfinite(number) or number < 0:
             raise ToleranceError(f"{name} is {number:g}; it must be a finite number of at least 0.")
         return number
-    if isinstance(value, (tuple, list)) and packing.is_tuple:
-        return _tolerance_of_tuple(name, value, y0, packing)
+    if packing.is_tuple and (isinstance(value, (tuple, list)) or is_node(value)):
+        return _tolerance_of_components(name, value, y0, packing)
     if not isinstance(value, Tensor):
         raise ToleranceError(
             f"{name} is of type {type(value).__name__}; give a number or a tensor that broadcasts to y0."
@@ -86,14 +87,18 @@ def checked_tolerance(name: str, value: object, y0: Tensor, packing: Packing) ->
         ) from None
 
 
-def _tolerance_of_tuple(name: str, value: Sequence[Any], y0: Tensor, packing: Packing) -> Tensor:
-    """One tolerance per component of a tuple state, expanded to the shape of the packed state."""
-    if len(value) != len(packing.shapes):
-        raise ToleranceError(f"{name} has {len(value)} entries; y0 is {packing.describe()}. Give one for each.")
+def _tolerance_of_components(name: str, value: Any, y0: Tensor, packing: Packing) -> Tensor:
+    """One tolerance per component of a tuple state or another tree, expanded to the shape of the packed state."""
+    entries = packing.components(value, name, ToleranceError)
+    if not isinstance(entries, (tuple, list)):
+        raise ToleranceError(f"{name} is of type {type(value).__name__}; y0 is {packing.describe()}. Give a tuple.")
+    if len(entries) != len(packing.shapes):
+        raise ToleranceError(f"{name} has {len(entries)} entries; y0 is {packing.describe()}. Give one for each.")
     parts: list[Tensor] = []
-    for i, (entry, shape) in enumerate(zip(value, packing.shapes, strict=True)):
+    for i, (entry, shape) in enumerate(zip(entries, packing.shapes, strict=True)):
         single = Packing((shape,), False, packing.is_complex)
-        part = checked_tolerance(f"{name}[{i}]", entry, y0.new_empty(shape), single)
+        place = f"[{i}]" if packing.tree is None else packing.paths[i]
+        part = checked_tolerance(f"{name}{place}", entry, y0.new_empty(shape), single)
         parts.append((part if isinstance(part, Tensor) else y0.new_full((), part)).expand(shape).reshape(-1))
     return torch.cat(parts)
 

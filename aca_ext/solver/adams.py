@@ -22,11 +22,14 @@ from torch import Tensor
 from aca_ext.errors import ConvergenceWarning
 from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
+from aca_ext.kernels.reference import Number
 from aca_ext.numerics.adams import MIN_ORDER, Adams, bashforth, moulton
 from aca_ext.numerics.methods import METHODS
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.tolerance import Tolerance
-from aca_ext.solver.runge_kutta import Compare, Trial, scheme_of, step
+from aca_ext.solver.one_step import slope_at_end
+from aca_ext.solver.runge_kutta import Trial, scheme_of, step
+from aca_ext.solver.transposed_step import Compare
 from aca_ext.user_warnings import warn_user
 from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction
 
@@ -59,11 +62,14 @@ class AdamsSteps:
         formulas: formulas of the steps so far.
     """
 
+    compiled = memory = None
+
     def __init__(
         self, f: SlopeFunction, ops: TorchOperations, problem: Problem, given: Sequence[Formula] | None = None
     ) -> None:
         assert isinstance(problem.tableau, Adams)
         self._f, self._ops, self._method, self._given = f, ops, problem.tableau, given
+        self.scheme = scheme_of(problem.tableau, estimate_error=False)
         self._rounding = _rounding_of_steps(problem)
         self._h = 0.0
         self._unconverged: list[float] = []  # starts of steps
@@ -94,6 +100,13 @@ class AdamsSteps:
         if len(times) > 2:
             slopes.append(f(ops.scalars(times[2:])[0], y1))
         return Trial(y1, slopes, None)
+
+    def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
+        return slope_at_end(self.scheme, trial)
+
+    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
+        compare(trial.y1, trial.k)
+        return trial.y1
 
     def finish(self) -> None:
         """Warns of steps whose corrector did not converge."""

@@ -128,7 +128,7 @@ class RowEventSearch:
         """Values (batch, elements) of an event function; those of the samples ``rows`` are finite."""
         with torch.no_grad():
             given = self._events[i].fn(self._times(t), self._packing.unpack(y.detach()))
-        values = checked_values(given, i, len(t)).detach().double().cpu().numpy().copy()
+        values = checked_values(given, i, len(t)).detach().cpu().double().numpy().copy()
         wrong = rows & ~np.isfinite(values).all(1)
         if wrong.any():
             row = int(wrong.argmax())
@@ -192,7 +192,7 @@ def changes_along(
         of_t, of_y = torch.autograd.grad(chosen, (t_leaf, y_leaf), allow_unused=True)
 
     def total(x: Tensor) -> Array:
-        return x.detach().reshape(len(y), -1).sum(1).double().cpu().numpy()[rows]
+        return x.detach().reshape(len(y), -1).sum(1).cpu().double().numpy()[rows]
 
     rate = scale = np.zeros(len(rows))
     if of_t is not None:

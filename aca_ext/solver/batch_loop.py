@@ -28,7 +28,7 @@ from aca_ext.solver.batch_record import (
     order_of,
     outputs_of_step,
 )
-from aca_ext.solver.failures import stops
+from aca_ext.solver.callback import stops
 from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
 from aca_ext.solver.stats import BatchStats
 from aca_ext.vector_field.batch_field import RowField
@@ -40,6 +40,7 @@ class BatchSolver:
     Args:
         k0: first slopes, f(t0, y0); None if the solve has no step.
         keep_states: store the states at which accepted steps start, so that a backward pass can replay the steps.
+        keep_ends: the ends of the steps are further outputs, after those at the requested times.
 
     Attributes:
         record: accepted steps.
@@ -51,7 +52,13 @@ class BatchSolver:
     """
 
     def __init__(
-        self, problem: BatchProblem, field: RowField, ops: RowOperations, k0: Tensor | None, keep_states: bool
+        self,
+        problem: BatchProblem,
+        field: RowField,
+        ops: RowOperations,
+        k0: Tensor | None,
+        keep_states: bool,
+        keep_ends: bool = False,
     ) -> None:
         self.problem, self.field, self.ops, self._k = problem, field, ops, k0
         n = ops.n_rows
@@ -64,6 +71,7 @@ class BatchSolver:
         self._scheme = scheme_of(problem.tableau, estimate_error=True)
         self._keep_states = keep_states
         self._outputs: list[Outputs] = []
+        self._n_ends: Index | None = np.zeros(n, dtype=np.int64) if keep_ends else None
         self.events = BatchEvents(problem, ops) if problem.events else None
 
     def run(self, y: Tensor) -> Tensor:
@@ -80,6 +88,7 @@ class BatchSolver:
         self._count()
         self.field.see(None)
         n_outputs = self.problem.times_of_rows.shape[1] + (0 if self.events is None else self.events.n_outputs)
+        n_outputs += 0 if self._n_ends is None else int(self._n_ends.max(initial=0))
         outputs = self._outputs_of_survivors()
         self.record.rest_times = self._control.t.copy()
         if self.events is not None:
@@ -181,6 +190,8 @@ class BatchSolver:
             ended = np.isfinite(end)
             self._control.status[ended] = DONE
             self._control.t[ended] = t[ended]
+        if self._n_ends is not None:
+            outputs = outputs.followed_by(self._ends(rows, self._n_ends))
         seen, of_ended = self.field.seen, np.flatnonzero(ended)
         self.record.steps.append(AcceptedRows(rows, t[rows], h[rows], t_next[rows], outputs, seen, of_ended))
         if self._keep_states:
@@ -188,6 +199,12 @@ class BatchSolver:
             self.states.append(torch.cat([starts, trial.y1[index_of(of_ended, y)]]) if len(of_ended) else starts)
         self._outputs += outputs_of_step(outputs, self._scheme, y, steps, trial)
         return accepted & ~ended
+
+    def _ends(self, rows: Index, counts: Index) -> OutputRows:
+        """The ends of steps just accepted as outputs; ``counts`` holds the number of those before."""
+        index = self.problem.times_of_rows.shape[1] + counts[rows]
+        counts[rows] += 1
+        return OutputRows(rows, index, np.ones(len(rows)))
 
     def _outputs_due(self, rows: Index) -> OutputRows:
         """The requested times inside the steps just accepted; theta is exactly 1 at the end of a step."""

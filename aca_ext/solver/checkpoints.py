@@ -53,7 +53,8 @@ class StepRecord:
         end: state of the solver where the solve stopped; None without option ``on_step_limit="stop"``.
         events: the events found, in the order of time.
         ended_by: index of the event that ended the solve: a terminal one, or else the first reset.
-        formulas: the formula of each step of a multistep method (``solver/adams.py``).
+        formulas: the formula of each step, for a method that has several: those of Adams (``solver/adams.py``), or the
+            number of the part of a method that switches (``solver/switching.py``).
     """
 
     steps: list[AcceptedStep] = field(default_factory=lambda: list[AcceptedStep]())
@@ -62,9 +63,26 @@ class StepRecord:
     ended_by: int | None = None
     formulas: Sequence[Any] = ()
 
+    def part_of(self, n: int) -> int:
+        """The number of the part that made step n, of a method that switches; else 0."""
+        return self.formulas[n] if self.formulas else 0
+
+    def add_run(
+        self, accepted: Sequence[tuple[float, float, float, int, int]], times: Sequence[float]
+    ) -> Iterator[int]:
+        """Adds steps (t, h, t_next, first output, end of the outputs); yields the indices of their outputs."""
+        for t, h, t_next, first, end in accepted:
+            due = [(i, _position(times[i], t, t_next)) for i in range(first, end)]
+            self.steps.append(AcceptedStep(t, h, t_next, due))
+            yield from range(first, end)
+
     def bounds(self) -> Tensor:
         """Start and end of every accepted step, (n_accepted, 2) float64 on the CPU."""
         return torch.from_numpy(np.array([(s.t, s.t_next) for s in self.steps], dtype=np.float64).reshape(-1, 2))
+
+
+def _position(time: float, t: float, t_next: float) -> float:
+    return 1.0 if time == t_next else (time - t) / (t_next - t)
 
 
 class Checkpoints:

@@ -134,7 +134,7 @@ class EventSearch:
         if not isinstance(values, Tensor) or values.is_complex():
             kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise EventError(f"the function of event {i} returned {kind}; it must return a real tensor.")
-        found = values.detach().double().reshape(-1).cpu().numpy().copy()
+        found = values.detach().reshape(-1).cpu().double().numpy().copy()
         if not np.isfinite(found).all():
             raise EventError(f"the function of event {i} returned NaN or infinity at t={t:.17g}; check it there.")
         return found

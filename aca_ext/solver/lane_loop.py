@@ -82,7 +82,7 @@ class LaneOperations(RowOperations):
         return reference.weighted_sum(base, h, x, w).detach()
 
     def steps(self, h: Array) -> Tensor:
-        return self._lanes.wrap(h.copy(), torch.float64, self.like.device)
+        return self._lanes.wrap(h.copy(), reference.widest_dtype(self.like.device), self.like.device)
 
     def scalars(self, values: Sequence[Any]) -> Sequence[Tensor]:
         return [self._lanes.numbers(value, self.like) for value in values]

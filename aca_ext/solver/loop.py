@@ -17,17 +17,15 @@ from aca_ext.errors import NonFiniteError, SolveError, StepLimitError, StepSizeE
 from aca_ext.kernels.extension import step_control_for
 from aca_ext.kernels.fused import TorchOperations, empty_rows
 from aca_ext.kernels.reference import Number, as_float
-from aca_ext.numerics.adams import Adams
-from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.resumption import SolverState
-from aca_ext.progress import Step
-from aca_ext.solver.adams import AdamsSteps
+from aca_ext.solver.callback import report
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.solver.event_search import STEPS_BEFORE
-from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, failure_of, stops
-from aca_ext.solver.method import check_repeatable, method_of
+from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, check_finite, failure_at, is_finite
+from aca_ext.solver.first_step import first_step
+from aca_ext.solver.method import steps_of
 from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.solver.stats import Stats
@@ -66,17 +64,9 @@ class Solver:
         self.problem, self.field, self.ops = problem, field, ops
         self.record = StepRecord()
         self.stats = Stats(backend=ops.backend)
-        method = method_of(problem, field.fastest, ops, estimate_error=problem.adaptive, counts=self.stats)
-        self.scheme, self._compiled, self._step = method.scheme, method.compiled, method.step
-        self._adams = AdamsSteps(field.fastest, ops, problem) if isinstance(problem.tableau, Adams) else None
-        if problem.newton is not None:
-            check_repeatable(problem, field)
+        self._steps = steps_of(problem, field, ops, self.stats, self.record, checkpoints)
         self._k, self._rows, self._checkpoints = k0, rows, checkpoints
         self._differentiable_steps = differentiable_steps
-        if self._adams is not None:
-            self._compiled, self._step, self.record.formulas = None, self._adams.step, self._adams.formulas
-            if isinstance(checkpoints, SlopeCheckpoints):
-                checkpoints.slopes = self._adams.slopes
         self._outputs: list[Tensor] = []
         self._events = StepEvents(problem, ops, self.record) if problem.events else None
         # States of the random generators before the first slope of the next step; None if func draws no numbers.
@@ -110,8 +100,7 @@ class Solver:
             stats.n_steps, stats.n_accepted = control.n_steps, control.n_accepted
             stats.n_rejected = stats.n_steps - stats.n_accepted
             self._finish(control, y)
-            if self._adams is not None:
-                self._adams.finish()
+            self._steps.finish()
         if self._events is not None:
             self._events.append_to(self._outputs)
         stats.n_f_evals = self.field.n_evals
@@ -127,7 +116,7 @@ class Solver:
         elif controller.first_step is not None:
             control.h = controller.first_step
         else:
-            self._choose_first_step(controller, control, y)
+            self._choose_first_step(control, y)
         if self._differentiable_steps:
             control.h = torch.tensor(control.h, dtype=torch.float64, device="cpu")
 
@@ -148,13 +137,13 @@ class Solver:
             t, h, t_next, buffers = control.t, control.h_trial, control.t_next, self.field.buffer_values()
             trial = self._try(t, y, h, t_next)
             is_adaptive = self.problem.adaptive
-            ratio = error_norm(self.ops, self.scheme, y, h, trial) if is_adaptive else math.nan
+            ratio = error_norm(self.ops, self._steps.scheme, y, h, trial) if is_adaptive else math.nan
             control.judge(min(ratio, 1.0) if self._is_smallest(h) and ratio < math.inf else ratio)
             if control.is_accepted:
                 self._accept(control, t, y, h, trial)
             else:
                 self._reject(trial, buffers)
-            is_stopped = self._report(control, t, t_next, h, ratio, y)
+            is_stopped = report(self.problem, control, (t, t_next, h), ratio, y, self.field.n_evals)
             if trial.failure is not None and not (is_adaptive and control.can_shrink):
                 raise self._failure(StepSizeError if is_adaptive else SolveError, control, trial.failure)
             if control.is_accepted:
@@ -172,18 +161,13 @@ class Solver:
         while control.status == "running":
             found = compiled.run_steps(self.field.fastest, control, *self._keep, y, self._k, rows)
             y, self._k, accepted, inside = found
-            for t, h, t_next, first, end in accepted:
-                due: list[tuple[int, float]] = []
-                if first < end:
-                    due = [(i, _position(self.problem.times[i], t, t_next)) for i in range(first, end)]
-                    self._outputs += rows[first:end]
-                self.record.steps.append(AcceptedStep(t, h, t_next, due))
+            self._outputs += [rows[i] for i in self.record.add_run(accepted, self.problem.times)]
             if inside is not None:
                 start, slopes = inside
                 step = self.record.steps[-1]
                 for i, theta in step.outputs:
                     if theta != 1.0:
-                        interpolate(self.ops, self.problem.tableau, start, step.h, slopes, theta, rows[i])
+                        interpolate(self.ops, self._steps.scheme.tableau, start, step.h, slopes, theta, rows[i])
             if control.status == "not_finite":
                 self._look(control, y)
         return y
@@ -197,7 +181,7 @@ class Solver:
             if problem.stops_at_limit:
                 self.record.end = self._state(control, is_complete=True)
             # A fixed grid is checked for NaN once, at its end, and only on the CPU: on a GPU it would synchronise.
-            if not problem.adaptive and y.device.type == "cpu" and not _is_finite(y):
+            if not problem.adaptive and y.device.type == "cpu" and not is_finite(y):
                 raise self._failure(NonFiniteError, control, NOT_FINITE_ON_GRID)
         elif status == "stopped" or (status == "step_limit" and problem.stops_at_limit):
             self._stop(control, y)
@@ -214,50 +198,26 @@ class Solver:
 
     def _state(self, control: AnyStepControl, is_complete: bool) -> SolverState:
         h = control.h if self.problem.adaptive else math.nan
-        return SolverState(control.t, h, control.sign, control.ratios, self._k, self._first_random_state, is_complete)
+        at = control.t, h, control.sign, control.ratios, self._k, self._first_random_state
+        return SolverState(*at, is_complete, self._steps.memory)
 
     def _is_smallest(self, h: Number) -> bool:
         """Tells whether a step is accepted whatever its error."""
         problem = self.problem
         return problem.accepts_min_step and problem.controller is not None and abs(h) <= problem.controller.min_step
 
-    def _report(self, control: AnyStepControl, t: Number, t_next: Number, h: Number, ratio: Number, y: Tensor) -> bool:
-        """Calls the callback; returns True if it stops the solve."""
-        if self.problem.on_step is None:
-            return False
-        times, n_accepted = (as_float(t), as_float(t_next), as_float(h)), control.n_accepted
-        counts = control.n_steps, n_accepted, control.n_steps - n_accepted, self.field.n_evals
-        state = self.problem.packing.unpack(y.detach())
-        step = Step._make((*times, as_float(ratio), control.is_accepted, *counts, state))
-        return stops(self.problem, self.problem.on_step(step))
-
-    def _choose_first_step(self, controller: Controller, control: AnyStepControl, y: Tensor) -> None:
-        """Chooses the first step by Hairer's rule; its evaluation of func is not part of the solution."""
-        field, ops, k, t, sign = self.field, self.ops, self._k, control.t, control.sign
-        assert k is not None
+    def _choose_first_step(self, control: AnyStepControl, y: Tensor) -> None:
+        assert self._k is not None
         compiled = self._runs_of_steps()
-        if compiled is not None and compiled.choose_first_step(field.fastest, control, y, k):
-            return
-        with torch.no_grad():
-            norm_f = float(ops.error_norm(k, None, 0.0, y, y))
-            if not math.isfinite(norm_f):
-                self._check_finite(control, y, k, norm_f)
-
-            def change_of_slope(h: float) -> float:
-                euler = ops.weighted_sum(y, sign * h, [k], (1.0,))
-                with field.aside():
-                    change = field(ops.scalars([t + sign * h])[0], euler)
-                return float(ops.error_norm(change, k, -1.0, y, y))
-
-            norm_y = float(ops.error_norm(y, None, 0.0, y, y))
-            control.h = controller.initial(control.length, norm_y, norm_f, change_of_slope)
+        if compiled is None or not compiled.choose_first_step(self.field.fastest, control, y, self._k):
+            control.h = first_step(self.problem, self.field, self.ops, control, y, self._k)
 
     def _runs_of_steps(self) -> Any | None:
         """The C++ stepper that makes many steps per call; None if each step needs Python, as with a callback."""
         problem, field = self.problem, self.field
         is_watched = field.draws_random_numbers or field.moving_buffers or problem.jumps or self._differentiable_steps
         is_watched = is_watched or problem.on_step is not None or self._events is not None or problem.accepts_min_step
-        return None if is_watched or problem.tolerance.norm is not None else self._compiled
+        return None if is_watched or problem.tolerance.norm is not None else self._steps.compiled
 
     @property
     def _keep(self) -> tuple[Callable[[], Tensor] | None, Callable[[], None] | None]:
@@ -268,21 +228,21 @@ class Solver:
     def _try(self, t: Number, y: Tensor, h: Number, t_next: Number) -> Trial:
         self.field.random_trail = []
         out = self._checkpoints.slot() if self._checkpoints is not None else None
-        times = stage_times(self.scheme, t, h, t_next, self.problem.jumps, y.dtype)
-        return self._step(times, y, h, self._k, out)
+        times = stage_times(self._steps.scheme, t, h, t_next, self.problem.jumps, y.dtype)
+        return self._steps.step(times, y, h, self._k, out)
 
     def _accept(self, control: AnyStepControl, t: Number, y: Tensor, h: Number, trial: Trial) -> None:
         """Adds a trial to the solution: outputs, record, checkpoint, and the first slope of the next step."""
         t_next = control.t
         due = [(i, control.position(i)) for i in range(*control.due)]
         if self._events is not None:
-            end = self._events.find(t, t_next, y, h, trial)
+            end = self._events.find(self._steps.scheme.tableau, t, t_next, y, h, trial)
             due = [(i, theta) for i, theta in due if theta <= end]
             control.status = "event" if end <= 1 else control.status
         for i, theta in due:
             out = None if self._rows is None else self._rows[i]
             if theta != 1.0:
-                y_i = interpolate(self.ops, self.problem.tableau, y, h, trial.k, theta, out)
+                y_i = interpolate(self.ops, self._steps.scheme.tableau, y, h, trial.k, theta, out)
             else:
                 y_i = trial.y1 if out is None else out.copy_(trial.y1)
             self._outputs.append(y_i)
@@ -290,15 +250,15 @@ class Solver:
         self.record.steps.append(AcceptedStep(as_float(t), as_float(h), as_float(t_next), due, random_states))
         if self._checkpoints is not None:
             self._checkpoints.accept()
-        reusable = self.scheme.fsal and t_next not in self.problem.jumps
-        self._k = trial.k[-1] if reusable else None
-        self._first_random_state = random_states[-1] if reusable and random_states else None
+        k_next = self._steps.accept(y, h, trial)
+        self._k = None if t_next in self.problem.jumps else k_next
+        self._first_random_state = random_states[-1] if self._k is not None and random_states else None
 
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:
         """Discards a trial, but keeps its first slope: the next trial starts from the same state."""
         self.field.restore_buffers(buffers)
         random_states = self._random_states()
-        self._k = trial.k[0] if self.scheme.starts_explicitly else None
+        self._k = trial.k[0] if self._steps.scheme.starts_explicitly else None
         self._first_random_state = random_states[0] if random_states else None
 
     def _random_states(self) -> Sequence[RandomState] | None:
@@ -309,7 +269,7 @@ class Solver:
     def _look(self, control: AnyStepControl, y: Tensor) -> None:
         """Continues after a trial whose error was not finite, or raises if a smaller step cannot help."""
         if self._k is not None:
-            self._check_finite(control, y, self._k, control.ratio)
+            check_finite(self.problem, self.field, control, y, self._k)
         if control.can_shrink:
             control.resume()
         elif control.ratio == math.inf and self.problem.tolerance.forbids_error():
@@ -317,35 +277,5 @@ class Solver:
         else:
             raise self._failure(NonFiniteError, control)
 
-    def _check_finite(self, control: AnyStepControl, y: Tensor, k: Tensor, ratio: Number) -> None:
-        if _is_finite(y) and _is_finite(k):
-            return
-        what = "func returned NaN or infinity at" if _is_finite(y) else "the state is NaN or infinite at"
-        message = f"{what} t={as_float(control.t):.17g}; look at func there."
-        raise self._failure(NonFiniteError, control, message, ratio)
-
-    def _failure(
-        self, kind: type[SolveError], control: AnyStepControl, message: str | None = None, ratio: Number | None = None
-    ) -> SolveError:
-        stats, n_steps, n_accepted = self.stats, control.n_steps, control.n_accepted
-        stats.n_f_evals = self.field.n_evals
-        return failure_of(
-            self.problem,
-            kind,
-            message,
-            t=as_float(control.t),
-            h=as_float(control.h if self.problem.adaptive else control.h_trial) or math.nan,  # until a step is chosen
-            error_ratio=as_float(control.ratio if ratio is None else ratio),
-            n_accepted=n_accepted,
-            n_rejected=n_steps - n_accepted,
-            n_f_evals=stats.n_f_evals,
-        )
-
-
-def _is_finite(x: Tensor) -> bool:
-    # If the sum is finite, so is every element; the sum takes a third of the time of isfinite.
-    return math.isfinite(x.detach().sum()) or bool(torch.isfinite(x).all())
-
-
-def _position(time: float, t: float, t_next: float) -> float:
-    return 1.0 if time == t_next else (time - t) / (t_next - t)
+    def _failure(self, kind: type[SolveError], control: AnyStepControl, message: str | None = None) -> SolveError:
+        return failure_at(self.problem, self.field, control, kind, message)

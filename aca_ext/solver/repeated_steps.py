@@ -68,7 +68,7 @@ class FixedStep(NamedTuple):
 
 def fixed_steps(plan: StepPlan, dtype: torch.dtype) -> list[FixedStep]:
     """The steps of a plan, for states of this real dtype."""
-    tableau, steps, found = plan.tableau, plan.known.common, list[FixedStep]()
+    tableau, steps, found = plan.method, plan.known.common, list[FixedStep]()
     scheme = scheme_of(tableau, estimate_error=False)
     short = solution_only(scheme)
     for n, ((t, h, t_next), due) in enumerate(zip(steps, outputs_by_step(steps, plan.times), strict=True)):
@@ -103,7 +103,7 @@ def repeated_states_of_lanes(f: SlopeFunction, plan: StepPlan, y: Tensor, lanes:
     n_times = times.shape[1]
     if n_times == 1 or steps.shape[1] == 0:
         return torch.stack([y] * n_times)
-    ops, scheme = PlainOperations(y), scheme_of(plan.tableau, estimate_error=False)
+    ops, scheme = PlainOperations(y), scheme_of(plan.method, estimate_error=False)
     is_dense, k = n_times > 2, None
     if not (is_dense or scheme.fsal):
         scheme = solution_only(scheme)
@@ -129,7 +129,7 @@ def _inside(lanes: Lanes, plan: StepPlan, starts: Tensor, slopes: Sequence[Seque
     index, theta = places_of(steps, plan.times[:, 1:-1])
     h = np.take_along_axis(steps[:, :, 1], index, 1)
     total = lanes.pick(starts, index)
-    for i, b in enumerate(plan.tableau.dense_weights(theta)):
+    for i, b in enumerate(plan.method.dense_weights(theta)):
         if np.any(b):
             k = torch.stack([of_step[i] for of_step in slopes])
             total = total + lanes.weights(h * b, starts) * lanes.pick(k, index)

@@ -26,6 +26,7 @@ from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import KernelOperations, TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.tableau import Tableau
+from aca_ext.solver.transposed_step import Compare, cotangent_of_start
 from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction
 
 PULLED = "the gradient that a backward pass inside func returned"
@@ -33,12 +34,11 @@ PULLED = "the gradient that a backward pass inside func returned"
 Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes with non-zero weight, and the weights
 
 
-# Compares the end of a replayed step and its slopes with those of the forward pass.
-Compare = Callable[[Tensor, Sequence[Tensor]], None]
-
-
 class Coefficients(Protocol):
     """Coefficients that explicit and implicit methods share; see ``Scheme`` for the attributes."""
+
+    @property
+    def tableau(self) -> Any: ...
 
     @property
     def fsal(self) -> bool: ...
@@ -309,5 +309,4 @@ def step_vjp(
         if v is not None:
             pulled[i] = ops.admit(v, PULLED)
 
-    g, *rest = [*(g for _, g in outputs), *([] if inside is None else [inside[0]]), *pulled.values()]
-    return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
+    return cotangent_of_start(ops, outputs, [*([] if inside is None else [inside[0]]), *pulled.values()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class Stats:
         n_jacobians: Jacobians of func that the forward pass of an implicit method evaluated.
         n_factorizations: matrices that it factorised.
         n_newton_iterations: iterations of Newton's method, each with one evaluation of func per stage.
+        n_accepted_of: with method="auto", accepted steps of each of its methods, by name; else empty.
     """
 
     n_f_evals: int = 0
@@ -47,6 +49,18 @@ class Stats:
     n_jacobians: int = 0
     n_factorizations: int = 0
     n_newton_iterations: int = 0
+    n_accepted_of: dict[str, int] = field(default_factory=lambda: dict[str, int]())
+
+
+def sum_of(one: Any, other: Any) -> Stats:
+    """The counts of two parts of a solve; ``n_f_evals_backward`` is None."""
+    counts = ("n_f_evals", "n_steps", "n_accepted", "n_rejected", "compile_seconds")
+    of_newton = ("n_jacobians", "n_factorizations", "n_newton_iterations")
+    counted = {name: getattr(one, name) + getattr(other, name) for name in (*counts, *of_newton)}
+    same = {name: getattr(other, name) for name in ("backend", "engine", "compiled", "reason")}
+    names = {**one.n_accepted_of, **other.n_accepted_of}
+    of_methods = {name: one.n_accepted_of.get(name, 0) + other.n_accepted_of.get(name, 0) for name in names}
+    return Stats(**counted, **same, n_accepted_of=of_methods)
 
 
 @dataclass(repr=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,12 @@ class StepEvents:
         """Computes the signs of the event functions at the start of the solve."""
         self._search.start(as_float(t), y.detach(), slope, reach)
 
-    def find(self, t: Number, t_next: Number, y: Tensor, h: Number, trial: Trial) -> float:
-        """Records the events within an accepted step; returns the position at which they end the solve, or infinity."""
-        tableau, ops, events = self._problem.tableau, self._ops, self._problem.events
+    def find(self, tableau: Any, t: Number, t_next: Number, y: Tensor, h: Number, trial: Trial) -> float:
+        """Records the events within an accepted step of the method ``tableau``.
+
+        Returns the position at which they end the solve, or infinity.
+        """
+        ops, events = self._ops, self._problem.events
 
         def state_at(theta: float) -> Tensor:
             if theta in (0.0, 1.0):

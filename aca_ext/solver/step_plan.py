@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aca_ext.numerics.switching import Switching
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.numerics.weights import Weights
 from aca_ext.solver.batch_record import BatchRecord
@@ -55,10 +56,15 @@ class StepPlan:
         jumps: times at which func jumps.
     """
 
-    tableau: Weights
+    tableau: Weights | Switching
     record: Any
     times: Any
     jumps: frozenset[float] = frozenset()
+
+    @property
+    def method(self) -> Weights:
+        """The method of the steps that can be repeated."""
+        return self.tableau.explicit if isinstance(self.tableau, Switching) else self.tableau
 
     @cached_property
     def known(self) -> KnownSteps:
@@ -66,7 +72,10 @@ class StepPlan:
         record = self.record
         if isinstance(record, KnownSteps):
             return record
-        if type(self.tableau) is not Tableau:
+        if isinstance(self.tableau, Switching) and any(record.formulas):
+            n = sum(map(bool, record.formulas))
+            return KnownSteps(refusal=f"{n} steps of method {self.tableau.name!r} {_NOT_EXPLICIT}")
+        if type(self.method) is not Tableau:
             return KnownSteps(refusal=f"{self.tableau.name} {_NOT_EXPLICIT}")
         if isinstance(record, StepRecord):
             steps = record.steps

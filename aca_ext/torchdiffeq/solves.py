@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from aca_ext.errors import ArgumentValueError, OptionError
 from aca_ext.odeint import odeint as solve_states
 from aca_ext.problem.arguments import number_in
-from aca_ext.problem.state import State, like_tuple
+from aca_ext.problem.state import State
+from aca_ext.problem.trees import like_tuple
 from aca_ext.torchdiffeq.callbacks import callback_of
 from aca_ext.torchdiffeq.event_function import ZeroCounts
 from aca_ext.torchdiffeq.names import ADAMS, SCIPY, checked_method, kind_of

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from aca_ext.errors import ArgumentTypeError, OptionError
 from aca_ext.numerics.adams import MIN_ORDER
 from aca_ext.problem.arguments import number_in
-from aca_ext.problem.state import State, like_tuple
+from aca_ext.problem.state import State
+from aca_ext.problem.trees import is_flat, like_tuple
 from aca_ext.torchdiffeq.callbacks import callback_of, warn_of_unsupported
 from aca_ext.torchdiffeq.names import ADAMS, IMPLICIT, checked_method, kind_of
 from aca_ext.user_warnings import warn_user
@@ -168,7 +169,7 @@ class _AdmittedSlopes:
         slope = self.func(t, y)
         if isinstance(y, Tensor):
             return _admitted(slope, y, reshapes=False)
-        if not isinstance(slope, Iterable) or isinstance(slope, Tensor):
+        if not isinstance(slope, Iterable) or isinstance(slope, Tensor) or not is_flat(y):
             return slope
         parts = tuple(slope)
         if len(parts) != len(y):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +81,7 @@ class RowField(VectorField):
 
         shapes = tuple(torch.Size((len(rows), *shape[1:])) for shape in self.packing.shapes)
         ops = TorchOperations(self._ops.like[found], self._ops.tolerance)
-        self._call = checked_slope_function(of_rows, self.args, replace(self.packing, shapes=shapes), ops)
+        self._call = checked_slope_function(of_rows, self.args, self.packing.with_shapes(shapes), ops)
 
     def see_fewer(self, rows: Index, t: Tensor, y: Tensor, h: Tensor, k: Tensor | None) -> None:
         """``see`` with a comparison: func must return for these samples what it returns among all that it sees now.

@@ -7,11 +7,13 @@ skipped something. A tensor that it missed is noticed when func uses it (``aca_e
 
 from __future__ import annotations
 
+import random
 import types
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ _HOOKS_OF_ALL_MODULES = [
     hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and type(hooks) is not bool
     and isinstance(hooks, dict)
 ]  # fmt: skip
+_FOREIGN_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 _MODULE_WALK = module_walk(ATOMS, frozenset(vars(nn.Module())))
 
 
@@ -61,7 +64,8 @@ class Holdings:
     Attributes:
         modules: every nn.Module, those inside others included.
         kinds: their classes.
-        generators: random generators.
+        generators: random generators of PyTorch.
+        foreign_generators: random generators of NumPy and Python.
         is_complete: nothing that func's code can reach was skipped.
         contents: a snapshot of all visited places, for comparison with their later contents.
     """
@@ -73,6 +77,7 @@ class Holdings:
         self.kinds: set[type] = set()
         self._places: list[tuple[Tensor, Any, Any, bool]] = []  # plain tuples, since a Place is slow to create
         self.generators: list[torch.Generator] = []
+        self.foreign_generators: list[Any] = []
         self.contents = contents(MISSING)
         self._seen: set[int] = set()
         self._todo: list[Any] = []
@@ -173,6 +178,8 @@ class Holdings:
             self._object(x)
         else:
             self._seen.add(id(x))
+            if isinstance(x, _FOREIGN_GENERATORS):
+                self.foreign_generators.append(x)
             self._library_object(x)
 
     def _module(self, module: nn.Module) -> None:

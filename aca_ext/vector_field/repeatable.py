@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +58,38 @@ def repeatable(f: SlopeFunction, like: Tensor, func: Callable[..., Any]) -> Slop
         return k
 
     return watched
+
+
+@contextmanager
+def without_foreign_draws(func: Callable[..., Any]) -> Iterator[None]:
+    """Context of evaluations that must not draw random numbers from NumPy or Python.
+
+    Their global generators, and those that func holds, are compared once, at the end: reading their states takes long.
+
+    Raises:
+        ArgumentValueError: one of them has moved; not inside recordings.
+    """
+    if torch.compiler.is_compiling() or recorder() is not None:
+        yield
+        return
+    generators = Holdings((func,)).foreign_generators
+    before = _foreign_states(generators)
+    yield
+    if before != _foreign_states(generators):
+        raise ArgumentValueError(
+            "func draws random numbers from NumPy or Python, so another evaluation would use others than the solve. "
+            "Draw them before the solve, and give them as args."
+        )
+
+
+def _foreign_states(generators: Sequence[Any]) -> bytes:
+    found = [np.random.get_state(), random.getstate()]
+    for x in generators:
+        if isinstance(x, np.random.Generator):
+            found.append(x.bit_generator.state)
+        else:
+            found.append(x.get_state() if isinstance(x, np.random.RandomState) else x.getstate())
+    return pickle.dumps(found)
 
 
 @contextmanager

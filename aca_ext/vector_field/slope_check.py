@@ -41,14 +41,14 @@ class SlopeCheck:
     def __init__(self, packing: Packing, ops: TorchOperations) -> None:
         self.packing, self._ops = packing, ops
         self._dtype, self._device = ops.like.dtype, ops.like.device
+        self._places = _places(packing) if packing.is_tuple else ("func's output",)
         self._has_looked = False  # the thorough checks of the first evaluation take too long for every one
 
     def __call__(self, k: Any) -> Tensor:
         packing = self.packing
         parts = self._parts(k)
         given: list[Tensor] = []
-        for i, (part, shape) in enumerate(zip(parts, packing.shapes, strict=True)):
-            where = f"component {i} of func's output" if packing.is_tuple else "func's output"
+        for where, part, shape in zip(self._places, parts, packing.shapes, strict=True):
             if not isinstance(part, Tensor):
                 raise SlopeError(f"{where} is of type {type(part).__name__}; it must be a tensor.")
             if part.device != self._device:
@@ -62,7 +62,7 @@ class SlopeCheck:
                 )
             given.append(self._of_state_dtype(part, where))
         self._has_looked = True
-        packed = packing.pack(tuple(given) if packing.is_tuple else given[0])
+        packed = packing.join(given)
         return self._ops.admit(packed, "func's output")
 
     def _look(self, where: str, part: Tensor) -> None:
@@ -72,6 +72,8 @@ class SlopeCheck:
 
     def _parts(self, k: Any) -> Sequence[Any]:
         packing = self.packing
+        if packing.tree is not None:
+            return packing.components(k, "func's output", SlopeError)
         if not packing.is_tuple:
             if isinstance(k, (tuple, list)):
                 raise SlopeError(f"func returned a {type(k).__name__}; y0 is a tensor, so func returns one tensor.")
@@ -82,7 +84,7 @@ class SlopeCheck:
             )
         if len(k) != len(packing.shapes):
             raise SlopeError(f"func returned {len(k)} components; y0 is {packing.describe()}.")
-        return k
+        return packing.components(k, "func's output", SlopeError)
 
     def _of_state_dtype(self, part: Tensor, where: str) -> Tensor:
         real, packing = self._dtype, self.packing
@@ -100,6 +102,13 @@ class SlopeCheck:
             f"{where} has dtype {part.dtype}; the state has {expected}. Convert y0 or the output, for example with "
             f".to({expected}). (Under torch.autocast a lower precision is converted for you.)"
         )
+
+
+def _places(packing: Packing) -> Sequence[str]:
+    """Names of the components in error messages."""
+    if packing.tree is not None:
+        return [f"func's output{path}" for path in packing.paths]
+    return [f"component {i} of func's output" for i in range(len(packing.shapes))]
 
 
 def _unpacked(func: Func, packing: Packing, check: SlopeCheck, t: Tensor, y: Tensor, *args: Any) -> Tensor:

@@ -25,8 +25,8 @@ struct Controller {
         const bool has_memory = pcoeff != 0 || dcoeff != 0;
         const double gains[] = {-(pcoeff + icoeff + dcoeff), pcoeff + 2 * dcoeff, -dcoeff};
         double factor = safety;
-        for (int i = 0; i < (has_memory ? count : 1); ++i) {
-            if (gains[i] == 0) continue;
+        for (int i = 0; i < 3; ++i) {  // a fixed number, so that a GPU keeps the ratios in registers
+            if (gains[i] == 0 || i >= (has_memory ? count : 1)) continue;
             if (ratio[i] == 0) {
                 factor = ifactor;
                 break;

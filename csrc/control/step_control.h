@@ -61,6 +61,12 @@ ACA_HD StepControl begin(const Controller& controller, double first_step, bool i
     return s;
 }
 
+// Number of requested times, without the NaN that may pad their end.
+ACA_HD int64_t count_times(const double* times, int64_t n_times) {
+    while (n_times > 1 && times[n_times - 1] != times[n_times - 1]) --n_times;
+    return n_times;
+}
+
 // Sets the times of a solve from `first` to `last`. `times` and `stops` may be device addresses.
 ACA_HD void set_times(StepControl& s, double first, double last, uintptr_t times, int64_t n_times, uintptr_t stops,
                       int64_t n_stops) {

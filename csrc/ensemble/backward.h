@@ -4,12 +4,20 @@
 
 namespace aca {
 
-template <typename Field, typename Method>
+// Asks for memory that is needed soon, where that pays.
+ACA_HD void prefetch([[maybe_unused]] const void* memory) {
+#ifndef ACA_ONE_LANE
+    __builtin_prefetch(memory);
+#endif
+}
+
+template <typename Field, typename Method, typename Record>
 class Backward {
     static constexpr int n = Field::n, s = Method::stages;
     static constexpr int n_by_sample = Field::n_by_sample > 0 ? Field::n_by_sample : 1;
     static constexpr int n_shared = Field::n_learnt > 0 ? Field::n_learnt : 1;
     using Sum = Sums<Method>;
+    using Round = typename Record::Round;
 
     // Stages that the solution needs; outputs inside a step may need the others.
     static constexpr int count_needed() {
@@ -21,21 +29,20 @@ class Backward {
     static constexpr int needed = count_needed();
 
   public:
-    Backward(const Task& task, const Cotangents& cotangents) : task_(task), cotangents_(cotangents) {
+    ACA_HD Backward(const Task& task, const Cotangents& cotangents) : task_(task), cotangents_(cotangents) {
         for (V& each : shared_) each = V{};
     }
 
-    // The steps of a round for samples `first` to `last`, which share a chunk. Rounds follow one another; `n_slopes`
-    // holds the evaluations of func for each sample so far.
-    void run(int64_t first, int64_t last, const Record& record, const Round& round, int64_t* n_slopes) {
+    // The steps of a round. Rounds follow one another; `n_slopes` holds the evaluations of func for each sample so far,
+    // and may be null where there is one round.
+    ACA_HD void run(const Share& share, const Record& record, const Round& round, int64_t* n_slopes) {
+        share_ = share;
         record_ = &record;
         round_ = round;
         n_slopes_ = n_slopes;
-        first_ = next_ = first;
-        last_ = last;
-        chunk_ = first / kChunk;
-        for (int c = 0; c < n; ++c) y_[c] = K(double(task_.y0[first * n + c]));
-        for (int i = 0; i < Field::n_by_sample; ++i) p_[i] = K(double(task_.by_sample[first * Field::n_by_sample + i]));
+        next_ = share.first;
+        for (int c = 0; c < n; ++c) y_[c] = K(double(task_.y0[next_ * n + c]));
+        for (int i = 0; i < Field::n_by_sample; ++i) p_[i] = K(double(task_.by_sample[next_ * Field::n_by_sample + i]));
         int live = 0;
         for (int l = 0; l < kLanes; ++l) live += take(l);
         while (live > 0) {
@@ -61,11 +68,12 @@ class Backward {
         int64_t sample = 0, n_slopes = 0;
     };
 
-    bool take(int l) {
-        for (; next_ < last_; ++next_) {
+    ACA_HD bool take(int l) {
+        for (; next_ < share_.end; next_ += share_.stride) {
             const bool has_failed = task_.outcomes[next_].failure != none;
             if (round_.number > 0 && (has_failed || !round_.has(next_))) continue;
-            lane_[l] = {has_failed ? nullptr : record_->last(next_), next_, n_slopes_[next_ - first_]};
+            lane_[l] = {has_failed ? nullptr : record_->last(next_), next_,
+                        n_slopes_ ? n_slopes_[next_ - share_.first] : 0};
             const bool is_first = round_.number == 0;
             for (int c = 0; c < n; ++c) g_[c][l] = is_first ? 0 : cotangents_.y0[next_ * n + c];
             const T* const so_far = is_first ? nullptr : cotangents_.by_sample;
@@ -74,7 +82,7 @@ class Backward {
                 by_sample_[i][l] = so_far ? so_far[next_ * Field::n_by_sample + i] : 0;
             }
             if (lane_[l].entry) {
-                ++next_;
+                next_ += share_.stride;
                 return true;
             }
             finish(l);
@@ -83,12 +91,12 @@ class Backward {
         return false;
     }
 
-    const T* cotangent(int64_t output, int64_t sample) const {
+    ACA_HD const T* cotangent(int64_t output, int64_t sample) const {
         return cotangents_.outputs + (output * task_.n_samples + sample) * n;
     }
 
     // Loads the step to transpose, and the cotangents of its outputs. Tells whether some lie inside the step.
-    bool enter(int l) {
+    ACA_HD bool enter(int l) {
         Lane& lane = lane_[l];
         is_inside_[l] = 0;
         if (!lane.entry) {
@@ -96,7 +104,7 @@ class Backward {
             return false;
         }
         const Entry& entry = *lane.entry;
-        __builtin_prefetch(entry.previous);
+        prefetch(entry.previous);
         t_[l] = entry.t;
         h_[l] = entry.h;
         t_next_[l] = entry.t_next;
@@ -115,10 +123,10 @@ class Backward {
                 continue;
             }
             is_inside = true;
-            for (int j = 0; j < s; ++j) {
-                const T w = T(dense_weight<Method>(j, theta));
+            for_each<s>([&](auto j) {
+                const T w = T(dense_weight<Method, j>(theta));
                 for (int c = 0; c < n; ++c) slopes_[j][c][l] = std::fma(w, g[c], slopes_[j][c][l]);
-            }
+            });
             for (int c = 0; c < n; ++c) inside_[c][l] += g[c];
         }
         is_inside_[l] = is_inside ? -1 : 0;
@@ -126,7 +134,7 @@ class Backward {
         return is_inside;
     }
 
-    void forget_inside() {
+    ACA_HD void forget_inside() {
         for (int c = 0; c < n; ++c) {
             inside_[c] = K(0);
             for (int j = 0; j < s; ++j) slopes_[j][c] = K(0);
@@ -134,16 +142,14 @@ class Backward {
     }
 
     template <bool inside>
-    void transpose() {
+    ACA_HD void transpose() {
         constexpr int count = inside ? s : needed;
-        const V step = __builtin_convertvector(h_, V);
+        const V step = rounded<V>(h_);
         V time[s];
         auto &y = stages_, &k = k_, &pulled = pulled_;
         for_each<count>([&](auto i) {
             constexpr double at = Method::c[i];
-            time[i] = at == 0   ? start_
-                      : at == 1 ? end_
-                                : __builtin_convertvector(control::stage_time(at, t_, h_, t_next_), V);
+            time[i] = at == 0 ? start_ : at == 1 ? end_ : rounded<V>(control::stage_time(at, t_, h_, t_next_));
             for (int c = 0; c < n; ++c) {
                 if constexpr (i == 0) {
                     y[i][c] = y_[c];
@@ -160,9 +166,10 @@ class Backward {
         });
         for_each<count>([&](auto reversed) {
             constexpr int i = count - 1 - decltype(reversed)::value;
+            constexpr double b = Method::b[i];
             V(&g)[n] = k_[i];  // which was needed for the later stages alone
             for (int c = 0; c < n; ++c) {
-                V sum = Method::b[i] != 0 ? K(Method::b[i]) * g_[c] : K(0);
+                V sum = b != 0 ? K(b) * g_[c] : K(0);
                 if constexpr (inside) sum += slopes_[i][c];
                 sum += Sum::template of<typename Sum::template Later<i, count>>([&](int j) { return pulled[j][c]; });
                 g[c] = step * sum;
@@ -175,7 +182,7 @@ class Backward {
         }
     }
 
-    void finish(int l) {
+    ACA_HD void finish(int l) {
         const Lane& lane = lane_[l];
         const int64_t sample = lane.sample;
         const bool has_failed = task_.outcomes[sample].failure != none;
@@ -186,13 +193,13 @@ class Backward {
         if (cotangents_.by_sample)
             for (int i = 0; i < Field::n_by_sample; ++i)
                 cotangents_.by_sample[sample * Field::n_by_sample + i] = by_sample_[i][l];
-        double* const shared = cotangents_.shared + chunk_ * Field::n_learnt;
+        double* const shared = cotangents_.shared + share_.number * Field::n_learnt;
         for (int i = 0; i < Field::n_learnt; ++i) {
             shared[i] += double(shared_[i][l]);
             shared_[i][l] = 0;
         }
-        n_slopes_[sample - first_] = lane.n_slopes;
-        int64_t& most = cotangents_.most_slopes[chunk_];
+        if (n_slopes_) n_slopes_[sample - share_.first] = lane.n_slopes;
+        int64_t& most = cotangents_.most_slopes[share_.number];
         if (lane.n_slopes > most) most = lane.n_slopes;
     }
 
@@ -201,7 +208,8 @@ class Backward {
     const Record* record_ = nullptr;
     Round round_;
     int64_t* n_slopes_ = nullptr;
-    int64_t chunk_ = 0, first_ = 0, next_ = 0, last_ = 0;
+    Share share_{};
+    int64_t next_ = 0;
     Lane lane_[kLanes];
     R t_{}, h_{}, t_next_{};
     V start_{}, end_{};  // times of stages at the ends of the step

@@ -1,30 +1,28 @@
 // The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
 #pragma once
-#include <limits>
-
 #include "ensemble/starts.h"
 
 namespace aca {
 
-template <typename Field, typename Method>
+template <typename Field, typename Method, typename Record>
 class Forward {
     static constexpr int n = Field::n, s = Method::stages;
     static constexpr int n_by_sample = Field::n_by_sample > 0 ? Field::n_by_sample : 1;
     static constexpr bool fsal = Method::fsal;
     using Sum = Sums<Method>;
+    using Round = typename Record::Round;
 
   public:
-    Forward(const Task& task, Record& record) : task_(task), record_(record) {}
+    ACA_HD Forward(const Task& task, Record& record) : task_(task), record_(record) {}
 
     // Repeats the steps of a round, and adds the evaluations of func for each sample to n_slopes.
     Forward(const Task& task, Record& record, const Round& round, int64_t* n_slopes)
         : task_(task), record_(record), round_(&round), n_slopes_(n_slopes) {}
 
-    // Samples `first` to `last`, which share a chunk.
-    void run(int64_t first, int64_t last) {
-        chunk_ = first / kChunk;
-        first_ = first;
-        ready_.begin(first, last);
+    ACA_HD void run(const Share& share) {
+        share_ = share.number;
+        first_ = share.first;
+        ready_.begin(share);
         int live = 0;
         for (int l = 0; l < kLanes; ++l) live += take(l);
         while (live > 0) {
@@ -41,9 +39,10 @@ class Forward {
 
   private:
     // Puts the next sample into a lane; false where there is none.
-    bool take(int l) {
+    ACA_HD bool take(int l) {
         for (;;) {
-            if (ready_.next == ready_.count && !ready_.prepare()) {
+            // A single lane always takes what it has just prepared, which need not stay in registers.
+            if ((kLanes == 1 || ready_.next == ready_.count) && !ready_.prepare()) {
                 lane_[l].is_live = false;
                 return false;
             }
@@ -56,14 +55,15 @@ class Forward {
             for (int c = 0; c < n; ++c) y_[c][l] = ready_.y[c][from], k_[0][c][l] = ready_.k[c][from];
             for (int i = 0; i < Field::n_by_sample; ++i) p_[i][l] = ready_.p[i][from];
             for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
-            if (record_.keep == Keep::checkpoints) save(l, ready_.y, from);
+            if constexpr (Record::has_checkpoints)
+                if (record_.keep == Keep::checkpoints) save(l, ready_.y, from);
             if (propose(l)) return true;
             finish(lane_[l]);
         }
     }
 
     // Keeps a checkpoint of a lane if it is due; `y` has the state in lane `from`.
-    void save(int l, const V* y, int from) {
+    ACA_HD void save(int l, const V* y, int from) {
         const Lane& lane = lane_[l];
         const StepControl& control = lane.control;
         Checkpoints& kept = record_.checkpoints(lane.sample);
@@ -81,11 +81,11 @@ class Forward {
                   control.next_output,
                   control.next_stop,
                   nullptr},
-                 state, sizeof state, record_.states(chunk_));
+                 state, sizeof state, record_.states(share_));
     }
 
     // A trial step in every lane, of length zero where there is no sample.
-    void attempt() {
+    ACA_HD void attempt() {
         R t, h, t_next;
         for (int l = 0; l < kLanes; ++l) {
             const StepControl& control = lane_[l].control;
@@ -93,8 +93,8 @@ class Forward {
             h[l] = lane_[l].is_live ? control.h_trial : 0;
             t_next[l] = lane_[l].is_live ? control.t_next : control.t;
         }
-        const V step = __builtin_convertvector(h, V);
-        V first = __builtin_convertvector(t, V), last = __builtin_convertvector(t_next, V);
+        const V step = rounded<V>(h);
+        V first = rounded<V>(t), last = rounded<V>(t_next);
         if (task_.is_jump) {
             for (int l = 0; l < kLanes; ++l) {
                 const Lane& lane = lane_[l];
@@ -104,12 +104,10 @@ class Forward {
         }
         const auto slope = [&](auto i, const V* y) {
             constexpr double c = Method::c[i];
-            const V time = c == 0   ? first
-                           : c == 1 ? last
-                                    : __builtin_convertvector(control::stage_time(c, t, h, t_next), V);
+            const V time = c == 0 ? first : c == 1 ? last : rounded<V>(control::stage_time(c, t, h, t_next));
             Field::slope(time, y, p_, task_.shared, k_[i]);
         };
-        if (!fsal) slope(std::integral_constant<int, 0>(), y_);
+        if (!fsal) slope(Known<0>(), y_);
         for_each<s>([&](auto i) {
             if constexpr (i > 0 && i < s - fsal) {
                 for (int c = 0; c < n; ++c)
@@ -125,16 +123,17 @@ class Forward {
             error_[c] = step * Sum::template of<typename Sum::Error>(k);
         }
         if constexpr (fsal) {
-            slope(std::integral_constant<int, s - 1>(), y1_);
-            if constexpr (Method::error[s - 1] != 0) {
-                const V w = __builtin_convertvector(Method::error[s - 1] * h, V);
+            slope(Known<s - 1>(), y1_);
+            constexpr double weight = Method::error[s - 1];
+            if constexpr (weight != 0) {
+                const V w = rounded<V>(weight * h);
                 for (int c = 0; c < n; ++c) error_[c] = fma(w, k_[s - 1][c], error_[c]);
             }
         }
         ratio_ = norms<Field>(error_, y_, y1_, tolerance_);
     }
 
-    void judge(int l) {
+    ACA_HD void judge(int l) {
         Lane& lane = lane_[l];
         StepControl& control = lane.control;
         const double base = ratio_[l], known = power_[l], exponent = control.controller.shrink_exponent();
@@ -148,23 +147,22 @@ class Forward {
         } else if (control.status == Status::not_finite) {
             lane.failure = fault<n>(y_, k_[0], l);
             if (lane.failure == none && !control::can_shrink(control))
-                lane.failure = task_.forbids_error && ratio_[l] == std::numeric_limits<double>::infinity()
-                                   ? no_tolerance
-                                   : not_finite;
+                lane.failure = task_.forbids_error && ratio_[l] == INFINITY ? no_tolerance : not_finite;
             if (lane.failure == none) control.status = Status::running;
         }
         lane.ratio = control.ratio;
     }
 
     // Keeps the step, and writes the outputs that it reached.
-    void accept(int l, bool ends_at_jump) {
+    ACA_HD void accept(int l, bool ends_at_jump) {
         Lane& lane = lane_[l];
         const StepControl& control = lane.control;
         if (record_.keeps_entries()) keep(l, ends_at_jump);
         lane.starts_at_jump = lane.needs_slope = ends_at_jump;
         is_at_jump_ |= fsal && ends_at_jump;
         if (round_) return;
-        if (record_.keep == Keep::checkpoints && control.status == Status::running) save(l, y1_, l);
+        if constexpr (Record::has_checkpoints)
+            if (record_.keep == Keep::checkpoints && control.status == Status::running) save(l, y1_, l);
         for (int64_t i = control.first_due; i < control.end_due; ++i) {
             T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
             const double theta = control::position(control, i);
@@ -176,15 +174,15 @@ class Forward {
         }
     }
 
-    void keep(int l, bool ends_at_jump) {
+    ACA_HD void keep(int l, bool ends_at_jump) {
         const StepControl& control = lane_[l].control;
         T* y = nullptr;
         if (record_.keep == Keep::states) {
-            y = static_cast<T*>(record_.states(chunk_).add(n * sizeof(T)));
+            y = static_cast<T*>(record_.states(share_).add(n * sizeof(T)));
             for (int c = 0; c < n; ++c) y[c] = y_[c][l];
         }
         const Entry*& last = record_.last(lane_[l].sample);
-        last = new (record_.entries(chunk_).add(sizeof(Entry))) Entry{control.t_start,
+        last = new (record_.entries(share_).add(sizeof(Entry))) Entry{control.t_start,
                                                                       control.h_done,
                                                                       control.t_done,
                                                                       control.first_due,
@@ -195,9 +193,9 @@ class Forward {
                                                                       last};
     }
 
-    void interpolate(T* out, int l, double theta, T h) const {
+    ACA_HD void interpolate(T* out, int l, double theta, T h) const {
         T w[s];
-        for (int i = 0; i < s; ++i) w[i] = T(dense_weight<Method>(i, theta));
+        for_each<s>([&](auto i) { w[i] = T(dense_weight<Method, i>(theta)); });
         for (int c = 0; c < n; ++c) {
             T sum = 0;
             for (int i = 0; i < s; ++i) sum = std::fma(w[i], k_[i][c][l], sum);
@@ -206,7 +204,7 @@ class Forward {
     }
 
     // States and first slopes of the next trials.
-    void move_on() {
+    ACA_HD void move_on() {
         for (int c = 0; c < n; ++c) {
             y_[c] = select(accepted_, y1_[c], y_[c]);
             if (fsal) k_[0][c] = select(accepted_, k_[s - 1][c], k_[0][c]);
@@ -215,7 +213,7 @@ class Forward {
     }
 
     // First slopes of lanes whose last step ended at a jump.
-    void start_anew() {
+    ACA_HD void start_anew() {
         V time{};
         M is_new = never();
         for (int l = 0; l < kLanes; ++l) {
@@ -233,7 +231,7 @@ class Forward {
     }
 
     // Proposes the next trial of a lane, or finishes its sample.
-    bool has_ended(int l) {
+    ACA_HD bool has_ended(int l) {
         Lane& lane = lane_[l];
         const bool goes_on = lane.failure == none && lane.control.status == Status::running;
         if (goes_on && lane.control.n_accepted != lane.last_step && propose(l)) return false;
@@ -241,7 +239,7 @@ class Forward {
         return true;
     }
 
-    bool propose(int l) {
+    ACA_HD bool propose(int l) {
         Lane& lane = lane_[l];
         control::propose(lane.control);
         if (lane.control.status == Status::running) return true;
@@ -250,12 +248,14 @@ class Forward {
         return false;
     }
 
-    void finish(const Lane& lane) {
+    ACA_HD void finish(const Lane& lane) {
         const StepControl& control = lane.control;
-        if (round_) {
-            const int64_t n_steps = control.n_steps - round_->start(lane.sample).n_steps;
-            n_slopes_[lane.sample - first_] += 1 + lane.n_restarts + n_steps * (s - fsal);
-            return;
+        if constexpr (Round::is_resumed) {
+            if (round_) {
+                const int64_t n_steps = control.n_steps - round_->start(lane.sample).n_steps;
+                n_slopes_[lane.sample - first_] += 1 + lane.n_restarts + n_steps * (s - fsal);
+                return;
+            }
         }
         task_.outcomes[lane.sample] = {control.n_steps, control.n_accepted, lane.failure,   control.t,
                                        control.h,       lane.ratio,         lane.n_restarts};
@@ -265,9 +265,9 @@ class Forward {
     Record& record_;
     const Round* const round_ = nullptr;
     int64_t* const n_slopes_ = nullptr;  // of each sample of the chunk
-    int64_t chunk_ = 0, first_ = 0;
+    int64_t share_ = 0, first_ = 0;
     Lane lane_[kLanes];
-    Starts<Field> ready_{task_, round_};
+    Starts<Field, Round> ready_{task_, round_};
     V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};
     R ratio_, power_;  // of the trials, and to the power that chooses the next steps
     M accepted_{};

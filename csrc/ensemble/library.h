@@ -2,6 +2,7 @@
 #pragma once
 #include "ensemble/backward.h"
 #include "ensemble/contractions.h"
+#include "ensemble/evaluation.h"
 #include "ensemble/forward.h"
 
 namespace aca {
@@ -14,7 +15,7 @@ bool for_each_chunk(int64_t first, int64_t last, int64_t n_samples, int threads,
     for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t start = chunk * kChunk, end = start + kChunk;
         try {
-            f(start, end < n_samples ? end : n_samples);
+            f(Share{chunk, start, end < n_samples ? end : n_samples, 1});
         } catch (const std::bad_alloc&) {
 #pragma omp atomic write
             has_failed = 1;
@@ -26,69 +27,38 @@ bool for_each_chunk(int64_t first, int64_t last, int64_t n_samples, int threads,
 template <typename Field, typename Method>
 struct Library {
     static bool forward(const Task& task, Record& record, int64_t first, int64_t last, int threads) {
-        return for_each_chunk(first, last, task.n_samples, threads, [&](int64_t start, int64_t end) {
-            const auto solve = std::make_unique<Forward<Field, Method>>(task, record);
-            solve->run(start, end);
+        return for_each_chunk(first, last, task.n_samples, threads, [&](const Share& share) {
+            const auto solve = std::make_unique<Forward<Field, Method, Record>>(task, record);
+            solve->run(share);
         });
     }
 
     static bool backward(const Task& task, const Record& record, const Cotangents& to, int64_t first, int64_t last,
                          int threads) {
-        return for_each_chunk(first, last, task.n_samples, threads, [&](int64_t start, int64_t end) {
-            const auto transpose = std::make_unique<Backward<Field, Method>>(task, to);
+        return for_each_chunk(first, last, task.n_samples, threads, [&](const Share& share) {
+            const auto transpose = std::make_unique<Backward<Field, Method, Record>>(task, to);
             int64_t n_slopes[kChunk] = {};
             if (record.keep != Keep::checkpoints) {
-                transpose->run(start, end, record, Round(), n_slopes);
+                transpose->run(share, record, Round(), n_slopes);
                 return;
             }
-            for (Round round{&record, 0}; has_samples(round, start, end); ++round.number) {
-                Record part(start, end - start, start / kChunk, 1, Keep::states);
-                std::make_unique<Forward<Field, Method>>(task, part, round, n_slopes)->run(start, end);
-                transpose->run(start, end, part, round, n_slopes);
+            for (Round round{&record, 0}; has_samples(round, share); ++round.number) {
+                Record part(share.first, share.end - share.first, share.number, 1, Keep::states);
+                std::make_unique<Forward<Field, Method, Record>>(task, part, round, n_slopes)->run(share);
+                transpose->run(share, part, round, n_slopes);
             }
         });
     }
 
-    // func at a state and a time of each sample, and what it pulls back: rows as in the task.
-    static void evaluate(int64_t n_samples, const T* t, const T* y, const T* p, const T* w, const T* g, T* k, T* gy,
-                         T* gp, double* gw) {
-        constexpr int n = Field::n, np = Field::n_by_sample, nw = Field::n_learnt;
-        auto lanes = std::make_unique<Evaluation>();
-        Evaluation& e = *lanes;
-        for (int64_t start = 0; start < n_samples; start += kLanes) {
-            const auto sample = [&](int l) { return start + l < n_samples ? start + l : start; };
-            V time;
-            for (int l = 0; l < kLanes; ++l) time[l] = t[sample(l)];
-            read(e.y, y, n, sample), read(e.p, p, np, sample), read(e.g, g, n, sample);
-            for (V& x : e.gp) x = V{};
-            for (V& x : e.gw) x = V{};
-            Field::slope(time, e.y, e.p, w, e.k);
-            Field::pull(time, e.y, e.p, w, e.g, e.gy, e.gp, e.gw);
-            for (int l = 0; l < kLanes && start + l < n_samples; ++l) {
-                const int64_t row = start + l;
-                for (int c = 0; c < n; ++c) k[row * n + c] = e.k[c][l], gy[row * n + c] = e.gy[c][l];
-                for (int i = 0; i < np; ++i) gp[row * np + i] = e.gp[i][l];
-                for (int i = 0; i < nw; ++i) gw[i] += double(e.gw[i][l]);
-            }
-        }
+    static void evaluate(const Operands& operands) {
+        std::make_unique<Evaluation<Field>>(operands)->run(Share{0, 0, operands.n_samples, 1});
     }
 
   private:
-    static bool has_samples(const Round& round, int64_t start, int64_t end) {
+    static bool has_samples(const Round& round, const Share& share) {
         bool found = round.number == 0;  // which has those that failed, too
-        for (int64_t sample = start; sample < end; ++sample) found |= round.has(sample);
+        for (int64_t sample = share.first; sample < share.end; ++sample) found |= round.has(sample);
         return found;
-    }
-
-    struct Evaluation {
-        V y[Field::n], g[Field::n], k[Field::n], gy[Field::n], p[Field::n_by_sample + 1], gp[Field::n_by_sample + 1],
-            gw[Field::n_learnt + 1];
-    };
-
-    template <typename Sample>
-    static void read(V* to, const T* from, int count, Sample sample) {
-        for (int i = 0; i < count; ++i)
-            for (int l = 0; l < kLanes; ++l) to[i][l] = from[sample(l) * count + i];
     }
 };
 
@@ -116,7 +86,7 @@ struct Library {
     }                                                                                                                  \
     ACA_EXPORT void evaluate(int64_t n, const T* t, const T* y, const T* p, const T* w, const T* g, T* k, T* gy,       \
                              T* gp, double* gw) {                                                                      \
-        aca::Library<Field, Method>::evaluate(n, t, y, p, w, g, k, gy, gp, gw);                                        \
+        aca::Library<Field, Method>::evaluate({n, t, y, p, w, g, k, gy, gp, gw});                                      \
     }                                                                                                                  \
     /* Starts and ends of the accepted steps of a sample, first to last. */                                            \
     ACA_EXPORT void bounds(const void* record, int64_t sample, int64_t count, double* to) {                            \

@@ -86,8 +86,13 @@ class Checkpoints {
     int64_t stride_ = 1;
 };
 
+struct Round;
+
 // The accepted steps of some chunks of samples, which are independent of one another, or checkpoints among them.
 struct Record {
+    using Round = aca::Round;
+    static constexpr bool has_checkpoints = true;
+
     Record(int64_t first_sample, int64_t samples, int64_t first_chunk, int64_t chunks, Keep what, size_t most = 0)
         : keep(what),
           most_checkpoints(most),
@@ -124,6 +129,8 @@ struct Record {
 // One round of a backward pass from checkpoints: the steps of each sample from one of its checkpoints to the next, or
 // to its end. The first round is number 0, of the last checkpoints. Without a record of them, one round has all steps.
 struct Round {
+    static constexpr bool is_resumed = true;  // from checkpoints
+
     const Record* saved = nullptr;
     size_t number = 0;
 

@@ -1,7 +1,5 @@
 // Starts of samples: their states, first slopes and first steps, made for all lanes at once.
 #pragma once
-#include <algorithm>
-
 #include "ensemble/task.h"
 
 namespace aca {
@@ -18,12 +16,12 @@ struct Lane {
     int64_t n_restarts = 0, last_step = -1;
 
     // Tells whether the proposed trial ends at a jump.
-    bool ends_at_jump() const { return is_jump && control.is_cut && is_jump[control.next_stop]; }
+    ACA_HD bool ends_at_jump() const { return is_jump && control.is_cut && is_jump[control.next_stop]; }
 };
 
 // Blames the state or func where one is not finite at the start of a step.
 template <int n>
-inline Failure fault(const V* y, const V* k, int l) {
+ACA_HD Failure fault(const V* y, const V* k, int l) {
     for (int c = 0; c < n; ++c)
         if (!control::is_finite(double(y[c][l]))) return state_not_finite;
     for (int c = 0; c < n; ++c)
@@ -32,26 +30,28 @@ inline Failure fault(const V* y, const V* k, int l) {
 }
 
 // The next samples of a chunk, which wait for lanes. They start where the round does, if there is one.
-template <typename Field>
+template <typename Field, typename Round>
 class Starts {
     static constexpr int n = Field::n;
     static constexpr int n_by_sample = Field::n_by_sample > 0 ? Field::n_by_sample : 1;
 
   public:
-    Starts(const Task& task, const Round* round) : task_(task), round_(round) {}
+    ACA_HD Starts(const Task& task, const Round* round) : task_(task), round_(round) {}
 
-    void begin(int64_t first, int64_t last) {
-        next_sample_ = first;
-        last_ = last;
+    ACA_HD void begin(const Share& share) {
+        next_sample_ = share.first;
+        end_ = share.end;
+        stride_ = share.stride;
+        if (round_) return;
+        for (int64_t sample = share.first; sample < share.end; sample += share.stride) begin_outputs(sample);
     }
 
     // Loads as many samples as there are lanes and finds their first slopes and steps.
-    bool prepare() {
+    ACA_HD bool prepare() {
         next = count = 0;
         int64_t samples[kLanes];
-        for (; count < kLanes && next_sample_ < last_; ++next_sample_)
-            if (!round_ || (round_->has(next_sample_) && task_.outcomes[next_sample_].failure == none))
-                samples[count++] = next_sample_;
+        for (; count < kLanes && next_sample_ < end_; next_sample_ += stride_)
+            if (has_steps(next_sample_)) samples[count++] = next_sample_;
         if (count == 0) return false;
         for (int l = 0; l < kLanes; ++l) load(l, samples[l < count ? l : 0]);
         V t;
@@ -75,7 +75,20 @@ class Starts {
     int next = 0, count = 0;  // the next one to take, and how many there are
 
   private:
-    void load(int l, int64_t sample) {
+    // Writes the first output of a sample, and NaN behind its last time.
+    ACA_HD void begin_outputs(int64_t sample) {
+        const int64_t count = task_.count_times(sample);
+        for (int c = 0; c < n; ++c) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
+        for (int64_t i = count; i < task_.n_times; ++i)
+            for (int c = 0; c < n; ++c) task_.outputs[(i * task_.n_samples + sample) * n + c] = T(NAN);
+    }
+
+    ACA_HD bool has_steps(int64_t sample) const {
+        if (round_) return round_->has(sample) && task_.outcomes[sample].failure == none;
+        return task_.count_times(sample) > 1;
+    }
+
+    ACA_HD void load(int l, int64_t sample) {
         Lane& lane = lanes[l];
         lane = Lane{};
         lane.is_live = true;
@@ -85,27 +98,27 @@ class Starts {
         const int64_t row = sample * task_.stops_step, last = row + task_.n_stops - 1;
         int64_t stop = row;
         while (stop < last && task_.stops[stop] != task_.stops[stop]) ++stop;
-        control::set_times(lane.control, times[0], task_.stops[last], uintptr_t(times), task_.n_times,
+        control::set_times(lane.control, times[0], task_.stops[last], uintptr_t(times), task_.count_times(sample),
                            uintptr_t(task_.stops + stop), last + 1 - stop);
         if (task_.is_jump) lane.is_jump = task_.is_jump + stop;
         for (int c = 0; c < n; ++c) {
             y[c][l] = task_.y0[sample * n + c];
-            if (!round_) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
             tolerance[c][l] = task_.rtol_each ? task_.rtol_each[sample * n + c] : T(task_.rtol);
             tolerance[n + c][l] = task_.atol_each ? task_.atol_each[sample * n + c] : T(task_.atol);
         }
         for (int i = 0; i < Field::n_by_sample; ++i) p[i][l] = task_.by_sample[sample * Field::n_by_sample + i];
-        if (round_) resume(l);
+        if constexpr (Round::is_resumed)
+            if (round_) resume(l);
     }
 
     // Puts a prepared sample where its round starts.
-    void resume(int l) {
+    ACA_HD void resume(int l) {
         Lane& lane = lanes[l];
         const Checkpoint& from = round_->start(lane.sample);
         StepControl& control = lane.control;
         control.t = from.t;
         control.h = from.h;
-        std::copy(from.ratios, from.ratios + 3, control.ratios);
+        for (int i = 0; i < 3; ++i) control.ratios[i] = from.ratios[i];
         control.n_ratios = from.n_ratios;
         control.n_steps = from.n_steps;
         control.n_accepted = from.n_accepted;
@@ -117,7 +130,7 @@ class Starts {
         for (int c = 0; c < n; ++c) y[c][l] = state[c];
     }
 
-    void choose_first_steps() {
+    ACA_HD void choose_first_steps() {
         const R norm_y = norms<Field>(y, y, y, tolerance), norm_f = norms<Field>(k, y, y, tolerance);
         R t, h;
         for (int l = 0; l < kLanes; ++l) {
@@ -128,9 +141,9 @@ class Starts {
             t[l] = lane.control.t_next;
         }
         V euler[n], change[n];
-        const V step = __builtin_convertvector(h, V);
+        const V step = rounded<V>(h);
         for (int c = 0; c < n; ++c) euler[c] = fma(step, k[c], y[c]);
-        Field::slope(__builtin_convertvector(t, V), euler, p, task_.shared, change);
+        Field::slope(rounded<V>(t), euler, p, task_.shared, change);
         for (int c = 0; c < n; ++c) change[c] = fma(K(-1), k[c], change[c]);
         const R norm_change = norms<Field>(change, y, y, tolerance);
         for (int l = 0; l < kLanes; ++l) {
@@ -141,7 +154,7 @@ class Starts {
 
     const Task& task_;
     const Round* const round_;
-    int64_t next_sample_ = 0, last_ = 0;
+    int64_t next_sample_ = 0, end_ = 0, stride_ = 1;
 };
 
 }  // namespace aca

@@ -25,7 +25,7 @@ struct Task {
     Controller controller;
     double first_step;                                      // 0: by Hairer's rule
     int64_t max_num_steps, n_samples, n_times, times_step;  // times_step: from one sample to the next, 0 for one row
-    const double* times;
+    const double* times;                                    // NaN pads the end of a row with fewer
     int64_t n_stops, stops_step;  // as of times; the last stop is the end, and NaN comes first where there are fewer
     const double* stops;
     const bool* is_jump;  // of each stop; null: none is
@@ -35,6 +35,10 @@ struct Task {
     const T *y0, *by_sample, *shared;
     T* outputs;
     Outcome* outcomes;
+
+    ACA_HD int64_t count_times(int64_t sample) const {
+        return control::count_times(times + sample * times_step, n_times);
+    }
 };
 
 struct Cotangents {
@@ -44,17 +48,35 @@ struct Cotangents {
     int64_t* most_slopes;  // that a sample of the chunk needed
 };
 
+// Samples that one thread solves, with sums over them of their own: `first`, `first` + `stride`, ... before `end`.
+struct Share {
+    int64_t number, first, end, stride;
+};
+
 // The time of a stage at a jump: the next number inside the step, which has this sign.
-inline T beside(double time, double sign) { return std::nextafter(T(time), T(sign * INFINITY)); }
+ACA_HD T beside(double time, double sign) {
+    if constexpr (sizeof(T) == 8) {
+        return ::nextafter(time, sign * INFINITY);
+    } else {
+        return ::nextafterf(T(time), T(sign * INFINITY));
+    }
+}
+
+// A number that the compiler knows; the one of C++ is not for device code.
+template <int i>
+struct Known {
+    static constexpr int value = i;
+    ACA_HD constexpr operator int() const { return i; }
+};
 
 template <int... i, typename F>
-inline void for_each_of(std::integer_sequence<int, i...>, F f) {
-    (f(std::integral_constant<int, i>()), ...);
+ACA_HD void for_each_of(std::integer_sequence<int, i...>, F f) {
+    (f(Known<i>()), ...);
 }
 
 // Calls f with 0, 1, ..., n - 1 as constants.
 template <int n, typename F>
-inline void for_each(F f) {
+ACA_HD void for_each(F f) {
     for_each_of(std::make_integer_sequence<int, n>(), f);
 }
 
@@ -79,11 +101,11 @@ struct Sums {
     };
 
     template <typename Weights, typename Term>
-    static V of(Term term) {
+    ACA_HD static V of(Term term) {
         V sum = K(0);
         for_each<s>([&](auto j) {
-            constexpr double w = Weights::weight(j);
-            if constexpr (w != 0) sum = is_first<Weights>(j) ? K(w) * term(j) : fma(K(w), term(j), sum);
+            constexpr double w = weight_of<Weights, j>;
+            if constexpr (w != 0) sum = comes_first<Weights, j> ? K(w) * term(j) : fma(K(w), term(j), sum);
         });
         return sum;
     }
@@ -95,32 +117,42 @@ struct Sums {
             if (Weights::weight(j) != 0) return false;
         return true;
     }
+
+    // Variables, since device code does not call functions of the host, even where the compiler knows the result.
+    template <typename Weights, int i>
+    static constexpr double weight_of = Weights::weight(i);
+    template <typename Weights, int i>
+    static constexpr bool comes_first = is_first<Weights>(i);
 };
 
 // b_i(theta)
-template <typename Method>
-inline double dense_weight(int i, double theta) {
+template <typename Method, int i>
+ACA_HD double dense_weight(double theta) {
     double w = 0;
-    for (int p = 0; p < Method::degree; ++p) w = (w + Method::dense[i][p]) * theta;
+    for_each<Method::degree>([&](auto p) {
+        constexpr double coefficient = Method::dense[i][p];
+        w = (w + coefficient) * theta;
+    });
     return w;
 }
 
 // Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
 template <typename Field>
-inline R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {
+ACA_HD R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {
     R sums[Field::segments], norm;
     int sizes[Field::segments];
-    for (int i = 0; i < Field::segments; ++i) {
+    for_each<Field::segments>([&](auto i) {
+        constexpr int first = Field::bounds[i], last = Field::bounds[i + 1];
         sums[i] = R{};
-        sizes[i] = Field::bounds[i + 1] - Field::bounds[i];
-        for (int c = Field::bounds[i]; c < Field::bounds[i + 1]; ++c) {
+        sizes[i] = last - first;
+        for (int c = first; c < last; ++c) {
             const V before = magnitude(y0[c]), after = magnitude(y1[c]);
             const V scale = fma(tolerance[c], select(before < after, after, before), tolerance[Field::n + c]);
             const V ratio = x[c] / select(x[c] == K(0), K(1), scale);
-            const R r = __builtin_convertvector(ratio, R), wrong = __builtin_convertvector(y1[c] - y1[c], R);
+            const R r = rounded<R>(ratio), wrong = rounded<R>(y1[c] - y1[c]);
             sums[i] += r * r + wrong;
         }
-    }
+    });
     for (int l = 0; l < kLanes; ++l) {
         double of_lane[Field::segments];
         for (int i = 0; i < Field::segments; ++i) of_lane[i] = sums[i][l];

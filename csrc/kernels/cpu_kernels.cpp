@@ -40,14 +40,14 @@ double sum_in_order(int64_t start, int64_t n, F f) {
 
 struct Cpu {
     template <typename F>
-    static void for_each(const Target& target, int64_t n, bool, F f) {
+    static void for_each([[maybe_unused]] const Target& target, int64_t n, bool, F f) {
         const int64_t chunks = (n + kChunk - 1) / kChunk;
 #pragma omp parallel for schedule(static) num_threads(target.threads) if (target.threads > 1)
         for (int64_t c = 0; c < chunks; ++c) apply(c * kChunk, c + 1 < chunks ? (c + 1) * kChunk : n, f);
     }
 
     template <typename F>
-    static void sum(const Target& target, int64_t n, bool, F f, double* out) {
+    static void sum([[maybe_unused]] const Target& target, int64_t n, bool, F f, double* out) {
         const int64_t chunk = sum_chunk(n), chunks = (n + chunk - 1) / chunk;
         double partial[kMaxPartials];
 #pragma omp parallel for schedule(static) num_threads(target.threads) if (target.threads > 1)
@@ -63,7 +63,7 @@ struct Cpu {
     }
 
     template <typename F>
-    static void for_each_row(const Target& target, const Samples& rows, bool, F f) {
+    static void for_each_row([[maybe_unused]] const Target& target, const Samples& rows, bool, F f) {
         const auto* const each = reinterpret_cast<const double*>(rows.each);
         const int64_t length = rows.length, parts = (length + kChunk - 1) / kChunk, all = rows.count * parts;
 #pragma omp parallel for schedule(static) num_threads(target.threads) if (target.threads > 1)
@@ -75,8 +75,8 @@ struct Cpu {
     }
 
     template <typename F>
-    static void sum_rows(const Target& target, const Samples& rows, int segments, const int64_t* bounds, F f,
-                         double* out) {
+    static void sum_rows([[maybe_unused]] const Target& target, const Samples& rows, int segments,
+                         const int64_t* bounds, F f, double* out) {
         const auto* const each = reinterpret_cast<const double*>(rows.each);
 #pragma omp parallel for schedule(static) num_threads(target.threads) if (target.threads > 1)
         for (int64_t row = 0; row < rows.count; ++row) {

@@ -69,11 +69,12 @@ __global__ void __launch_bounds__(kThreads)
         partial[blockIdx.x] = value;
         __threadfence();
         last = atomicAdd(finished, 1u) == gridDim.x - 1;
+        // By the thread that saw the count: a fence orders the accesses of its own thread, the barrier the block's.
+        if (last) __threadfence();
     }
     __syncthreads();
     if (!last) return;
 
-    __threadfence();
     value = 0;
     for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) value += static_cast<volatile double*>(partial)[b];
     value = sum_of_block(value);

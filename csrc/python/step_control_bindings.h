@@ -60,8 +60,7 @@ class BatchControl {
           controls_(size_t(times.shape(0)), control::begin(controller, first_step, true, max_num_steps)) {
         for (size_t i = 0; i < controls_.size(); ++i) {
             const double* const row = times_.data(py::ssize_t(i), 0);
-            int64_t count = times.shape(1);
-            while (count > 1 && std::isnan(row[count - 1])) --count;
+            const int64_t count = control::count_times(row, times.shape(1));
             control::set_times(controls_[i], row[0], row[count - 1], uintptr_t(row), count, uintptr_t(row + count - 1),
                                1);
             if (count == 1) controls_[i].status = Status::done;

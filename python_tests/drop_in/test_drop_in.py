@@ -501,3 +501,23 @@ class TestImplicitMethods:
         torch.testing.assert_close(ours.odeint(func, Y0, t, method=method), expected, rtol=0, atol=0)
         finer = ours.odeint(func, Y0, t, method=method, options={"step_size": 0.01})
         torch.testing.assert_close(finer, ours.odeint(func, Y0, t), rtol=0.02, atol=0.01)
+
+    @pytest.mark.parametrize("perturb", [True, False])
+    @pytest.mark.parametrize("interface", ["odeint", "odeint_adjoint"])
+    @pytest.mark.parametrize("method", IMPLICIT)
+    def test_evaluate_func_where_a_step_starts(self, method: str, interface: str, perturb: bool) -> None:
+        """At the node, or with ``perturb`` at the next number inside the step; also in the adjoint's solve."""
+        at: list[float] = []
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            at.append(t.item())
+            return -y
+
+        params: dict[str, Any] = {"adjoint_params": ()} if interface == "odeint_adjoint" else {}
+        y0, options = Y0.clone().requires_grad_(), {"step_size": 0.5, "perturb": perturb}
+        y = getattr(ours, interface)(func, y0, times(0.0, 1.0), method=method, options=options, **params)
+        assert all((node in at) is not perturb for node in (0.0, 0.5))
+        if params:
+            at.clear()
+            y.sum().backward()
+            assert all((node in at) is not perturb for node in (0.5, 1.0))

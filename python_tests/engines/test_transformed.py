@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from autograd_reference import relative_error
@@ -299,6 +300,14 @@ class TestErrors:
 
         with pytest.raises(errors.ArgumentValueError, match="random"):
             grad(lambda y: odeint(func, y, T).sum())(spread())
+
+    @pytest.mark.parametrize("later", [False, True])
+    def test_random_numbers_of_numpy(self, later: bool) -> None:
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return -y * (np.random.rand() if not later or t > 0.5 else 1.0)
+
+        with pytest.raises(errors.ArgumentValueError, match="func draws random numbers from NumPy"):
+            grad(lambda y: odeint(func, y, T, rtol=1e-2).sum())(spread())
 
     def test_a_tensor_that_func_writes_into(self) -> None:
         total = torch.zeros(3, dtype=torch.float64)

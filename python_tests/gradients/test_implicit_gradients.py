@@ -142,12 +142,53 @@ class TestFixedSteps:
         expected = reference(lambda t, y: func(t, y, rate), y0, steps, METHODS[method], T.tolist())
         assert worst(second(ys), second(expected)) < 1e-9
 
-    def test_third_derivatives_are_refused(self) -> None:
-        func, y0, _ = start()
-        ys = odeint(lambda t, y: func(t, y, 1.0), y0, T, method="implicit_euler", options={"step_size": 0.25})
-        (first,) = torch.autograd.grad(ys[-1].sum(), y0, create_graph=True)
-        with pytest.raises(ArgumentValueError, match="third derivatives"):
-            torch.autograd.grad(first.sum(), y0, create_graph=True)
+
+def oscillation(a: Tensor, method: str, gradient: str, options: dict[str, Any]) -> Tensor:
+    """Distance at t = 1 of a nonlinear oscillator with frequency ``a``; all of its derivatives are of order 1."""
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([a * y[1], -a * a * y[0] * (1 + y[0] * y[1]) + torch.sin(t)])
+
+    y0 = torch.tensor([1.2, 0.3], dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    how: dict[str, Any] = {"method": method, "gradient": gradient, "rtol": 1e-7, "atol": 1e-9, "options": options}
+    return odeint(func, y0, t, **how)[-1].square().sum()
+
+
+@pytest.mark.parametrize("gradient", ["aca", "direct", "naive"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("implicit_euler", {"step_size": 1.0}),
+        ("radauIIA5", {"step_size": 0.5}),
+        ("kvaerno5", {"step_size": 0.5}),
+        ("kvaerno5", {}),
+        ("rodas5p", {"step_size": 0.5}),
+        ("rodas5p", {}),
+    ],
+)
+class TestOrdersOfDerivatives:
+    def derivatives(self, at: float, *how: Any, n: int) -> list[Tensor]:
+        """The first ``n`` derivatives."""
+        a = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        found = [oscillation(a, *how)]
+        for order in range(1, n + 1):
+            found += torch.autograd.grad(found[-1], a, create_graph=order < n)
+        return found
+
+    def test_first_and_second_agree_with_finite_differences(
+        self, method: str, options: dict[str, Any], gradient: str
+    ) -> None:
+        at, d = 0.7, 1e-3
+        how = method, gradient, options
+        _, first, second = self.derivatives(at, *how, n=2)
+        ahead, back = (self.derivatives(at + e, *how, n=1) for e in (d, -d))
+        assert first.item() == pytest.approx(((ahead[0] - back[0]) / (2 * d)).item(), rel=1e-3)
+        assert second.item() == pytest.approx(((ahead[1] - back[1]) / (2 * d)).item(), rel=1e-3)
+
+    def test_third_are_refused(self, method: str, options: dict[str, Any], gradient: str) -> None:
+        with pytest.raises(ArgumentValueError, match="third derivatives would be wrong"):
+            self.derivatives(0.7, method, gradient, options, n=3)
 
 
 class TestAdaptiveSteps:

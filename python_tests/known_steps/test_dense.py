@@ -164,7 +164,6 @@ def test_times_outside(t: Any) -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gradient": "direct"}, "gradient='direct'"),
     ({"checkpoints": 3}, "checkpoints=3"),
-    ({"options": {"batch": "independent"}}, "independent"),
     ({"options": {"on_step_limit": "stop"}}, "on_step_limit"),
     ({"events": [aca_ext.Event(lambda t, y: t - 0.5)]}, "events"),
     ({"t": T.clone().requires_grad_()}, "t that requires grad"),
@@ -200,6 +199,36 @@ def test_a_callback_that_ends_the_solve_is_an_error(settings: dict[str, Any]) ->
 def test_random_numbers_are_refused() -> None:
     with pytest.raises(errors.ArgumentValueError, match="random"):
         dense(sample(4, 3), func=lambda t, y: y * torch.rand(()))
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (1.0, "the result of output_fn is of type float; output_fn must return a tensor"),
+        (None, "the result of output_fn is of type NoneType"),
+        ({"a": (torch.ones(1), 2)}, r"the result of output_fn\['a'\]\[1\] is of type int"),
+        ({}, "the result of output_fn is an empty dict"),
+    ],
+    ids=["float", "none", "number in a tree", "empty"],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_output_fn_returns_no_tensor(result: Any, words: str, grad: bool) -> None:
+    with pytest.raises(errors.ArgumentTypeError, match=words), torch.set_grad_enabled(grad):
+        aca_ext.solve(NET, sample(4, 3), T, output_fn=lambda t, y: result, **LOOSE)
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (lambda t, y: y[: 1 + int(t > 0.2)], r"\(1, 3\).* and .*\(2, 3\).* at different times"),
+        (lambda t, y: y if t > 0.2 else y.float(), "float32.* and .*float64"),
+        (lambda t, y: y if t > 0.2 else {"y": y}, "other structures"),
+    ],
+    ids=["shape", "dtype", "structure"],
+)
+def test_output_fn_returns_other_forms(fn: Any, words: str) -> None:
+    with pytest.raises(errors.ArgumentValueError, match=words):
+        aca_ext.solve(NET, sample(4, 3), T, output_fn=fn, **LOOSE)
 
 
 @pytest.mark.parametrize("kind", ["dopri5", "rk4, by Hermite", "jumps"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from autograd_reference import relative_error
@@ -322,6 +325,25 @@ class TestRefusals:
         func.train()
         with pytest.raises(errors.ArgumentValueError, match="random"):
             aca_ext.replay(slope, solution, spread())
+
+    @pytest.mark.parametrize("source", ["numpy", "numpy later", "python", "generator", "held method", "state"])
+    def test_random_numbers_from_elsewhere(self, source: str) -> None:
+        generator, draw_one, old = np.random.default_rng(0), random.Random(0).random, np.random.RandomState(0)
+        draw: dict[str, Callable[[Tensor], float]] = {
+            "numpy": lambda t: np.random.rand(),
+            "numpy later": lambda t: np.random.rand() if t > 0.5 else 0.0,
+            "python": lambda t: random.random(),
+            "generator": lambda t: generator.random(),
+            "held method": lambda t: draw_one(),
+            "state": lambda t: old.rand(),
+        }
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return -y * (1 + draw[source](t))
+
+        solution = solved(spread(), func=func, options={"step_size": 0.25})
+        with pytest.raises(errors.ArgumentValueError, match="func draws random numbers from NumPy"):
+            aca_ext.replay(func, solution, spread())
 
     @pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
     def test_batch_normalisation_in_training(self) -> None:

@@ -68,7 +68,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     ),
     "y0 is boolean": ({"y0": torch.ones(3, dtype=torch.bool)}, errors.ArgumentTypeError, ["y0", "bool", "float32"]),
     "y0 is a number": ({"y0": 1.0}, errors.ArgumentTypeError, ["y0", "float", "tensor"]),
-    "y0 is a list": ({"y0": [torch.ones(3)]}, errors.ArgumentTypeError, ["y0", "list", "tuple"]),
+    "y0 is a list": ({"y0": [1.0]}, errors.ArgumentTypeError, ["y0[0]", "float", "as_tensor"]),
     "y0 is an array": ({"y0": torch.ones(3).numpy()}, errors.ArgumentTypeError, ["y0", "ndarray", "tensor"]),
     "y0 is sparse": ({"y0": torch.eye(3).to_sparse()}, errors.ArgumentTypeError, ["y0", "sparse", "to_dense"]),
     "y0 is an empty tuple": ({"y0": ()}, errors.ArgumentValueError, ["y0", "empty", "at least one"]),

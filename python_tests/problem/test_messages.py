@@ -194,8 +194,8 @@ class TestStatesAndTimes:
     @pytest.mark.parametrize(
         ("y0", "advice"),
         [
-            ([torch.ones(2)], r"tuple\(y0\)"),
-            ({"x": torch.ones(2)}, "values"),
+            ([[1.0, 2.0]], r"y0\[0\]\[0\] is of type float.*as_tensor"),
+            ({"x": np.ones(2)}, r"y0\['x'\] is of type ndarray.*as_tensor"),
             (1.0, "as_tensor"),
             (np.ones(2), "as_ten"),
         ],

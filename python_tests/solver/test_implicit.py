@@ -154,6 +154,34 @@ def _rms(y: Any) -> Tensor:
 VAN_DER_POL = 1.706167732170483
 
 
+FIXED_EVALUATIONS = {"implicit_euler": 7, "implicit_midpoint": 9, "gl4": 13, "gl6": 20, "radauIIA5": 17, "sdirk2": 10}
+
+
+class TestStartOfNewton:
+    """The slope at the start of a fixed step takes the place of the first evaluations of its stages."""
+
+    @pytest.mark.parametrize("method", FIXED_EVALUATIONS)
+    def test_saves_an_iteration(self, method: str) -> None:
+        """A linear func: each group of stages is evaluated once, at its solution."""
+        a = torch.tensor([[-1.0, 2.0], [-2.0, -1.0]], dtype=torch.float64)
+        options = {"step_size": 0.25}
+        solution = solve(lambda t, y: y @ a, times(1, 1), times(0, 1), method=method, options=options)
+        stats = solution.stats
+        groups = 2 if method == "sdirk2" else 1
+        assert 4 * groups <= stats.n_newton_iterations <= 4 * groups + 1
+        assert stats.n_f_evals <= FIXED_EVALUATIONS[method]
+
+    @pytest.mark.parametrize("method", FIXED_EVALUATIONS)
+    def test_need_not_be_finite(self, method: str) -> None:
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return torch.where(t == 0, math.nan, -y)
+
+        options = {"step_size": 0.125}
+        y = odeint(func, ONE, times(0, 1), method=method, options=options)
+        expected = odeint(lambda t, y: -y, ONE, times(0, 1), method=method, options=options)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=0)
+
+
 class TestJacobians:
     def func(self, t: Tensor, y: Tensor) -> Tensor:
         return torch.stack([robertson(t, one) for one in y.unbind(0)]) * (1 + t)

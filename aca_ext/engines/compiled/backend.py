@@ -189,7 +189,7 @@ def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
             roles.append(("input", len(others)))
             others.append(x)
     captured.roles = tuple(roles)
-    captured.inputs = tuple(_like(x) for x in others)
+    captured.inputs = tuple(_like(x, request.t.device) for x in others)
     captured.places = tuple(i for i, (kind, _) in enumerate(roles) if kind == "input")
     captured.wants_gradient = tuple(x.requires_grad for x in others)
     captured.names = tuple(captured.names[i] for i in captured.places)
@@ -200,20 +200,21 @@ def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
     captured.checksums = checksums_of([x.nbytes if i in without_gaps else 0 for i, x in enumerate(others)])
 
 
-def _like(x: Tensor) -> Tensor:
-    if x.device.type != "cpu" or not is_plain(x):
+def _like(x: Tensor, device: torch.device) -> Tensor:
+    is_there = x.device == device or (x.is_cpu and x.dim() == 0)  # which PyTorch takes for a number
+    if not is_there or not is_plain(x):
         raise CompileError(
-            f"func depends on a {type(x).__name__} of layout {x.layout} on {x.device}; only plain, dense tensors in "
-            f"the CPU's memory are supported. {HINT}"
+            f"func depends on a {type(x).__name__} of layout {x.layout} on {x.device}; only plain, dense tensors on "
+            f"the state's device ({device}) are supported. {HINT}"
         )
-    copy, span = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"), (span_of(x),)
+    copy, span = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device), (span_of(x),)
     with torch.no_grad():
         copy.as_strided(span, (1,)).copy_(x.detach().as_strided(span, (1,), x.storage_offset()))
     return copy
 
 
 def is_plain(x: Tensor) -> bool:
-    """Tells whether the memory of a tensor on the CPU holds its elements, with no conjugate or negative bit set."""
+    """Tells whether the memory of a tensor holds its elements, with no conjugate or negative bit set."""
     is_own = type(x) is Tensor or isinstance(x, torch.nn.Parameter)
     return is_own and x.layout is torch.strided and not (x.is_neg() or x.is_conj() or x._is_zerotensor())
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aca_ext.engines.compiled.places import Place
 from aca_ext.problem.state import State
+from aca_ext.problem.trees import leaves_of, parts_like
 
 if TYPE_CHECKING:
     from aca_ext.engines.compiled.backend import Captured
@@ -53,11 +54,10 @@ class ChangingNumbers:
 
         A trace evaluates types, sets and keys of dicts once: ``n in {2, 3}`` is false for a tensor, and no guard tells.
         """
-        of: dict[str, Sequence[Tensor]] = {"t": (t,), "y": y if isinstance(y, tuple) else (y,)}
+        of: dict[str, Sequence[Tensor]] = {"t": (t,), "y": leaves_of(y)}
         of["input"] = [x if x.requires_grad else x.clone() for x in inputs]
         try:
-            k = evaluate()
-            expected = k if isinstance(k, (tuple, list)) else (k,)
+            expected = parts_like(y, evaluate())
             found = captured.graph.forward(*(of[kind][i] for kind, i in captured.roles))
             is_same = all(map(_are_close, expected, found))
         except Exception:  # such as a missing key; func raises it again when it runs uncompiled

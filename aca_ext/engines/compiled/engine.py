@@ -32,7 +32,7 @@ class CompiledEngine:
     error = CompileError
 
     def obstacle(self, request: Request) -> str | None:
-        return _obstacle_to_compiling(request.problem)
+        return obstacle_to_compiling(request.problem)
 
     def solve(self, request: Request) -> Result:
         """Solves by one compiled program if one can hold the solve, else by compiled evaluations of func.
@@ -48,7 +48,7 @@ def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, ob
     is_traced = True
     if obstacle is None:
         try:
-            result = _by_programs(programs(), request)
+            result = by_programs(programs(), request)
             result.stats.compiled = "solve"
             return result
         except CompileError as error:
@@ -100,7 +100,7 @@ def _solve_by_evaluations() -> Callable[..., Result]:
     return solve
 
 
-def _by_programs(solve: Callable[..., Result], request: Request) -> Result:
+def by_programs(solve: Callable[..., Result], request: Request) -> Result:
     """Solves by compiled programs, with the gradient of the times if they are learnt."""
     if request.learnt is None:
         return solve(request.problem, request.params, request.task)
@@ -114,7 +114,7 @@ def _by_programs(solve: Callable[..., Result], request: Request) -> Result:
     return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=solve_task)
 
 
-def _obstacle_to_compiling(problem: Problem) -> str | None:
+def obstacle_to_compiling(problem: Problem, takes_gpu: bool = False) -> str | None:
     """Reason why nothing of the problem can be compiled; None if something can."""
     y0 = problem.y0
     if problem.newton is not None:  # the Jacobian differentiates func
@@ -124,7 +124,7 @@ def _obstacle_to_compiling(problem: Problem) -> str | None:
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer; this is torch '
             f"{torch.__version__}. {_HINT}"
         )
-    if not y0.is_cpu:
+    if not (y0.is_cpu or (takes_gpu and y0.is_cuda)):
         return f'engine="compiled" takes states on the CPU; y0 is on {y0.device}. {_HINT}'
     if type(y0) is not Tensor and not isinstance(y0, torch.nn.Parameter):
         return f'engine="compiled" takes plain tensors; y0 is of type {type(y0).__name__}. {_HINT}'
@@ -141,6 +141,6 @@ def obstacle_to_programs(request: Request, takes_batches: bool = False) -> str |
         return f"The steps run in Python because the state is {kind}."
     if problem.tolerance.norm is not None:
         return 'The steps run in Python because of a norm of your own (options["norm"]).'
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(problem.y0.device.type):
         return "The steps run in Python under torch.autocast."
     return None

@@ -28,7 +28,7 @@ from aca_ext.errors import CompileError, ReplayError
 from aca_ext.gradients.base import Result
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
-from aca_ext.problem.state import State
+from aca_ext.problem.trees import leaves_of, like
 from aca_ext.progress import Callback, Step
 from aca_ext.vector_field.environment import overwritten_message
 from aca_ext.vector_field.function_cache import PerOwner
@@ -102,7 +102,7 @@ def _new(captured: Captured, used: Sequence[Tensor], problem: Problem) -> Compil
     count = _counts.of(innermost(problem.func))
     if count.graphs >= _MAX_GRAPHS:
         raise UnsuitableError(f"func was compiled {_MAX_GRAPHS} times, for shapes, flags or numbers that changed")
-    obstacle = changes_or_draws(captured, _time(problem), components(problem.packing.unpack(problem.y0.detach())), used)
+    obstacle = changes_or_draws(captured, _time(problem), leaves_of(problem.packing.unpack(problem.y0.detach())), used)
     if obstacle:
         raise UnsuitableError(obstacle)
     count.graphs += 1
@@ -116,10 +116,6 @@ def _captured(problem: Problem) -> tuple[Captured, list[Tensor]]:
 def _time(problem: Problem) -> Tensor:
     t = problem.start_time(problem.y0)
     return t.view(problem.packing.time_shape) if isinstance(problem, BatchProblem) else t
-
-
-def components(y: State) -> Sequence[Tensor]:
-    return y if isinstance(y, tuple) else (y,)
 
 
 def _with_gradient(request: Request, used: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -178,12 +174,12 @@ class Evaluation:
         if has_graph and self._is_replayed:
             self._check_versions(inputs)
         with torch._C.DisableTorchFunction():  # what the eager engine looks for, it is given as inputs
-            parts = components(y)
+            parts = leaves_of(y)
             if has_graph and any(x.requires_grad for x in (t, *parts, *inputs)):
                 k = self._recorded(t, parts, inputs)
             else:
                 k = self._compiled.values(t, parts, inputs)
-        return tuple(k) if isinstance(y, tuple) else k[0]
+        return k[0] if isinstance(y, Tensor) else like(y, k)
 
     def _recorded(self, t: Tensor, y: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._is_replayed and self.may_differentiate_once and not _belong_to_graph(y, inputs):

@@ -92,7 +92,12 @@ def _loaded(path: Path) -> ctypes.CDLL:
         ) from error
 
 
-def run_compiler(command: Sequence[str], source: str, to: Path) -> None:
+def run_compiler(
+    command: Sequence[str],
+    source: str,
+    to: Path,
+    needs: str = "a C++ compiler, by default g++ or the one that the environment variable CXX names",
+) -> None:
     """Compiles a source, by a command that names ``source_file(to)`` and ``to``, in the folder of ``to``.
 
     Raises:
@@ -103,8 +108,7 @@ def run_compiler(command: Sequence[str], source: str, to: Path) -> None:
         done = subprocess.run(command, cwd=to.parent, capture_output=True, text=True, check=False)
     except OSError as error:
         raise CompileError(
-            f'engine="compiled" needs a C++ compiler; {command[0]} cannot be run ({error}). Install one, name it '
-            'in the environment variable CXX, or use engine="eager".'
+            f'engine="compiled" needs {needs}; {command[0]} cannot be run ({error}). Install it, or use engine="eager".'
         ) from error
     if done.returncode != 0:
         raise CompileError(
@@ -162,7 +166,11 @@ def origin() -> tuple[str, ...]:
 
 def _compiler() -> str:
     """The C++ compiler, known by its file, since running it would take longer."""
-    path = os.path.realpath(shutil.which(os.environ.get("CXX", "g++")) or "")
+    return file_state(os.path.realpath(shutil.which(os.environ.get("CXX", "g++")) or ""))
+
+
+def file_state(path: str) -> str:
+    """A text that changes with a file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -27,6 +27,7 @@ from aca_ext.errors import CompileError
 from aca_ext.kernels.fused import Tolerance, TorchOperations
 from aca_ext.kernels.reference import squared_error_ratios
 from aca_ext.problem.state import Packing
+from aca_ext.problem.trees import leaves_of
 from aca_ext.solver.runge_kutta import Scheme, step, step_vjp
 
 
@@ -78,11 +79,9 @@ class _Slope:
         return self._evaluated(t.detach().requires_grad_(), y.detach().requires_grad_()).detach()
 
     def _evaluated(self, t: Tensor, y: Tensor) -> Tensor:
-        y_parts = self._packing.unpack(y)
-        parts = y_parts if isinstance(y_parts, tuple) else (y_parts,)
-        operands = {"t": (t,), "y": parts, "input": self._inputs}
+        operands = {"t": (t,), "y": leaves_of(self._packing.unpack(y)), "input": self._inputs}
         k = self._captured.graph.forward(*(operands[kind][i] for kind, i in self._captured.roles))
-        return self._packing.pack(tuple(k) if self._packing.is_tuple else k[0])
+        return self._packing.join(k)
 
 
 class _Replay(_Slope):

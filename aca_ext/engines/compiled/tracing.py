@@ -25,6 +25,7 @@ from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.errors import CompileError
 from aca_ext.problem.signature import refuse_swapped
 from aca_ext.problem.state import Packing, State
+from aca_ext.problem.trees import leaves_of, like, parts_like
 from aca_ext.vector_field.function_cache import PerOwner
 
 # Private to torch; without it, TorchDynamo itself looks graphs up, which takes longer.
@@ -115,11 +116,8 @@ def _captured(
 def _state(packing: Packing, y0: Tensor) -> tuple[State, Sequence[Tensor]]:
     """The state as func receives it, and its components; they require grad, or TorchDynamo ignores custom gradients."""
     given = y0.detach() if packing.is_trivial else packing.unpack(y0.detach())
-    if isinstance(given, tuple):
-        parts = tuple(part.detach().requires_grad_() for part in given)
-        return packing.as_given(parts), parts
-    y = given.detach().requires_grad_()
-    return y, (y,)
+    parts = [part.detach().requires_grad_() for part in leaves_of(given)]
+    return like(given, parts), parts
 
 
 def _new(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:
@@ -217,7 +215,7 @@ def _call(func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) ->
     k = func(t, y, *args)
     # Clones, so that each component is a result of the graph, in order. TorchDynamo refuses results that depend on
     # intermediates made to require grad, hence detach(), which the backend removes from the graph.
-    return [part.detach().clone() for part in (k if isinstance(k, (tuple, list)) else (k,))]
+    return [part.detach().clone() for part in parts_like(y, k)]
 
 
 _numbers = itertools.count()

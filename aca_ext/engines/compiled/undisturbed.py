@@ -121,7 +121,7 @@ def unchanged(func: Any, args: tuple[Any, ...] = ()) -> Iterator[None]:
 
 
 def _may_be_state(x: Tensor) -> bool:
-    is_plain = type(x) is Tensor and x.is_cpu and x.layout is torch.strided
+    is_plain = type(x) is Tensor and x.device.type in ("cpu", "cuda") and x.layout is torch.strided
     return is_plain and not x.requires_grad and x.nbytes <= _MAX_BYTES
 
 

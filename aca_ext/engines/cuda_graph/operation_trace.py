@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from aca_ext.errors import GraphError
 from aca_ext.problem.state import tensors_in
+from aca_ext.problem.trees import map_leaves
 
 _HINT = 'Use engine="eager", or change func.'
 _NUMBERS = (int, float, bool, complex)
@@ -142,7 +143,7 @@ class TracedFunction:
 
     def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
         # Copies, to tell an argument from memory that func holds: both may be the same.
-        y = tuple(map(torch.clone, y)) if isinstance(y, tuple) else y.clone()
+        y = map_leaves(torch.clone, y)
         args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         self.trace = Trace([t, *tensors_in((y, [a for a in args if isinstance(a, Tensor)]))])
         self._had_grad = torch.is_grad_enabled()

@@ -30,7 +30,7 @@ def load(source: str) -> Any:
     def build(to: Path) -> None:
         run_compiler([*_command(), str(source_file(to)), "-o", str(to)], source, to)
 
-    found = library([*origin(), source, *_command(), _state_of_headers()], build)
+    found = library([*origin(), source, *_command(), state_of_headers()], build)
     _set_addresses(found)
     return found
 
@@ -40,7 +40,7 @@ def _command() -> tuple[str, ...]:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     define = ("-DACA_SLEEF",) if _vector_functions() else ()
-    return (get_cpp_compiler(), *_FLAGS, *define, f"-I{_headers()}")
+    return (get_cpp_compiler(), *_FLAGS, *define, f"-I{headers()}")
 
 
 # By width in bytes and size of a number, how the names of torch's functions of vectors (SLEEF) tell the kind of vector.
@@ -53,7 +53,7 @@ def _vector_functions() -> dict[tuple[str, str], int]:
 
     None where one is missing.
     """
-    header = (_headers() / "ensemble" / "lanes.h").read_text()
+    header = (headers() / "ensemble" / "lanes.h").read_text()
     functions = re.findall(r"^ACA_FUNCTION()\((\w+), (\w+)\)|^ACA_FUNCTION2\((\w+), (\w+), (\w+)\)", header, re.M)
     named = [(one or two, one or called, digits or digits2) for _, one, digits, two, called, digits2 in functions]
     try:
@@ -78,7 +78,7 @@ def _set_addresses(library: Any) -> None:
 
 
 @cache
-def _headers() -> Path:
+def headers() -> Path:
     """The folder of csrc: in an installed package its own, in a source tree beside it."""
     for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "ensemble" / "library.h").exists():
@@ -87,7 +87,7 @@ def _headers() -> Path:
 
 
 @cache
-def _state_of_headers() -> str:
-    folder = _headers()
-    files = sorted([*(folder / "ensemble").glob("*.h"), *(folder / "control").glob("*.h")])
+def state_of_headers() -> str:
+    folder = headers()
+    files = sorted([*(folder / "ensemble").glob("*.*h"), *(folder / "control").glob("*.h")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -11,13 +11,33 @@ from functools import cache
 from typing import Any
 
 from aca_ext.engines.base import Request
-from aca_ext.engines.compiled.engine import CompiledEngine, obstacle_to_programs, solve_by
+from aca_ext.engines.compiled.engine import (
+    CompiledEngine,
+    by_programs,
+    obstacle_to_compiling,
+    obstacle_to_programs,
+    solve_by,
+)
+from aca_ext.errors import CompileError
 from aca_ext.gradients.base import Result
-from aca_ext.problem.batch import BatchProblem
+from aca_ext.problem.problem import Problem
 from aca_ext.progress import samples_bar
 
 
 class EnsembleEngine(CompiledEngine):
+    """Engine of compiled code.
+
+    Args:
+        takes_gpu: independent samples on a GPU are solved in threads there. This is experimental: it has not run on
+            one.
+    """
+
+    def __init__(self, takes_gpu: bool = False) -> None:
+        self._takes_gpu = takes_gpu
+
+    def obstacle(self, request: Request) -> str | None:
+        return obstacle_to_compiling(request.problem, self._takes_gpu and request.is_batch)
+
     def solve(self, request: Request) -> Result:
         """The solve by compiled lanes or programs if they can hold it, else by compiled evaluations of func.
 
@@ -27,13 +47,30 @@ class EnsembleEngine(CompiledEngine):
         """
         if not request.is_batch:
             return super().solve(request)
+        if is_on_gpu(request.problem):
+            return _solve_on_gpu(request)
         return solve_by(lambda: _lanes(request), request, _obstacle_to_lanes(request))
 
 
+def is_on_gpu(problem: Problem) -> bool:
+    return problem.y0.is_cuda
+
+
+def _solve_on_gpu(request: Request) -> Result:
+    obstacle = _obstacle_to_lanes(request)
+    if obstacle is None and request.checkpoints is not None:
+        obstacle = "They keep all steps, and checkpoints are given."
+    if obstacle is not None:
+        raise CompileError(
+            f'engine="compiled" solves independent samples on a GPU in compiled threads alone, which cannot take this '
+            f'solve. {obstacle} Use engine="eager".'
+        )
+    result = by_programs(_lanes(request), request)
+    result.stats.compiled = "solve"
+    return result
+
+
 def _obstacle_to_lanes(request: Request) -> str | None:
-    assert isinstance(request.problem, BatchProblem)
-    if request.problem.is_ragged:
-        return "The steps run in Python because the times are padded with NaN."
     others = request._replace(progress=False, checkpoints=None)  # which lanes have, too
     return obstacle_to_programs(others, takes_batches=True)
 

@@ -30,7 +30,9 @@ class _Controller(ctypes.Structure):
     ]
 
 
-class _Task(ctypes.Structure):
+class LibraryTask(ctypes.Structure):
+    """A solve, as the Task of csrc/ensemble/task.h."""
+
     _fields_ = [
         ("controller", _Controller), ("first_step", _F64), ("max_num_steps", _I64), ("n_samples", _I64),
         ("n_times", _I64), ("times_step", _I64), ("times", _POINTER), ("n_stops", _I64), ("stops_step", _I64),
@@ -40,7 +42,9 @@ class _Task(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Cotangents(ctypes.Structure):
+class Cotangents(ctypes.Structure):
+    """Addresses of cotangents, as in csrc/ensemble/task.h."""
+
     _fields_ = [(name, _POINTER) for name in ("outputs", "y0", "by_sample", "shared", "most_slopes")]
 
 
@@ -58,9 +62,10 @@ class Record(ctypes.c_void_p):
 
     Attributes:
         has_states: the states at which steps start are still there.
+        has_steps: so are the steps.
     """
 
-    has_states = True
+    has_states = has_steps = True
 
 
 class Library:
@@ -95,26 +100,26 @@ class Library:
 
     def states_of(self, record: Record) -> Tensor:
         """A tensor with whose memory the states of the record are freed: autograd says when they are needed no more."""
-        memory = (ctypes.c_byte * 1)()
 
         def free() -> None:
             record.has_states = False
             self._functions.free_states(record)
 
-        weakref.finalize(memory, free)  # which holds the record, so that this is freed after its states
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return owner_of(free)  # which holds the record, so that this is freed after its states
 
-    def forward(self, task: _Task, record: Record, finished: Callable[[int], object] | None = None) -> None:
+    def forward(self, task: LibraryTask, record: Record, finished: Callable[[int], object] | None = None) -> None:
         """Solves, and tells ``finished`` how many more samples are done; raises MemoryError."""
         self._in_parts(task, lambda *part: self._functions.forward(ctypes.byref(task), record, *part), finished)
 
-    def backward(self, task: _Task, record: Record, to: _Cotangents) -> None:
+    def backward(self, task: LibraryTask, record: Record, to: Cotangents) -> None:
         """Transposes the recorded steps; raises MemoryError."""
         self._in_parts(
             task, lambda *part: self._functions.backward(ctypes.byref(task), record, ctypes.byref(to), *part)
         )
 
-    def _in_parts(self, task: _Task, run: Callable[..., int], finished: Callable[[int], object] | None = None) -> None:
+    def _in_parts(
+        self, task: LibraryTask, run: Callable[..., int], finished: Callable[[int], object] | None = None
+    ) -> None:
         threads, n = torch.get_num_threads(), self.chunks(task.n_samples)
         step = threads * (_CHUNKS_AT_ONCE if finished is None else _CHUNKS_WATCHED)
         for first in range(0, n, step):
@@ -131,16 +136,24 @@ class Library:
         self._functions.evaluate(len(y), *(x.data_ptr() for x in (t, y, p, w, g, k, gy, gp, gw)))
         return k, gy, gp, gw
 
-    def bounds(self, record: Record, sample: int, count: int) -> Tensor:
-        """(count, 2) starts and ends of the accepted steps of a sample."""
-        found = torch.empty(count, 2, dtype=torch.float64, device="cpu")
-        self._functions.bounds(record, sample, count, found.data_ptr())
+    def bounds(self, record: Record, counts: Tensor) -> tuple[Tensor, ...]:
+        """(count, 2) starts and ends of the accepted steps of each sample."""
+        found = tuple(torch.empty(count, 2, dtype=torch.float64, device="cpu") for count in counts.tolist())
+        for sample, to in enumerate(found):
+            self._functions.bounds(record, sample, len(to), to.data_ptr())
         return found
+
+
+def owner_of(free: Callable[[], None]) -> Tensor:
+    """A tensor; ``free`` is called when its memory is freed."""
+    memory = (ctypes.c_byte * 1)()
+    weakref.finalize(memory, free)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def task_of(
     problem: BatchProblem, y0: Tensor, p: Tensor, w: Tensor, outputs: Tensor, outcomes: Tensor, held: list[Tensor]
-) -> _Task:
+) -> LibraryTask:
     """A solve as the library takes it; tensors made for it are added to ``held``, for as long as it is used."""
     controller, tolerance = problem.controller, problem.tolerance
     assert controller is not None
@@ -154,19 +167,19 @@ def task_of(
     def rows(x: NDArray[Any]) -> tuple[int, int, int]:
         """Length of a row, distance to the next, and address of the first."""
         is_one_row = x.strides[0] == 0 or len(x) == 1
-        held.append(torch.tensor(x[:1] if is_one_row else x, device="cpu"))
+        held.append(torch.tensor(x[:1] if is_one_row else x, device=y0.device))
         return x.shape[1], 0 if is_one_row else x.shape[1], held[-1].data_ptr()
 
     stops = problem.stops_of_rows
     has_jumps = stops is not None and bool(stops.is_jump.any())
     rtol, atol = tolerance.rtol, tolerance.atol
-    return _Task(
+    return LibraryTask(
         _Controller(**controller.coefficients),
         controller.first_step or 0.0,
         problem.max_num_steps,
         len(y0),
         *rows(problem.times_of_rows),
-        *rows(problem.times_of_rows[:, -1:] if stops is None else stops.times),
+        *rows(problem.last_times[:, None] if stops is None else stops.times),
         rows(stops.is_jump)[2] if stops is not None and has_jumps else None,
         0.0 if isinstance(rtol, Tensor) else rtol,
         0.0 if isinstance(atol, Tensor) else atol,
@@ -177,6 +190,6 @@ def task_of(
     )
 
 
-def cotangents_to(outputs: Tensor, y0: Tensor, p: Tensor | None, w: Tensor, most_slopes: Tensor) -> _Cotangents:
+def cotangents_to(outputs: Tensor, y0: Tensor, p: Tensor | None, w: Tensor, most_slopes: Tensor) -> Cotangents:
     """Addresses of the cotangents of the outputs, which the backward pass reads, and of its inputs, which it writes."""
-    return _Cotangents(*(None if x is None else x.data_ptr() for x in (outputs, y0, p, w, most_slopes)))
+    return Cotangents(*(None if x is None else x.data_ptr() for x in (outputs, y0, p, w, most_slopes)))

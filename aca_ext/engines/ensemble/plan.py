@@ -12,6 +12,7 @@ from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.engines.ensemble.library import Library
 from aca_ext.engines.ensemble.source import source_of
+from aca_ext.engines.ensemble.thread_library import ThreadLibrary
 from aca_ext.engines.ensemble.tracing import trace
 from aca_ext.errors import AcaError, CompileError
 from aca_ext.gradients.base import Task
@@ -41,8 +42,12 @@ class Plan:
                 f'func cannot be traced for one sample. Use engine="eager". The cause: {type(error).__name__}: {error}'
             ) from error
         self.gather = traced.gather
-        source = source_of(traced, problem.tableau, problem.tolerance.segments, y0.dtype)
-        self.library = Library(source, traced.lane.inputs.n_shared if traced.is_learnt[1] else 0)
+        n_learnt = traced.lane.inputs.n_shared if traced.is_learnt[1] else 0
+        lanes = lanes_of(y0.device)
+        source = source_of(traced, problem.tableau, problem.tolerance.segments, y0.dtype, lanes)
+        self.library: Library | ThreadLibrary = (
+            Library(source, n_learnt) if lanes == "vectors" else ThreadLibrary(source, n_learnt, y0.device)
+        )
         self._is_checked = {False: False, True: False}
 
     def check(self, task_of: Callable[[], Task], inputs: Sequence[Tensor], with_gradient: bool) -> None:
@@ -60,8 +65,10 @@ class Plan:
         problem = task.problem
         assert isinstance(problem, BatchProblem)
         random = torch.Generator(device="cpu").manual_seed(0)
-        y0 = problem.y0.detach()
-        noise, g = (torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu") for _ in range(2))
+        y0 = _finite(problem.y0.detach())
+        noise, g = (
+            torch.randn(y0.shape, generator=random, dtype=y0.dtype, device="cpu").to(y0.device) for _ in range(2)
+        )
         size = float(y0.square().mean().sqrt()) if y0.numel() else 0.0
         y = y0 + distance * (size or 1.0) * noise
         t = problem.start_time(y0) + distance * problem.length
@@ -104,6 +111,11 @@ class Plan:
         return [k.view(y.shape), gy.view(y.shape), *_filled(grads, wanted)]
 
 
+def lanes_of(device: torch.device) -> str:
+    """The lanes of a device: vectors of numbers, or on a GPU threads."""
+    return "threads" if device.type == "cuda" else "vectors"
+
+
 def _of_func(
     task: Task, t: Tensor, y: Tensor, g: Tensor, inputs: Sequence[Tensor], with_gradient: bool
 ) -> list[Tensor]:
@@ -118,6 +130,14 @@ def _of_func(
             return [k, *(torch.zeros_like(x) for x in (y, *wanted))]
         grads = torch.autograd.grad(k, (y, *wanted), g, allow_unused=True)
         return [k.detach(), *_filled(grads, (y, *wanted))]
+
+
+def _finite(y: Tensor) -> Tensor:
+    """``y`` with a finite row in place of those that are not: sums over samples that are NaN would show no mistake."""
+    is_finite = y.isfinite().reshape(len(y), -1).all(1)
+    if bool(is_finite.all()) or not bool(is_finite.any()):
+        return y
+    return torch.where(is_finite.view(-1, *(1,) * (y.dim() - 1)), y, y[is_finite][0])
 
 
 def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

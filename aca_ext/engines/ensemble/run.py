@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from aca_ext.engines.compiled.backend import UnusableFuncError
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, Record, cotangents_to, task_of
+from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, cotangents_to, task_of
 from aca_ext.engines.ensemble.plan import Plan
 from aca_ext.errors import CompileError, NonFiniteError, SolveError, StepLimitError, StepSizeError
 from aca_ext.gradients.base import Result, Task
@@ -43,19 +44,21 @@ def solve(
     With a number of ``checkpoints``, so many states of each sample are kept at most. The backward pass repeats the
     steps from one to the next, and holds those of a chunk of samples at a time. ``finished`` is called while the solve
     runs, each time with the number of samples that ended since the last call.
+    Outputs at times that are padding are NaN; their cotangents are ignored.
 
     Raises:
         CompileError: func cannot be compiled for one sample, or this kind of solve is not supported.
     """
-    n_times = problem.times_of_rows.shape[1]
-    if n_times == 1 or problem.y0.numel() == 0:  # nothing to solve
-        stats = BatchStats(*_counts(len(problem.y0)), backend="compiled")
-        return Result(torch.stack([problem.y0] * n_times), BatchRecord(len(problem.y0)), stats)
+    y0 = problem.y0
+    if (problem.counts == 1).all() or y0.numel() == 0:  # nothing to solve
+        padding = [torch.full_like(y0, math.nan)] * (problem.times_of_rows.shape[1] - 1)
+        stats = BatchStats(*_counts(len(y0)), backend="compiled")
+        return Result(torch.stack([y0, *padding]), BatchRecord(len(y0)), stats)
     run = _Run(problem, params, task, checkpoints if isinstance(checkpoints, int) else 0)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (problem.y0, run.p, run.w)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, run.p, run.w)):
         keep = Keep.CHECKPOINTS if isinstance(checkpoints, int) else Keep.STATES
         ys = run.forward(keep, finished)
-        ys = with_graph(ys, _Backward(run), [run.states()], problem.y0, [run.p, run.w])
+        ys = with_graph(ys, _Backward(run), [run.states()], y0, [run.p, run.w])
     else:
         ys = run.forward(Keep.NOTHING, finished)
     return Result(ys, run, run.stats)
@@ -76,7 +79,7 @@ class _Run:
         self.y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)  # which may be edited later
         self.stats = BatchStats(*_counts(len(self.y0)), backend="compiled")
         self._held: list[Tensor] = []
-        self._steps: Record | None = None  # a record that has them
+        self._steps: Any = None  # a record that has them
         start = time.perf_counter()
         self._plan, used, is_new = self._find()
         if params is not None:
@@ -94,7 +97,7 @@ class _Run:
         captured, used = capture(problem.func, t, y0, problem.packing, problem.args)
         counters = captured.counters
         self._counting = Counting(counters, scope_of(problem.func, problem.args)) if counters else None
-        key = "lanes", problem.tableau, problem.packing
+        key = "lanes", y0.device, problem.tableau, problem.packing
         if "lanes" in captured.obstacles:
             raise CompileError(captured.obstacles["lanes"])
         plan: Plan | None = captured.plans.get(key)
@@ -129,14 +132,15 @@ class _Run:
         ys = self._rows()
         if keep is not Keep.NOTHING:
             self._check(with_gradient=True)
-        self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device="cpu")
+        self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device=problem.y0.device)
         self._numbers = p, w = self.p.detach(), self.w.detach()
         self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
         self._keep, self._record = keep, self._solve(keep, finished)
         if keep is Keep.STATES:
             self._steps = self._record
+        self._counted = self._outcomes.cpu()
         self._count()
-        failed = self._outcomes[:, 2].nonzero().flatten()
+        failed = self._counted[:, 2].nonzero().flatten()
         if len(failed) and not problem.nan_on_failure:
             raise self._failure(int(failed[0]), len(failed) - 1)
         ys[:, failed] = math.nan
@@ -146,17 +150,17 @@ class _Run:
     def _rows(self) -> Tensor:
         """Memory for the states of all samples at all times."""
         n_times = self.problem.times_of_rows.shape[1]
-        return torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype, device="cpu")
+        return torch.empty(n_times, *self.y0.shape, dtype=self.y0.dtype, device=self.y0.device)
 
-    def _solve(self, keep: Keep, finished: Callable[[int], object] | None = None) -> Record:
+    def _solve(self, keep: Keep, finished: Callable[[int], object] | None = None) -> Any:
         """Solves; returns the record of what is kept."""
-        library = self._plan.library
+        library: Any = self._plan.library  # whose own records it takes
         record = library.new_record(len(self.y0), keep, self._most_checkpoints)
         self._use(*self._numbers)
         library.forward(self._library_task, record, finished)
         return record
 
-    def _solve_again(self, keep: Keep) -> Record:
+    def _solve_again(self, keep: Keep) -> Any:
         """The record of the same solve, which may keep more than before."""
         again = self._rows()
         self._library_task.outputs = again.data_ptr()
@@ -167,13 +171,14 @@ class _Run:
         self._library_task.by_sample, self._library_task.shared = p.data_ptr(), w.data_ptr()
 
     def _count(self) -> None:
-        stats, tableau = self.stats, self.problem.tableau
-        controller = self.problem.controller
+        stats, problem, tableau = self.stats, self.problem, self.problem.tableau
+        controller = problem.controller
         assert controller is not None
-        stats.n_steps, stats.n_accepted = self._outcomes[:, 0].clone(), self._outcomes[:, 1].clone()
+        stats.n_steps, stats.n_accepted = self._counted[:, 0].clone(), self._counted[:, 1].clone()
         stats.n_rejected = stats.n_steps - stats.n_accepted
         slopes = 1 + (controller.first_step is None) + (tableau.stages - tableau.fsal) * stats.n_steps
-        slopes += self._outcomes[:, 6]
+        slopes += self._counted[:, 6]
+        slopes *= torch.from_numpy(problem.counts > 1)  # others take no step
         stats.n_f_evals, stats.n_f_rows = int(slopes.max()), int(slopes.sum())
         if self._counting is not None:
             self._counting.count(stats.n_f_evals)
@@ -181,15 +186,15 @@ class _Run:
     def _failure(self, row: int, others: int) -> SolveError:
         """The error of a sample that failed."""
         problem, stats = self.problem, self.stats
-        failure = int(self._outcomes[row, 2])
-        t, h, ratio = self._outcomes[row, 3:6].view(torch.float64).tolist()
+        failure = int(self._counted[row, 2])
+        t, h, ratio = self._counted[row, 3:6].view(torch.float64).tolist()
         kind, message = _KINDS[failure], None
         if failure in (_OF_STATE, _OF_SLOPE):
             what = "the state is NaN or infinite at" if failure == _OF_STATE else "func returned NaN or infinity at"
             message = fault_of_start(problem.y0[row]) or f"{what} t={t:.17g}; look at func there."
         elif failure == _OF_TOLERANCE:
             message = NO_TOLERANCE
-        reason = message or reason_of(kind, problem.max_num_steps, problem.times_of_rows[row, -1])
+        reason = message or reason_of(kind, problem.max_num_steps, problem.last_times[row])
         return kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
             f"stopped: {reason}",
@@ -212,8 +217,8 @@ class _Run:
         n_chunks = library.chunks(len(self.y0))
         grad_ys = grad_ys.to(self.y0.dtype).resolve_neg().contiguous()
         grad_y0, grad_p = torch.empty_like(self.y0), torch.zeros_like(p)
-        grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64, device="cpu")
-        most_slopes = torch.zeros(n_chunks, dtype=torch.int64, device="cpu")
+        grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64, device=w.device)
+        most_slopes = torch.zeros(n_chunks, dtype=torch.int64, device=w.device)
         to = cotangents_to(grad_ys, grad_y0, grad_p, grad_w, most_slopes)
         # Hooks on saved tensors, such as those of torch.utils.checkpoint, let go of the tensor that owns the states.
         record = self._record if self._record.has_states else self._solve_again(self._keep)
@@ -227,10 +232,9 @@ class _Run:
 
     def bounds(self) -> tuple[Tensor, ...]:
         """For each sample (n_accepted, 2) float64: start and end of every accepted step."""
-        if self._steps is None:  # they are so many: few solves are asked for them
+        if self._steps is None or not self._steps.has_steps:  # they are so many: few solves are asked for them
             self._steps = self._solve_again(Keep.STEPS)
-        counts = self.stats.n_accepted.tolist()
-        return tuple(self._plan.library.bounds(self._steps, i, count) for i, count in enumerate(counts))
+        return self._plan.library.bounds(self._steps, self.stats.n_accepted)
 
 
 class _Backward:

@@ -13,14 +13,21 @@ from aca_ext.numerics.tableau import Tableau
 
 _INLINE_BELOW = 400  # lines; longer functions are compiled once and called
 _MAX_LINES, _MAX_NUMBERS = 20_000, 8192  # compilers take minutes for more, and the numbers lie on the stack
+_HEADERS = {"vectors": "ensemble/library.h", "threads": "ensemble/threads.cuh"}
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
-def source_of(traced: Traced, tableau: Tableau, segments: Sequence[int], dtype: torch.dtype) -> str:
-    """One C++ file; ``segments`` are the bounds of the components of the state within a sample."""
+def source_of(
+    traced: Traced, tableau: Tableau, segments: Sequence[int], dtype: torch.dtype, lanes: str = "vectors"
+) -> str:
+    """One file of C++, or of CUDA too where ``lanes`` are "threads".
+
+    Args:
+        segments: bounds of the components of the state within a sample.
+    """
     return "\n".join([
         f"typedef {_TYPES[dtype]} T;",
-        '#include "ensemble/library.h"',
+        f'#include "{_HEADERS[lanes]}"',
         "namespace aca {",
         *_field(traced, segments),
         *_method(tableau),
@@ -53,10 +60,10 @@ def _field(traced: Traced, segments: Sequence[int]) -> list[str]:
         "struct Field {",
         *(f"static constexpr int {name} = {value};" for name, value in numbers.items()),
         f"static constexpr int bounds[] = {{{', '.join(map(str, segments))}}};",
-        f"static {_inline(slope)} void slope({operands}, V* __restrict k) {{",
+        f"static {_qualifier(slope)} void slope({operands}, V* __restrict k) {{",
         *slope,
         "}",
-        f"static {_inline(pull)} void pull({operands}, const V* __restrict g, V* __restrict gy, V* __restrict gp, "
+        f"static {_qualifier(pull)} void pull({operands}, const V* __restrict g, V* __restrict gy, V* __restrict gp, "
         "V* __restrict gw) {",
         *pull,
         "}",
@@ -64,8 +71,8 @@ def _field(traced: Traced, segments: Sequence[int]) -> list[str]:
     ]
 
 
-def _inline(lines: Sequence[str]) -> str:
-    return "inline" if len(lines) < _INLINE_BELOW else "__attribute__((noinline))"
+def _qualifier(lines: Sequence[str]) -> str:
+    return "ACA_HD" if len(lines) < _INLINE_BELOW else "ACA_HD_CALLED"
 
 
 def _method(tableau: Tableau) -> list[str]:

@@ -44,8 +44,8 @@ def _forward(statement: Statement) -> list[str]:
     if isinstance(statement, Map):
         if out.size == 1:
             return [f"const {kind} {out.name} = {_applied(statement, '')};"]
-        return [f"{kind} {out.name}[{out.size}];",
-                f"for (int i = 0; i < {out.size}; ++i) {out.name}[i] = {_applied(statement, 'i')};"]  # fmt: skip
+        loop = f"ACA_LOOP for (int i = 0; i < {out.size}; ++i)"
+        return [f"{kind} {out.name}[{out.size}];", f"{loop} {out.name}[i] = {_applied(statement, 'i')};"]
     if isinstance(statement, Contraction):
         b = _Vector(statement.b)
         call = f"contract<{out.size}, {statement.count}>({_pointer(out)}, {_strided(statement.a)}, {b.text})"
@@ -150,7 +150,7 @@ class _Transposed:
         if len(touched) < count:  # one element for all
             self._complete(array, touched)
         place = f"{name}{'' if array.is_variable else f'[{_index(run, chr(105))}]'}"
-        self._set(array, touched, place, text, f"for (int i = 0; i < {count}; ++i) ")
+        self._set(array, touched, place, text, f"ACA_LOOP for (int i = 0; i < {count}; ++i) ")
 
     def pull(self, statement: Statement) -> None:
         out = statement.out
@@ -234,6 +234,6 @@ class _Transposed:
         left = sorted(touched - self._written[id(array)])
         self._written[id(array)] |= touched
         if len(left) == array.size > 1:
-            self.lines.append(f"for (int i = 0; i < {array.size}; ++i) {name}[i] = K(0);")
+            self.lines.append(f"ACA_LOOP for (int i = 0; i < {array.size}; ++i) {name}[i] = K(0);")
             return
         self.lines += [f"{name}{'' if array.is_variable else f'[{i}]'} = K(0);" for i in left]

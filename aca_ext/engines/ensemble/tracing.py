@@ -19,6 +19,7 @@ from aca_ext.engines.ensemble.rules import HELD, MOVES, RULES
 from aca_ext.engines.ensemble.values import HINT, rows_of
 from aca_ext.errors import CompileError
 from aca_ext.problem.batch import RowPacking
+from aca_ext.problem.trees import leaves_of
 
 aten = torch.ops.aten
 
@@ -48,15 +49,14 @@ def trace(captured: Captured, t: Tensor, y: Tensor, packing: RowPacking) -> Trac
     Raises:
         CompileError: an operation is not supported, or mixes samples.
     """
-    unpacked = packing.unpack(y.detach())
-    parts = unpacked if isinstance(unpacked, tuple) else (unpacked,)
+    parts = leaves_of(packing.unpack(y.detach()))
     graph = _graph(captured, t.detach(), parts)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     changing = set(placeholders[: 1 + len(parts)])
     examples = _evaluated(graph, [t.detach(), *parts, *captured.inputs])
     given, constants = _given(graph.graph, changing, set(placeholders))
     code = Code.on(y[0].numel())
-    interpreter = Interpreter(code, len(y), examples, given, constants, y.dtype)
+    interpreter = Interpreter(code, len(y), _on_cpu(examples, given), given, constants, y.dtype)
     computed = dict(zip(placeholders[: 1 + len(parts)], time_and_state(code, len(y), t, parts), strict=True))
     lane = interpreter.run(graph.graph, computed)
     places = {node: i for i, node in enumerate(placeholders[1 + len(parts) :])}
@@ -79,7 +79,8 @@ def _graph(captured: Captured, t: Tensor, parts: Sequence[Tensor]) -> fx.GraphMo
     examples = [t.clone(), *(x.clone() for x in parts), *(x.clone() for x in captured.inputs)]
     ours = {*RULES, *MOVES}
     table = {op: rule for op, rule in decompositions().items() if getattr(op, "overloadpacket", op) not in ours}
-    with torch.enable_grad():  # func may differentiate
+    # func may differentiate, on a GPU in another thread, which would not trace.
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         graph = make_fx(slope)(*examples)
     # In a func that differentiates, autograd detaches what it keeps, through which gradients do pass.
     keeps = captured.differentiates or _transforms(captured)
@@ -151,6 +152,16 @@ def _evaluated(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node,
     return found
 
 
+def _on_cpu(tensors: dict[fx.Node, Any], nodes: set[fx.Node]) -> dict[fx.Node, Any]:
+    """With the tensors of some nodes on the CPU, where indices of their elements are."""
+    from torch.utils._pytree import tree_map
+
+    def moved(x: Any) -> Any:
+        return x.cpu() if isinstance(x, Tensor) else x
+
+    return {node: tree_map(moved, x) if node in nodes else x for node, x in tensors.items()}
+
+
 def _given(graph: fx.Graph, changing: set[fx.Node], placeholders: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
     """The nodes that do not depend on time and state, and those among them that depend on no input at all."""
     computed, given, constants = set(changing), set(), set()
@@ -176,7 +187,7 @@ def _traced(
     y: Tensor,
 ) -> Traced:
     """With a function that computes the numbers that the code reads from func's inputs."""
-    inputs, batch, dtype = lane.inputs, len(y), y.dtype
+    inputs, batch, empty = lane.inputs, len(y), y.detach().new_empty(0)
     of_samples = [*(node for node, _ in inputs.by_sample), *(node for node, _, _ in inputs.picked)]
     nodes = list(dict.fromkeys([*inputs.shared, *of_samples]))
     before = _part(graph, nodes, places, constants)
@@ -186,9 +197,9 @@ def _traced(
         found = before(*tensors)
         rows = {place: rows_of(found[position[node]], step, batch) for (node, step), place in inputs.by_sample.items()}
         rows |= {place: found[position[node]].reshape(-1)[index][:, None] for node, index, place in inputs.picked}
-        shared = [found[position[node]].reshape(-1).to(dtype) for node in inputs.shared]
-        in_order = [rows[place].to(dtype) for place in sorted(rows)]
-        return _joined(in_order, 1, (batch, 0), dtype), _joined(shared, 0, (0,), dtype)
+        shared = [found[position[node]].reshape(-1).to(empty) for node in inputs.shared]
+        in_order = [rows[place].to(empty) for place in sorted(rows)]
+        return _joined(in_order, 1, empty.expand(batch, 0)), _joined(shared, 0, empty)
 
     learnt = {node for node in nodes if any(captured.wants_gradient[places[n]] for n in _inputs_of(node, places))}
     return Traced(
@@ -196,9 +207,9 @@ def _traced(
     )
 
 
-def _joined(parts: Sequence[Tensor], dim: int, empty: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _joined(parts: Sequence[Tensor], dim: int, empty: Tensor) -> Tensor:
     if not parts:
-        return torch.empty(empty, dtype=dtype, device="cpu")
+        return empty
     return torch.cat(list(parts), dim)  # a copy also of a single one, which may change before the backward pass
 
 

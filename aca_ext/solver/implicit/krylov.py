@@ -8,6 +8,7 @@ Source: Saad & Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -70,6 +71,9 @@ class Krylov:
 
     def system(self, linearisations: Sequence[Linearisation], a: Rows, h: float) -> System:
         return _KrylovSystem(linearisations, a, h)
+
+    def norm(self, linearisation: Linearisation, scale: Tensor) -> float:
+        return math.inf
 
 
 class _KrylovSystem:

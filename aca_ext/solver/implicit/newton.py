@@ -63,6 +63,11 @@ class Newton:
         self._rate = 1.0
         self._start: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def linearisation(self) -> Any:
+        """The Jacobian in use; None if the next step evaluates one."""
+        return self._linearisation
+
     def begin_step(self, t: Tensor, y: Tensor) -> None:
         """Tells where the next step starts; a trial that repeats the step from there shares its Jacobian."""
         if self._start is None or self._start[1] is not y:
@@ -76,9 +81,18 @@ class Newton:
         self._linearisation, self._key = linearisation, None
 
     def solve(
-        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], start: list[Tensor]
+        self,
+        group: Group,
+        t: Sequence[Tensor],
+        h: float,
+        base: Sequence[Tensor],
+        start: list[Tensor],
+        slope: Tensor | None = None,
     ) -> list[Tensor]:
         """The slopes of a group of stages at the times ``t``, iterated from z = ``start``.
+
+        ``slope`` stands for the slopes at ``start``, in a first iteration that evaluates nothing. It is those slopes if
+        ``start`` is the state before the step and func does not depend on time.
 
         Raises:
             NewtonError: the iterations do not converge.
@@ -86,8 +100,12 @@ class Newton:
         assert group.a is not None
         if self._linearisation is None:
             self._linearise_start()
+        z = start if slope is None else self._ahead(group, h, start, slope)
         try:
-            z = (self._to_rounding if self._tolerance is None else self._to_tolerance)(group, t, h, base, start)
+            if self._tolerance is None:
+                z = self._to_rounding(group, t, h, base, z, start)
+            else:
+                z = self._to_tolerance(group, t, h, base, z)
         except NewtonError:
             if self._is_current or self._tolerance is None:
                 raise
@@ -98,6 +116,14 @@ class Newton:
     def filtered(self, group: Group, h: float, error: Tensor) -> Tensor:
         """(I - h·a·J)⁻¹·error, an estimate that does not grow with the stiffness, for a group of one stage."""
         return self._ops.admit(self._system_for(group, h).solve([error])[0])
+
+    def _ahead(self, group: Group, h: float, z: list[Tensor], slope: Tensor) -> list[Tensor]:
+        """The iterate after ``z`` if all slopes at ``z`` are ``slope``; ``z`` itself where that is not finite."""
+        assert group.a is not None
+        residual = [new - old for new, old in zip(combined(h, group.a, [slope] * len(z)), z, strict=True)]
+        change = self._system_for(group, h).solve(residual)
+        ahead = [old + d for old, d in zip(z, change, strict=True)]
+        return ahead if all(math.isfinite(x.sum()) for x in ahead) else z
 
     def _to_tolerance(
         self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
@@ -137,14 +163,14 @@ class Newton:
         h: float,
         base: Sequence[Tensor],
         z: list[Tensor],
+        start: list[Tensor],
         always_anew: bool = False,
     ) -> list[Tensor]:
         """Iterates until rounding stops the convergence.
 
-        If convergence is slow, it begins again with a new Jacobian in every iteration (``always_anew``). From the
-        iterate at hand, the iterations might find another solution of the equations.
+        If convergence is slow, it begins again at ``start``, with a new Jacobian in every iteration (``always_anew``).
+        From the iterate at hand, the iterations might find another solution of the equations.
         """
-        start = z
         if always_anew:
             self._linearise_iterate(group, t, h, base, z)
         eps = torch.finfo(base[0].dtype).eps
@@ -160,7 +186,7 @@ class Newton:
             if always_anew:
                 self._linearise_iterate(group, t, h, base, z)
             elif not size <= _SLOW * before:
-                return self._to_rounding(group, t, h, base, start, always_anew=True)
+                return self._to_rounding(group, t, h, base, start, start, always_anew=True)
             before = size
         raise NewtonError(largest, "of the state")
 

@@ -24,17 +24,19 @@ from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number, as_float
 from aca_ext.numerics.implicit import RosenbrockTableau
 from aca_ext.solver.implicit.systems import BlockSystem, Rowwise, Solution, System, recording
-from aca_ext.solver.runge_kutta import PULLED, Compare, Trial
+from aca_ext.solver.one_step import OneStepMethod
+from aca_ext.solver.runge_kutta import PULLED, Trial
 from aca_ext.solver.stats import Stats
+from aca_ext.solver.transposed_step import Compare, compare_implicit_end, cotangent_of_start, repeated_implicit_end
 
 _CORRECTIONS = 2  # as in ``step``
-_NEAR = 2.0**14  # distance of a replayed step from the forward pass in units of rounding, which stiffness magnifies
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, as tableaus are
 class RosenbrockScheme:
     """A Rosenbrock tableau as floats."""
 
+    tableau: RosenbrockTableau
     gamma: float
     c: tuple[float, ...]
     d: tuple[float, ...]
@@ -51,6 +53,7 @@ class RosenbrockScheme:
 def rosenbrock_scheme_of(tableau: RosenbrockTableau, estimate_error: bool) -> RosenbrockScheme:
     error = tableau.error if estimate_error else None
     return RosenbrockScheme(
+        tableau=tableau,
         gamma=float(tableau.gamma),
         c=tuple(float(x) for x in tableau.c),
         d=tuple(float(x) for x in tableau.d),
@@ -61,13 +64,11 @@ def rosenbrock_scheme_of(tableau: RosenbrockTableau, estimate_error: bool) -> Ro
     )
 
 
-class RosenbrockMethod:
+class RosenbrockMethod(OneStepMethod):
     """A Rosenbrock method, bound to f and the operations of a solve; see ``solver.method.Method``."""
 
-    compiled = None
-
     def __init__(self, f: Any, ops: TorchOperations, scheme: RosenbrockScheme, counts: Stats) -> None:
-        self.scheme = scheme
+        self.scheme: RosenbrockScheme = scheme
         self._f, self._ops, self._counts = f, ops, counts
         self._rows = Rowwise()
 
@@ -101,11 +102,7 @@ class RosenbrockMethod:
         start = self._start(t[0], y)
         stages: list[tuple[Tensor, Tensor]] = []
         k, system = self._solved(start, t, h, stages)
-        if compare is not None and y_next is not None:
-            y1 = ops.weighted_sum(y, h, k, scheme.solution)
-            scale = torch.maximum(y.abs().max(), y_next.abs().max()) if y.numel() else 0.0
-            if not ((y1 - y_next).abs() <= _NEAR * torch.finfo(y.dtype).eps * scale).all():
-                compare(y1, k)
+        compare_implicit_end(ops, compare, y, y_next, ops.weighted_sum(y, h, k, scheme.solution), k)
         pulled: dict[int, Tensor] = {}  # v_i of the stages after the first whose slope depends on y
         cotangents: dict[int, Tensor] = {}  # of the right-hand sides
         for i in reversed(range(len(k))):
@@ -121,10 +118,11 @@ class RosenbrockMethod:
                 v = own_result(f.pull_back, y_i, slope, cotangents[i])
                 if v is not None:
                     pulled[i] = ops.admit(v, PULLED)
-        g, *rest = [*(g for _, g in outputs), *pulled.values()]
         at_start = self._pulled_through_start(start, h, k, cotangents)
-        rest += [] if at_start is None else [at_start]
-        return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
+        return cotangent_of_start(ops, outputs, [*pulled.values(), *([] if at_start is None else [at_start])])
+
+    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
+        return repeated_implicit_end(self._ops, compare, y, y_next, trial.y1, trial.k)
 
     def _start(self, t: Tensor, y: Tensor, is_leaf: bool = True) -> _Start:
         """f at the start of a step, with a graph to the state and the time."""

@@ -32,8 +32,9 @@ class ImplicitScheme:
     """An implicit tableau as floats, in the order in which a step uses it.
 
     Attributes:
-        fsal: the last slope is f at the solution, and the first stage needs it.
+        fsal: the last slope is f at the solution, where the next step starts.
         starts_explicitly: the first slope is f at the start of the step.
+        c: nodes; where no stage is at the start of the step, one more that is.
         solution: the weights b.
         error: weights of the error; None if it is not estimated.
     """
@@ -57,9 +58,9 @@ def implicit_scheme_of(tableau: ImplicitTableau, estimate_error: bool) -> Implic
         c[-1] = 1.0  # which the sum of rounded coefficients may miss
     return ImplicitScheme(
         tableau=tableau,
-        fsal=tableau.fsal,
+        fsal=tableau.stiffly_accurate,
         starts_explicitly=tableau.explicit_first_stage,
-        c=tuple(c),
+        c=tuple(c) if tableau.explicit_first_stage else (*c, 0.0),
         a=a,
         solution=tuple(float(x) for x in tableau.b),
         error=tuple(float(x) for x in tableau.error) if tableau.error is not None and estimate_error else None,

@@ -25,21 +25,21 @@ from aca_ext.kernels.reference import Number, as_float
 from aca_ext.solver.implicit.newton import Newton, NewtonError, combined
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, Solution, System
-from aca_ext.solver.runge_kutta import PULLED, Compare, Trial
+from aca_ext.solver.one_step import OneStepMethod
+from aca_ext.solver.runge_kutta import PULLED, Trial
 from aca_ext.solver.stats import Stats
+from aca_ext.solver.transposed_step import Compare, compare_implicit_end, cotangent_of_start, repeated_implicit_end
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 _CORRECTIONS = 2  # Newton corrections with a graph: each makes one more order of derivatives exact
 _MOST_REFINEMENTS = 200  # of a transposed solve with a matrix that is not the derivative of func
-_NEAR = 100.0  # distance of a replayed step from the forward pass, in units of the tolerance of Newton's method
-_ROUNDING = 2.0**14  # the same for iterations until rounding, which stiffness magnifies
 _NOT_A_JACOBIAN = (
     "The transposed stage equations were solved up to a residual of {:.3g} only, so the gradient would be wrong: the "
     "matrix of option jacobian is too far from the derivative of func. Correct the option, or leave it out."
 )
 
 
-class ImplicitMethod:
+class ImplicitMethod(OneStepMethod):
     """An implicit Runge-Kutta method, bound to f and the operations of a solve; see ``solver.method.Method``.
 
     Args:
@@ -47,8 +47,6 @@ class ImplicitMethod:
             rounding.
         repeats: steps repeat those of a forward pass, and iterate until rounding.
     """
-
-    compiled = None
 
     def __init__(
         self,
@@ -60,7 +58,7 @@ class ImplicitMethod:
         counts: Stats,
         repeats: bool = False,
     ) -> None:
-        self.scheme = scheme
+        self.scheme: ImplicitScheme = scheme
         self._f, self._ops, self._jacobian, self._tolerance = f, ops, jacobian, tolerance
         self._newton = Newton(f, ops, jacobian, None if repeats else tolerance, counts)
 
@@ -71,18 +69,17 @@ class ImplicitMethod:
         scheme, ops = self.scheme, self._ops
         t = ops.scalars(times)
         k: list[Tensor] = []
+        first = self._first_slope(t, y) if k_first is None else k_first
         self._newton.begin_step(t[0], y)
         for group in scheme.groups:
             if group.a is None:
                 i = group.stages.start
-                known = k_first if i == 0 and scheme.starts_explicitly else None
-                k.append(self._f(t[i], self._base(i, y, h, k)) if known is None else known)
+                k.append(first if i == 0 else self._f(t[i], self._base(i, y, h, k)))
                 continue
             try:
-                found = self._solved(group, t, y, h, k)
+                found = self._solved(group, t, y, h, k, first)
             except NewtonError as failure:
-                start = k_first if k_first is not None else k[0] if k else torch.zeros_like(y)
-                return Trial(y, [start], None, math.inf, _failure_message(failure, as_float(h)))
+                return Trial(y, [first], None, math.inf, _failure_message(failure, as_float(h)))
             k += self._with_graph(group, t, y, h, k, found) if torch.is_grad_enabled() else found
         if scheme.error is None:
             return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
@@ -113,11 +110,9 @@ class ImplicitMethod:
         ops, f = self._ops, self._f
         assert hasattr(f, "pull_back")
         stages = self._replayed(times, y, h)
-        if compare is not None and y_next is not None:
-            k = [stage.k for stage in stages]
-            y1 = ops.weighted_sum(y, h, k, self.scheme.solution)
-            if not self._is_near(y, y_next, y1):
-                compare(y1, k)
+        k = [stage.k for stage in stages]
+        y1 = ops.weighted_sum(y, h, k, self.scheme.solution)
+        compare_implicit_end(ops, compare, y, y_next, y1, k, self._tolerance)
         pulled: dict[int, Tensor] = {}  # v_i of the stages whose slope depends on y
         for group in reversed(self.scheme.groups):
             r = [self._cotangent(i, h, outputs, pulled) for i in group.stages]
@@ -130,19 +125,36 @@ class ImplicitMethod:
                 v = own_result(f.pull_back, stage.y, stage.slope, grad) if stage.slope.requires_grad else None
                 if v is not None:
                     pulled[i] = ops.admit(v, PULLED)
-        g, *rest = [*(g for _, g in outputs), *pulled.values()]
-        return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
+        return cotangent_of_start(ops, outputs, pulled.values())
+
+    def jacobian_norm(self, scale: Tensor) -> float:
+        """The norm of the Jacobian that Newton's method has used last, for states in units of ``scale``."""
+        known = self._newton.linearisation
+        return math.inf if known is None else self._jacobian.norm(known, scale)
+
+    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
+        return repeated_implicit_end(self._ops, compare, y, y_next, trial.y1, trial.k, self._tolerance)
+
+    def _first_slope(self, t: Sequence[Tensor], y: Tensor) -> Tensor:
+        """The slope at the start of the step: the first stage, or else a value from which Newton's method starts."""
+        if self.scheme.starts_explicitly:
+            return self._f(t[0], y)
+        with torch.no_grad():
+            return self._f(t[-1], y.detach())
 
     def _base(self, i: int, y: Tensor, h: Number, k: Sequence[Tensor]) -> Tensor:
         """The state of stage i without the slopes that are not yet in ``k``."""
         known = [(w, x) for w, x in zip(self.scheme.a[i], k, strict=False) if w != 0]
         return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
 
-    def _solved(self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor]) -> list[Tensor]:
+    def _solved(
+        self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], first: Tensor
+    ) -> list[Tensor]:
         """The slopes of a group of stages, without a graph.
 
         The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
-        steps start from the state, since the slope may lead to another solution of the equations.
+        steps start from the state, since the slope may lead to another solution of the equations; ``first``, the slope
+        at the start of the step, then saves their first evaluations of func.
         """
         stages, size = group.stages, as_float(h)
         assert group.a is not None
@@ -151,11 +163,12 @@ class ImplicitMethod:
         with torch.no_grad():
             known = [x.detach() for x in k]
             base = [self._base(i, y.detach(), size, known) for i in stages]
+            at = t[stages.start : stages.stop]
             if known and self._tolerance is not None:
                 start = combined(size, group.a, known[-1:] * len(stages))
-            else:
-                start = [y.detach() - x for x in base]
-            return self._newton.solve(group, t[stages.start : stages.stop], size, base, start)
+                return self._newton.solve(group, at, size, base, start)
+            start = [y.detach() - x for x in base]
+            return self._newton.solve(group, at, size, base, start, first.detach())
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
@@ -181,11 +194,12 @@ class ImplicitMethod:
         t = self._ops.scalars(times)
         stages: list[_Stage] = []
         y = y.detach()
+        first = None if self.scheme.starts_explicitly else self._first_slope(t, y)
         self._newton.begin_step(t[0], y)
         for group in self.scheme.groups:
             k = [stage.k for stage in stages]
             if group.a is not None:
-                k += self._solved(group, t, y, h, k)
+                k += self._solved(group, t, y, h, k, k[0] if first is None else first)
             for i in group.stages:
                 state = self._base(i, y, h, k).detach().requires_grad_()
                 slope = self._f(t[i], state)
@@ -244,15 +258,6 @@ class ImplicitMethod:
         assert group.a is not None
         at = [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]
         return self._jacobian.system(at, group.a, h)
-
-    def _is_near(self, y: Tensor, y_next: Tensor, y1: Tensor) -> bool:
-        """Tells whether the end of a replayed step is that of the forward pass, up to the error of its iterations."""
-        difference = y1 - y_next
-        if self._tolerance is not None:
-            ratio = float(self._ops.error_norm(difference, None, 0.0, y, y_next))
-            return ratio <= _NEAR * self._tolerance
-        scale = torch.maximum(y.abs().max(), y_next.abs().max()) if y.numel() else 0.0
-        return bool((difference.abs() <= _ROUNDING * torch.finfo(y.dtype).eps * scale).all())
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from aca_ext.errors import ArgumentValueError
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 Rows = Sequence[Sequence[float]]
@@ -44,6 +45,9 @@ class Jacobian(Protocol):
         """The linearisation at (t, y) from the autograd graph of ``k`` = f(t, y), which is kept."""
 
     def system(self, linearisations: Sequence[Any], a: Rows, h: float) -> System: ...
+
+    def norm(self, linearisation: Any, scale: Tensor) -> float:
+        """The norm of a linearisation for states in units of ``scale``; infinite if it is not known."""
 
 
 @contextmanager
@@ -104,6 +108,11 @@ class Blocks:
     def system(self, linearisations: Sequence[Tensor], a: Rows, h: float) -> System:
         return BlockSystem(linearisations, a, h)
 
+    def norm(self, linearisation: Tensor, scale: Tensor) -> float:
+        units = scale.reshape(linearisation.shape[:2])
+        rows = (linearisation.abs() @ units.unsqueeze(-1)).squeeze(-1) / units
+        return float(rows.max()) if rows.numel() else 0.0
+
 
 class GivenMatrix(Blocks):
     """The Jacobian by a function of the user's."""
@@ -143,7 +152,10 @@ class BlockSystem:
 
 
 class Solution(torch.autograd.Function):
-    """K⁻¹·r, or K⁻ᵀ·r, for a constant K; differentiable with respect to r, to any order."""
+    """K⁻¹·r, or K⁻ᵀ·r, for a constant K; differentiable with respect to r.
+
+    Corrections with a constant K make two orders of derivatives right, so the second ones refuse to have a graph.
+    """
 
     @staticmethod
     def forward(ctx: Any, system: System, transposed: bool, *r: Tensor) -> tuple[Tensor, ...]:
@@ -152,4 +164,23 @@ class Solution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *Solution.apply(ctx.system, not ctx.transposed, *grads)
+        found = Solution.apply(ctx.system, not ctx.transposed, *grads)
+        return None, None, *(_TwiceDifferentiable.apply(g) for g in found)
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """A part of a gradient, whose own derivatives have no graph: implicit steps are differentiated twice at most."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
+        if torch.is_grad_enabled() and g is not None:
+            raise ArgumentValueError(
+                "create_graph=True was given for second derivatives through an implicit method, whose third "
+                "derivatives would be wrong. Leave it out, or use an explicit method."
+            )
+        return g

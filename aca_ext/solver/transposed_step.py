@@ -1,0 +1,69 @@
+"""Parts that the transposes of explicit and implicit steps have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from aca_ext.kernels.fused import TorchOperations
+
+# Compares the end of a replayed step and its slopes with those of the forward pass.
+Compare = Callable[[Tensor, Sequence[Tensor]], None]
+
+_NEAR = 100.0  # distance of a replayed step from the forward pass, in units of the tolerance of Newton's method
+_ROUNDING = 2.0**14  # the same for a step that is computed until rounding, which stiffness magnifies
+
+
+def compare_implicit_end(
+    ops: TorchOperations,
+    compare: Compare | None,
+    y: Tensor,
+    y_next: Tensor | None,
+    y1: Tensor,
+    k: Sequence[Tensor],
+    tolerance: float | None = None,
+) -> None:
+    """Calls ``compare`` if the end ``y1`` of a replayed implicit step is not near that of the forward pass.
+
+    ``tolerance`` is the error of Newton's method in the forward pass; None if the step was computed until rounding.
+    """
+    if compare is None or y_next is None:
+        return
+    if not _is_near(ops, y, y_next, y1, tolerance):
+        compare(y1, k)
+
+
+def repeated_implicit_end(
+    ops: TorchOperations,
+    compare: Compare,
+    y: Tensor,
+    y_next: Tensor,
+    y1: Tensor,
+    k: Sequence[Tensor],
+    tolerance: float | None = None,
+) -> Tensor:
+    """The end of a step in the forward pass, with the graph of ``y1``, the end of the repeated step.
+
+    The next step then starts where it did in the forward pass, so that the error of the iterations does not add up.
+    """
+    with torch.no_grad():
+        compare_implicit_end(ops, compare, y.detach(), y_next, y1.detach(), k, tolerance)
+    return y_next + (y1 - y1.detach())
+
+
+def _is_near(ops: TorchOperations, y: Tensor, y_next: Tensor, y1: Tensor, tolerance: float | None) -> bool:
+    difference = y1 - y_next
+    if tolerance is not None:
+        return float(ops.error_norm(difference, None, 0.0, y, y_next)) <= _NEAR * tolerance
+    scale = torch.maximum(y.abs().max(), y_next.abs().max()) if y.numel() else 0.0
+    return bool((difference.abs() <= _ROUNDING * torch.finfo(y.dtype).eps * scale).all())
+
+
+def cotangent_of_start(
+    ops: TorchOperations, outputs: Sequence[tuple[Sequence[float], Tensor]], pulled: Iterable[Tensor]
+) -> Tensor:
+    """The cotangent of the state at the start of a step: the sum of those of its outputs and of its stages."""
+    g, *rest = [*(g for _, g in outputs), *pulled]
+    return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g

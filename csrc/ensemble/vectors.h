@@ -1,0 +1,99 @@
+// Lanes as vectors of the compiler, which are SIMD registers.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "control/controller.h"
+
+#ifdef __AVX512F__
+#define ACA_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define ACA_VECTOR_BYTES 32
+#else
+#define ACA_VECTOR_BYTES 16
+#endif
+
+namespace aca {
+
+constexpr int kLanes = ACA_VECTOR_BYTES / int(sizeof(T));
+
+typedef double Doubles __attribute__((vector_size(ACA_VECTOR_BYTES)));
+typedef float Floats __attribute__((vector_size(ACA_VECTOR_BYTES)));
+typedef std::conditional_t<sizeof(T) == 8, Doubles, Floats> V;
+typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> Truth;
+typedef Truth M __attribute__((vector_size(kLanes * sizeof(T))));
+typedef double R __attribute__((vector_size(kLanes * sizeof(double))));
+
+inline V K(double x) { return T(x) - V{}; }  // + would be an addition, for -0 + 0 is not -0
+inline V select(M m, V a, V b) { return m ? a : b; }
+inline M bits_of(V a) { return M(a); }
+inline V of_bits(M a) { return V(a); }
+
+// Numbers rounded to another type.
+template <typename To, typename From>
+inline To rounded(From a) {
+    return __builtin_convertvector(a, To);
+}
+
+// By builtins, which take a tenth of the time that it takes to compile the header with their names.
+#if defined(__clang__)
+inline V fma(V a, V b, V c) { return __builtin_elementwise_fma(a, b, c); }
+inline V sqrt(V a) { return __builtin_elementwise_sqrt(a); }
+#elif defined(__AVX512F__)
+constexpr int kCurrentRounding = 4;
+inline Doubles fused(Doubles a, Doubles b, Doubles c) {
+    return __builtin_ia32_vfmaddpd512_mask(a, b, c, -1, kCurrentRounding);
+}
+inline Floats fused(Floats a, Floats b, Floats c) {
+    return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, kCurrentRounding);
+}
+inline Doubles root(Doubles a) { return __builtin_ia32_sqrtpd512_mask(a, a, -1, kCurrentRounding); }
+inline Floats root(Floats a) { return __builtin_ia32_sqrtps512_mask(a, a, -1, kCurrentRounding); }
+#elif defined(__FMA__)
+inline Doubles fused(Doubles a, Doubles b, Doubles c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
+inline Floats fused(Floats a, Floats b, Floats c) { return __builtin_ia32_vfmaddps256(a, b, c); }
+inline Doubles root(Doubles a) { return __builtin_ia32_sqrtpd256(a); }
+inline Floats root(Floats a) { return __builtin_ia32_sqrtps256(a); }
+#endif
+
+#if defined(__FMA__) && !defined(__clang__)
+inline V fma(V a, V b, V c) { return fused(a, b, c); }
+inline V sqrt(V a) { return root(a); }
+#elif !defined(__clang__)
+inline V fma(V a, V b, V c) {
+    V r;
+    for (int l = 0; l < kLanes; ++l) r[l] = std::fma(a[l], b[l], c[l]);
+    return r;
+}
+inline V sqrt(V a) {
+    for (int l = 0; l < kLanes; ++l) a[l] = std::sqrt(a[l]);
+    return a;
+}
+#endif
+
+// Functions of PyTorch's vector code (SLEEF) where its library has them, else those of C++. Addresses of the former are
+// set when the code is loaded: linking with the library would take longer than all else.
+#if defined(ACA_SLEEF) && defined(__FMA__)
+#define ACA_ADDRESS(name)                                        \
+    extern "C" {                                                 \
+    __attribute__((visibility("default"))) void* address_##name; \
+    }
+#define ACA_FUNCTION(name, digits) \
+    ACA_ADDRESS(name)              \
+    inline V name(V a) { return reinterpret_cast<V (*)(V)>(address_##name)(a); }
+#define ACA_FUNCTION2(name, called, digits) \
+    ACA_ADDRESS(name)                       \
+    inline V name(V a, V b) { return reinterpret_cast<V (*)(V, V)>(address_##name)(a, b); }
+
+// Those of the step control, in double precision whatever T is.
+ACA_ADDRESS(exp_of_doubles)
+ACA_ADDRESS(log_of_doubles)
+inline Doubles call(void* address, Doubles a) { return reinterpret_cast<Doubles (*)(Doubles)>(address)(a); }
+
+inline Doubles power_of_doubles(Doubles x, double exponent) {
+    return call(address_exp_of_doubles, exponent * call(address_log_of_doubles, x));
+}
+#endif
+
+}  // namespace aca

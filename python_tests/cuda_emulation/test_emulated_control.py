@@ -1,0 +1,72 @@
+"""Decisions about a control block, and the ends of steps, by csrc's CUDA kernels in the emulation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from emulated_control import check_decision, check_finished_step, check_restored_step, emulated_blocks
+from emulation import Emulation
+from test_control import Driven, Host, assert_same_walk, problem_with, random_controller, random_ratio
+
+from aca_ext import METHODS
+from aca_ext.numerics.controller import Controller
+
+both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+@pytest.fixture
+def emulated(cuda: Emulation) -> Iterator[None]:
+    with emulated_blocks(cuda):
+        yield
+
+
+@pytest.mark.usefixtures("emulated")
+class TestDecisions:
+    @pytest.mark.parametrize("seed", range(10))
+    @both_dtypes
+    def test_are_those_of_the_host(self, seed: int, dtype: str) -> None:
+        random_ = random.Random(seed)
+        controller, sign = random_controller(random_), random_.choice([1.0, -1.0])
+        times = [0.0, *(sign * x for x in sorted(random_.uniform(0.01, 5.0) for _ in range(7)))]
+        stops = sorted(sign * random_.uniform(0.02, 0.98) * abs(times[-1]) for _ in range(2))
+        method = random_.choice([name for name, m in METHODS.items() if m.adaptive and m.dense is not None])
+        problem = problem_with(controller, times, stops, method, dtype)
+        assert controller.first_step is not None
+        driven, host = Driven(problem, "cpu"), Host(problem, controller.first_step)
+        driven.first(1.0, 1.0, 1.0)
+        assert_same_walk(driven, host, [random_ratio(random_) for _ in range(60)])
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_find_the_first_step_of_the_host(self, seed: int) -> None:
+        random_ = random.Random(seed)
+        controller = replace(random_controller(random_), first_step=None)
+        norms = [10.0 ** random_.uniform(-7, 7) for _ in range(3)]
+        expected = controller.initial(3.0, norms[0], norms[1], lambda h: norms[2])
+        found = Driven(problem_with(controller, [0.0, 3.0], []), "cpu").first(*norms).h
+        assert found == pytest.approx(expected, rel=1e-6)  # the norms pass through their squares
+
+    def test_go_on_after_more_room_was_made(self) -> None:
+        problem = problem_with(Controller(5, first_step=0.01, max_step=0.01), [0.0, 1.0], [])
+        driven = Driven(problem, "cpu", n_states=2)
+        driven.first(1.0, 1.0, 1.0)
+        ends = []
+        while driven.block.read().status == "running":
+            ends.append(driven.tried(0.5).t)
+        assert len(ends) == 100
+        assert driven.memory.steps[:100, 2].tolist() == ends
+
+
+@both_dtypes
+class TestEndsOfSteps:
+    def test_finished(self, cuda: Emulation, dtype: str) -> None:
+        check_finished_step(cuda, dtype)
+
+    def test_restored(self, cuda: Emulation, dtype: str) -> None:
+        check_restored_step(cuda, dtype)
+
+
+def test_weights_of_outputs(cuda: Emulation) -> None:
+    check_decision(cuda)

@@ -66,7 +66,7 @@ def test_what_cannot_be_used_is_said_before_training(
         (["demo", "--epochs", "x"], "'x' is no whole number of at least 1"),
         (["demo", "--gradient", "exact"], "'aca', 'direct', 'naive', 'adjoint'"),
         (["demo", "--method", "rk4"], "'heun_euler'"),
-        (["demon"], "'demo', 'config'"),
+        (["demon"], "'demo', 'examples', 'config'"),
         ([], "COMMAND"),
     ],
 )

@@ -64,8 +64,9 @@ def description(name: str) -> str:
 
 def report_missing(what: str, missing: ImportError) -> int:
     """Says which package is missing and how to install it; returns the exit status."""
+    package = str(missing.name).partition(".")[0]
     print(
-        f"{what} needs the package {missing.name}, which is not installed. Run pip install 'aca_ext[demo]', or "
+        f"{what} needs the package {package}, which is not installed. Run pip install 'aca_ext[demo]', or "
         "pip install '.[demo]' in the source folder.",
         file=sys.stderr,
     )

@@ -218,9 +218,12 @@ def differentiable_backward(
     with replay.repeating():
         replay.check_reached(forward.leaves, problem.start_time(y0), y0)
     found_all = [grad_y0, *replay.grads]
-    if problem.newton is None:
-        return found_all
-    return [g if g is None else _TwiceDifferentiable.apply(g) for g in found_all]
+    return found_all if problem.newton is None else twice_differentiable(found_all)
+
+
+def twice_differentiable(gradients: Gradients) -> Gradients:
+    """Gradients through implicit steps, whose own gradients have no graph."""
+    return [g if g is None else _TwiceDifferentiable.apply(g) for g in gradients]
 
 
 class _TwiceDifferentiable(torch.autograd.Function):

@@ -21,6 +21,7 @@ from aca_ext.solver.implicit.step import ImplicitMethod
 from aca_ext.solver.runge_kutta import (
     Coefficients,
     Compare,
+    Inside,
     Scheme,
     Trial,
     compiled_stepper,
@@ -29,7 +30,7 @@ from aca_ext.solver.runge_kutta import (
     stepper,
     transposed_stepper,
 )
-from aca_ext.solver.stats import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.vector_field.field import VectorField
 
 
@@ -56,12 +57,13 @@ class Method(Protocol):
 
     def vjp(
         self,
-        times: Sequence[float],
+        times: Sequence[Number],
         y: Tensor,
-        h: float,
+        h: Number,
         outputs: Sequence[tuple[Sequence[float], Tensor]],
         compare: Compare | None = None,
         y_next: Tensor | None = None,
+        inside: Inside | None = None,
     ) -> Tensor:
         """Replays a step and returns the cotangent of ``y``; see ``runge_kutta.step_vjp``."""
 
@@ -85,7 +87,7 @@ def method_of(
     ops: TorchOperations,
     *,
     estimate_error: bool,
-    counts: Stats | None = None,
+    counts: Stats | BatchStats | None = None,
     repeats: bool = False,
 ) -> Method:
     """The method of a problem.

@@ -188,7 +188,7 @@ def differentiable_backward(
     ops = operations_for(y0.detach(), problem.tolerance, differentiable=True)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
-    make, scheme = differentiable_step(problem, _record(forward), replay, ops)
+    make, scheme, is_near = differentiable_step(problem, _record(forward), replay, ops)
     start = gate.of(y0)
     y, outputs = start, {0: start}
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
@@ -201,7 +201,8 @@ def differentiable_backward(
             trial = make(times, y, s.h)
             if n + 1 in states:
                 end = states[n + 1].to(y0.device)
-                check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)
+                if not is_near(y, end, trial.y1, n + 1):
+                    check.compare(ReplayedStep(n, s.t, s.h, distance[n + 1]), y, end, trial.y1, trial.k)
             for i, theta in s.outputs:
                 inside = theta != 1.0
                 outputs[i] = interpolate(ops, problem.tableau, y, s.h, trial.k, theta) if inside else trial.y1

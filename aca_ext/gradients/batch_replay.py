@@ -59,6 +59,7 @@ class _Steps:
         problem = self._problem = task.problem
         self._whole = method_of(problem, replay, ops, estimate_error=False, repeats=True)
         self._short = advancing_method_of(problem, replay, ops) if problem.newton is None else self._whole
+        self.is_near = self._whole.is_near
         self._h = np.zeros(ops.n_rows)
         self._t = record.rest_times[self._places]
 
@@ -215,7 +216,8 @@ def differentiable_backward(
             outputs += outputs_of_step(s.outputs, task.problem.tableau, y, h, trial)
             rows = index_of(s.rows, y0)
             at_end = expected.index_copy(0, rows, end)
-            check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, at_end, trial.y1, trial.k)
+            if not steps.is_near(y, at_end, trial.y1, n + 1):
+                check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, at_end, trial.y1, trial.k)
             go_on = index_of(s.rows[~np.isin(s.rows, s.ended)], y0)
             y, expected = (x.index_copy(0, go_on, x1[go_on]) for x, x1 in ((y, trial.y1), (expected, at_end)))
     check.finish()

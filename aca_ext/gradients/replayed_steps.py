@@ -116,9 +116,11 @@ class _Adams:
 
 def differentiable_step(
     problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations
-) -> tuple[Callable[..., Trial], Coefficients]:
-    """``Method.step`` with graph, which repeats the steps of ``record`` in order, and the method's coefficients."""
+) -> tuple[Callable[..., Trial], Coefficients, Callable[..., bool]]:
+    """``Method.step`` with graph, which repeats the steps of ``record`` in order, with the method's coefficients and
+    ``Method.is_near``."""
     if isinstance(problem.tableau, Adams):
-        return AdamsSteps(replay, ops, problem, record.formulas).step, scheme_of(problem.tableau, estimate_error=False)
+        scheme = scheme_of(problem.tableau, estimate_error=False)
+        return AdamsSteps(replay, ops, problem, record.formulas).step, scheme, lambda *_: False
     method = method_of(problem, replay, ops, estimate_error=False, repeats=True)
-    return method.step, method.scheme
+    return method.step, method.scheme, method.is_near

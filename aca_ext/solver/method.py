@@ -67,6 +67,12 @@ class Method(Protocol):
     ) -> Tensor:
         """Replays a step and returns the cotangent of ``y``; see ``runge_kutta.step_vjp``."""
 
+    def is_near(self, y: Tensor, y_next: Tensor, y1: Tensor, n_steps: int) -> bool:
+        """Tells whether y1, repeated over n_steps steps, is y_next up to the error of the method's linear solves.
+
+        The last step starts from ``y``. For a method without linear solves the answer is no.
+        """
+
 
 class ExplicitMethod:
     """An explicit Runge-Kutta method."""
@@ -79,6 +85,9 @@ class ExplicitMethod:
     @cached_property
     def vjp(self) -> Any:
         return transposed_stepper(self._f, self._ops, self.scheme)
+
+    def is_near(self, y: Tensor, y_next: Tensor, y1: Tensor, n_steps: int) -> bool:
+        return False
 
 
 def method_of(

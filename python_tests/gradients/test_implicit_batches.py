@@ -54,10 +54,10 @@ def test_are_those_of_each_sample_alone(method: str, gradient: str) -> None:
     func, y0, rate = start()
     together = odeint(func, y0, T, method=method, args=(rate,), options=INDEPENDENT, gradient=gradient, **HOW)
     found = torch.autograd.grad(loss_of(together), (y0, func.p, rate))
-    alone = [odeint(func, y0[i : i + 1], T, method=method, args=(rate[i : i + 1],), **HOW) for i in range(3)]
+    how = HOW | {"gradient": gradient}
+    alone = [odeint(func, y0[i : i + 1], T, method=method, args=(rate[i : i + 1],), **how) for i in range(3)]
     expected = torch.autograd.grad(loss_of(torch.cat(alone, 1)), (y0, func.p, rate))
-    # "direct" differentiates the stages where Newton's method ended, and "aca" those solved to rounding.
-    assert worst(found, expected) < (1e-9 if gradient == "aca" or method == "rodas5p" else 1e-5)
+    assert worst(found, expected) < 1e-9
 
 
 def test_agree_with_finite_differences() -> None:
@@ -69,7 +69,7 @@ def test_agree_with_finite_differences() -> None:
             torch.stack([loss_of(y[:, None]) for y in odeint(func, y0, T, args=(rate * f,), **how).unbind(1)])
             for f in (1.001, 0.999)
         ]
-    torch.testing.assert_close(found, (ends[0] - ends[1]) / (0.002 * rate.detach()), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (0.002 * rate.detach()), rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["kvaerno3", "rodas5p"])

@@ -1,13 +1,14 @@
 """The backward pass of ``aca`` for independent samples, which repeats the accepted steps of all of them.
 
 Each step of the forward pass is accepted by some of the samples. The backward pass goes through the steps from last to
-first. It repeats a step with its graph: samples that accepted it start from their checkpoints with their step sizes,
-all others make a step of length zero. It pulls the cotangents of the former back and drops the graph.
+first. It replays a step and transposes it: samples that accepted it start from their checkpoints with their step
+sizes, all others make a step of length zero. Only the cotangents of the former change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from aca_ext.errors import ReplayError
 from aca_ext.gradients.aca import Gate
 from aca_ext.gradients.base import Task
 from aca_ext.gradients.passes import ForwardPass, Gradients
-from aca_ext.kernels.fused import RowOperations, row_operations_for
-from aca_ext.problem.admission import check_readable
+from aca_ext.kernels.fused import Array, RowOperations, row_operations_for
 from aca_ext.solver.batch_loop import stage_times
-from aca_ext.solver.batch_record import AcceptedRows, BatchRecord, assemble, index_of, outputs_of_step
-from aca_ext.solver.runge_kutta import Trial, scheme_of, solution_only, step
+from aca_ext.solver.batch_record import AcceptedRows, BatchRecord, OutputRows, assemble, index_of, outputs_of_step
+from aca_ext.solver.method import Method, advancing_method_of, method_of
+from aca_ext.solver.runge_kutta import Trial
+from aca_ext.solver.transposed_step import Compare, Inside
 from aca_ext.vector_field.batch_field import RowField
 from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
@@ -42,7 +44,7 @@ def _check_for(forward: ForwardPass, y: Tensor, replay: Replay, *, restarts: boo
 
 
 class _Steps:
-    """Repeats the accepted steps of a batch with their autograd graphs.
+    """The accepted steps of a batch, to be repeated with their autograd graphs or transposed.
 
     Samples that failed or made no step rest in place of one that did, since func may have no derivative where they are.
     """
@@ -55,9 +57,10 @@ class _Steps:
         self._places = np.arange(ops.n_rows)
         if not is_idle.all():
             self._places[is_idle] = is_idle.argmin()
-        tableau = task.problem.tableau
-        self._whole = scheme_of(tableau, estimate_error=False)
-        self._short = solution_only(self._whole)
+        problem = self._problem = task.problem
+        self._whole = method_of(problem, replay, ops, estimate_error=False, repeats=True)
+        self._short = advancing_method_of(problem, replay, ops) if problem.newton is None else self._whole
+        self.repeated_end = self._whole.repeated_end
         self._h = np.zeros(ops.n_rows)
         self._t = record.rest_times[self._places]
 
@@ -68,16 +71,57 @@ class _Steps:
 
     def take(self, s: AcceptedRows, y: Tensor) -> tuple[Trial, Tensor]:
         """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it."""
+        method = self._whole if (s.outputs.theta != 1.0).any() else self._short
+        times, h = self._begin(s, method)
+        return method.step(times, y, h), h
+
+    def pull_back(
+        self, s: AcceptedRows, y: Tensor, at_end: Tensor, grad_ys: Tensor, compare: Compare, y_next: Tensor
+    ) -> Tensor:
+        """Replays a step and returns the cotangents of its start.
+
+        Args:
+            at_end: cotangents of the states at the end of the step.
+            grad_ys: cotangents of all outputs.
+        """
+        method, outputs = self._whole, s.outputs
+        times, h = self._begin(s, method)
+        ends = outputs.where(outputs.theta == 1.0)
+        at_end = _added(at_end, ends, _cotangents(ends, grad_ys))
+        inside = self._inside(outputs.where(outputs.theta != 1.0), grad_ys, like=y)
+        return method.vjp(times, y, h, [(method.scheme.solution, at_end)], compare, y_next, inside)
+
+    def _begin(self, s: AcceptedRows, method: Method) -> tuple[list[Array], Tensor]:
+        """Prepares to repeat a step; returns the times of its stages, and its step sizes."""
         t, t_next, h = self._t, self._t.copy(), self._h
         t[s.rows], t_next[s.rows], h[s.rows] = s.t, s.t_next, s.h
-        scheme = self._whole if (s.outputs.theta != 1.0).any() else self._short
-        steps = self._ops.steps(h.copy())
+        times, steps = stage_times(method.scheme, t, h, t_next), self._ops.steps(h.copy())
+        h[s.rows] = 0.0
         self._replay.begin_step(None)
         assert isinstance(self._replay.field, RowField)
         self._replay.field.see(s.seen)
-        trial = step(self._replay, self._ops, scheme, stage_times(scheme, t, h, t_next), y, steps)
-        h[s.rows] = 0.0
-        return trial, steps
+        return times, steps
+
+    def _inside(self, outputs: OutputRows, grad_ys: Tensor, like: Tensor) -> Inside | None:
+        """The sums over outputs inside a step; None without such outputs."""
+        if not len(outputs.rows):
+            return None
+        g, zero = _cotangents(outputs, grad_ys), torch.zeros_like(like)
+        sums: list[Tensor] = []
+        for weights in self._problem.tableau.dense_weights(outputs.theta):
+            each = torch.from_numpy(np.broadcast_to(weights, outputs.theta.shape).copy()).to(g)
+            sums.append(_added(zero, outputs, each.view(-1, *self._ops.row_shape[1:]) * g))
+        return _added(zero, outputs, g), sums
+
+
+def _cotangents(outputs: OutputRows, grad_ys: Tensor) -> Tensor:
+    return grad_ys[index_of(outputs.index, grad_ys), index_of(outputs.rows, grad_ys)]
+
+
+def _added(total: Tensor, outputs: OutputRows, g: Tensor) -> Tensor:
+    """``total`` and for each output its ``g``, in the row of its sample."""
+    # Not index_add, whose order of terms varies on a GPU.
+    return total.index_put((index_of(outputs.rows, total),), g, accumulate=True) if len(g) else total
 
 
 def replay_backward(
@@ -85,8 +129,7 @@ def replay_backward(
 ) -> Gradients:
     task, accepted = forward.task, _steps(forward)
     *starts, y = states
-    ops = row_operations_for(y, task.problem.tolerance, differentiable=True)
-    scheme = scheme_of(task.problem.tableau, estimate_error=False)
+    ops = row_operations_for(y, task.problem.tolerance)
     replay = forward.replay(inputs)
     steps = _Steps(task, ops, replay, _record(forward))
     y = steps.rested(y)
@@ -95,18 +138,11 @@ def replay_backward(
     with replay.repeating():
         for n, (s, start) in reversed(list(enumerate(zip(accepted, starts, strict=True)))):
             rows = index_of(s.rows, y)
-            y_next, y = _end_of(s, start, y), y.index_copy(0, rows, start[: len(rows)]).requires_grad_()
-            trial, h = steps.take(s, y)
-            check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, y_next, trial.y1, trial.k)
-            found = outputs_of_step(s.outputs, scheme, y, h, trial)
-            cotangents = [grad_ys[index_of(i, y), index_of(r, y)] for r, i, _ in found]
+            y_next, y = _end_of(s, start, y), y.index_copy(0, rows, start[: len(rows)])
+            compare = partial(check.compare, ReplayedStep(n, s.t, s.h, rows=s.rows), y, y_next)
             at_end = torch.zeros_like(g).index_copy(0, rows, g[rows])
-            ends = [trial.y1, *(state for _, _, state in found)]
-            pulled = replay.pull_back(y, ends, [at_end, *cotangents])
-            assert pulled is not None
-            check_readable("the gradient that a backward pass inside func returned", pulled)
+            pulled = steps.pull_back(s, y, at_end, grad_ys, compare, y_next)
             g = g.index_copy(0, rows, pulled[rows])
-            y = y.detach()
         check.finish()
         if accepted:
             start = task.problem.y0.detach()
@@ -166,7 +202,6 @@ def differentiable_backward(
     first, ends = _ends(_steps(forward), states)
     y0 = first if y0 is None else y0
     ops = row_operations_for(y0.detach(), task.problem.tolerance, differentiable=True)
-    scheme = scheme_of(task.problem.tableau, estimate_error=False)
     gate = Gate()
     replay = forward.replay(inputs, gate.of, y0)
     steps = _Steps(task, ops, replay, _record(forward))
@@ -179,10 +214,11 @@ def differentiable_backward(
     with replay.repeating():
         for n, (s, end) in enumerate(zip(_steps(forward), ends, strict=True)):
             trial, h = steps.take(s, y)
-            outputs += outputs_of_step(s.outputs, scheme, y, h, trial)
             rows = index_of(s.rows, y0)
             at_end = expected.index_copy(0, rows, end)
-            check.compare(ReplayedStep(n, s.t, s.h, rows=s.rows), y, at_end, trial.y1, trial.k)
+            compare = partial(check.compare, ReplayedStep(n, s.t, s.h, rows=s.rows), y, at_end)
+            trial.y1 = steps.repeated_end(compare, y, at_end, trial)
+            outputs += outputs_of_step(s.outputs, task.problem.tableau, y, h, trial)
             go_on = index_of(s.rows[~np.isin(s.rows, s.ended)], y0)
             y, expected = (x.index_copy(0, go_on, x1[go_on]) for x, x1 in ((y, trial.y1), (expected, at_end)))
     check.finish()

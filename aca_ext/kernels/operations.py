@@ -30,9 +30,15 @@ class TorchOperations:
     Args:
         like: a tensor with the layout of the states: shape, strides, dtype, device.
         tolerance: tolerances and norm of ``error_norm``.
+
+    Attributes:
+        n_rows: number of step sizes.
+        row_shape: shape of a tensor with a number for each row of the state, if a row has a step size of its own.
     """
 
     backend = "reference"
+    n_rows = 1
+    row_shape: tuple[int, ...] = ()
 
     def __init__(self, like: Tensor, tolerance: Tolerance) -> None:
         self.like, self.tolerance = like, tolerance

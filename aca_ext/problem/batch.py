@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError
 from aca_ext.numerics.switching import Switching
+from aca_ext.problem.newton import newton_options_of_samples
 from aca_ext.problem.options import is_compact, is_nan_on_failure
 from aca_ext.problem.problem import Problem, problem_of
 from aca_ext.problem.sample_times import (
@@ -173,11 +174,6 @@ def batch_problem_of(
             f'option batch="independent" takes one method, and {problem.tableau.name!r} changes it. Choose an explicit '
             "one, or leave the option out: the samples then share their steps."
         )
-    if problem.newton is not None:
-        raise OptionError(
-            f'option batch="independent" takes explicit methods, and {problem.tableau.name!r} is implicit. Leave the '
-            'option out: the samples then share their steps, and jacobian="block" keeps their equations apart.'
-        )
     if problem.controller is None:
         raise OptionError(
             'option batch="independent" needs adaptive steps, but this solve has fixed steps, which are the same for '
@@ -189,6 +185,8 @@ def batch_problem_of(
     packed = packing.pack(y0)
     given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
     given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
+    if problem.newton is not None:
+        given["newton"] = newton_options_of_samples(problem.newton, options.get("jacobian"), packed)
     given["times_of_rows"] = of_rows = times_of_samples(t, n_rows)
     return BatchProblem(
         **given,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +66,26 @@ def newton_options_of(given: Mapping[str, Any], tableau: Weights, packing: Packi
     if number is None or not 0 < number < 1:
         raise OptionError(f"option newton_tol is {tolerance!r}; it must be a number above 0 and below 1.")
     return NewtonOptions(jacobian, number)
+
+
+def newton_options_of_samples(common: NewtonOptions, jacobian: Any, packed: Tensor) -> NewtonOptions:
+    """The options for independent samples, each with a Jacobian of its own, from those for their common state.
+
+    Args:
+        jacobian: the given option.
+        packed: the initial states, (batch, ...).
+
+    Raises:
+        OptionError: the samples would need GMRES.
+    """
+    size = packed[0].numel() if len(packed) else 0
+    if jacobian == "krylov" or (jacobian is None and size > _LARGEST_DENSE):
+        given = "option jacobian is 'krylov'" if jacobian else f"a sample has {size} elements, for 'krylov' by default"
+        raise OptionError(
+            f'{given}, whose iterations have one step size for all samples. With batch="independent", use '
+            'jacobian="dense" or a function, or leave batch out.'
+        )
+    return common if callable(common.jacobian) else replace(common, jacobian="block")
 
 
 def _check_rosenbrock(given: Mapping[str, Any], tableau: RosenbrockTableau) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,13 @@ class SampleFailures:
         suspects = ~np.isfinite(norm_f) & (self._control.status == RUNNING)
         self._end_not_finite(suspects, y, k, norm_f)
 
-    def check_progress(self, y: Tensor, k: Tensor) -> None:
-        """As ``check_proposal`` after a rejected trial: resumes the samples that a smaller step can help."""
+    def check_progress(self, y: Tensor, k: Tensor | None, failures: Mapping[int, str]) -> None:
+        """As ``check_proposal`` after a rejected trial: resumes the samples that a smaller step can help.
+
+        Args:
+            k: first slopes; None if they are not known.
+            failures: for the samples whose implicit step has no solution, the reason.
+        """
         control = self._control
         self._end(control.status == STEP_SIZE, StepSizeError)
         doubtful = control.status == NOT_FINITE
@@ -61,15 +66,18 @@ class SampleFailures:
         self._end_not_finite(doubtful, y, k, control.ratio)
         control.retry()
         stuck = control.status == NOT_FINITE
+        unsolved = np.isin(np.arange(len(stuck)), list(failures))
+        self._end(stuck & unsolved, StepSizeError, lambda row: failures[row])
+        stuck = control.status == NOT_FINITE
         if self._problem.tolerance.forbids_error():
             self._end(stuck & (control.ratio == np.inf), StepSizeError, lambda _: NO_TOLERANCE)
         self._end(control.status == NOT_FINITE, NonFiniteError)
 
-    def _end_not_finite(self, suspects: Mask, y: Tensor, k: Tensor, ratio: Array) -> None:
+    def _end_not_finite(self, suspects: Mask, y: Tensor, k: Tensor | None, ratio: Array) -> None:
         if y.numel() == 0:
             return
         for what, x in (("the state is NaN or infinite at", y), ("func returned NaN or infinity at", k)):
-            if not suspects.any():
+            if x is None or not suspects.any():
                 return
             failed = suspects & ~self._are_finite(x)
 

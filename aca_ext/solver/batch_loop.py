@@ -29,7 +29,8 @@ from aca_ext.solver.batch_record import (
     outputs_of_step,
 )
 from aca_ext.solver.callback import stops
-from aca_ext.solver.runge_kutta import Scheme, Trial, error_norm, scheme_of, step
+from aca_ext.solver.method import check_repeatable, method_of
+from aca_ext.solver.runge_kutta import Coefficients, Trial, error_norm
 from aca_ext.solver.stats import BatchStats
 from aca_ext.vector_field.batch_field import RowField
 
@@ -68,7 +69,10 @@ class BatchSolver:
         self._failures = SampleFailures(problem, field, self._control)
         n_steps, n_accepted, n_rejected = torch.zeros(3, n, dtype=torch.int64, device="cpu").unbind()
         self.stats = BatchStats(n_steps, n_accepted, n_rejected, backend=ops.backend)
-        self._scheme = scheme_of(problem.tableau, estimate_error=True)
+        self._method = method_of(problem, field, ops, estimate_error=True, counts=self.stats)
+        self._scheme = self._method.scheme
+        if problem.newton is not None:
+            check_repeatable(problem, field)
         self._keep_states = keep_states
         self._outputs: list[Outputs] = []
         self._n_ends: Index | None = np.zeros(n, dtype=np.int64) if keep_ends else None
@@ -128,7 +132,7 @@ class BatchSolver:
             self._failures.check_proposal()
             t, h, t_next = control.t.copy(), control.h_trial.copy(), control.t_next.copy()
             steps = self.ops.steps(h)
-            trial = step(self.field, self.ops, self._scheme, stage_times(self._scheme, t, h, t_next), y, steps, self._k)
+            trial = self._method.step(stage_times(self._scheme, t, h, t_next), y, steps, self._k)
             control.judge(error_norm(self.ops, self._scheme, y, steps, trial))
             accepted = control.is_accepted != 0
             rejected = active & ~accepted
@@ -136,7 +140,7 @@ class BatchSolver:
             if accepted.any():
                 accepted = self._accept(accepted, t, y, h, t_next, trial)
             if rejected.any():
-                self._failures.check_progress(y, trial.k[0])
+                self._failures.check_progress(y, self._first_slope(trial), trial.failures or {})
             self._k = self._next_slopes(accepted, rejected | ~active, trial)
             if accepted.any():
                 y = trial.y1 if accepted.all() else torch.where(self._mask(accepted), trial.y1, y)
@@ -150,7 +154,9 @@ class BatchSolver:
         if 2 * n_active <= (len(active) if seen is None else len(seen)):
             control, ops = self._control, self.ops
             t, h = ops.scalars([control.t])[0], ops.steps(control.h.copy())
-            self.field.see_fewer(np.flatnonzero(active), t, y.detach(), h.to(y.dtype), self._k)
+            # The slopes of implicit stages are f at the stages only up to the error of Newton's method.
+            k = self._k if self.problem.newton is None else None
+            self.field.see_fewer(np.flatnonzero(active), t, y.detach(), h.to(y.dtype), k)
 
     def _report(self, t: Array, h: Array, accepted: Mask, y: Tensor) -> None:
         if self.problem.on_step is not None:
@@ -197,7 +203,7 @@ class BatchSolver:
         if self._keep_states:
             starts = y if accepted.all() else y[index_of(rows, y)]
             self.states.append(torch.cat([starts, trial.y1[index_of(of_ended, y)]]) if len(of_ended) else starts)
-        self._outputs += outputs_of_step(outputs, self._scheme, y, steps, trial)
+        self._outputs += outputs_of_step(outputs, self.problem.tableau, y, steps, trial)
         return accepted & ~ended
 
     def _ends(self, rows: Index, counts: Index) -> OutputRows:
@@ -219,14 +225,18 @@ class BatchSolver:
     def _next_slopes(self, accepted: Mask, others: Mask, trial: Trial) -> Tensor | None:
         """First slopes of the next step: the last slope after an accepted step, the old first slope otherwise."""
         if not accepted.any():
-            return trial.k[0]
+            return self._first_slope(trial)
         if not self._scheme.fsal:
             return None
         return torch.where(self._mask(accepted), trial.k[-1], trial.k[0]) if others.any() else trial.k[-1]
+
+    def _first_slope(self, trial: Trial) -> Tensor | None:
+        """f at the start of the trial, if it evaluates that."""
+        return trial.k[0] if self._scheme.starts_explicitly else None
 
     def _mask(self, rows: Mask) -> Tensor:
         return torch.from_numpy(rows).view(self.ops.row_shape).to(self.ops.like.device)
 
 
-def stage_times(scheme: Scheme, t: Array, h: Array, t_next: Array) -> list[Array]:
+def stage_times(scheme: Coefficients, t: Array, h: Array, t_next: Array) -> list[Array]:
     return [t_next if c == 1 else t + c * h for c in scheme.c]

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aca_ext.kernels.fused import Array
-from aca_ext.solver.runge_kutta import Scheme, Trial
+from aca_ext.numerics.weights import Weights
+from aca_ext.solver.runge_kutta import Trial
 
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
@@ -139,7 +140,7 @@ def index_of(rows: Index, like: Tensor) -> Tensor:
     return torch.from_numpy(rows).to(like.device)
 
 
-def outputs_of_step(outputs: OutputRows, scheme: Scheme, y: Tensor, h: Tensor, trial: Trial) -> list[Outputs]:
+def outputs_of_step(outputs: OutputRows, tableau: Weights, y: Tensor, h: Tensor, trial: Trial) -> list[Outputs]:
     """Tuples (samples, indices of their times, states): first outputs at step ends, then outputs by dense output."""
     found: list[Outputs] = []
     at_end = outputs.where(outputs.theta == 1.0)
@@ -148,7 +149,7 @@ def outputs_of_step(outputs: OutputRows, scheme: Scheme, y: Tensor, h: Tensor, t
     inside = outputs.where(outputs.theta != 1.0)
     if len(inside.rows):
         rows = index_of(inside.rows, y)
-        dense = [scheme.tableau.dense_weights(theta) for theta in inside.theta.tolist()]
+        dense = [tableau.dense_weights(theta) for theta in inside.theta.tolist()]
         weights = torch.tensor(dense, dtype=torch.float64, device="cpu").to(y)
         total = sum(
             w.view(-1, *h.shape[1:]) * k[rows]

@@ -25,9 +25,9 @@ from aca_ext.solver.implicit.scheme import implicit_scheme_of
 from aca_ext.solver.implicit.step import ImplicitMethod
 from aca_ext.solver.runge_kutta import Coefficients, Trial, scheme_of, solution_only
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
-from aca_ext.solver.stats import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.solver.switching import SwitchingSteps
-from aca_ext.solver.transposed_step import Compare
+from aca_ext.solver.transposed_step import Compare, Inside
 from aca_ext.vector_field.field import VectorField
 
 
@@ -71,12 +71,13 @@ class Method(Steps, Protocol):
 
     def vjp(
         self,
-        times: Sequence[float],
+        times: Sequence[Number],
         y: Tensor,
-        h: float,
+        h: Number,
         outputs: Sequence[tuple[Sequence[float], Tensor]],
         compare: Compare | None = None,
         y_next: Tensor | None = None,
+        inside: Inside | None = None,
     ) -> Tensor:
         """Replays a step and returns the cotangent of ``y``; see ``runge_kutta.step_vjp``."""
 
@@ -106,7 +107,7 @@ def steps_of(
             checkpoints.slopes = adams.slopes
         return adams
     if problem.newton is not None:
-        _check_repeatable(problem, field)
+        check_repeatable(problem, field)
     if isinstance(problem.tableau, Switching):
         explicit, implicit = (
             method_of(part, field.fastest, ops, estimate_error=True, counts=counts) for part in parts_of(problem)
@@ -125,7 +126,7 @@ def method_of(
     ops: TorchOperations,
     *,
     estimate_error: bool,
-    counts: Stats | None = None,
+    counts: Stats | BatchStats | None = None,
     repeats: bool = False,
 ) -> Method:
     """The method of a problem.
@@ -172,7 +173,7 @@ def advancing_method_of(problem: Problem, f: Any, ops: TorchOperations) -> Metho
     return ExplicitMethod(f, ops, solution_only(scheme_of(problem.tableau, problem.adaptive)))
 
 
-def _check_repeatable(problem: Problem, field: VectorField) -> None:
+def check_repeatable(problem: Problem, field: VectorField) -> None:
     """Raises ArgumentValueError if func does not return the same at every evaluation, as Newton's method needs."""
     draws, moves = field.draws_random_numbers, bool(field.moving_buffers)
     if draws or moves:

@@ -14,7 +14,7 @@ and a cotangent g. With v_i = (∂f/∂y at stage i)ᵀ·grad_k_i,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import KernelOperations, TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.tableau import Tableau
-from aca_ext.solver.transposed_step import Compare, cotangent_of_start
+from aca_ext.solver.transposed_step import Compare, Inside, cotangent_of_start
 from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction
 
 PULLED = "the gradient that a backward pass inside func returned"
@@ -127,14 +127,19 @@ class Trial:
         k: the slopes of all stages.
         partial_error: the error estimate without the term of the slope at the solution; None if not estimated.
         error_norm: norm of the error in units of the tolerance; None if the step did not compute it.
-        failure: the reason why an implicit step has no solution; None if it has one.
+        failures: for each row whose implicit step has no solution, the reason; see ``TorchOperations.n_rows``.
     """
 
     y1: Tensor
     k: list[Tensor]
     partial_error: Tensor | None
     error_norm: Number | None = None
-    failure: str | None = None
+    failures: Mapping[int, str] | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """The reason why a step has no solution; None if it has one."""
+        return next(iter(self.failures.values())) if self.failures else None
 
 
 def stage_times(
@@ -265,7 +270,7 @@ def step_vjp(
     outputs: Sequence[tuple[Sequence[float], Tensor]],
     compare: Compare | None = None,
     y_next: Tensor | None = None,
-    inside: tuple[Tensor, Sequence[Tensor]] | None = None,
+    inside: Inside | None = None,
 ) -> Tensor:
     """Replays a step from ``y`` and returns the cotangent of ``y``.
 
@@ -276,7 +281,7 @@ def step_vjp(
             (b(theta), g). Only stages that an output needs are evaluated.
         compare: receives the end of the step and its slopes, if all slopes of the solution are evaluated. The C++ code
             on the CPU calls it only if the end differs from ``y_next`` in a bit.
-        inside: sums over further outputs: Σ g, and for each stage i Σ w[i]·g.
+        inside: sums over further outputs.
     """
     count = 1 + max(i for w, _ in outputs for i, w_i in enumerate(w) if w_i != 0)
     if inside is not None:
@@ -309,4 +314,4 @@ def step_vjp(
         if v is not None:
             pulled[i] = ops.admit(v, PULLED)
 
-    return cotangent_of_start(ops, outputs, [*([] if inside is None else [inside[0]]), *pulled.values()])
+    return cotangent_of_start(ops, outputs, pulled.values(), inside)

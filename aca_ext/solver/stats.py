@@ -10,6 +10,8 @@ from torch import Tensor
 
 from aca_ext.errors import SolveError
 
+_OF_NEWTON = ("n_jacobians", "n_factorizations", "n_newton_iterations")
+
 
 @dataclass
 class Stats:
@@ -78,6 +80,8 @@ class BatchStats:
         failures: errors of the samples that failed, with option ``on_failure="nan"``.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling.
         compiled, engine, reason: as in ``Stats``.
+        n_jacobians, n_factorizations, n_newton_iterations: as in ``Stats``, of an implicit method; sums over the
+            samples of the numbers that each needs, while the work is done for the whole batch at once.
 
     engine="compiled" evaluates single samples, no more often than each needs: ``n_f_rows`` is the sum of these
     evaluations, and ``n_f_evals`` and ``n_f_evals_backward`` are the most that one sample took.
@@ -95,10 +99,13 @@ class BatchStats:
     compiled: str = ""
     engine: str = ""
     reason: str = ""
+    n_jacobians: int = 0
+    n_factorizations: int = 0
+    n_newton_iterations: int = 0
 
     def followed_by(self, rest: BatchStats) -> BatchStats:
         """The sums over two parts of a solve; ``n_f_evals_backward`` is None."""
-        names = ("n_steps", "n_accepted", "n_rejected", "n_f_evals", "n_f_rows", "compile_seconds")
+        names = ("n_steps", "n_accepted", "n_rejected", "n_f_evals", "n_f_rows", "compile_seconds", *_OF_NEWTON)
         same = {name: getattr(rest, name) for name in ("backend", "compiled", "engine", "reason")}
         return BatchStats(**{name: getattr(self, name) + getattr(rest, name) for name in names}, **same)
 
@@ -108,6 +115,7 @@ class BatchStats:
         for name in ("n_steps", "n_accepted", "n_rejected"):
             count = getattr(self, name)
             parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
+        parts += [f"{name}={getattr(self, name)}" for name in _OF_NEWTON if getattr(self, name)]
         parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
         if self.failures:
             parts.append(f"failures of samples {', '.join(str(error.sample) for error in self.failures[:10])}")

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from aca_ext.kernels.fused import TorchOperations
+from aca_ext.solver.implicit.rows import is_all, largest
 
 # Compares the end of a replayed step and its slopes with those of the forward pass.
 Compare = Callable[[Tensor, Sequence[Tensor]], None]
+# Sums over outputs inside a step, with weights w and cotangents g: Σ g, and for each stage i Σ w[i]·g.
+Inside = tuple[Tensor, Sequence[Tensor]]
 
 _NEAR = 100.0  # distance of a replayed step from the forward pass, in units of the tolerance of Newton's method
 _ROUNDING = 2.0**14  # the same for a step that is computed until rounding, which stiffness magnifies
@@ -54,16 +57,19 @@ def repeated_implicit_end(
 
 
 def _is_near(ops: TorchOperations, y: Tensor, y_next: Tensor, y1: Tensor, tolerance: float | None) -> bool:
-    difference = y1 - y_next
+    difference = ops.admit(y1 - y_next)
     if tolerance is not None:
-        return float(ops.error_norm(difference, None, 0.0, y, y_next)) <= _NEAR * tolerance
-    scale = torch.maximum(y.abs().max(), y_next.abs().max()) if y.numel() else 0.0
-    return bool((difference.abs() <= _ROUNDING * torch.finfo(y.dtype).eps * scale).all())
+        return is_all(ops.error_norm(difference, None, 0.0, y, y_next) <= _NEAR * tolerance)
+    allowed = _ROUNDING * torch.finfo(y.dtype).eps * largest((y, y_next), ops)
+    return bool((difference.abs() <= allowed).all())
 
 
 def cotangent_of_start(
-    ops: TorchOperations, outputs: Sequence[tuple[Sequence[float], Tensor]], pulled: Iterable[Tensor]
+    ops: TorchOperations,
+    outputs: Sequence[tuple[Sequence[float], Tensor]],
+    pulled: Iterable[Tensor],
+    inside: Inside | None = None,
 ) -> Tensor:
     """The cotangent of the state at the start of a step: the sum of those of its outputs and of its stages."""
-    g, *rest = [*(g for _, g in outputs), *pulled]
+    g, *rest = [*(g for _, g in outputs), *([] if inside is None else [inside[0]]), *pulled]
     return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g

@@ -286,6 +286,17 @@ class TestAdaptiveSteps:
         assert state[0].item() == pytest.approx(0.999, abs=1e-8)
         assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
+    def test_of_second_order(self) -> None:
+        """The repeated solve is that of the forward pass only up to the default accuracy of Newton's method."""
+        func, y0, rate = start()
+        ys = odeint(func, y0, T, method="kvaerno5", args=(rate,), rtol=1e-6, atol=1e-10)
+        (first,) = torch.autograd.grad(loss_of(ys), rate, create_graph=True)
+        (second,) = torch.autograd.grad(first, rate)
+        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-9, "atol": 1e-13}
+        ends = [(rate.detach() * f).requires_grad_() for f in (1.01, 0.99)]
+        slopes = [torch.autograd.grad(loss_of(odeint(func, y0, T, args=(x,), **how)), x)[0] for x in ends]
+        assert second.item() == pytest.approx(((slopes[0] - slopes[1]) / (0.02 * rate.detach())).item(), rel=0.01)
+
     def test_a_changed_func_is_noticed(self) -> None:
         func, y0, rate = start()
         ys = odeint(func, y0, T, method="kvaerno5", args=(rate,))

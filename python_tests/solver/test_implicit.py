@@ -273,11 +273,9 @@ class TestFailures:
         with pytest.raises(UnknownNameError, match="for implicit methods"):
             odeint(robertson, Y0, times(0, 1e-3), options={"newton_tol": 1e-3})
 
-    def test_other_engines_and_independent_samples_refuse(self) -> None:
+    def test_other_engines_refuse(self) -> None:
         with pytest.raises(CompileError, match=r"the given method \('kvaerno5'\). Use engine=\"eager\""):
             odeint(robertson, Y0, times(0, 1), method="kvaerno5", engine="compiled")
-        with pytest.raises(OptionError, match="takes explicit methods"):
-            odeint(robertson, Y0[None], times(0, 1), method="kvaerno5", options={"batch": "independent"})
 
     @pytest.mark.filterwarnings("ignore::aca_ext.errors.BatchStatisticsWarning")
     @pytest.mark.parametrize("make", [lambda: torch.nn.Dropout(0.5), lambda: torch.nn.BatchNorm1d(3)])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.systems import Rows, System, outside_inference, recording
 from aca_ext.vector_field.slope_function import SlopeFunction
 
@@ -69,7 +70,7 @@ class Krylov:
     def of_graph(self, t: Tensor, y: Tensor, k: Tensor) -> Linearisation:
         return Linearisation(y, k)
 
-    def system(self, linearisations: Sequence[Linearisation], a: Rows, h: float) -> System:
+    def system(self, linearisations: Sequence[Linearisation], a: Rows, h: Number) -> System:
         return _KrylovSystem(linearisations, a, h)
 
     def norm(self, linearisation: Linearisation, scale: Tensor) -> float:
@@ -77,7 +78,7 @@ class Krylov:
 
 
 class _KrylovSystem:
-    def __init__(self, linearisations: Sequence[Linearisation], a: Rows, h: float) -> None:
+    def __init__(self, linearisations: Sequence[Linearisation], a: Rows, h: Number) -> None:
         self._linearisations, self._a, self._h = linearisations, a, h
 
     def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]:

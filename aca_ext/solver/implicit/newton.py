@@ -7,6 +7,9 @@ A group of stages with slopes k_i has the unknowns z_i = h·Σ_j a_ij·k_j, the 
 The slopes follow from z. Evaluating f at the solution instead would multiply the remaining error of z by the stiffness.
 The matrix K is kept over stages and steps as long as the iterations converge fast (simplified Newton iterations).
 
+Independent samples have equations of their own: each is a row with its step size, matrix, iterations and failures. The
+state of any other solve is one row.
+
 Source: Hairer & Wanner, Solving ODEs II, IV.8.
 """
 
@@ -14,77 +17,91 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aca_ext.kernels.fused import TorchOperations
+from aca_ext.kernels.reference import Number
+from aca_ext.solver.implicit.convergence import Convergence
+from aca_ext.solver.implicit.rows import (
+    Mask,
+    Numbers,
+    are_finite,
+    chosen,
+    count,
+    in_dtype_of,
+    is_any,
+    larger,
+    of_tensor,
+    other_than,
+    spread,
+    where,
+)
 from aca_ext.solver.implicit.scheme import Group
 from aca_ext.solver.implicit.systems import Jacobian, System
-from aca_ext.solver.stats import Stats
+from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.vector_field.slope_function import SlopeFunction
 
-_MOST_ITERATIONS = 10
 _MOST_EXACT_ITERATIONS = 60
-_FAST = 0.05  # contraction above which the Jacobian is evaluated again for the next step
-_TOLERANCES = "times the tolerance"
-# Lowest rate that counts: the first iterations converge faster than the components that an old Jacobian leaves.
-_LOWEST_RATE = 0.1
-_LARGEST_AT_FIRST = 3.0  # contraction of the second change that may still be one of a convergent iteration
 _SLOW = 0.1  # contraction above which iterations to rounding take a new Jacobian
 
 
-class NewtonError(Exception):
-    """Iterations that did not converge; ``residual`` is the size of the last change of a stage, in ``unit``."""
-
-    def __init__(self, residual: float, unit: str) -> None:
-        super().__init__()
-        self.residual, self.unit = residual, unit
-
-
 class Newton:
-    """The iterations of a solve, with the matrix that they share.
+    """The iterations of a solve, with the matrices that they share.
 
     Args:
         tolerance: the error of a stage in units of the tolerance of the solve; None iterates until rounding.
+
+    Attributes:
+        live: rows that step and whose iterations have converged so far in this step.
+        failed: rows whose iterations have not.
     """
 
     def __init__(
-        self, f: SlopeFunction, ops: TorchOperations, jacobian: Jacobian, tolerance: float | None, counts: Stats
+        self,
+        f: SlopeFunction,
+        ops: TorchOperations,
+        jacobian: Jacobian,
+        tolerance: float | None,
+        counts: Stats | BatchStats,
     ) -> None:
         self._f, self._ops, self._jacobian, self._counts = f, ops, jacobian, counts
         self._tolerance = tolerance
+        always, never, unknown = spread(True, ops), spread(False, ops), spread(math.nan, ops)
+        self.live, self.failed = always, never
+        self._residual = unknown  # the last changes of the rows that failed
         self._linearisation: Any = None
-        self._is_current = False  # the linearisation belongs to the start of this step
-        self._is_slow = False
+        self._lacks_jacobian = always
+        self._is_current = never  # the linearisation belongs to the start of this step
+        self._is_slow = never
+        self._rate = spread(1.0, ops)
         self._system: System | None = None
-        self._key: Any = None  # of the system: the group and h
-        self._rate = 1.0
-        self._start: tuple[Tensor, Tensor] | None = None
+        self._is_stale = always  # the system belongs to another group, step size or Jacobian
+        self._a: Any = None  # of the system
+        self._sizes = self._start_times = unknown  # of the steps
 
     @property
     def linearisation(self) -> Any:
         """The Jacobian in use; None if the next step evaluates one."""
-        return self._linearisation
+        return None if is_any(self._lacks_jacobian) else self._linearisation
 
-    def begin_step(self, t: Tensor, y: Tensor) -> None:
-        """Tells where the next step starts; a trial that repeats the step from there shares its Jacobian."""
-        if self._start is None or self._start[1] is not y:
-            self._is_current = False
-        self._start = t, y
-        if self._is_slow and not self._is_current:
-            self._linearisation = None
-
-    def use(self, linearisation: Any) -> None:
-        """Replaces the Jacobian by one that the caller has evaluated."""
-        self._linearisation, self._key = linearisation, None
+    def begin_step(self, start_time: Any, t: Tensor, y: Tensor, h: Number) -> None:
+        """Sets the start and the size of the next step; a trial that repeats the last step shares its Jacobian."""
+        start_times, sizes = of_tensor(start_time), of_tensor(h)
+        self._is_current = self._is_current & (start_times == self._start_times)
+        self._lacks_jacobian = self._lacks_jacobian | (self._is_slow & other_than(self._is_current))
+        self._is_stale = self._is_stale | (sizes != self._sizes)
+        self._start_times, self._sizes, self._start, self._h = start_times, sizes, (t, y), h
+        self.live, self.failed = sizes != 0, spread(False, self._ops)
 
     def solve(
         self,
         group: Group,
         t: Sequence[Tensor],
-        h: float,
         base: Sequence[Tensor],
         start: list[Tensor],
         slope: Tensor | None = None,
@@ -94,159 +111,190 @@ class Newton:
         ``slope`` stands for the slopes at ``start``, in a first iteration that evaluates nothing. It is those slopes if
         ``start`` is the state before the step and func does not depend on time.
 
-        Raises:
-            NewtonError: the iterations do not converge.
+        Rows whose iterations do not converge become ``failed``, with slopes that mean nothing. Rows at rest, with
+        h = 0, get zero.
         """
-        assert group.a is not None
-        if self._linearisation is None:
-            self._linearise_start()
-        z = start if slope is None else self._ahead(group, h, start, slope)
-        try:
-            if self._tolerance is None:
-                z = self._to_rounding(group, t, h, base, z, start)
-            else:
-                z = self._to_tolerance(group, t, h, base, z)
-        except NewtonError:
-            if self._is_current or self._tolerance is None:
-                raise
-            self._linearise_start()
-            z = self._to_tolerance(group, t, h, base, start)
-        return [self._ops.admit(k) for k in combined(1 / h, group.inverse, z)]
+        rows = self.live
+        self._linearise_start(rows & self._lacks_jacobian)
+        how = group, t, base
+        z = start if slope is None else self._ahead(rows, group, start, slope)
+        if self._tolerance is None:
+            z, solved = self._to_rounding(rows, *how, z)
+            again = rows & other_than(solved)
+            if is_any(again):
+                z, others = self._to_rounding(again, *how, chosen(again, start, z), always_anew=True)
+                solved = solved | others
+        else:
+            z, solved = self._to_tolerance(rows, *how, z)
+            again = rows & other_than(solved | self._is_current)
+            if is_any(again):
+                self._linearise_start(again)
+                z, others = self._to_tolerance(again, *how, chosen(again, start, z))
+                solved = solved | others
+        self.live, self.failed = solved, self.failed | (rows & other_than(solved))
+        return [self._ops.admit(k) for k in combined(_inverse(self._h), group.inverse, z)]
 
-    def filtered(self, group: Group, h: float, error: Tensor) -> Tensor:
+    def filtered(self, group: Group, error: Tensor) -> Tensor:
         """(I - h·a·J)⁻¹·error, an estimate that does not grow with the stiffness, for a group of one stage."""
-        return self._ops.admit(self._system_for(group, h).solve([error])[0])
+        return self._ops.admit(self._system_for(group, self.live).solve([error])[0])
 
-    def _ahead(self, group: Group, h: float, z: list[Tensor], slope: Tensor) -> list[Tensor]:
-        """The iterate after ``z`` if all slopes at ``z`` are ``slope``; ``z`` itself where that is not finite."""
+    def _ahead(self, rows: Mask, group: Group, z: list[Tensor], slope: Tensor) -> list[Tensor]:
+        """The iterate after ``z`` if all slopes there are ``slope``; ``z`` itself in rows where that is not finite."""
         assert group.a is not None
-        residual = [new - old for new, old in zip(combined(h, group.a, [slope] * len(z)), z, strict=True)]
-        change = self._system_for(group, h).solve(residual)
-        ahead = [old + d for old, d in zip(z, change, strict=True)]
-        return ahead if all(math.isfinite(x.sum()) for x in ahead) else z
+        residual = [new - old for new, old in zip(combined(self._h, group.a, [slope] * len(z)), z, strict=True)]
+        change = self._system_for(group, rows).solve(residual)
+        ahead = [self._ops.admit(old + d) for old, d in zip(z, change, strict=True)]
+        return chosen(are_finite(ahead, self._ops), ahead, z)
+
+    def failures(self) -> dict[int, str]:
+        """For each row that failed in this step a message."""
+        unit = "of the state" if self._tolerance is None else "times the tolerance"
+        sizes, residual = np.atleast_1d(self._sizes), np.atleast_1d(self._residual)
+        return {
+            row: f"Newton's method did not solve the stages of a step of size {sizes[row]:.6g}; its last change was "
+            f"{residual[row]:.3g} {unit}. Look at func and at option jacobian there, use smaller steps, or end the "
+            "solve earlier."
+            for row in np.flatnonzero(self.failed).tolist()
+        }
 
     def _to_tolerance(
-        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
-    ) -> list[Tensor]:
+        self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: list[Tensor]
+    ) -> tuple[list[Tensor], Mask]:
         """Iterates until the error, estimated from the rate of convergence, is within the tolerance."""
         assert self._tolerance is not None
-        assert self._start is not None
         y, ops = self._start[1], self._ops
         # Below this, changes are rounding.
         rounding = 10 * torch.finfo(y.dtype).eps * ops.error_norm(y, None, 0.0, y, y)
-        wanted, rate = max(self._tolerance, rounding), self._rate
-        sizes: list[float] = []
-        for n in range(1, _MOST_ITERATIONS + 1):
-            z, change, states = self._iteration(group, t, h, base, z)
-            sizes.append(max(float(ops.error_norm(d, None, 0.0, y, s)) for d, s in zip(change, states, strict=True)))
-            size = sizes[-1]
-            if not size < math.inf:
-                break
-            if n > 1:
-                # Over two iterations if possible: the first change may be small in the components that converge last.
-                contraction = size / sizes[-2] if n == 2 else math.sqrt(size / sizes[-3])
-                if contraction >= (_LARGEST_AT_FIRST if n == 2 else 1):
-                    break
-                rate = max(_LOWEST_RATE, contraction / (1 - contraction)) if contraction < 1 else math.inf
-                if n > 2 and rate * size * contraction ** (_MOST_ITERATIONS - n) > wanted:
-                    break
-                self._is_slow = contraction > _FAST
-            if size == 0 or rate * size <= wanted:
-                self._rate = rate if self._rate == 1.0 else max(rate, self._rate)
-                return z
-        raise NewtonError(sizes[-1], _TOLERANCES)
+        course = Convergence(rows, larger(self._tolerance, rounding), self._rate, self._is_slow)
+        while is_any(course.active):
+            active = course.active
+            new, change, states = self._iteration(active, group, t, base, z)
+            size = reduce(larger, (ops.error_norm(d, None, 0.0, y, s) for d, s in zip(change, states, strict=True)))
+            self._residual = where(active, size, self._residual)
+            z = chosen(course.judge(size), new, z)
+        self._rate, self._is_slow = course.rate, course.is_slow
+        return z, course.solved
 
     def _to_rounding(
         self,
+        rows: Mask,
         group: Group,
         t: Sequence[Tensor],
-        h: float,
         base: Sequence[Tensor],
         z: list[Tensor],
-        start: list[Tensor],
         always_anew: bool = False,
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Mask]:
         """Iterates until rounding stops the convergence.
 
-        If convergence is slow, it begins again at ``start``, with a new Jacobian in every iteration (``always_anew``).
-        From the iterate at hand, the iterations might find another solution of the equations.
+        Rows that converge slowly are left, unless every iteration gets a new Jacobian (``always_anew``). They begin
+        again from their start: from the iterate at hand, they might find another solution of the equations.
         """
-        if always_anew:
-            self._linearise_iterate(group, t, h, base, z)
-        eps = torch.finfo(base[0].dtype).eps
-        before = largest = math.inf
+        eps, active, solved = torch.finfo(base[0].dtype).eps, rows, rows & other_than(rows)
+        before = spread(math.inf, self._ops)
         for _ in range(_MOST_EXACT_ITERATIONS):
-            z, change, states = self._iteration(group, t, h, base, z)
-            size = max(_largest_ratio(d, s) for d, s in zip(change, states, strict=True))
-            largest = max(float(d.abs().max() / (s + d).abs().max()) for d, s in zip(change, states, strict=True))
-            if not size < math.inf and always_anew:
+            if not is_any(active):
                 break
-            if size <= 4 * eps or (size > _SLOW * before and largest <= 2**12 * eps):
-                return z
             if always_anew:
-                self._linearise_iterate(group, t, h, base, z)
-            elif not size <= _SLOW * before:
-                return self._to_rounding(group, t, h, base, start, start, always_anew=True)
-            before = size
-        raise NewtonError(largest, "of the state")
+                self._linearise_iterate(rows, group, t, base, z)
+            new, change, states = self._iteration(active, group, t, base, z)
+            size, largest = self._relative_changes(change, states)
+            self._residual = where(active, largest, self._residual)
+            is_fast = size <= _SLOW * before
+            done = active & ((size <= 4 * eps) | (other_than(is_fast) & (largest <= 2**12 * eps)))
+            going = active & (size < math.inf) & (done | is_fast | always_anew)
+            z = chosen(going, new, z)
+            solved, active, before = solved | done, going & other_than(done), size
+        return z, solved
 
     def _iteration(
-        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: list[Tensor]
+        self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The next z, its change, and the states at which f was evaluated."""
         assert group.a is not None
-        self._counts.n_newton_iterations += 1
+        self._counts.n_newton_iterations += count(rows)
         states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
         slopes = [self._f(*at) for at in zip(t, states, strict=True)]
-        residual = [new - old for new, old in zip(combined(h, group.a, slopes), z, strict=True)]
-        change = [self._ops.admit(d) for d in self._system_for(group, h).solve(residual)]
+        residual = [new - old for new, old in zip(combined(self._h, group.a, slopes), z, strict=True)]
+        change = [self._ops.admit(d) for d in self._system_for(group, rows).solve(residual)]
         return [old + d for old, d in zip(z, change, strict=True)], change, states
 
     def _linearise_iterate(
-        self, group: Group, t: Sequence[Tensor], h: float, base: Sequence[Tensor], z: Sequence[Tensor]
+        self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: Sequence[Tensor]
     ) -> None:
-        """Replaces the matrix by that at the iterate, with a Jacobian of its own for each stage."""
-        states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
-        self._factorise(group, h, [self._linearise(*at) for at in zip(t, states, strict=True)])
-        self._linearisation, self._is_current = None, False
+        """Replaces the matrices by those at the iterate, with a Jacobian of its own for each stage.
 
-    def _system_for(self, group: Group, h: float) -> System:
-        if self._system is None or self._key != (group.a, h):
-            self._factorise(group, h, [self._linearisation] * len(group.stages))
+        That of the start of the step no longer serves the ``rows``. All rows need their system anew afterwards.
+        """
+        states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
+        self._factorise(rows, group, [self._linearise(rows, *at) for at in zip(t, states, strict=True)])
+        self._is_stale = other_than(rows)
+        self._lacks_jacobian, self._is_current = self._lacks_jacobian | rows, self._is_current & other_than(rows)
+
+    def _system_for(self, group: Group, rows: Mask) -> System:
+        if self._a != group.a:
+            self._is_stale = spread(True, self._ops)
+        if is_any(self._is_stale & rows):
+            self._factorise(self._is_stale & rows, group, [self._linearisation] * len(group.stages))
         assert self._system is not None
         return self._system
 
-    def _factorise(self, group: Group, h: float, linearisations: Sequence[Any]) -> None:
+    def _factorise(self, rows: Mask, group: Group, linearisations: Sequence[Any]) -> None:
+        """Makes the system of all rows, of which ``rows`` have changed."""
         assert group.a is not None
-        self._counts.n_factorizations += 1
-        self._system = self._jacobian.system(linearisations, group.a, h)
-        self._key = group.a, h
+        self._counts.n_factorizations += count(rows)
+        self._system = self._jacobian.system(linearisations, group.a, self._h)
+        self._a, self._is_stale = group.a, spread(False, self._ops)
 
-    def _linearise_start(self) -> None:
-        assert self._start is not None
-        self._linearisation = self._linearise(self._start[0], self._start[1].detach())
-        self._is_current, self._is_slow, self._key, self._rate = True, False, None, 1.0
+    def _linearise_start(self, rows: Mask) -> None:
+        """Evaluates the Jacobians of ``rows`` at the start of the step."""
+        if not is_any(rows):
+            return
+        t, y = self._start
+        found, old = self._linearise(rows, t, y.detach()), self._linearisation
+        self._linearisation = found if old is None else chosen(rows, [found], [old])[0]
+        self._is_current, self._lacks_jacobian = self._is_current | rows, self._lacks_jacobian & other_than(rows)
+        self._is_slow, self._is_stale = self._is_slow & other_than(rows), self._is_stale | rows
+        self._rate = where(rows, 1.0, self._rate)
 
-    def _linearise(self, t: Tensor, y: Tensor) -> Any:
-        self._counts.n_jacobians += 1
+    def _linearise(self, rows: Mask, t: Tensor, y: Tensor) -> Any:
+        self._counts.n_jacobians += count(rows)
         return self._jacobian.at(t, y)
 
+    def _relative_changes(self, changes: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Numbers, Numbers]:
+        """In each row, the largest change of an element relative to that element, and to the largest element."""
+        n = self._ops.n_rows
+        found = [
+            torch.stack(_relative_changes(change.reshape(n, -1), state.reshape(n, -1)))
+            for change, state in zip(changes, states, strict=True)
+        ]
+        size, largest = torch.stack(found).amax(0).double().cpu().numpy()
+        return (size, largest) if self._ops.row_shape else (float(size[0]), float(largest[0]))
 
-def combined(h: float, rows: Sequence[Sequence[float]], x: Sequence[Tensor]) -> list[Tensor]:
+
+def combined(h: Number, rows: Sequence[Sequence[float]], x: Sequence[Tensor]) -> list[Tensor]:
     """h·Σ_j rows[i][j]·x[j] for each i."""
     sums: list[Tensor] = []
     for row in rows:
-        first, *others = [(h * w) * x_j for w, x_j in zip(row, x, strict=True) if w != 0] or [torch.zeros_like(x[0])]
+        first, *others = [in_dtype_of(x_j, h * w) * x_j for w, x_j in zip(row, x, strict=True) if w != 0] or [
+            torch.zeros_like(x[0])
+        ]
         for other in others:
             first = first + other
         sums.append(first)
     return sums
 
 
-def _largest_ratio(change: Tensor, state: Tensor) -> float:
-    """The largest change of an element relative to that element; elements below rounding count as rounding."""
-    after = state + change
+def _inverse(h: Number) -> Number:
+    return torch.where(h == 0, 0.0, 1 / h) if isinstance(h, Tensor) else 1 / h
+
+
+def _relative_changes(change: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of the matrices, the largest change relative to its element, and to the largest element.
+
+    Elements below rounding count as rounding.
+    """
+    after, change = state + change, change.abs()
     size = torch.maximum(state.abs(), after.abs())
-    lowest = torch.finfo(state.dtype).eps * size.max()
-    ratio = (change.abs() / torch.maximum(size, lowest)).masked_fill_(change == 0, 0.0)
-    return float(ratio.max()) if torch.isfinite(after).all() else math.inf
+    lowest = torch.finfo(state.dtype).eps * size.amax(1, keepdim=True)
+    ratio = (change / torch.maximum(size, lowest)).masked_fill_(change == 0, 0.0).amax(1)
+    return ratio.masked_fill_(~torch.isfinite(after).all(1), math.inf), change.amax(1) / after.abs().amax(1)

@@ -6,6 +6,8 @@ The slopes of a step satisfy the same equations as in ``runge_kutta``, with a fu
 
 For stages that depend on one another these are linear equations, with the transpose of the matrix of Newton's method
 at the converged stages. The iterations themselves are not differentiated.
+
+With ``RowOperations``, where each sample has a step size of its own, these are the equations of each sample.
 """
 
 from __future__ import annotations
@@ -15,20 +17,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, ReplayError
 from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
-from aca_ext.kernels.reference import Number, as_float
-from aca_ext.solver.implicit.newton import Newton, NewtonError, combined
+from aca_ext.kernels.reference import Number
+from aca_ext.solver.implicit.newton import Newton, combined
+from aca_ext.solver.implicit.rows import constant, is_any, largest, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, Solution, System
 from aca_ext.solver.one_step import OneStepMethod
 from aca_ext.solver.runge_kutta import PULLED, Trial
-from aca_ext.solver.stats import Stats
-from aca_ext.solver.transposed_step import Compare, compare_implicit_end, cotangent_of_start, repeated_implicit_end
+from aca_ext.solver.stats import BatchStats, Stats
+from aca_ext.solver.transposed_step import (
+    Compare,
+    Inside,
+    compare_implicit_end,
+    cotangent_of_start,
+    repeated_implicit_end,
+)
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 _CORRECTIONS = 2  # Newton corrections with a graph: each makes one more order of derivatives exact
@@ -55,53 +65,66 @@ class ImplicitMethod(OneStepMethod):
         scheme: ImplicitScheme,
         jacobian: Jacobian,
         tolerance: float | None,
-        counts: Stats,
+        counts: Stats | BatchStats,
         repeats: bool = False,
     ) -> None:
         self.scheme: ImplicitScheme = scheme
-        self._f, self._ops, self._jacobian, self._tolerance = f, ops, jacobian, tolerance
+        self._f, self._ops, self._jacobian, self._tolerance, self._repeats = f, ops, jacobian, tolerance, repeats
         self._newton = Newton(f, ops, jacobian, None if repeats else tolerance, counts)
 
     def step(
         self, times: Sequence[Number], y: Tensor, h: Number, k_first: Tensor | None = None, out: Tensor | None = None
     ) -> Trial:
         """Advances ``y`` by h, as ``runge_kutta.step`` does; where Newton's method fails, the error is infinite."""
-        scheme, ops = self.scheme, self._ops
-        t = ops.scalars(times)
+        scheme, ops, newton = self.scheme, self._ops, self._newton
+        t, size = ops.scalars(times), constant(h)
         k: list[Tensor] = []
         first = self._first_slope(t, y) if k_first is None else k_first
-        self._newton.begin_step(t[0], y)
+        newton.begin_step(times[0], t[0], y, size)
         for group in scheme.groups:
             if group.a is None:
                 i = group.stages.start
                 k.append(first if i == 0 else self._f(t[i], self._base(i, y, h, k)))
                 continue
-            try:
-                found = self._solved(group, t, y, h, k, first)
-            except NewtonError as failure:
-                return Trial(y, [first], None, math.inf, _failure_message(failure, as_float(h)))
+            found = self._solved(group, t, y, size, k, first)
+            if not is_any(newton.live):
+                return self._with_failures(Trial(y, [first], None), y)
             k += self._with_graph(group, t, y, h, k, found) if torch.is_grad_enabled() else found
         if scheme.error is None:
             return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
         y1, error = ops.solution_and_error(y, h, k, scheme.solution, scheme.error, out)
         if scheme.tableau.filter_error:
-            if isinstance(h, Tensor):
+            if size is not h:
                 raise ArgumentValueError(
                     f'gradient="naive" does not differentiate the filtered error estimate of {scheme.tableau.name!r}. '
                     'Use gradient="aca" or "direct", or another method.'
                 )
             with torch.no_grad():
-                error = self._newton.filtered(scheme.groups[-1], as_float(h), error.detach())
-        return Trial(y1, k, error)
+                error = newton.filtered(scheme.groups[-1], error.detach())
+        trial = Trial(y1, k, error)
+        return self._with_failures(trial, y) if is_any(newton.failed) else trial
+
+    def _with_failures(self, trial: Trial, y: Tensor) -> Trial:
+        """The trial with an infinite error in the rows whose iterations failed, and their messages."""
+        newton, ops = self._newton, self._ops
+        trial.failures = newton.failures()
+        if not is_any(newton.live):
+            trial.error_norm = spread(math.inf, ops)
+        else:
+            assert trial.partial_error is not None
+            norm = ops.error_norm(trial.partial_error, None, 0.0, y, trial.y1)
+            trial.error_norm = np.where(newton.failed, math.inf, norm)
+        return trial
 
     def vjp(
         self,
-        times: Sequence[float],
+        times: Sequence[Number],
         y: Tensor,
-        h: float,
+        h: Number,
         outputs: Sequence[tuple[Sequence[float], Tensor]],
         compare: Compare | None = None,
         y_next: Tensor | None = None,
+        inside: Inside | None = None,
     ) -> Tensor:
         """Replays a step from ``y`` and returns the cotangent of ``y``, as ``runge_kutta.step_vjp`` does.
 
@@ -115,7 +138,7 @@ class ImplicitMethod(OneStepMethod):
         compare_implicit_end(ops, compare, y, y_next, y1, k, self._tolerance)
         pulled: dict[int, Tensor] = {}  # v_i of the stages whose slope depends on y
         for group in reversed(self.scheme.groups):
-            r = [self._cotangent(i, h, outputs, pulled) for i in group.stages]
+            r = [self._cotangent(i, h, outputs, pulled, inside) for i in group.stages]
             if all(x is None for x in r):
                 continue
             of_group = [stages[i] for i in group.stages]
@@ -125,7 +148,7 @@ class ImplicitMethod(OneStepMethod):
                 v = own_result(f.pull_back, stage.y, stage.slope, grad) if stage.slope.requires_grad else None
                 if v is not None:
                     pulled[i] = ops.admit(v, PULLED)
-        return cotangent_of_start(ops, outputs, pulled.values())
+        return cotangent_of_start(ops, outputs, pulled.values(), inside)
 
     def jacobian_norm(self, scale: Tensor) -> float:
         """The norm of the Jacobian that Newton's method has used last, for states in units of ``scale``."""
@@ -150,25 +173,29 @@ class ImplicitMethod(OneStepMethod):
     def _solved(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], first: Tensor
     ) -> list[Tensor]:
-        """The slopes of a group of stages, without a graph.
+        """The slopes of a group of stages, without a graph; ``_newton`` tells the rows that failed.
 
         The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
         steps start from the state, since the slope may lead to another solution of the equations; ``first``, the slope
         at the start of the step, then saves their first evaluations of func.
         """
-        stages, size = group.stages, as_float(h)
+        stages, newton = group.stages, self._newton
         assert group.a is not None
         if y.numel() == 0:
             return [torch.zeros_like(y)] * len(stages)
         with torch.no_grad():
             known = [x.detach() for x in k]
-            base = [self._base(i, y.detach(), size, known) for i in stages]
+            base = [self._base(i, y.detach(), h, known) for i in stages]
             at = t[stages.start : stages.stop]
             if known and self._tolerance is not None:
-                start = combined(size, group.a, known[-1:] * len(stages))
-                return self._newton.solve(group, at, size, base, start)
-            start = [y.detach() - x for x in base]
-            return self._newton.solve(group, at, size, base, start, first.detach())
+                start = combined(h, group.a, known[-1:] * len(stages))
+                found = newton.solve(group, at, base, start)
+            else:
+                start = [y.detach() - x for x in base]
+                found = newton.solve(group, at, base, start, first.detach())
+        if self._repeats and is_any(newton.failed):
+            raise ReplayError(f"the backward pass did not repeat the forward pass: {newton.failures().popitem()[1]}")
+        return found
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
@@ -184,18 +211,18 @@ class ImplicitMethod(OneStepMethod):
             states = [x if x.requires_grad else x.detach().requires_grad_() for x in states]
             values = [self._f(t[i], x) for i, x in zip(group.stages, states, strict=True)]
             if system is None:
-                system = self._system(group, as_float(h), [t[i] for i in group.stages], states, values)
+                system = self._system(group, constant(h), [t[i] for i in group.stages], states, values)
             change = Solution.apply(system, False, *(new - old for new, old in zip(values, slopes, strict=True)))
             slopes = [ops.admit(old + d) for old, d in zip(slopes, change, strict=True)]
         return slopes
 
-    def _replayed(self, times: Sequence[float], y: Tensor, h: float) -> list[_Stage]:
+    def _replayed(self, times: Sequence[Number], y: Tensor, h: Number) -> list[_Stage]:
         """The stages of a step from ``y``, solved to rounding, with the graphs of their slopes."""
         t = self._ops.scalars(times)
         stages: list[_Stage] = []
         y = y.detach()
         first = None if self.scheme.starts_explicitly else self._first_slope(t, y)
-        self._newton.begin_step(t[0], y)
+        self._newton.begin_step(times[0], t[0], y, h)
         for group in self.scheme.groups:
             k = [stage.k for stage in stages]
             if group.a is not None:
@@ -207,17 +234,23 @@ class ImplicitMethod(OneStepMethod):
         return stages
 
     def _cotangent(
-        self, i: int, h: float, outputs: Sequence[tuple[Sequence[float], Tensor]], pulled: dict[int, Tensor]
+        self,
+        i: int,
+        h: Number,
+        outputs: Sequence[tuple[Sequence[float], Tensor]],
+        pulled: dict[int, Tensor],
+        inside: Inside | None,
     ) -> Tensor | None:
         """The cotangent of slope i from the outputs and from later groups; None if nothing depends on it."""
         a = self.scheme.a
         terms = [(w[i], g) for w, g in outputs if w[i] != 0]
+        terms += [] if inside is None else [(1.0, inside[1][i])]
         terms += [(a[j][i], v) for j, v in pulled.items() if a[j][i] != 0]
         if not terms:
             return None
         return self._ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
 
-    def _transposed(self, group: Group, h: float, stages: Sequence[_Stage], r: list[Tensor]) -> list[Tensor]:
+    def _transposed(self, group: Group, h: Number, stages: Sequence[_Stage], r: list[Tensor]) -> list[Tensor]:
         """The cotangents of the slopes of a group: the solution of Kᵀ·λ = r, improved until rounding."""
         if group.a is None:
             return r
@@ -226,21 +259,23 @@ class ImplicitMethod(OneStepMethod):
         found = [self._ops.admit(x) for x in system.solve(r, transposed=True)]
         if self._jacobian.is_exact:
             return found
-        eps, before = torch.finfo(r[0].dtype).eps, math.inf
+        eps, tiny = torch.finfo(r[0].dtype).eps, torch.finfo(r[0].dtype).tiny
+        before = torch.full_like(largest(r, self._ops), math.inf)
         for _ in range(_MOST_REFINEMENTS):
             residual = self._residual(group, h, stages, r, found)
-            size = max(float(x.abs().max()) for x in residual) / max(float(x.abs().max()) for x in (*r, *found))
-            if size <= 16 * eps or not size < 0.5 * before:
+            size = largest(residual, self._ops) / largest((*r, *found), self._ops).clamp_min(tiny)
+            is_better = (size > 16 * eps) & (size < 0.5 * before)
+            if not is_better.any():
                 break
-            before = size
+            before = torch.where(is_better, size, before)
             change = system.solve(residual, transposed=True)
-            found = [self._ops.admit(x + d) for x, d in zip(found, change, strict=True)]
-        if not size <= 2**16 * eps:
-            raise ReplayError(_NOT_A_JACOBIAN.format(size))
+            found = [self._ops.admit(torch.where(is_better, x + d, x)) for x, d in zip(found, change, strict=True)]
+        if not (size <= 2**16 * eps).all():
+            raise ReplayError(_NOT_A_JACOBIAN.format(float(size.max())))
         return found
 
     def _residual(
-        self, group: Group, h: float, stages: Sequence[_Stage], r: Sequence[Tensor], found: Sequence[Tensor]
+        self, group: Group, h: Number, stages: Sequence[_Stage], r: Sequence[Tensor], found: Sequence[Tensor]
     ) -> list[Tensor]:
         """r - Kᵀ·λ with the derivatives of func itself, in case that the matrix has others."""
         assert group.a is not None
@@ -253,7 +288,7 @@ class ImplicitMethod(OneStepMethod):
         return [r_i + s - x for r_i, s, x in zip(r, sums, found, strict=True)]
 
     def _system(
-        self, group: Group, h: float, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]
+        self, group: Group, h: Number, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]
     ) -> System:
         assert group.a is not None
         at = [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]
@@ -268,11 +303,3 @@ class _Stage:
     y: Tensor
     slope: Tensor
     k: Tensor
-
-
-def _failure_message(failure: NewtonError, h: float) -> str:
-    return (
-        f"Newton's method did not solve the stages of a step of size {h:.6g}; its last change was "
-        f"{failure.residual:.3g} {failure.unit}. Look at func and "
-        "at option jacobian there, use smaller steps, or end the solve earlier."
-    )

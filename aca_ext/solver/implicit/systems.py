@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError
+from aca_ext.kernels.reference import Number
+from aca_ext.solver.implicit.rows import in_dtype_of
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 Rows = Sequence[Sequence[float]]
@@ -44,7 +46,8 @@ class Jacobian(Protocol):
     def of_graph(self, t: Tensor, y: Tensor, k: Tensor) -> Any:
         """The linearisation at (t, y) from the autograd graph of ``k`` = f(t, y), which is kept."""
 
-    def system(self, linearisations: Sequence[Any], a: Rows, h: float) -> System: ...
+    def system(self, linearisations: Sequence[Any], a: Rows, h: Number) -> System:
+        """The system of a group of stages; h is a number, or a tensor with one for each block."""
 
     def norm(self, linearisation: Any, scale: Tensor) -> float:
         """The norm of a linearisation for states in units of ``scale``; infinite if it is not known."""
@@ -80,6 +83,12 @@ class Rowwise:
         return torch.stack([torch.autograd.grad(k, y, g, **how)[0].detach() for g in cotangents])
 
 
+def units(m: int, count: int, like: Tensor) -> Tensor:
+    """For each of the m elements of a block the state that is 1 there in all blocks, (m, \\*shape of ``like``)."""
+    unit = torch.eye(m, dtype=like.dtype, device=like.device).unsqueeze(1).expand(m, count, m)
+    return unit.reshape(m, *like.shape)
+
+
 class Blocks:
     """Jacobians as matrices: one of the whole state, or one per sample along its first dimension.
 
@@ -101,11 +110,10 @@ class Blocks:
         m = k.numel() // max(self._count, 1)
         if not k.requires_grad:
             return torch.zeros(self._count, m, m, dtype=k.dtype, device=k.device)
-        unit = torch.eye(m, dtype=k.dtype, device=k.device).unsqueeze(1).expand(m, self._count, m)
-        rows = self._rows(y, k, unit.reshape(m, *k.shape))
+        rows = self._rows(y, k, units(m, self._count, k))
         return rows.reshape(m, self._count, m).transpose(0, 1)
 
-    def system(self, linearisations: Sequence[Tensor], a: Rows, h: float) -> System:
+    def system(self, linearisations: Sequence[Tensor], a: Rows, h: Number) -> System:
         return BlockSystem(linearisations, a, h)
 
     def norm(self, linearisation: Tensor, scale: Tensor) -> float:
@@ -119,8 +127,8 @@ class GivenMatrix(Blocks):
 
     is_exact = False
 
-    def __init__(self, f: SlopeFunction, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(f, 1)
+    def __init__(self, f: SlopeFunction, count: int, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(f, count)
         self._function = function
 
     def at(self, t: Tensor, y: Tensor) -> Tensor:
@@ -134,21 +142,29 @@ class GivenMatrix(Blocks):
 class BlockSystem:
     """LU factors of the matrices K, one for each block of the state."""
 
-    def __init__(self, jacobians: Sequence[Tensor], a: Rows, h: float) -> None:
-        stages, (count, m, _) = len(a), jacobians[0].shape
-        eye = torch.eye(m, dtype=jacobians[0].dtype, device=jacobians[0].device)
-        rows: list[Tensor] = []
-        for i, (row, jacobian) in enumerate(zip(a, jacobians, strict=True)):
-            rows.append(torch.cat([eye * (i == j) - (h * a_ij) * jacobian for j, a_ij in enumerate(row)], dim=2))
+    def __init__(self, jacobians: Sequence[Tensor], a: Rows, h: Number) -> None:
+        stages, (count, m, _), dtype = len(a), jacobians[0].shape, jacobians[0].dtype
+        eye = torch.eye(m, dtype=dtype, device=jacobians[0].device)
+        h = h.view(-1, 1, 1) if isinstance(h, Tensor) else h
+
+        def block(i: int, j: int) -> Tensor:
+            scaled = in_dtype_of(eye, h * a[i][j]) * jacobians[i]
+            return eye - scaled if i == j else -scaled
+
+        rows = [_joined([block(i, j) for j in range(stages)], dim=2) for i in range(stages)]
         self._shape = stages, count, m
         # Not lu_factor, which raises for a singular matrix; the infinity that it gives here is a failed iteration.
-        self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(torch.cat(rows, dim=1))
+        self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(_joined(rows, dim=1))
 
     def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]:
         stages, count, m = self._shape
-        columns = torch.stack([x.reshape(count, m) for x in r], dim=1).reshape(count, stages * m, 1)
+        columns = _joined([x.reshape(count, m, 1) for x in r], dim=1)
         x = torch.linalg.lu_solve(self._factors, self._pivots, columns, adjoint=transposed)
-        return [part.reshape(r[0].shape) for part in x.reshape(count, stages, m).unbind(1)]
+        return [part.reshape(r[0].shape) for part in (x.reshape(count, stages, m).unbind(1) if stages > 1 else (x,))]
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(tuple(parts), dim=dim) if len(parts) > 1 else parts[0]
 
 
 class Solution(torch.autograd.Function):

@@ -68,6 +68,10 @@ class Newton:
         """The Jacobian in use; None if the next step evaluates one."""
         return self._linearisation
 
+    def forget(self) -> None:
+        """Lets the next step evaluate a Jacobian: the one in use is from a part of the solve long ago."""
+        self._linearisation, self._key = None, None
+
     def begin_step(self, t: Tensor, y: Tensor) -> None:
         """Tells where the next step starts; a trial that repeats the step from there shares its Jacobian."""
         if self._start is None or self._start[1] is not y:

@@ -14,7 +14,7 @@ from aca_ext.numerics.adams import Adams
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.adams import AdamsSteps, TransposedAdamsSteps, repeated
 from aca_ext.solver.checkpoints import StepRecord
-from aca_ext.solver.method import Method, Steps, advancing_method_of, methods_of_replay, parts_of
+from aca_ext.solver.method import Method, RepeatedSteps, advancing_method_of, methods_of_replay, parts_of
 from aca_ext.solver.runge_kutta import Coefficients, scheme_of, stage_times
 from aca_ext.solver.slope_checkpoints import earlier_slopes
 from aca_ext.solver.transposed_step import Compare
@@ -118,7 +118,7 @@ class _Adams:
 
 def repeated_steps(
     problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations
-) -> Callable[[int], Steps]:
+) -> Callable[[int], RepeatedSteps]:
     """The method of each step of ``record``, for steps in order, with an autograd graph if ``ops`` make one."""
     if isinstance(problem.tableau, Adams):
         adams = AdamsSteps(replay, ops, problem, record.formulas)

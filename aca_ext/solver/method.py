@@ -62,11 +62,15 @@ class Steps(Protocol):
     def finish(self) -> None:
         """Warns of steps that may be wrong."""
 
+
+class RepeatedSteps(Steps, Protocol):
+    """Steps that repeat those of a forward pass."""
+
     def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
         """The end of a repeated step with its graph, after a comparison with its end in the forward pass."""
 
 
-class Method(Steps, Protocol):
+class Method(RepeatedSteps, Protocol):
     """A one-step method, bound to f and the operations of one solve."""
 
     def vjp(

@@ -23,7 +23,6 @@ from aca_ext.numerics.switching import Switching
 from aca_ext.solver.runge_kutta import Coefficients, Trial
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.stiffness import distances
-from aca_ext.solver.transposed_step import Compare
 
 EXPLICIT, IMPLICIT = 0, 1
 _CALM_STEPS = 4  # in a row that the explicit method could have taken, before it takes over
@@ -45,6 +44,8 @@ class Part(Protocol):
 
 class ImplicitPart(Part, Protocol):
     def jacobian_norm(self, scale: Tensor) -> float: ...
+
+    def forget_jacobian(self) -> None: ...
 
 
 @dataclass
@@ -110,6 +111,7 @@ class SwitchingSteps:
             return k
         if now == EXPLICIT:
             memory.now, memory.calm = IMPLICIT, 0
+            self._implicit.forget_jacobian()
             return k
         memory.now, memory.pause, memory.count = EXPLICIT, _PAUSE, StiffnessCount(self._limit)
         return None  # the last slope comes from Newton's method, and an explicit step needs that of func
@@ -117,9 +119,6 @@ class SwitchingSteps:
     def finish(self) -> None:
         names = [part.name for part in self._pair.parts]
         self._counts.n_accepted_of = {name: self.chosen.count(i) for i, name in enumerate(names)}
-
-    def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
-        raise NotImplementedError  # each part repeats its own steps
 
     def _is_stiff(self, y: Tensor, trial: Trial) -> bool:
         memory = self._memory

@@ -89,6 +89,10 @@ class Newton:
         """The Jacobian in use; None if the next step evaluates one."""
         return None if is_any(self._lacks_jacobian) else self._linearisation
 
+    def forget(self) -> None:
+        """Lets the next step evaluate Jacobians: those in use are from a part of the solve long ago."""
+        self._lacks_jacobian = spread(True, self._ops)
+
     def begin_step(self, start_time: Any, t: Tensor, y: Tensor, h: Number) -> None:
         """Sets the start and the size of the next step; a trial that repeats the last step shares its Jacobian."""
         start_times, sizes = of_tensor(start_time), of_tensor(h)

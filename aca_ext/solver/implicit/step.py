@@ -150,6 +150,9 @@ class ImplicitMethod(OneStepMethod):
                     pulled[i] = ops.admit(v, PULLED)
         return cotangent_of_start(ops, outputs, pulled.values(), inside)
 
+    def forget_jacobian(self) -> None:
+        self._newton.forget()
+
     def jacobian_norm(self, scale: Tensor) -> float:
         """The norm of the Jacobian that Newton's method has used last, for states in units of ``scale``."""
         known = self._newton.linearisation

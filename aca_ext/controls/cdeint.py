@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from aca_ext.controls.controlled_field import ControlledField, FieldOfSamples
+from aca_ext.controls.controlled_field import ControlledField, FieldOfSamples, is_path
 from aca_ext.controls.interpolation import Interpolation
 from aca_ext.engines.default import get_default_engine
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
@@ -70,7 +70,7 @@ def cdeint(
 
     Source: Kidger et al., Neural controlled differential equations for irregular time series, NeurIPS 2020.
     """
-    paths = pytree.tree_leaves(X)
+    paths = pytree.tree_leaves(X, is_path)
     for path in paths:
         _check_control(path)
     for name in ("event_fn", "output_fn"):
@@ -96,7 +96,7 @@ def cdeint(
 
 
 def _check_control(path: Any) -> None:
-    if not callable(getattr(path, "derivative", None)):
+    if not is_path(path):
         raise ArgumentTypeError(
             f"X is of type {type(path).__name__}, which has no method derivative(t); give an aca_ext.Interpolation or, "
             "for a state with components, a tree of such."

@@ -13,11 +13,16 @@ from aca_ext.controls.interpolation import Interpolation
 from aca_ext.controls.pieces import derivative, polynomial
 from aca_ext.errors import SlopeError
 from aca_ext.problem.state import State
-from aca_ext.problem.trees import is_flat, is_node, leaves_like, leaves_of, like, parts_like, structure_of
+from aca_ext.problem.trees import is_flat, leaves_like, leaves_of, like, parts_like, structure_of, unflattened
 
 _CONTROL = "Control (..., channels) and state (..., hidden) need the same batch dimensions."
 _PRODUCT = "It must have the shape of z."
 _MATRIX = "It must be (..., hidden, channels) for z (..., hidden)."
+
+
+def is_path(x: object) -> bool:
+    """Tells whether ``x`` is a control, not a tree of controls."""
+    return callable(getattr(x, "derivative", None))
 
 
 class ControlledField:
@@ -28,7 +33,7 @@ class ControlledField:
     def __init__(self, path: Any, func: Callable[..., Any]) -> None:
         self.path, self.func = path, func
         self.prod = getattr(func, "prod", None)
-        self._has_paths = is_node(path)
+        self.paths, self._structure = pytree.tree_flatten(path, is_path)
 
     def __call__(self, t: Tensor, z: State, *args: Any) -> State:
         return self.slope(t, z, self._speed(t), *args)
@@ -47,9 +52,8 @@ class ControlledField:
         return like(z, [_product(*parts) for parts in zip(*(parts_like(z, x) for x in (matrix, speed)), strict=True)])
 
     def _speed(self, t: Tensor) -> Any:
-        if self._has_paths:
-            return pytree.tree_map(lambda path: path.derivative(t), self.path)
-        return self.path.derivative(t)
+        speeds = [path.derivative(t) for path in self.paths]
+        return speeds[0] if self._structure.is_leaf() else unflattened(self._structure, speeds)
 
 
 class FieldOfSamples(ControlledField):

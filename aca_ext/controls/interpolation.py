@@ -72,8 +72,8 @@ class Interpolation(nn.Module):
         """The linear path that needs no future value, torchcde's rectilinear interpolation, for online predictions.
 
         From one observation to the next, first the time alone moves, while the other channels keep their values; then
-        these move. The path has the knots 0, 1, ..., 2L - 2, and is x[i] at 2i. Missing values keep the last observation
-        of their channel, and before the first one they are equal to that, which is a future value.
+        these move. The path has the knots 0, 1, ..., 2L - 2, and is x[i] at 2i. Missing values keep the last
+        observation of their channel, and before the first one they are equal to that, which is a future value.
 
         Args:
             x: (..., L, channels) values, L ≥ 2; one channel is the time, which must not be missing.

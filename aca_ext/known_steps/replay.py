@@ -38,9 +38,9 @@ def replay(
 
     The number of steps, their sizes and their times are constants, so this is a function of y0, args, params and all
     that func depends on. It composes with torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap), forward-mode
-    derivatives, torch.compile and torch.export. At the arguments of the solve, values and gradients are those of the
-    solve up to rounding. At others the error of the steps is not controlled. A reverse pass keeps the graph of all
-    steps in memory.
+    derivatives, torch.compile, torch.export and torch.onnx.export. At the arguments of the solve, values and gradients
+    are those of the solve up to rounding. At others the error of the steps is not controlled. A reverse pass keeps the
+    graph of all steps in memory.
 
     Args:
         func: function (t, y, \\*args), as for ``solve``.

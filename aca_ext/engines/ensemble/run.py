@@ -43,8 +43,8 @@ def solve(
 
     With a number of ``checkpoints``, so many states of each sample are kept at most. The backward pass repeats the
     steps from one to the next, and holds those of a chunk of samples at a time. ``finished`` is called while the solve
-    runs, each time with the number of samples that ended since the last call.
-    Outputs at times that are padding are NaN; their cotangents are ignored.
+    runs, each time with the number of samples that ended since the last call. Outputs at padded times are NaN; their
+    cotangents are ignored.
 
     Raises:
         CompileError: func cannot be compiled for one sample, or this kind of solve is not supported.

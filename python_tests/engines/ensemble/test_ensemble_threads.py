@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], Callable[[], tup
     "backward in time": (lambda: pulses, lambda: sample(BATCH, 1), lambda: (learnt(),),
                          {"t": -T, "rtol": torch.logspace(-3, -7, BATCH, dtype=torch.float64)[:, None]}),
     "ragged": (lambda: pulses, lambda: sample(BATCH, 1), lambda: (learnt(BATCH, 1),),
-               {"t": torch.where(torch.arange(5) > torch.arange(BATCH)[:, None], math.nan, T + torch.rand(BATCH, 1))}),
+               {"t": torch.where(torch.arange(5) > torch.arange(BATCH)[:, None], math.nan, T + sample(BATCH, 1))}),
     "controller": (lambda: lotka_volterra, lambda: sample(BATCH, 2).abs() + 0.3, lambda: (learnt(BATCH, 4),),
                    {"options": {"pcoeff": 0.4, "icoeff": 0.3, "dcoeff": 0.1, "first_step": 0.01}}),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_fault_on_the_device() -> Iterator[None]:
+    """Waits for the GPU after each test that used it, so that a fault there ends the file at the test that made it.
+
+    CUDA reports a fault in a kernel at some later call, and every call after it fails too.
+    """
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"The test left a fault on the device, which no later test can clear: {error}", returncode=1)
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64  # bytes
+# Bytes. torch chooses the kernel of a matrix product by the alignment of its operands, up to 256 on a GPU; rows aligned
+# like the allocations of a capture get the same kernel, and so the same bits.
+_ALIGNMENT, _ALIGNMENT_ON_GPU = 64, 256
 
 
 def empty_rows(count: int, like: Tensor) -> Tensor:
@@ -27,13 +29,18 @@ def rows_like(like: Tensor, rows: Tensor) -> Tensor:
 
 
 def aligned_rows(count: int, like: Tensor) -> Sequence[Tensor]:
-    """``count`` uninitialised tensors with the strides of ``like``, each aligned to 64 bytes like an allocation."""
+    """``count`` uninitialised tensors with the strides of ``like``, each aligned like an allocation."""
     if count == 1:
         return (torch.empty_like(like),)
-    alignment = _ALIGNMENT // like.element_size()
-    pitch = -(-like.numel() // alignment) * alignment
+    pitch = aligned_length(like.numel(), like.element_size(), like.device.type)
     rows = torch.empty_strided((count, *like.shape), (pitch, *like.stride()), dtype=like.dtype, device=like.device)
     return rows.unbind(0)
+
+
+def aligned_length(length: int, element_size: int, device_type: str) -> int:
+    """The least number of elements, from ``length`` on, after which an address is aligned again."""
+    alignment = (_ALIGNMENT if device_type == "cpu" else _ALIGNMENT_ON_GPU) // element_size
+    return -(-length // alignment) * alignment
 
 
 def scalars(count: int, like: Tensor) -> Sequence[Tensor]:

@@ -1,5 +1,5 @@
-// CUDA graph whose WHILE node repeats a captured step, the check for operations that it cannot repeat, and the recovery
-// from a failed capture.
+// CUDA graph whose WHILE node repeats a captured step, the check for operations that it cannot repeat, the stream of
+// captures, and the recovery from a failed one.
 #include <cuda_runtime.h>
 
 #include <vector>
@@ -134,6 +134,13 @@ void restart_capture(int device, uintptr_t stream) {
     check(cudaStreamBeginCapture(captured, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
     nothing_kernel<<<1, 1, 0, captured>>>();
     check(cudaGetLastError(), "kernel launch");
+}
+
+uintptr_t new_stream(int device) {
+    const DeviceGuard guard(device);
+    cudaStream_t stream{};
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    return reinterpret_cast<uintptr_t>(stream);
 }
 
 bool LoopGraph::is_supported() {

@@ -31,4 +31,7 @@ std::string obstacle_to_loop(uintptr_t graph);
 // began. Otherwise torch fails to end it, and every later capture fails too.
 void restart_capture(int device, uintptr_t stream);
 
+// Returns a new stream that does not wait for the default stream, and that no one else gets. It is never destroyed.
+uintptr_t new_stream(int device);
+
 }  // namespace aca

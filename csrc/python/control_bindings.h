@@ -128,6 +128,7 @@ inline void bind_control(py::module_& m) {
         .def_static("is_supported", &LoopGraph::is_supported);
     m.def("obstacle_to_loop", &obstacle_to_loop);
     m.def("restart_capture", &restart_capture);
+    m.def("new_stream", &new_stream);
 #endif
 }
 

@@ -18,7 +18,18 @@ IS_SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 _CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if IS_SANITIZED else []
 # Announces every access to memory in csrc's code to the runtime, which checks it.
 _ANNOUNCED = [] if IS_SANITIZED else ["-fsanitize=thread"]
-_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-D__CUDACC__", "-D__CUDA_ARCH__=900", "-w", *_CHECKS]
+_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-D__CUDACC__",
+    "-D__CUDA_ARCH__=900",
+    "-w",
+    *_CHECKS,
+    "-include",
+    "cuda_runtime.h",
+]
 
 # What C++ does not know of CUDA's language, and how it is said to the runtime.
 _LAUNCH = re.compile(r"(\w+(?:<\w+>)?)<<<(.+?)>>>\(", re.DOTALL)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aca_ext.engines.cuda_graph.control_block import (
     ControlBlock,
     device_loop,
+    new_stream,
     obstacle_to_loop,
     restart_capture,
     supports_device_loops,
@@ -29,6 +30,11 @@ from aca_ext.errors import AcaError, GraphError
 DEVICE_LOOPS = False
 _WARM_UPS = 2
 _HINT = 'Use engine="eager", or change func.'
+_PATIENCE = 60.0  # seconds
+# Errors of a capture that was invalidated, perhaps by another thread that waited for the device: by their code in newer
+# versions of torch, and by their text.
+_INVALIDATED = (900, 901)
+_INVALIDATED_TEXTS = ("not permitted when stream is capturing", "due to a previous error during capture")
 
 Body = Callable[[], None]
 Repeat = Callable[[int], None]  # repeats at least so many times; steps after the end of the solve have no effect
@@ -59,18 +65,18 @@ class _Turns:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream, self.done, self.lock = torch.cuda.Stream(device), torch.cuda.Event(), threading.RLock()
+        self.stream, self.done, self.lock = new_stream(device), torch.cuda.Event(), threading.RLock()
         self._workspaces: Any = None
         with torch.cuda.device(device), suppress(AttributeError, RuntimeError):  # older torch, other allocator
             self._workspaces = torch.cuda.MemPool()
 
     def keeping_workspaces(self) -> AbstractContextManager[Any]:
-        """Context of a warm-up, in which cuBLAS's workspaces of this stream go into memory reserved for them."""
+        """Context of a warm-up, in which the workspaces of cuBLAS and cublasLt go into memory reserved for them."""
         return nullcontext() if self._workspaces is None else _Keeping(self._workspaces, self.stream.device)
 
 
 class _Keeping(TorchDispatchMode):
-    """Allocates cuBLAS's workspaces, one for each thread that calls it, in ``pool``.
+    """Allocates the workspaces of cuBLAS and cublasLt, one for each thread that calls them, in ``pool``.
 
     torch frees the workspaces of a stream when any CUDA graph captured on it is destroyed (2.12 and newer), or when
     torch.compile captures CUDA graphs. Programs captured before still write to them, so their memory must be reserved.
@@ -87,6 +93,8 @@ class _Keeping(TorchDispatchMode):
             self._threads.add(thread)
             with suppress(RuntimeError), torch.cuda.use_mem_pool(self._pool, self._device):
                 torch.cuda.current_blas_handle()  # makes the workspace if there is none
+                x = torch.zeros(2, 2, device=self._device)
+                torch.addmm(x[0], x, x)  # a product with a bias is one of cublasLt, which may have its own workspace
         return func(*args, **(kwargs or {}))
 
 
@@ -125,21 +133,25 @@ class CudaCapturer:
                 body()
             reset()
         torch.cuda.synchronize(self._device)
-        graph = _new_graph()
         try:
-            # Restores the current stream, since a capture that fails to end leaves its own stream active.
-            with torch.cuda.stream(current), _one_capture, _no_garbage_collection(), ExitStack() as capture:
-                with torch.inference_mode(False):  # torch makes tensors that later captures write to
-                    capture.enter_context(
-                        torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-                    )
-                self._run_captured(body)
+            graph = twice_if_invalidated(lambda: self._captured(body, current))
         except (AcaError, torch.cuda.OutOfMemoryError):
             raise
         except RuntimeError as error:
             raise GraphError(f"A step with func cannot be captured. {_HINT} CUDA reports: {error}") from error
         current.wait_stream(self._stream)
         return CudaProgram(graph)
+
+    def _captured(self, body: Body, current: torch.cuda.Stream) -> Any:
+        graph = _new_graph()
+        # Restores the current stream, since a capture that fails to end leaves its own stream active.
+        with torch.cuda.stream(current), held(_one_capture), _no_garbage_collection(), ExitStack() as capture:
+            with torch.inference_mode(False):  # torch makes tensors that later captures write to
+                capture.enter_context(
+                    torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+                )
+            self._run_captured(body)
+        return graph
 
     def _run_captured(self, body: Body) -> None:
         try:
@@ -172,12 +184,49 @@ class CudaCapturer:
     def in_order(self) -> Iterator[None]:
         """Orders the launches inside after all earlier ones on any stream, since programs reuse their memory."""
         turns, stream = self._turns, torch.cuda.current_stream(self._device)
-        with turns.lock:
+        with held(turns.lock):
             stream.wait_event(turns.done)
             try:
                 yield
             finally:
                 turns.done.record(stream)
+
+
+def twice_if_invalidated(capture: Callable[[], Any]) -> Any:
+    """The result of ``capture``, which is called once more if CUDA invalidated the first capture.
+
+    Another thread does that by ``torch.cuda.synchronize``; func does it too, and then the second capture fails as well.
+    """
+    try:
+        return capture()
+    except RuntimeError as error:
+        text = str(error)
+        if getattr(error, "error_code", None) not in _INVALIDATED and not any(x in text for x in _INVALIDATED_TEXTS):
+            raise
+    return capture()
+
+
+@contextmanager
+def held(lock: Any) -> Iterator[None]:
+    """Context that holds a lock, which a capture in another thread may hold for as long as it takes.
+
+    A backward pass runs in a thread that torch has once per device. If the capture needs that thread, since func calls
+    autograd, the two would wait for each other for ever; so a backward pass does not wait for long.
+
+    Raises:
+        GraphError: the lock was not free in time.
+    """
+    is_backward = torch._C._current_graph_task_id() != -1
+    if not lock.acquire(timeout=_PATIENCE if is_backward else -1):
+        raise GraphError(
+            f"This backward pass waited {_PATIENCE:g} s for a capture in another thread, whose func calls autograd and "
+            "may need the thread of this pass. Make one solve and its backward pass with each func before you start "
+            'several threads, or use engine="eager".'
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class CudaProgram:

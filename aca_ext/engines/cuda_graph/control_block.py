@@ -253,6 +253,11 @@ def obstacle_to_loop(graph: int) -> str:
     return _C.obstacle_to_loop(graph)
 
 
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no one else gets, unlike those of torch's pool, which hands out each of its 32 again and again."""
+    return torch.cuda.ExternalStream(_C.new_stream(device.index or 0), device)
+
+
 def restart_capture(stream: torch.cuda.Stream) -> None:
     """Replaces a failed capture on ``stream`` by a new one, which can be ended normally."""
     _C.restart_capture(stream.device_index, stream.cuda_stream)

@@ -126,7 +126,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned offset) {
 template <typename T>
 T atomicAdd(T* address, T value) {
     emulation::enter_atomic(address);
-    // Volatile, and so not part of the instrumented accesses of a kernel: an atomic operation is no race.
+    // Announced as atomic, and so not checked as an access of the kernel: an atomic operation is no race.
     const T before = __atomic_load_n(address, __ATOMIC_RELAXED);
     __atomic_store_n(address, before + value, __ATOMIC_RELAXED);
     return before;

@@ -44,7 +44,7 @@ const char* take_findings() {
     return text.c_str();
 }
 
-Stream* new_stream() { return new Stream; }
+Stream* new_stream() { return reinterpret_cast<Stream*>(aca::new_stream(0)); }
 void delete_stream(Stream* stream) { delete stream; }
 int is_capturing(const Stream* stream) { return stream->capture != nullptr; }
 void begin_capture(Stream* stream) { cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); }

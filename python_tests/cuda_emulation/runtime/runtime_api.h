@@ -38,6 +38,8 @@ template <typename K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {
     return *blocks = 1, cudaSuccess;
 }
+constexpr unsigned cudaStreamNonBlocking = 1;
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned flags);
 
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode);

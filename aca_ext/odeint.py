@@ -51,6 +51,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             draws random numbers nor changes buffers. Their gradients are exact up to the tolerance of Newton's method,
             and second derivatives too. Third derivatives are refused, in the backward pass that would make a graph of
             the second ones. gradient="adjoint" solves the state backward, which stiffness makes unstable.
+            "auto" takes steps of dopri5 as long as the problem is not stiff, and steps of kvaerno5 where it is; what
+            holds for implicit methods holds for it. It needs adaptive steps that all samples share. With
+            jacobian="krylov" it does not change back. ``stats.n_accepted_of`` counts the steps of each.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.
@@ -63,10 +66,11 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``step_t``: times that a step must end at.
             * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples
               and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
-            * ``jacobian``: of implicit methods: "dense" (default for up to 2048 elements: a matrix by autograd),
-              "block" (one matrix per sample along the first dimension of y0; samples must not depend on one another),
-              "krylov" (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args)
-              that returns the derivative of func as a matrix. With every choice the gradient is that of func.
+            * ``jacobian``: of implicit methods and "auto": "dense" (default for up to 2048 elements: a matrix by
+              autograd), "block" (one matrix per sample along the first dimension of y0; samples must not depend on one
+              another), "krylov" (default for larger states: GMRES with products by autograd), or a function of
+              (t, y, \\*args) that returns the derivative of func as a matrix. With every choice the gradient is that
+              of func.
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
               gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
@@ -125,6 +129,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             * "direct": the same gradient, from the stored autograd graph of all steps.
             * "naive": in addition differentiates the search for the step size.
             * "adjoint": the continuous adjoint, whose gradient is approximate.
+
+            Inside transforms of torch.func, "aca" has no checkpoints: its steps keep their graph, so that a reverse
+            pass takes the memory of "direct".
         checkpoints: states that gradient="aca" keeps for the backward pass; the gradient is the same, bit for bit.
 
             * None (default): the state of every accepted step.

@@ -47,6 +47,8 @@ UNREACHABLE = {
     "aca_ext.numerics.tableau": ("numpy",),
     "aca_ext.numerics.methods": ("numpy",),
     "aca_ext.numerics.implicit_tableaus": ("numpy",),
+    "aca_ext.numerics.stiffness": ("numpy",),
+    "aca_ext.numerics.switching": ("numpy",),
     "aca_ext.solver": ("aca_ext.vector_field.replay",),
     "aca_ext.solver.checkpoints": ("aca_ext.solver.loop", "aca_ext.problem.problem"),
     "aca_ext.solver.reversed_states": ("aca_ext.solver.loop", "aca_ext.problem.problem"),

@@ -12,10 +12,10 @@ from aca_ext.controls.controlled_field import ControlledField, FieldOfSamples
 from aca_ext.controls.interpolation import Interpolation
 from aca_ext.engines.default import get_default_engine
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
-from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
-from aca_ext.numerics.methods import ALIASES, METHODS
+from aca_ext.numerics.methods import ALIASES
 from aca_ext.odeint import odeint
 from aca_ext.problem.options import FIXED_OPTIONS
+from aca_ext.problem.problem import ALL_METHODS
 from aca_ext.problem.state import State
 from aca_ext.problem.transforms import is_transformed
 from aca_ext.problem.trees import map_leaves
@@ -122,7 +122,7 @@ def _options_at_knots(paths: Sequence[Any], settings: Mapping[str, Any]) -> dict
     method = settings.get("method") or "dopri5"
     if not isinstance(method, str):
         return options  # odeint says what is allowed
-    weights = METHODS.get(ALIASES.get(method, method)) or IMPLICIT_METHODS.get(method)
+    weights = ALL_METHODS.get(ALIASES.get(method, method))
     if weights is None:
         return options  # an unknown method, or one of the drop-in alone
     if not weights.adaptive or any(options.get(name) is not None for name in FIXED_OPTIONS):

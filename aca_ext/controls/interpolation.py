@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aca_ext.controls.missing import filled_forward
 from aca_ext.controls.pieces import KINDS, derivative, polynomial
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, TimeError
 from aca_ext.kernels.reference import widest_dtype
@@ -65,6 +66,37 @@ class Interpolation(nn.Module):
         self.register_buffer("_t", t, persistent=False)
         coefficients = torch.stack(pieces).transpose(-1, -2).to(x.dtype)
         self.register_buffer("_coefficients", coefficients, persistent=False)
+
+    @classmethod
+    def rectilinear(cls, x: Tensor, time_channel: int = 0) -> Interpolation:
+        """The linear path that needs no future value, torchcde's rectilinear interpolation, for online predictions.
+
+        From one observation to the next, first the time alone moves, while the other channels keep their values; then
+        these move. The path has the knots 0, 1, ..., 2L - 2, and is x[i] at 2i. Missing values keep the last observation
+        of their channel, and before the first one they are equal to that, which is a future value.
+
+        Args:
+            x: (..., L, channels) values, L ≥ 2; one channel is the time, which must not be missing.
+            time_channel: number of that channel.
+
+        Raises:
+            ArgumentTypeError: x is no real floating tensor, or time_channel no integer.
+            ArgumentValueError: x has another shape, or no such channel.
+
+        Source: Morrill et al., Neural controlled differential equations for online prediction tasks, 2021.
+        """
+        _check_values(x)
+        channels = x.shape[-1]
+        if not isinstance(time_channel, int) or isinstance(time_channel, bool):
+            raise ArgumentTypeError(f"time_channel is of type {type(time_channel).__name__}; give the number, an int.")
+        if not -channels <= time_channel < channels:
+            raise ArgumentValueError(
+                f"time_channel is {time_channel}, but x has {channels} channels. Give one of them."
+            )
+        twice = filled_forward(x.transpose(-1, -2)).transpose(-1, -2).repeat_interleave(2, -2)
+        is_time = torch.arange(channels, device=x.device) == time_channel % channels
+        knots = torch.arange(2 * x.shape[-2] - 1, dtype=torch.float64, device="cpu")
+        return cls(knots, torch.where(is_time, twice[..., 1:, :], twice[..., :-1, :]), "linear")
 
     @property
     def grid_points(self) -> Tensor:

@@ -44,6 +44,7 @@ from aca_ext.problem.times import resolution_of, times_of
 from aca_ext.problem.tolerance import Tolerance, check_within_reach, checked_tolerance
 from aca_ext.progress import Callback
 
+ALL_METHODS: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS, AUTO.name: AUTO}
 _PLAIN = (torch.float32, torch.float64)
 
 
@@ -304,9 +305,8 @@ def checked_problem(
 def _tableau(method: object) -> Any:
     if method is None:
         return METHODS["dopri5"]
-    methods: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS, AUTO.name: AUTO}
-    name = lookup("method", method, [*methods, *ALIASES])
-    return methods[ALIASES.get(name, name)]
+    name = lookup("method", method, [*ALL_METHODS, *ALIASES])
+    return ALL_METHODS[ALIASES.get(name, name)]
 
 
 @cache

@@ -55,7 +55,7 @@ class Packing:
     is_tuple: bool
     is_complex: bool
     kind: type[tuple[Tensor, ...]] = tuple
-    tree: Structure | None = None
+    tree: Structure | None = field(default=None, hash=False)  # whose hash older versions of torch do not have
     paths: tuple[str, ...] = ()
     sizes: list[int] = field(init=False, repr=False, compare=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +18,24 @@ NOT_FINITE_ON_GRID = "the solution on the fixed grid is NaN or infinite at its e
 NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
 
 
-def failure_of(problem: Problem, kind: type[SolveError], message: str | None, **numbers: Any) -> SolveError:
-    """The error of a solve that stopped early; ``message`` is the reason, by default that of ``kind``."""
+def failure_of(
+    problem: Problem,
+    kind: type[SolveError],
+    message: str | None,
+    advice: Callable[[], str | None] = lambda: None,
+    **numbers: Any,
+) -> SolveError:
+    """The error of a solve that stopped early.
+
+    Args:
+        message: the reason, by default that of ``kind``.
+        advice: function that returns advice for this solve, to be added to the default reason.
+    """
     if kind is NonFiniteError:
         message = fault_of_start(problem.y0) or message
     reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
     if problem.newton is None and kind in (StepLimitError, StepSizeError) and message is None:
-        reason += ' If the problem is stiff, use method="kvaerno5" or "auto".'
+        reason += " " + (advice() or 'If the problem is stiff, use method="auto" or "kvaerno5".')
     return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
 
 
@@ -34,12 +46,14 @@ def failure_at(
     kind: type[SolveError],
     message: str | None = None,
     ratio: Number | None = None,
+    advice: Callable[[], str | None] = lambda: None,
 ) -> SolveError:
     """``failure_of`` with the numbers of a control; ``ratio`` is by default that of its last trial."""
     return failure_of(
         problem,
         kind,
         message,
+        advice,
         t=as_float(control.t),
         h=as_float(control.h if problem.adaptive else control.h_trial) or math.nan,  # until a step is chosen
         error_ratio=as_float(control.ratio if ratio is None else ratio),

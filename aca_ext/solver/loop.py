@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_tim
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_events import StepEvents
+from aca_ext.solver.stiffness import stiffness_advice
 from aca_ext.vector_field.field import RandomState, VectorField
 
 AnyStepControl = Any  # StepControl, or its C++ counterpart
@@ -186,7 +188,9 @@ class Solver:
         elif status == "stopped" or (status == "step_limit" and problem.stops_at_limit):
             self._stop(control, y)
         else:
-            raise self._failure(StepLimitError if status == "step_limit" else StepSizeError, control)
+            kind: type[SolveError] = StepLimitError if status == "step_limit" else StepSizeError
+            advice = partial(stiffness_advice, problem, self.field, self.ops, self._steps, control, y.detach(), self._k)
+            raise failure_at(problem, self.field, control, kind, advice=advice)
 
     def _stop(self, control: AnyStepControl, y: Tensor) -> None:
         """Appends the state reached as a last output, if a step was accepted, and records the solver's state."""

@@ -20,8 +20,9 @@ from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number, as_float
 from aca_ext.numerics.stiffness import EigenvalueEstimate, StiffnessCount
 from aca_ext.numerics.switching import Switching
-from aca_ext.solver.runge_kutta import Coefficients, Trial, nonzero
+from aca_ext.solver.runge_kutta import Coefficients, Trial
 from aca_ext.solver.stats import Stats
+from aca_ext.solver.stiffness import distances
 from aca_ext.solver.transposed_step import Compare
 
 EXPLICIT, IMPLICIT = 0, 1
@@ -82,7 +83,7 @@ class SwitchingSteps:
         self._pair, self._ops, self._counts = pair, ops, counts
         self._parts = parts
         _, self._implicit = parts
-        self._limit, self._weights = estimate.limit, nonzero(estimate.weights)
+        self._estimate, self._limit = estimate, estimate.limit
         self._memory = Memory(StiffnessCount(estimate.limit)) if resumed is None else deepcopy(resumed)
         self.chosen: list[int] = []
 
@@ -121,15 +122,11 @@ class SwitchingSteps:
         raise NotImplementedError  # each part repeats its own steps
 
     def _is_stiff(self, y: Tensor, trial: Trial) -> bool:
-        memory, ops = self._memory, self._ops
+        memory = self._memory
         if memory.pause > 0:
             memory.pause -= 1
             return False
-        y, y1, k = y.detach(), trial.y1.detach(), [x.detach() for x in trial.k]
-        indices, weights = self._weights
-        states = ops.weighted_sum(None, 1.0, [k[i] for i in indices], weights)
-        of_slopes = float(ops.error_norm(k[-1], k[-2], -1.0, y, y1))
-        memory.count.observe(of_slopes, float(ops.error_norm(states, None, 0.0, y, y1)))
+        memory.count.observe(*distances(self._ops, self._estimate, y, trial))
         return memory.count.is_stiff
 
     def _is_calm(self, y: Tensor, h: Number, trial: Trial) -> bool:

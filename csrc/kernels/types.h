@@ -4,10 +4,10 @@
 
 namespace aca {
 
-constexpr int kMaxTerms = 16;       // of one weighted sum
-constexpr int kMaxPartials = 512;   // partial sums of one reduction
-constexpr int kMaxDegree = 8;       // of dense output
-constexpr int kMaxBlocks = 48;      // of checkpoints; each block is as large as all before it together
+constexpr int kMaxTerms = 16;      // of one weighted sum
+constexpr int kMaxPartials = 512;  // partial sums of one reduction
+constexpr int kMaxDegree = 8;      // of dense output
+constexpr int kMaxBlocks = 48;     // of checkpoints; each block is as large as all before it together
 constexpr int64_t kWorkspaceBytes = kMaxPartials * sizeof(double) + 64;
 
 enum class DType { f32, f64 };

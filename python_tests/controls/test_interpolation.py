@@ -140,6 +140,44 @@ class TestMissingValues:
         assert bool((grad[~x.isnan()] != 0).any())
 
 
+class TestRectilinear:
+    X = torch.tensor([[0.0, 5.0, 1.0], [0.5, NAN, 2.0], [2.0, 7.0, NAN]], dtype=torch.float64)
+
+    def test_moves_the_time_first(self) -> None:
+        """The knots are those of torchcde's linear_interpolation_coeffs(x, rectilinear=0)."""
+        path = Interpolation.rectilinear(self.X)
+        expected = [[0.0, 5, 1], [0.5, 5, 1], [0.5, 5, 2], [2.0, 5, 2], [2.0, 7, 2]]
+        assert path.grid_points.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert path.evaluate(path.grid_points).tolist() == expected
+        assert path.evaluate(0.5).tolist() == [0.25, 5.0, 1.0]
+        assert path.derivative(1.5).tolist() == [0.0, 0.0, 1.0]
+
+    def test_needs_no_future_value(self) -> None:
+        x = values(4)
+        other = torch.cat([x[:, :5], values(4)[:, 5:]], 1)
+        times = torch.linspace(0, 8, 17)
+        one, another = (Interpolation.rectilinear(x, -1).evaluate(times) for x in (x, other))
+        assert torch.equal(one, another)
+
+    def test_gradients(self) -> None:
+        x = values(2).requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x: Interpolation.rectilinear(x, 1).evaluate(torch.tensor([0.3, 3.7], dtype=torch.float64)), x
+        )
+
+    @pytest.mark.parametrize(
+        ("channel", "error", "message"),
+        [
+            (3, errors.ArgumentValueError, "time_channel is 3, but x has 3 channels"),
+            (-4, errors.ArgumentValueError, "time_channel is -4"),
+            (1.0, errors.ArgumentTypeError, "time_channel is of type float"),
+        ],
+    )
+    def test_refuses_other_channels(self, channel: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            Interpolation.rectilinear(self.X, channel)
+
+
 class TestDerivatives:
     @pytest.mark.parametrize("kind", KINDS)
     def test_are_those_of_the_values(self, kind: str) -> None:

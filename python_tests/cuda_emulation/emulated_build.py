@@ -66,6 +66,22 @@ def build(csrc: Path, to: Path) -> Path:
     return library
 
 
+def build_lanes(source: str, emulated: Path, to: Path) -> Path:
+    """Compiles the generated source of a solve of independent samples, on top of a library that ``build`` made."""
+    to.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(CSRC, to / "csrc", dirs_exist_ok=True)
+    driver = to / "csrc" / "ensemble" / "threads.cuh"
+    driver.write_text(as_cpp(driver.read_text()))
+    cpp, library = to / "lanes.cpp", to / "lanes.so"
+    cpp.write_text(f"#include <cuda_runtime.h>\n{source}")
+    include = [f"-I{HERE / 'runtime'}", f"-I{to / 'csrc'}"]
+    _run([COMPILER, *_FLAGS, *_ANNOUNCED, *include, "-c", str(cpp), "-o", f"{cpp}.o"])
+    _run(
+        [COMPILER, "-shared", *_CHECKS, f"{cpp}.o", str(emulated), f"-Wl,-rpath,{emulated.parent}", "-o", str(library)]
+    )
+    return library
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"

@@ -55,8 +55,8 @@ def check_solution_and_error(cuda: Emulation, dtype: str, n: int, count: int, of
     on = Operands(cuda, dtype, n, offset)
     y, k, b, e, h = on.one(), on.many(count), on.weights(count), on.weights(count), 0.61
     y1, error = on.output(), on.output()
-    addresses = [address_of(out) for out in (y1, error, y)]
-    cuda.solution_and_error(on.on, n, *addresses, h, [*map(address_of, k)], b, e)
+    slopes = [*map(address_of, k)]
+    cuda.solution_and_error(on.on, n, address_of(y1), address_of(error), address_of(y), h, slopes, b, e)
     on.assert_near(y1, _terms(y, h, k, b))
     on.assert_near(error, _terms(None, h, k, e))
 
@@ -70,8 +70,8 @@ def check_rows(cuda: Emulation, dtype: str, rows: int, length: int, count: int, 
     slopes = [*map(address_of, k)]
     cuda.weighted_sum_rows(on.on, rows, length, address_of(h), address_of(out), address_of(y), slopes, b)
     on.assert_near(out, _terms(y, each, k, b))
-    addresses = [address_of(x) for x in (h, y1, error, y)]
-    cuda.solution_and_error_rows(on.on, rows, length, *addresses, slopes, b, e)
+    outputs = address_of(y1), address_of(error)
+    cuda.solution_and_error_rows(on.on, rows, length, address_of(h), *outputs, address_of(y), slopes, b, e)
     on.assert_near(y1, _terms(y, each, k, b))
     on.assert_near(error, _terms(None, each, k, e))
 

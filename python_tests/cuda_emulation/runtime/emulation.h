@@ -14,10 +14,10 @@ inline size_t random_below(size_t n) { return size_t(random_numbers() % n); }
 void report(const std::string& finding);
 
 // threads.cpp
-void run(const Kernel& kernel);   // all blocks of it
-bool is_in_kernel();              // a thread of a kernel runs
-unsigned current_thread();        // its number in the grid
-void maybe_switch();              // lets another thread run, now and then
+void run(const Kernel& kernel);  // all blocks of it
+bool is_in_kernel();             // a thread of a kernel runs
+unsigned current_thread();       // its number in the grid
+void maybe_switch();             // lets another thread run, now and then
 
 // memory.cpp
 char* allocate(size_t bytes, size_t offset, bool is_written);

@@ -1,10 +1,9 @@
 // Streams and graphs: a stream runs what it is given at once or records it; a graph runs in any order that its edges
 // allow.
-#include <cstdlib>
-#include <set>
-#include <vector>
-
 #include "graphs.h"
+
+#include <cstdlib>
+#include <vector>
 
 namespace emulation {
 
@@ -63,17 +62,21 @@ std::shared_ptr<const void> copied(const void* from, size_t bytes) {
 }
 
 void run_graph(const Graph& graph) {
-    std::set<const Node*> done;
-    while (done.size() < graph.nodes.size()) {
-        std::vector<const Node*> possible;
-        for (const auto& node : graph.nodes) {
-            bool is_possible = !done.count(node.get());
-            for (const Node* before : node->after) is_possible = is_possible && done.count(before);
-            if (is_possible) possible.push_back(node.get());
-        }
-        const Node* const node = possible[random_below(possible.size())];
+    std::map<const Node*, std::vector<const Node*>> followers;
+    std::map<const Node*, size_t> n_missing;
+    std::vector<const Node*> possible;
+    for (const auto& node : graph.nodes) {
+        n_missing[node.get()] = node->after.size();
+        if (node->after.empty()) possible.push_back(node.get());
+        for (const Node* before : node->after) followers[before].push_back(node.get());
+    }
+    while (!possible.empty()) {
+        std::swap(possible[random_below(possible.size())], possible.back());
+        const Node* const node = possible.back();
+        possible.pop_back();
         run_node(*node);
-        done.insert(node);
+        for (const Node* follower : followers[node])
+            if (--n_missing[follower] == 0) possible.push_back(follower);
     }
 }
 
@@ -133,7 +136,9 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t*
     return cudaSuccess;
 }
 
-cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) { return *type = node->type, cudaSuccess; }
+cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
+    return *type = node->type, cudaSuccess;
+}
 
 cudaError_t cudaGraphMemcpyNodeGetParams(cudaGraphNode_t node, cudaMemcpy3DParms* copy) {
     return *copy = node->copy, cudaSuccess;

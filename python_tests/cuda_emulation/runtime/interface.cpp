@@ -2,10 +2,10 @@
 #include <map>
 #include <string>
 
+#include "control/control_block.h"
 #include "cuda_graph/loop_graph.h"
 #include "graphs.h"
 #include "kernels/ops.h"
-#include "control/control_block.h"
 
 namespace emulation {
 namespace {

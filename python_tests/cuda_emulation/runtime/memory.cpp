@@ -23,12 +23,12 @@ constexpr char kGuard = char(0xCB);
 
 enum : uint8_t { is_allocated = 1, is_written = 2 };
 
-char* const arena = static_cast<char*>(mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE,
-                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-uint8_t* const flags = static_cast<uint8_t*>(mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE,
-                                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+char* const arena = static_cast<char*>(
+    mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+uint8_t* const flags = static_cast<uint8_t*>(
+    mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 size_t used = 0;
-std::map<char*, size_t> buffers;           // address and size
+std::map<char*, size_t> buffers;            // address and size
 std::multimap<size_t, char*> free_buffers;  // the same, reversed
 
 using Clock = std::vector<unsigned>;  // per thread of the grid, the last of its moments that is known
@@ -50,7 +50,7 @@ struct Cell {
 };
 
 std::vector<Order> order;
-std::unordered_map<size_t, Cell> cells;       // by address, in units of four bytes
+std::unordered_map<size_t, Cell> cells;        // by address, in units of four bytes
 std::unordered_map<size_t, Clock> at_atomics;  // by address
 
 void join(Clock& to, const Clock& from) {
@@ -149,7 +149,8 @@ void release_all() {
 void check_guards() {
     for (const auto& [address, bytes] : buffers)
         for (size_t i = 0; i < kGuardBytes; ++i)
-            if (address[-1 - ptrdiff_t(i)] != kGuard || address[bytes + i] != kGuard) return report("guard overwritten");
+            if (address[-1 - ptrdiff_t(i)] != kGuard || address[bytes + i] != kGuard)
+                return report("guard overwritten");
 }
 
 bool is_device_memory(const void* address) { return size_t(static_cast<const char*>(address) - arena) < kArenaBytes; }
@@ -197,10 +198,10 @@ void __threadfence() {
     mine.known = mine.at_fence = known;
 }
 
-#define ACCESS(bytes)                                                                                      \
-    void __tsan_read##bytes(void* address) { emulation::access(address, bytes, false); }                   \
-    void __tsan_write##bytes(void* address) { emulation::access(address, bytes, true); }                   \
-    void __tsan_unaligned_read##bytes(void* address) { emulation::access(address, bytes, false); }         \
+#define ACCESS(bytes)                                                                              \
+    void __tsan_read##bytes(void* address) { emulation::access(address, bytes, false); }           \
+    void __tsan_write##bytes(void* address) { emulation::access(address, bytes, true); }           \
+    void __tsan_unaligned_read##bytes(void* address) { emulation::access(address, bytes, false); } \
     void __tsan_unaligned_write##bytes(void* address) { emulation::access(address, bytes, true); }
 extern "C" {
 ACCESS(1)
@@ -219,5 +220,7 @@ uint32_t __tsan_atomic32_load(const uint32_t* address, int) { return *address; }
 uint64_t __tsan_atomic64_load(const uint64_t* address, int) { return *address; }
 void __tsan_atomic32_store(uint32_t* address, uint32_t value, int) { *address = value; }
 void __tsan_atomic64_store(uint64_t* address, uint64_t value, int) { *address = value; }
-uint32_t __tsan_atomic32_fetch_add(uint32_t* address, uint32_t value, int) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
+uint32_t __tsan_atomic32_fetch_add(uint32_t* address, uint32_t value, int) {
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
 }

@@ -63,8 +63,12 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_bytes = 0;
 
 #ifdef __SANITIZE_ADDRESS__
-void before_switch(void** saved, const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(saved, stack, bytes); }
-void after_switch(void* saved, const void** from, size_t* bytes) { __sanitizer_finish_switch_fiber(saved, from, bytes); }
+void before_switch(void** saved, const void* stack, size_t bytes) {
+    __sanitizer_start_switch_fiber(saved, stack, bytes);
+}
+void after_switch(void* saved, const void** from, size_t* bytes) {
+    __sanitizer_finish_switch_fiber(saved, from, bytes);
+}
 #else
 void before_switch(void**, const void*, size_t) {}
 void after_switch(void*, const void**, size_t*) {}

@@ -64,7 +64,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``jacobian``: of implicit methods: "dense" (default for up to 2048 elements: a matrix by autograd),
               "block" (one matrix per sample along the first dimension of y0; samples must not depend on one another),
               "krylov" (default for larger states: GMRES with products by autograd), or a function of (t, y, \\*args)
-              that returns the derivative of func as a matrix. With every choice the gradient is that of func.
+              that returns the derivative of func as a matrix. With every choice the gradient is that of func. With
+              independent samples each has a matrix: "dense" and "block" are the same, "krylov" is not available, and a
+              function returns (batch, n, n).
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
               gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
@@ -79,7 +81,9 @@ def odeint(arguments: _OdeintArguments) -> State:
               samples are still evaluated, at their end, until the slowest one ends, unless ``compact`` is given. For
               gradients "aca" and "direct", without ``norm``, and with ``step_t`` and ``jump_t`` for
               engine="compiled" alone. There, func runs on single samples, in SIMD lanes that take the next sample as
-              soon as one has ended.
+              soon as one has ended. An implicit method takes engine="eager". It iterates for each sample until that
+              one has converged; the numbers are those of a batch of one sample, on the CPU bit for bit if func and the
+              LU factorisation compute a row the same in every batch, else up to rounding.
             * ``compact``: True leaves finished samples of an independent batch out of func, once they are half of those
               that it sees. Tensors in args whose first dimension is the batch follow. func must hold no other tensor
               with a row per sample, which would no longer match: at each such change its result is compared with that

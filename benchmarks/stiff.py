@@ -1,4 +1,4 @@
-"""Error against steps, evaluations, factorisations and time of implicit methods, on seven stiff problems.
+"""Error against steps, evaluations, factorisations and time of implicit methods, on seven stiff problems and a batch.
 
 One CPU thread, float64. Errors are those of the published end values, in units of the tolerance, times rtol. The time
 is that of the second of two solves without gradient, or of the first if it takes a minute. SciPy does not count the
@@ -17,6 +17,7 @@ import torch
 import aca_ext
 from benchmarks.harness import Parts, Result, Settings, Table, first_line, new_figure, torch_threads
 from benchmarks.peers import jax_and_diffrax
+from benchmarks.stiff_batch import batch
 from benchmarks.stiff_problems import E5, HIRES, OREGONATOR, POLLUTION, PROBLEMS, ROBERTSON, StiffFunction, StiffProblem
 
 OWN_METHODS = ("kvaerno5", "kvaerno3", "trbdf2")
@@ -68,6 +69,7 @@ def run(settings: Settings) -> Parts:
             yield from _work(problem, solvers, TOLERANCES[:1] if settings.quick else TOLERANCES)
         for problem in (HIRES,) if settings.quick else (ROBERTSON, HIRES, POLLUTION):
             yield from _gradients(problem, TOLERANCES[1:2] if settings.quick else TOLERANCES)
+        yield from batch(settings)
 
 
 def _work(problem: StiffProblem, solvers: dict[str, Solver], tolerances: tuple[float, ...]) -> Parts:
@@ -255,8 +257,20 @@ def draw(result: Result):
                 axes.loglog(*points, style, color=f"C{i}", label=name)
             axes.set(xlabel=label, title=table.title if key == "ms" else "")
             axes.tick_params(which="both", labelsize=6)
+            _label_whole_decades(axes)
             axes.grid(alpha=0.3)
     for axes in panels[:, 0]:
         axes.set_ylabel("error")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
+
+
+def _label_whole_decades(axes: Any) -> None:
+    """Ends both axes at powers of ten and labels only these: the labels between them would overlap."""
+    for axis, limits, set_limits in (
+        (axes.xaxis, axes.get_xlim(), axes.set_xlim),
+        (axes.yaxis, axes.get_ylim(), axes.set_ylim),
+    ):
+        low, high = np.log10(limits)
+        set_limits(10.0 ** np.floor(low), 10.0 ** np.ceil(high))
+        axis.set_minor_formatter("")

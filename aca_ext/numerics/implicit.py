@@ -23,7 +23,9 @@ class ImplicitTableau(Weights):
         c: s nodes.
         a: s rows of s entries.
         filter_error: the raw error estimate grows without bound with the stiffness, so it must be multiplied by
-            ``(I - h a_ss J)^-1``, which the Newton iteration has factorised, as the authors of the method do.
+            ``(I - h a_ss J)^-1``, which the Newton iteration has factorised, as the authors of the method do. That
+            weakens the estimate where the stiffness is moderate: with trbdf2 on the problem HIRES the error at the end
+            is 2 to 3 times larger, at 90 % of the steps.
 
     Raises:
         ValueError: the parts do not fit together: a shape, an order, or a sum that every consistent method must have.

@@ -44,6 +44,7 @@ def _one_step(
     """Builds an entry: nodes are row sums, and b is the last row of ``a`` unless given.
 
     A method with an error estimate gets cubic Hermite interpolation as dense output: it has the slopes of both ends.
+    Kvaerno publishes no other for his methods, and diffrax interpolates them so, too.
     """
     b = a[-1] if b is None else b
     return ImplicitTableau(

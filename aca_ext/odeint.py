@@ -49,8 +49,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             draws random numbers nor changes buffers. The tolerance holds for each step, and the errors add up: on the
             problems of benchmarks/stiff.py to more than 10 tolerances with kvaerno3, and to hundreds with trbdf2, which
             does not add its error estimate to the solution; kvaerno5 is more accurate at the same tolerance. Their
-            gradients are exact up to the tolerance of Newton's method, and second derivatives too. Third derivatives are wrong: gradient="aca" refuses them, "direct" and "naive"
-            do not notice. gradient="adjoint" solves the state backward, which stiffness makes unstable.
+            gradients are exact up to the tolerance of Newton's method, and second derivatives too. Third derivatives
+            are wrong: gradient="aca" refuses them, "direct" and "naive" do not notice. gradient="adjoint" solves the
+            state backward, which stiffness makes unstable.
         options: a dict, for adaptive steps of
 
             * ``first_step``: size of the first trial step; default chosen by Hairer's rule.

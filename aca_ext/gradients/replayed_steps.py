@@ -117,8 +117,7 @@ class _Adams:
 def differentiable_step(
     problem: Problem, record: StepRecord, replay: Replay, ops: TorchOperations
 ) -> tuple[Callable[..., Trial], Coefficients, Callable[..., bool]]:
-    """``Method.step`` with graph, which repeats the steps of ``record`` in order, with the method's coefficients and
-    ``Method.is_near``."""
+    """``Method.step`` with graph, which repeats the steps of ``record`` in order; coefficients; ``Method.is_near``."""
     if isinstance(problem.tableau, Adams):
         scheme = scheme_of(problem.tableau, estimate_error=False)
         return AdamsSteps(replay, ops, problem, record.formulas).step, scheme, lambda *_: False

@@ -67,7 +67,7 @@ class _Steps:
     def rested(self, y: Tensor) -> Tensor:
         """The states, with those of idle samples replaced by that of the sample in whose place they rest."""
         is_moved = self._places != np.arange(len(self._places))
-        return y[index_of(self._places, y)] if is_moved.any() else y
+        return self._ops.admit(y[index_of(self._places, y)]) if is_moved.any() else y
 
     def take(self, s: AcceptedRows, y: Tensor) -> tuple[Trial, Tensor]:
         """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it."""
@@ -87,7 +87,7 @@ class _Steps:
         method, outputs = self._whole, s.outputs
         times, h = self._begin(s, method)
         ends = outputs.where(outputs.theta == 1.0)
-        at_end = _added(at_end, ends, _cotangents(ends, grad_ys))
+        at_end = self._ops.admit(_added(at_end, ends, _cotangents(ends, grad_ys)))
         inside = self._inside(outputs.where(outputs.theta != 1.0), grad_ys, like=y)
         return method.vjp(times, y, h, [(method.scheme.solution, at_end)], compare, y_next, inside)
 
@@ -110,8 +110,8 @@ class _Steps:
         sums: list[Tensor] = []
         for weights in self._problem.tableau.dense_weights(outputs.theta):
             each = torch.from_numpy(np.broadcast_to(weights, outputs.theta.shape).copy()).to(g)
-            sums.append(_added(zero, outputs, each.view(-1, *self._ops.row_shape[1:]) * g))
-        return _added(zero, outputs, g), sums
+            sums.append(self._ops.admit(_added(zero, outputs, each.view(-1, *self._ops.row_shape[1:]) * g)))
+        return self._ops.admit(_added(zero, outputs, g)), sums
 
 
 def _cotangents(outputs: OutputRows, grad_ys: Tensor) -> Tensor:
@@ -138,11 +138,11 @@ def replay_backward(
     with replay.repeating():
         for n, (s, start) in reversed(list(enumerate(zip(accepted, starts, strict=True)))):
             rows = index_of(s.rows, y)
-            y_next, y = _end_of(s, start, y), y.index_copy(0, rows, start[: len(rows)])
+            y_next, y = _end_of(s, start, y), _with_rows(y, rows, start[: len(rows)])
             compare = partial(check.compare, ReplayedStep(n, s.t, s.h, rows=s.rows), y, y_next)
-            at_end = torch.zeros_like(g).index_copy(0, rows, g[rows])
+            at_end = _with_rows(torch.zeros_like(g), rows, g[rows])
             pulled = steps.pull_back(s, y, at_end, grad_ys, compare, y_next)
-            g = g.index_copy(0, rows, pulled[rows])
+            g = _with_rows(g, rows, pulled[rows])
         check.finish()
         if accepted:
             start = task.problem.y0.detach()
@@ -175,9 +175,14 @@ def _without_failures(forward: ForwardPass, grads: Gradients, inputs: Sequence[T
     return healthy, *others
 
 
+def _with_rows(y: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """A copy of ``y`` with new rows, in the same layout, which ``index_copy`` does not keep."""
+    return y.clone().index_copy_(0, rows, new)
+
+
 def _end_of(s: AcceptedRows, states: Tensor, y: Tensor) -> Tensor:
     """The states at the end of a step, from those in which the samples go on; ``states`` is its entry in the record."""
-    return y.index_copy(0, index_of(s.ended, y), states[len(s.rows) :]) if len(s.ended) else y
+    return _with_rows(y, index_of(s.ended, y), states[len(s.rows) :]) if len(s.ended) else y
 
 
 def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -187,7 +192,7 @@ def _ends(steps: Sequence[AcceptedRows], states: Sequence[Tensor]) -> tuple[Tens
     for s, start in zip(reversed(steps), reversed(starts), strict=True):
         rows = index_of(s.rows, y)
         found.append(_end_of(s, start, y)[rows])
-        y = y.index_copy(0, rows, start[: len(rows)])
+        y = _with_rows(y, rows, start[: len(rows)])
     return y, found[::-1]
 
 
@@ -215,12 +220,13 @@ def differentiable_backward(
         for n, (s, end) in enumerate(zip(_steps(forward), ends, strict=True)):
             trial, h = steps.take(s, y)
             rows = index_of(s.rows, y0)
-            at_end = expected.index_copy(0, rows, end)
+            at_end = _with_rows(expected, rows, end)
             compare = partial(check.compare, ReplayedStep(n, s.t, s.h, rows=s.rows), y, at_end)
             trial.y1 = steps.repeated_end(compare, y, at_end, trial)
             outputs += outputs_of_step(s.outputs, task.problem.tableau, y, h, trial)
             go_on = index_of(s.rows[~np.isin(s.rows, s.ended)], y0)
-            y, expected = (x.index_copy(0, go_on, x1[go_on]) for x, x1 in ((y, trial.y1), (expected, at_end)))
+            y = ops.admit(y.index_copy(0, go_on, trial.y1[go_on]))
+            expected = _with_rows(expected, go_on, at_end[go_on])
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, _record(forward).is_missing.shape, y0)

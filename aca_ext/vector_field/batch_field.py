@@ -42,7 +42,7 @@ class RowField(VectorField):
         rows = self._seen_rows
         if rows is None:
             return super().__call__(t, y)
-        return torch.zeros_like(y).index_copy(0, rows, super().__call__(t[rows], y[rows]))
+        return torch.zeros_like(y).index_copy_(0, rows, super().__call__(t[rows], y[rows]))
 
     @property
     def n_evals(self) -> int:

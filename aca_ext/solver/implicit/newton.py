@@ -279,9 +279,8 @@ def combined(h: Number, rows: Sequence[Sequence[float]], x: Sequence[Tensor]) ->
     """h·Σ_j rows[i][j]·x[j] for each i."""
     sums: list[Tensor] = []
     for row in rows:
-        first, *others = [in_dtype_of(x_j, h * w) * x_j for w, x_j in zip(row, x, strict=True) if w != 0] or [
-            torch.zeros_like(x[0])
-        ]
+        terms = [in_dtype_of(x_j, h * w) * x_j for w, x_j in zip(row, x, strict=True) if w != 0]
+        first, *others = terms or [torch.zeros_like(x[0])]
         for other in others:
             first = first + other
         sums.append(first)

@@ -1,17 +1,9 @@
-"""Lanes that are threads: the steps of vectors bit for bit, as a loop on the CPU, and as CUDA that nvcc compiles.
-
-The last tests run on a GPU, where there is one.
-"""
+"""Lanes that are threads, as a loop on the CPU: the steps of vectors, bit for bit."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,49 +16,14 @@ from torch import Tensor, nn
 import aca_ext
 from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
-from aca_ext.engines.compiled import library_cache, tracing
-from aca_ext.engines.ensemble import build, cuda_build, plan, thread_library
 from aca_ext.engines.ensemble import engine as ensemble_engine
+from aca_ext.engines.ensemble import thread_library
 from aca_ext.engines.ensemble.library import Record
 from aca_ext.engines.ensemble.thread_library import ThreadRecord
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 
 BATCH = 23
-MOST_THREADS = 7  # of the loop on the CPU (csrc/ensemble/threads.cuh)
-
-
-def command_of_cpp() -> list[str]:
-    """The C++ compiler without torch's functions of vectors, which differ from those of C++ in the last bits.
-
-    It optimises less, which takes half the time and changes no result.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    flags = ["-O1" if flag == "-O3" else flag for flag in build._FLAGS]
-    return [get_cpp_compiler(), *flags, f"-I{build.headers()}"]
-
-
-def library_on_cpu(source: str, _: torch.device) -> Any:
-    def compile_to(to: Path) -> None:
-        library_cache.run_compiler([*command_of_cpp(), str(library_cache.source_file(to)), "-o", str(to)], source, to)
-
-    parts = [*library_cache.origin(), source, *command_of_cpp(), build.state_of_headers()]
-    return library_cache.library(parts, compile_to)
-
-
-@pytest.fixture
-def kinds(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Function that chooses the lanes of the next solves."""
-
-    def choose(kind: str) -> None:
-        tracing._by_owner.clear()  # with the plans that have other lanes
-        monkeypatch.setattr(plan, "lanes_of", lambda _: kind)
-
-    monkeypatch.setattr(build, "_command", lambda: tuple(command_of_cpp()))
-    monkeypatch.setattr(build, "_vector_functions", dict)
-    monkeypatch.setattr(thread_library, "load", library_on_cpu)
-    return choose
 
 
 class Hamiltonian(nn.Module):
@@ -258,72 +215,3 @@ def test_progress(kinds: Callable[[str], None], capsys: pytest.CaptureFixture[st
     kinds("threads")
     aca_ext.solve(lambda t, y: -y, sample(BATCH, 2), T, progress=True, options=INDEPENDENT, engine="compiled", **CALL)
     assert f"{BATCH}.0/{BATCH}.0 " in capsys.readouterr().err
-
-
-@pytest.fixture
-def nvcc() -> Iterator[str]:
-    command = cuda_build.compiler_command("sm_90")[0]
-    if shutil.which(command) is None:
-        pytest.skip("there is no nvcc")
-    return command
-
-
-class TestCuda:
-    """Generated sources as CUDA."""
-
-    @pytest.mark.parametrize("case", ["lotka_volterra", "torch.func.grad", "step_t"])
-    def test_compiles_without_warnings(
-        self, nvcc: str, kinds: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
-    ) -> None:
-        library, report = self.compiled(case, kinds, monkeypatch, tmp_path / "found.so")
-        kernels = re.findall(r"properties for .*?\d([A-Z]\w+?)OfThread.*\n\s*(\d+) bytes stack", report)
-        stacks = {name: int(size) for name, size in kernels}
-        assert {"Forward", "Backward", "Evaluation", "Bounds"} == set(stacks)
-        if case == "lotka_volterra":  # the state of a sample is in registers
-            assert stacks["Backward"] == 0
-            assert stacks["Forward"] < 200  # of which 72 are for steps that find no memory
-        assert library.bytes_of_piece() > 0
-        if not torch.cuda.is_available():
-            monkeypatch.setattr(thread_library, "load", lambda *_: library)
-            with pytest.raises(errors.CompileError, match="cuda:0 cannot run"):
-                thread_library.ThreadLibrary("", 0, torch.device("cuda", 0)).chunks(5)
-
-    def compiled(
-        self, case: str, kinds: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, to: Path
-    ) -> tuple[Any, str]:
-        """The source of a case compiled for a GPU, warnings as errors, and the report about registers."""
-        sources: list[str] = []
-
-        def load(source: str, device: torch.device) -> Any:
-            sources.append(source)
-            return library_on_cpu(source, device)
-
-        kinds("threads")
-        monkeypatch.setattr(thread_library, "load", load)
-        solved(case)
-        to.with_suffix(".cu").write_text(sources[0])
-        command = [*cuda_build.compiler_command("sm_90"), "-Werror", "all-warnings", "-Xptxas", "-v"]
-        done = subprocess.run(
-            [*command, str(to.with_suffix(".cu")), "-o", str(to)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return ctypes.CDLL(str(to)), done.stdout + done.stderr
-
-    def test_names_what_is_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
-        monkeypatch.setenv(library_cache.VARIABLE, str(tmp_path))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-        with pytest.raises(errors.CompileError, match=r"needs nvcc .* CUDACXX"):
-            cuda_build.load("", torch.device("cuda", 0))
-
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-    @pytest.mark.parametrize("case", CASES)
-    def test_has_the_steps_of_the_cpu(self, nvcc: str, case: str) -> None:
-        (of_cpu, *expected), (of_gpu, *found) = solved(case), solved(case, device="cuda")
-        assert torch.equal(of_gpu.stats.n_accepted, of_cpu.stats.n_accepted)
-        assert relative_error(of_gpu.y.cpu().nan_to_num(), of_cpu.y.nan_to_num()) <= 1e-7
-        for one, other in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
-            assert relative_error(one.cpu(), other) <= 1e-6
-        _, *again = solved(case, device="cuda")
-        for one, other in zip([*again[0], *again[1]], [*found[0], *found[1]], strict=True):
-            assert torch.equal(one, other)

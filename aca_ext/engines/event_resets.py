@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, SolveError
 from aca_ext.problem.events import Event
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.trees import leaves_of, map_leaves
@@ -38,7 +38,17 @@ def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> 
         raise EventError(
             f"the reset of event {index} returned {found.describe()}; the state has {expected.describe()}."
         )
-    return new
+    # A network under autocast returns a lower precision; the solve goes on in that of the state.
+    if isinstance(new, Tensor):
+        return new.to(like)
+    return like_tuple(type(new), (part.to(like) for part in new))
+
+
+def in_absolute_time(error: SolveError, start: float) -> SolveError:
+    """The error of a segment that began with a reset at ``start``, from which the segment's times count."""
+    error.t += start
+    error.args = (f"{error} The times in this message count from the reset at t={start:.17g}.", *error.args[1:])
+    return error
 
 
 class Since:

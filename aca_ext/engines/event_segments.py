@@ -12,8 +12,8 @@ from torch import Tensor
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.batch_event_segments import solve_batch_with_events, to_batch_event
 from aca_ext.engines.dispatch import run
-from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, At, Since, after_reset, moved
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, TimeError
+from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, At, Since, after_reset, in_absolute_time, moved
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, SolveError, TimeError
 from aca_ext.problem.batch import is_independent
 from aca_ext.problem.events import Event
 from aca_ext.problem.state import State
@@ -62,7 +62,10 @@ def solve_with_events(arguments: Arguments) -> Solution:
         y, start = map_leaves(lambda part: part[-1], solution.events[index].y), time
         for i in (i for i in together if events[i].reset is not None):
             y = after_reset(events[i], i, time, y, arguments.y0)
-        solution = _in_absolute_time(run(_segment(arguments, events, start, y, n_left)), start)
+        try:
+            solution = _in_absolute_time(run(_segment(arguments, events, start, y, n_left)), start)
+        except SolveError as error:
+            raise in_absolute_time(error, start.item()) from None
         parts.append(solution)
     return joined(parts, given if isinstance(given, Tensor) else precise)
 

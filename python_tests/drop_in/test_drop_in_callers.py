@@ -226,6 +226,36 @@ class TestGraphs:
         both(call, tolerance=1e-5)
 
 
+class Regularised(nn.Module):
+    """A velocity with its energy as a 0-d component of the state, and a buffer that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.end = Mlp(), nn.Parameter(torch.tensor(1.1, dtype=torch.float64))
+        self.register_buffer("n_evals", torch.tensor(0.0))
+
+    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.n_evals += 1
+        dy = self.net(t, state[0])
+        return dy, dy.square().mean()
+
+
+class TestRegularisedFlow:
+    @pytest.mark.parametrize("interface", ["odeint", "odeint_adjoint"])
+    def test_a_learnt_end_with_a_0d_component_and_a_buffer_that_counts(self, interface: str) -> None:
+        def call(of: Any) -> tuple[Tensor, ...]:
+            torch.manual_seed(2)
+            flow, x = Regularised(), sample(4, 3).requires_grad_()
+            t = torch.stack([torch.zeros((), dtype=torch.float64), flow.end**2])
+            start = x, torch.zeros((), dtype=torch.float64)
+            y, energy = getattr(of, interface)(flow, start, t, atol=1e-9, rtol=1e-9, method="dopri5")
+            grads = torch.autograd.grad(y[-1].square().sum() + energy[-1], [x, flow.end, *flow.net.parameters()])
+            assert flow.n_evals > 0
+            return y, energy, *grads
+
+        both(call)
+
+
 class TestOthers:
     def test_limits_and_the_precision_of_times(self) -> None:
         options = {"min_step": 1e-5, "max_num_steps": 1000, "dtype": torch.float32}

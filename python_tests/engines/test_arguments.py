@@ -15,7 +15,7 @@ from torch import Tensor
 import aca_ext
 from aca_ext.engines.arguments import Arguments
 
-PUBLIC = {"odeint": aca_ext.odeint, "solve": aca_ext.solve}
+PUBLIC: dict[str, Any] = {"odeint": aca_ext.odeint, "solve": aca_ext.solve}
 
 
 def decay(t: Tensor, y: Tensor) -> Tensor:

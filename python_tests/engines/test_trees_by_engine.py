@@ -195,7 +195,7 @@ class TestKnownSteps:
 
     def test_dense(self) -> None:
         def run(func: nn.Module, y0: Any) -> Any:
-            solution = aca_ext.solve(func, y0, T, dense=True, **CLOSE)
+            solution: Any = aca_ext.solve(func, y0, T, dense=True, **CLOSE)
             at = torch.tensor([[0.1, 0.5], [0.7, 0.9]])
             assert structure_of(solution.derivative(at)) == structure_of(y0)
             return solution(at)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import aca_ext
 from aca_ext import METHODS, Event, odeint, solve
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, TimeError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, NonFiniteError, OptionError, TimeError
 
 DTYPE = torch.float64
 G = 9.81
@@ -148,7 +148,7 @@ def test_jumps_of_func_after_a_reset(jump: float, dtype: torch.dtype) -> None:
         {"method": "rk4", "options": {"step_size": 0.1, "perturb": True}},
         {"method": "dopri5", "options": {"jump_t": [jump]}},
     ):
-        solution = aca_ext.solve(steep, torch.zeros(1, dtype=dtype), times, events=events, **call)
+        solution = solve(steep, torch.zeros(1, dtype=dtype), times, events=events, **call)
         assert solution.y[-1].item() == pytest.approx(exact, rel=1e-6)
         assert solution.stats.n_steps <= 25
 
@@ -236,10 +236,10 @@ def test_a_reset_may_write_into_its_state(is_tuple: bool) -> None:
     y0, t = torch.tensor([2.0], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
     event = Event(lambda t, y: t - 1.0, reset=reset)
     if is_tuple:
-        solution = aca_ext.solve(lambda t, y: (-y[0],), (y0,), t, events=[event])
+        solution = solve(lambda t, y: (-y[0],), (y0,), t, events=[event])
         before, end = solution.events[0].y[0], solution.y[0][-1]
     else:
-        solution = aca_ext.solve(lambda t, y: -y, y0, t, events=[event])
+        solution = solve(lambda t, y: -y, y0, t, events=[event])
         before, end = solution.events[0].y, solution.y[-1]
     assert before.item() == pytest.approx(2 * math.exp(-1), rel=1e-5)
     assert end.item() == pytest.approx((2 * math.exp(-1) + 1) * math.exp(-1), rel=1e-5)
@@ -381,3 +381,28 @@ def test_arguments_that_do_not_go_together() -> None:
         Event(decay, terminal=True, reset=decay)
     with pytest.raises(ArgumentValueError, match="direction"):
         Event(decay, direction=2)
+
+
+@pytest.mark.parametrize("options", [None, {"batch": "independent"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reset_of_lower_precision_does_not_lower_that_of_the_solve(dtype: torch.dtype, options: Any) -> None:
+    found = []
+    for kind in (dtype, torch.float64):
+        event = Event(lambda t, y: y[..., 0] - 2, reset=lambda t, y, kind=kind: (0 * y + 0.5).to(kind))
+        y0, t = torch.ones(2, 2, dtype=torch.float64), torch.tensor([0.0, 3.0], dtype=torch.float64)
+        y0 = y0[0] if options is None else y0
+        how: dict[str, Any] = {"events": [event], "options": options, **TIGHT}
+        found.append(solve(lambda t, y: 1 - 0.1 * y, y0, t, **how).y)
+    assert found[0].dtype == torch.float64
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_errors_after_a_reset_tell_the_time_of_the_solve() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(t > 1.5, torch.nan, 1.0) * torch.ones_like(y)
+
+    event = Event(lambda t, y: y[0] - 2, reset=lambda t, y: y / 2)
+    y0 = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match="count from the reset at t=1") as caught:
+        solve(func, y0, [0.0, 3.0], events=[event])
+    assert caught.value.t == pytest.approx(1.5, abs=1e-6)

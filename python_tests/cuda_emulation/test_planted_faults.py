@@ -10,14 +10,10 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from emulated_build import IS_SANITIZED
 from emulated_checks import check_error_ratio, check_rows, check_weighted_sum
 from emulated_control import check_decision, check_finished_step, check_restored_step
 from emulation import Emulation
 from planted_faults import FAULTS
-
-# The sanitizers end the process at a fault, and the accesses of a kernel are not announced to the emulation.
-pytestmark = pytest.mark.skipif(IS_SANITIZED, reason="faults are planted in the build without sanitizers")
 
 ORDERS = 5  # of the threads; most faults are seen in any of them
 

@@ -10,10 +10,6 @@
 
 #include "emulation.h"
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
-
 namespace emulation {
 namespace {
 
@@ -115,15 +111,8 @@ size_t find_place(size_t bytes, size_t offset) {
 char* allocate(size_t bytes, size_t offset, bool written) {
     const size_t start = find_place(bytes, offset);
     char* const address = arena + start;
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(address - kGuardBytes, bytes + 2 * kGuardBytes);
-#endif
     std::memset(address - kGuardBytes, kGuard, bytes + 2 * kGuardBytes);
     std::memset(flags + start, is_allocated | (written ? is_written : 0), bytes);
-#ifdef __SANITIZE_ADDRESS__
-    __asan_poison_memory_region(address - kGuardBytes, kGuardBytes);
-    __asan_poison_memory_region(address + bytes, kGuardBytes);
-#endif
     for (size_t i = start / 4; i <= (start + bytes) / 4; ++i) cells.erase(i);
     buffers[address] = bytes;
     return address;

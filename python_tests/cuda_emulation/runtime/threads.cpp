@@ -7,11 +7,6 @@
 
 #include "emulation.h"
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
@@ -59,32 +54,11 @@ std::vector<Thread*> ready;
 const Kernel* running = nullptr;
 Thread* current = nullptr;
 ucontext_t scheduler;
-const void* scheduler_stack = nullptr;
-size_t scheduler_bytes = 0;
-
-#ifdef __SANITIZE_ADDRESS__
-void before_switch(void** saved, const void* stack, size_t bytes) {
-    __sanitizer_start_switch_fiber(saved, stack, bytes);
-}
-void after_switch(void* saved, const void** from, size_t* bytes) {
-    __sanitizer_finish_switch_fiber(saved, from, bytes);
-}
-#else
-void before_switch(void**, const void*, size_t) {}
-void after_switch(void*, const void**, size_t*) {}
-#endif
 
 // Leaves the current thread; it goes on when the scheduler chooses it.
-void leave() {
-    Thread* const me = current;
-    void* saved = nullptr;
-    before_switch(me->has_ended ? nullptr : &saved, scheduler_stack, scheduler_bytes);
-    swapcontext(&me->fiber->context, &scheduler);
-    after_switch(saved, &scheduler_stack, &scheduler_bytes);
-}
+void leave() { swapcontext(&current->fiber->context, &scheduler); }
 
 void run_thread() {
-    after_switch(nullptr, &scheduler_stack, &scheduler_bytes);
     running->call(running->arguments.get());
     current->has_ended = true;
     leave();
@@ -99,9 +73,6 @@ Fiber* new_fiber() {
     }
     Fiber* const fiber = idle_fibers.back();
     idle_fibers.pop_back();
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(fiber->stack, kStackBytes);
-#endif
     getcontext(&fiber->context);
     fiber->context.uc_stack.ss_sp = fiber->stack;
     fiber->context.uc_stack.ss_size = kStackBytes;
@@ -115,10 +86,7 @@ void go_on(Thread* thread) {
     threadIdx = dim3(thread->number);
     blockIdx = dim3(thread->block->number);
     if (!thread->fiber) thread->fiber = new_fiber();
-    void* saved = nullptr;
-    before_switch(&saved, thread->fiber->stack, kStackBytes);
     swapcontext(&scheduler, &thread->fiber->context);
-    after_switch(saved, nullptr, nullptr);
     current = nullptr;
     if (!thread->has_ended) return;
     idle_fibers.push_back(thread->fiber);

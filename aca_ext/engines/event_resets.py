@@ -39,9 +39,8 @@ def after_reset(event: Event, index: int, time: Tensor, y: State, y0: State) -> 
             f"the reset of event {index} returned {found.describe()}; the state has {expected.describe()}."
         )
     # A network under autocast returns a lower precision; the solve goes on in that of the state.
-    if isinstance(new, Tensor):
-        return new.to(like)
-    return like_tuple(type(new), (part.to(like) for part in new))
+    like = leaves_of(y0)[0]
+    return map_leaves(lambda part: part.to(like), new)
 
 
 def in_absolute_time(error: SolveError, start: float) -> SolveError:

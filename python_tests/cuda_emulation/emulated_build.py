@@ -84,9 +84,7 @@ def build_lanes(source: str, emulated: Path, to: Path) -> Path:
     cpp.write_text(f"#include <cuda_runtime.h>\n{source}")
     include = [f"-I{HERE / 'runtime'}", f"-I{to / 'csrc'}"]
     _run([COMPILER, *_FLAGS, *_ANNOUNCED, *include, "-c", str(cpp), "-o", f"{cpp}.o"])
-    _run(
-        [COMPILER, "-shared", *_CHECKS, f"{cpp}.o", str(emulated), f"-Wl,-rpath,{emulated.parent}", "-o", str(library)]
-    )
+    _run([COMPILER, "-shared", f"{cpp}.o", str(emulated), f"-Wl,-rpath,{emulated.parent}", "-o", str(library)])
     return library
 
 

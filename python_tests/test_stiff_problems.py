@@ -140,9 +140,10 @@ def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
         for part in stiff.run(Settings(quick=True)):
             (result.tables if isinstance(part, Table) else result.notes).append(part)
     assert not [note for note in result.notes if "aca_ext" in note or "gradient" in note]
-    work, gradients = result.tables
+    work, gradients, batch = result.tables
     errors = {row["solver"]: row["error"] / row["tolerance"] for row in work.rows}
     assert {f"aca_ext {name}" for name in stiff.OWN_METHODS} | {"SciPy Radau", "SciPy BDF"} <= set(errors)
     assert max(errors.values()) < 10
     assert {row["solver"]: row["error"] < 1e-2 for row in gradients.rows} == dict.fromkeys(stiff.OWN_METHODS, True)
+    assert any("aca_ext" in str(row) for row in batch.rows)
     assert len(stiff.draw(result).axes) == 2

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import aca_ext
 from aca_ext.engines.arguments import Arguments
+from aca_ext.problem.state import State
 
 PUBLIC: dict[str, Any] = {"odeint": aca_ext.odeint, "solve": aca_ext.solve}
 
@@ -42,7 +43,7 @@ class TestSignature:
         hints = typing.get_type_hints(PUBLIC[name])
         assert list(hints) == [*inspect.signature(PUBLIC[name]).parameters, "return"]
         assert hints["rtol"] == float | Tensor
-        assert hints["return"] == (aca_ext.Solution if name == "solve" else Tensor | tuple[Tensor, ...])
+        assert hints["return"] == (aca_ext.Solution if name == "solve" else State)
 
     def test_has_its_own_name_and_text(self, name: str) -> None:
         function = PUBLIC[name]

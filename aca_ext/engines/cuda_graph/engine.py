@@ -196,6 +196,9 @@ class _Run:
 class _GraphRecord(StepRecord):
     """Record of the accepted steps of a solve on the device; reading it copies to the host."""
 
+    events: tuple[()] = ()  # type: ignore[assignment]
+    ended_by = None
+    formulas = ()
     memory: SolveMemory
     times: tuple[float, ...]
 

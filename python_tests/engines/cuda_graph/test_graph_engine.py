@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -844,7 +845,9 @@ class TestFailures:
             errors.append(raised.value)
         one, other = errors
         assert type(one) is type(other)
-        assert str(one).split(" (t=")[0] == str(other).split(" (t=")[0]
+        # The eager engine makes one more step to find out whether the problem is stiff; the graph engine says "if".
+        first, second = (re.split(r" (?:The problem looks|If the problem is) stiff| \(t=", str(e))[0] for e in errors)
+        assert first == second
         assert (one.t, one.n_accepted, one.n_rejected) == (other.t, other.n_accepted, other.n_rejected)
         assert one.h == other.h or math.isnan(one.h)
         assert one.error_ratio == other.error_ratio or math.isnan(one.error_ratio)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from aca_ext.__main__ import main
 from aca_ext.examples.command import EXAMPLES, description
@@ -54,6 +57,20 @@ def test_finds_what_it_claims(name: str, tmp_path: Path, capsys: pytest.CaptureF
     lines = (line.rpartition(": ") for line in capsys.readouterr().out.splitlines()[:-1])
     numbers = {what: float(number) for what, colon, number in lines if colon and "=" not in what}
     assert CLAIMS[name](numbers), numbers
+
+
+def test_two_processes_train_one_classifier(tmp_path: Path) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m aca_ext examples image_classifier --quick"
+    run = subprocess.run(
+        [sys.executable, *command.split(), "--output", str(tmp_path / "picture.png")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    accuracies = [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("test accuracy")]
+    assert len(accuracies) == 2
+    assert accuracies[0] == accuracies[1] > 0.25
 
 
 def test_are_listed_with_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:

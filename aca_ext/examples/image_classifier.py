@@ -1,4 +1,4 @@
-"""Image classifier: a neural ODE between convolutions, trained under autocast (AMP)."""
+"""Image classifier: a neural ODE between convolutions, trained under autocast (AMP), by several processes (DDP)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from aca_ext import NeuralODE
 from aca_ext.examples.result import Result
@@ -51,24 +52,38 @@ def digits() -> tuple[Tensor, Tensor]:
     return images[order].unsqueeze(1) / 16, labels[order].long()
 
 
+def shared_by_processes(model: nn.Module) -> tuple[nn.Module, slice]:
+    """The model whose gradients are averaged over the processes that torchrun started, and this one's share of a batch.
+
+    The model is wrapped and not the vector field, which the solver evaluates many times in each backward pass.
+    """
+    if not distributed.is_torchelastic_launched():
+        return model, slice(None)
+    distributed.init_process_group("gloo")
+    return DistributedDataParallel(model), slice(distributed.get_rank(), None, distributed.get_world_size())
+
+
 def run(quick: bool = False) -> Result:
     """Trains with the forward pass under autocast. On a GPU, give device_type="cuda"."""
     torch.manual_seed(0)
     epochs, training = (3, 512) if quick else (8, 1437)
     images, labels = digits()
     model = Classifier()
+    trained, share = shared_by_processes(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     accuracies = []
     for _ in range(epochs):
         for chosen in torch.randperm(training).split(64):
             optimizer.zero_grad()
             with torch.autocast(device_type="cpu", dtype=torch.bfloat16):  # the backward pass replays under it, too
-                loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+                loss = nn.functional.cross_entropy(trained(images[chosen[share]]), labels[chosen[share]])
             loss.backward()
             optimizer.step()
         with torch.no_grad(), torch.autocast(device_type="cpu", dtype=torch.bfloat16):
             guesses = model(images[1437:]).argmax(1)
         accuracies.append((guesses == labels[1437:]).float().mean().item())
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     numbers = {"test accuracy": accuracies[-1], "evaluations per solve": float(model.ode.stats.n_f_evals)}
     return Result(numbers, draw(images[1437:], guesses, labels[1437:], accuracies))
 

@@ -28,7 +28,8 @@ def fit(data: Tensor, t: Tensor, rates: Tensor, iterations: int) -> tuple[Tensor
         solution = solve(predators, Y0, t, args=(rates,), rtol=1e-6, atol=1e-8)
         jacobian = jacobian_of(solution, rates)
         residual = (data - solution.y).reshape(-1, 1)
-        rates = rates + torch.linalg.lstsq(jacobian, residual).solution[:, 0].clamp(-0.2, 0.2)
+        step = torch.linalg.lstsq(jacobian, residual).solution[:, 0]
+        rates = rates + step.clamp(-0.2, 0.2)  # a full step far from the solution may leave the range of the model
     return rates, NOISE**2 * torch.linalg.inv(jacobian.T @ jacobian)
 
 

@@ -9,9 +9,13 @@ from dataclasses import replace
 import pytest
 from emulated_control import check_decision, check_finished_step, check_restored_step, emulated_blocks
 from emulation import Emulation
-from test_control import Driven, Host, assert_same_walk, problem_with, random_controller, random_ratio
+from test_control import (
+    Driven,
+    assert_decides_as_the_host,
+    problem_with,
+    random_controller,
+)
 
-from aca_ext import METHODS
 from aca_ext.numerics.controller import Controller
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -28,16 +32,7 @@ class TestDecisions:
     @pytest.mark.parametrize("seed", range(10))
     @both_dtypes
     def test_are_those_of_the_host(self, seed: int, dtype: str) -> None:
-        random_ = random.Random(seed)
-        controller, sign = random_controller(random_), random_.choice([1.0, -1.0])
-        times = [0.0, *(sign * x for x in sorted(random_.uniform(0.01, 5.0) for _ in range(7)))]
-        stops = sorted(sign * random_.uniform(0.02, 0.98) * abs(times[-1]) for _ in range(2))
-        method = random_.choice([name for name, m in METHODS.items() if m.adaptive and m.dense is not None])
-        problem = problem_with(controller, times, stops, method, dtype)
-        assert controller.first_step is not None
-        driven, host = Driven(problem, "cpu"), Host(problem, controller.first_step)
-        driven.first(1.0, 1.0, 1.0)
-        assert_same_walk(driven, host, [random_ratio(random_) for _ in range(60)])
+        assert_decides_as_the_host(seed, dtype, "cpu")
 
     @pytest.mark.parametrize("seed", range(10))
     def test_find_the_first_step_of_the_host(self, seed: int) -> None:

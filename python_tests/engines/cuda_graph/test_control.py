@@ -261,6 +261,21 @@ class TestRoom:
             assert left.is_unfinished == (t != 0.0)
 
 
+def assert_decides_as_the_host(seed: int, dtype: str, device: str) -> None:
+    """Compares the decisions of a random controller, on random ratios, with those of the host."""
+    random_ = random.Random(seed)
+    controller = random_controller(random_)
+    sign = random_.choice([1.0, -1.0])
+    times = [0.0, *(sign * x for x in sorted(random_.uniform(0.01, 5.0) for _ in range(7)))]
+    stops = sorted(sign * random_.uniform(0.02, 0.98) * abs(times[-1]) for _ in range(2))
+    method = random_.choice([name for name, m in METHODS.items() if m.adaptive and m.dense is not None])
+    problem = problem_with(controller, times, stops, method, dtype)
+    assert controller.first_step is not None
+    driven, host = Driven(problem, device), Host(problem, controller.first_step)
+    driven.first(1.0, 1.0, 1.0)
+    assert_same_walk(driven, host, [random_ratio(random_) for _ in range(60)])
+
+
 @on_cuda
 class TestCuda:
     """Tests on a GPU. Their names contain "cuda", by which .ci/gpu selects them."""
@@ -268,17 +283,7 @@ class TestCuda:
     @pytest.mark.parametrize("seed", range(40))
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_cuda_decides_as_the_host(self, seed: int, dtype: str) -> None:
-        random_ = random.Random(seed)
-        controller = random_controller(random_)
-        sign = random_.choice([1.0, -1.0])
-        times = [0.0, *(sign * x for x in sorted(random_.uniform(0.01, 5.0) for _ in range(7)))]
-        stops = sorted(sign * random_.uniform(0.02, 0.98) * abs(times[-1]) for _ in range(2))
-        method = random_.choice([name for name, m in METHODS.items() if m.adaptive and m.dense is not None])
-        problem = problem_with(controller, times, stops, method, dtype)
-        assert controller.first_step is not None
-        driven, host = Driven(problem, "cuda"), Host(problem, controller.first_step)
-        driven.first(1.0, 1.0, 1.0)
-        assert_same_walk(driven, host, [random_ratio(random_) for _ in range(60)])
+        assert_decides_as_the_host(seed, dtype, "cuda")
 
     @pytest.mark.parametrize("seed", range(40))
     def test_cuda_finds_the_first_step_of_the_host(self, seed: int) -> None:

@@ -25,7 +25,7 @@ Policy = int | str | None
 
 _BLOCK_BYTES = 1 << 20  # largest block that small states share; bounds the memory that is allocated and not used
 _BLOCK_ROWS = 64
-_ROWS_AT_ONCE = 16  # rows that become views at once; views of a whole block would cost a short solve too much time
+_ROWS_AT_ONCE = 8  # rows that become views at once; views of a whole block would cost a short solve too much time
 
 
 class AcceptedStep(NamedTuple):

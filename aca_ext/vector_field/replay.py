@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
-from aca_ext.kernels.extension import known_tensors
+from aca_ext.kernels.extension import known_tensors, running_sums
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
@@ -75,7 +75,7 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
-        self._has_totals = False  # every gradient has a first term
+        self._sums: Any = None  # adds to ``grads``, as soon as all of them have a first term
         is_named = not is_checked and (is_one_graph or not cuts_all)
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
         self._origins = tuple(p for _, p in self.origins)
@@ -275,9 +275,12 @@ class Replay:
         )
 
     def _add(self, grads: Sequence[Tensor | None]) -> None:
-        if self._has_totals and _NONE not in map(type, grads):  # the usual case, without a loop in Python
-            torch._foreach_add_(self.grads, grads)  # type: ignore[arg-type]
-            return
+        if self._sums is not None:  # the usual case, without a loop in Python
+            if self._sums.add(grads):
+                return
+            if _NONE not in map(type, grads):
+                torch._foreach_add_(self.grads, grads)  # type: ignore[arg-type]
+                return
         totals: list[Tensor] = []
         terms: list[Tensor] = []
         for i, grad in enumerate(grads) if self._known is None else zip(self._wanted, grads, strict=True):
@@ -291,7 +294,8 @@ class Replay:
                 terms.append(grad)
         if totals:
             torch._foreach_add_(totals, terms)
-        self._has_totals = bool(totals) and self._known is None and _NONE not in map(type, self.grads)
+        if self._sums is None and totals and self._known is None and _NONE not in map(type, self.grads):
+            self._sums = running_sums(self.grads)
 
 
 def _variable(x: Tensor) -> Tensor:

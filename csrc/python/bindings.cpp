@@ -12,6 +12,7 @@
 #include "python/control_bindings.h"
 #include "python/leaves.h"
 #include "python/modules.h"
+#include "python/running_sums.h"
 #include "python/step_runs.h"
 #include "python/stepper.h"
 #include "python/transposed_step.h"
@@ -267,6 +268,7 @@ PYBIND11_MODULE(_C, m) {
         .def("others", [](KnownTensors& known, py::handle roots,
                           py::handle state) { return known.others(roots.ptr(), state.ptr()); })
         .def("are_met_by", [](KnownTensors& known, py::handle roots) { return known.are_met_by(roots.ptr()); });
+    py::class_<RunningSums>(m, "RunningSums").def(py::init<const py::list&>()).def("add", &RunningSums::add);
     py::class_<Contents>(m, "Contents", py::custom_type_setup(&make_collectable<Contents>))
         .def(py::init<py::object>())
         .def("add", [](Contents& contents, py::handle holder) { contents.add(holder.ptr()); })

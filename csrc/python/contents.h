@@ -18,7 +18,9 @@ class Contents {
     // `missing` stands for the contents of a place that does not exist.
     explicit Contents(py::object missing)
         : missing_(std::move(missing)),
-          forgotten_(Attribute::owned(PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type)))) {}
+          forgotten_(Attribute::owned(PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type)))) {
+        helds_.reserve(64);
+    }
 
     // Records a container, unless a tensor that was computed is in it. A container that a former solve's result is in
     // would keep the autograd graph of that solve, and with it the container before.
@@ -166,6 +168,11 @@ class Contents {
             for (py::handle name : held.names) before[name] = kept(named(x, name.ptr()).ptr());
             held.before = std::move(before);
         } else if (PyDict_Check(x)) {
+            static const py::dict& empty = *new py::dict();  // shared, since most dicts of a module are empty
+            if (PyDict_GET_SIZE(x) == 0) {
+                held.before = empty;
+                return;
+            }
             held.before = Attribute::owned(PyDict_Copy(x));
             PyObject *key, *value;
             Py_ssize_t position = 0;

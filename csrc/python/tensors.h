@@ -44,7 +44,10 @@ class Rows {
 
     // Takes `count` neighbours. operator[] and address() then refer to them.
     void take(size_t count) {
-        if (count == taken_ && is_alone_again()) return;
+        if (first_ + count <= size_ && is_alone_again()) {
+            taken_ = count;
+            return;
+        }
         first_ += taken_;
         taken_ = count;
         if (block_ && first_ + count <= size_ && address_of((*this)[0]) == address()) return;  // func may have moved it

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments, takes
-from aca_ext.engines.dispatch import engine_of, run, run_again
+from aca_ext.engines.dispatch import run, run_again, solution_again
 from aca_ext.engines.event_segments import solve_with_events, to_event
 from aca_ext.problem.events import refuse_terminal
 from aca_ext.problem.options import refuse_dense, refuse_to_stop
@@ -222,6 +222,9 @@ def odeint(arguments: _OdeintArguments) -> State:
     Sources: adaptive steps as in Hairer, Nørsett & Wanner, Solving ODEs I, II.4; gradient "aca" in Zhuang et al., ICML
     2020; gradients of events in Chen, Amos & Nickel, ICLR 2021; thinned checkpoints as in Griewank & Walther's revolve.
     """
+    again = run_again(arguments) if arguments.event_fn is None else None
+    if again is not None:
+        return again[1].ys
     refuse_to_stop("odeint", arguments.options)
     if arguments.event_fn is not None:
         return to_event(arguments, arguments.event_fn)
@@ -239,12 +242,11 @@ def solve(arguments: Arguments) -> Solution:
     and ``resume`` continues adaptive steps. For gradients "aca" and "direct", without events, and with times that do
     not require grad and samples that share their steps.
     """
-    return _solution(arguments, may_stop=True)
+    again = run_again(arguments)
+    return _solution(arguments, may_stop=True) if again is None else solution_again(arguments, *again)
 
 
 def _solution(arguments: Arguments, *, may_stop: bool) -> Solution:
     if arguments.events:
         return solve_with_events(arguments)
-    engine = engine_of(arguments)
-    solution = run_again(arguments, engine) if engine in ("compiled", "auto") else None
-    return run(arguments, may_stop=may_stop) if solution is None else solution
+    return run(arguments, may_stop=may_stop)

@@ -14,6 +14,7 @@ from torch import Tensor
 from aca_ext.engines import ENGINES
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.base import Engine, Request
+from aca_ext.engines.compiled.engine import solve_as_before
 from aca_ext.engines.default import get_default_engine
 from aca_ext.engines.dense_solves import check_dense, dense_problem, dense_solution
 from aca_ext.engines.recorded import solve_recorded
@@ -220,8 +221,11 @@ def engine_of(arguments: Arguments) -> str:
     return get_default_engine() if arguments.engine is None else arguments.engine
 
 
-def run_again(given: Arguments, engine: str) -> Solution | None:
-    """``run`` without checks that an earlier solve made; None if there was no such solve."""
+def run_again(given: Arguments) -> tuple[Problem, Result] | None:
+    """Runs a solve in compiled code without checks that an earlier solve made; None if there was no such solve."""
+    engine = engine_of(given)
+    if engine != "compiled" and engine != "auto":
+        return None
     if given.gradient != "aca" or given.checkpoints is not None or given.params is not None or is_transformed():
         return None
     if (
@@ -240,8 +244,14 @@ def run_again(given: Arguments, engine: str) -> Solution | None:
     problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
-    result = _result(ENGINES[engine], Request(problem))
-    return LazySolution.of(t, result.ys, result.record, result.stats, problem)
+    if engine == "compiled" and problem.settings.has_program:
+        return problem, solve_as_before(Request(problem))
+    return problem, _result(ENGINES[engine], Request(problem))
+
+
+def solution_again(given: Arguments, problem: Problem, result: Result) -> Solution:
+    """The ``Solution`` of ``run_again``."""
+    return LazySolution.of(given.t, result.ys, result.record, result.stats, problem)  # type: ignore[arg-type]
 
 
 def _resumed(

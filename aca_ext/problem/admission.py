@@ -47,7 +47,12 @@ def _has_storage(x: Tensor) -> bool:
 
 def looks_readable(x: Tensor) -> bool:
     """Cheap test for plain dense tensors with memory; False means that ``check_readable`` must decide."""
-    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested and has_memory(x)
+    return type(x) is Tensor and is_readable(x)
+
+
+def is_readable(x: Tensor) -> bool:
+    """``looks_readable`` for a tensor that is no subclass."""
+    return x.layout is torch.strided and not x.is_nested and (x.data_ptr() > _SURELY_MEMORY or has_memory(x))
 
 
 def check_readable(what: str, x: Any, error: type[AcaError] = ArgumentTypeError) -> None:

@@ -16,7 +16,7 @@ from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.numerics.switching import AUTO
-from aca_ext.problem.admission import looks_readable
+from aca_ext.problem.admission import is_readable
 from aca_ext.problem.arguments import holds_grad, lookup
 from aca_ext.problem.events import Event
 from aca_ext.problem.grid import grid_of
@@ -49,7 +49,13 @@ _PLAIN = (torch.float32, torch.float64)
 
 
 class Settings:
-    """Identity shared by problems that differ only in func, args and the values of y0; a key for caches."""
+    """Identity shared by problems that differ only in func, args and the values of y0; a key for caches.
+
+    Attributes:
+        has_program: a compiled program has solved such a problem.
+    """
+
+    has_program = False
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,7 @@ def _numbers_in(options: object) -> tuple[tuple[Any, Any], ...] | None:
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
     """Tells whether ``x`` is a plain float32 or float64 tensor on the CPU with readable, unnegated elements."""
-    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and looks_readable(x)
+    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and is_readable(x)
 
 
 def checked_problem(

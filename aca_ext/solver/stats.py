@@ -51,7 +51,7 @@ class Stats:
     n_jacobians: int = 0
     n_factorizations: int = 0
     n_newton_iterations: int = 0
-    n_accepted_of: dict[str, int] = field(default_factory=lambda: dict[str, int]())
+    n_accepted_of: dict[str, int] = field(default_factory=dict)
 
 
 def sum_of(one: Any, other: Any) -> Stats:

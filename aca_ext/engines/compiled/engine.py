@@ -26,6 +26,7 @@ _DTYPES = (torch.float32, torch.float64)
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
 _HINT = 'Use engine="eager".'
+_AUTOCAST = "The steps run in Python under torch.autocast."
 
 
 class CompiledEngine:
@@ -43,6 +44,11 @@ class CompiledEngine:
         return solve_by(_solve, request, obstacle_to_programs(request))
 
 
+def solve_as_before(request: Request) -> Result:
+    """``CompiledEngine.solve`` for settings with which a program has solved, so that they are no obstacle to one."""
+    return solve_by(_solve, request, _AUTOCAST if torch.is_autocast_enabled("cpu") else None)
+
+
 def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, obstacle: str | None) -> Result:
     """Solves by the compiled programs of ``programs()``, or by compiled evaluations if there is an obstacle to them."""
     is_traced = True
@@ -50,6 +56,7 @@ def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, ob
         try:
             result = by_programs(programs(), request)
             result.stats.compiled = "solve"
+            request.problem.settings.has_program = True
             return result
         except CompileError as error:
             from aca_ext.engines.compiled.backend import TraceError, UnusableFuncError
@@ -142,5 +149,5 @@ def obstacle_to_programs(request: Request, takes_batches: bool = False) -> str |
     if problem.tolerance.norm is not None:
         return 'The steps run in Python because of a norm of your own (options["norm"]).'
     if torch.is_autocast_enabled(problem.y0.device.type):
-        return "The steps run in Python under torch.autocast."
+        return _AUTOCAST
     return None

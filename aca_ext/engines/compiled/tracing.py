@@ -115,7 +115,10 @@ def _captured(
 
 def _state(packing: Packing, y0: Tensor) -> tuple[State, Sequence[Tensor]]:
     """The state as func receives it, and its components; they require grad, or TorchDynamo ignores custom gradients."""
-    given = y0.detach() if packing.is_trivial else packing.unpack(y0.detach())
+    if packing.is_trivial:
+        y = y0.detach().requires_grad_()
+        return y, (y,)
+    given = packing.unpack(y0.detach())
     parts = [part.detach().requires_grad_() for part in leaves_of(given)]
     return like(given, parts), parts
 

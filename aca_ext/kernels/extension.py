@@ -13,6 +13,8 @@ from aca_ext import _C
 from aca_ext.kernels.operations import Array
 from aca_ext.kernels.references import OF_A_LEAF_OF_A_GRAPH
 
+# True for a plain contiguous tensor with all of its memory; False for most others, which ``check_readable`` decides on.
+is_surely_readable: Callable[[Tensor], bool] = _C.is_surely_readable
 STATUSES: tuple[str, ...] = _C.STATUSES  # names of a step control's statuses, indexed by their numbers
 
 _COEFFICIENTS = (

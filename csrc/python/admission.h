@@ -75,13 +75,27 @@ class Admission {
     Layout layout_;  // valid if is_seen_
 };
 
-// Raises if the storage of `x`, a dense tensor, has shrunk below the size of `x`.
-inline void check_whole(PyObject* x) {
+// False if the storage of `x`, a dense tensor, has shrunk below the size of `x`.
+inline bool is_whole(PyObject* x) {
     static const Attribute untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, offset{"storage_offset"},
         element_size{"element_size"};
     const size_t held = as_size(nbytes.call(untyped_storage.call(x).ptr()));
     const size_t start = as_size(offset.call(x)) * as_size(element_size.call(x));
-    if (held < start + as_size(nbytes.of(x))) refuse_without_memory();
+    return held >= start + as_size(nbytes.of(x));
+}
+
+inline void check_whole(PyObject* x) {
+    if (!is_whole(x)) refuse_without_memory();
+}
+
+// True for a plain contiguous tensor with all of its memory; false means that Python code must decide.
+inline bool is_surely_readable(PyObject* x) {
+    dlpack::Tensor seen;
+    if (!Torch::found().look(x, &seen)) return false;
+    int64_t pitch = 1;
+    for (int32_t d = seen.ndim; d-- > 0; pitch *= seen.shape[d])
+        if (seen.shape[d] != 1 && seen.strides[d] != pitch) return false;
+    return is_whole(x);
 }
 
 // True if reference counts count all references. Without the GIL, they count those of one thread alone.

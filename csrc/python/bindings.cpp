@@ -245,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("use_torch", &use_torch);
     m.def("own_result", &own_result);
+    m.def("is_surely_readable", [](py::handle x) { return is_surely_readable(x.ptr()); });
 
     py::class_<BoundTarget>(m, "Target")
         .def(py::init(&make_target), py::arg("backend"), py::arg("dtype"), py::arg("threads"), py::arg("device"),

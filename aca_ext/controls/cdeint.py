@@ -15,10 +15,10 @@ from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.methods import ALIASES
 from aca_ext.odeint import odeint
 from aca_ext.problem.options import FIXED_OPTIONS
-from aca_ext.problem.problem import ALL_METHODS
 from aca_ext.problem.state import State
 from aca_ext.problem.transforms import is_transformed
 from aca_ext.problem.trees import map_leaves
+from aca_ext.problem.validation import ALL_METHODS
 from aca_ext.torchdiffeq import solves as drop_in
 
 BACKENDS = ("aca_ext", "torchdiffeq")

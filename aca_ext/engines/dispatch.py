@@ -28,12 +28,13 @@ from aca_ext.gradients.dependencies import checked_params
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.batch import BatchProblem, batch_problem_of, is_independent
 from aca_ext.problem.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
-from aca_ext.problem.problem import Problem, known_problem, problem_of
+from aca_ext.problem.problem import Problem
 from aca_ext.problem.recorders import recorder
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import State, tensors_in
 from aca_ext.problem.times import as_float64, warn_where_time_stands_still
 from aca_ext.problem.transforms import is_transformed, refuse_transforms
+from aca_ext.problem.validation import known_problem, problem_of
 from aca_ext.solution import LazySolution, Solution, batch_event_record, checked_plan, event_record, stopped
 from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord, checked_policy

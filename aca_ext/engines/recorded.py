@@ -22,9 +22,10 @@ from aca_ext.kernels.operations import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.adams import Adams
 from aca_ext.problem.options import FIXED_OPTIONS, Options
-from aca_ext.problem.problem import Problem, checked_problem
+from aca_ext.problem.problem import Problem
 from aca_ext.problem.recorders import JIT
 from aca_ext.problem.state import State
+from aca_ext.problem.validation import checked_problem
 from aca_ext.solution import LazySolution, Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
 from aca_ext.solver.repeated_steps import PlainOperations, fixed_steps, repeated_states

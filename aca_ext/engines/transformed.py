@@ -19,11 +19,12 @@ from aca_ext.engines.arguments import Arguments
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.batch import BatchProblem, RowPacking, batch_problem_of, is_independent
-from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.problem import Problem
 from aca_ext.problem.recorders import recorder
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.transforms import Batches, FurtherBatchError, constant_of, outside_transforms
 from aca_ext.problem.trees import leaves_of, like
+from aca_ext.problem.validation import problem_of
 from aca_ext.solution import Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
 from aca_ext.solver.lane_loop import LaneField, LaneOperations, LaneSolver, TransformedLanes

@@ -20,8 +20,9 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import check_cotangent
 from aca_ext.kernels.fused import operations_for
-from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.problem import Problem
 from aca_ext.problem.state import Packing, tensors_in
+from aca_ext.problem.validation import problem_of
 from aca_ext.progress import Callback
 from aca_ext.solver.loop import Solver
 from aca_ext.vector_field.field import AutocastState, VectorField

@@ -15,7 +15,7 @@ from aca_ext.errors import ArgumentValueError, OptionError
 from aca_ext.numerics.switching import Switching
 from aca_ext.problem.newton import newton_options_of_samples
 from aca_ext.problem.options import is_compact, is_nan_on_failure
-from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.problem import Problem
 from aca_ext.problem.sample_times import (
     Array,
     Index,
@@ -27,6 +27,7 @@ from aca_ext.problem.sample_times import (
 from aca_ext.problem.state import Packing, State, as_real
 from aca_ext.problem.stops import STOP_OPTIONS, Stops, stops_of
 from aca_ext.problem.tolerance import Tolerance
+from aca_ext.problem.validation import problem_of
 
 _UNAVAILABLE = ("norm", "on_step_limit", "on_min_step")
 

@@ -1,51 +1,21 @@
-"""The arguments of a solve, validated once and stored in one frozen object."""
+"""Description of a solve: its validated arguments in one frozen object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
-from aca_ext.numerics.adams import Adams
 from aca_ext.numerics.controller import Controller
-from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
-from aca_ext.numerics.methods import ALIASES, METHODS
-from aca_ext.numerics.switching import AUTO
-from aca_ext.problem.admission import is_readable
-from aca_ext.problem.arguments import holds_grad, lookup
 from aca_ext.problem.events import Event
-from aca_ext.problem.grid import grid_of
-from aca_ext.problem.newton import NewtonOptions, newton_options_of
-from aca_ext.problem.options import (
-    FIXED_OPTIONS,
-    Options,
-    accepts_min_step,
-    adams_of,
-    check_option_names,
-    controller_of,
-    inner_times,
-    interpolation_of,
-    is_compact,
-    is_nan_on_failure,
-    is_perturbed,
-    max_num_steps_of,
-    norm_of,
-    stops_at_limit,
-)
+from aca_ext.problem.newton import NewtonOptions
 from aca_ext.problem.resumption import SolverState
-from aca_ext.problem.signature import refuse_swapped
-from aca_ext.problem.state import Packing, State, dense
-from aca_ext.problem.times import resolution_of, times_of
-from aca_ext.problem.tolerance import Tolerance, check_within_reach, checked_tolerance
+from aca_ext.problem.state import Packing, State
+from aca_ext.problem.tolerance import Tolerance
 from aca_ext.progress import Callback
-
-ALL_METHODS: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS, AUTO.name: AUTO}
-_PLAIN = (torch.float32, torch.float64)
 
 
 class Settings:
@@ -159,174 +129,3 @@ class Problem:
         other = object.__new__(Problem)  # takes a third of the time of dataclasses.replace
         vars(other).update(vars(self), func=func, args=args, y0=y0)
         return other
-
-
-_MAX_KNOWN = 64
-_LONGEST_KNOWN_GRID = 10_000
-_PLAIN_OPTIONS = ("interp", "perturb")  # besides numbers
-_known: dict[tuple[Any, ...] | None, Problem] = {}  # cache of validated problems, without func, args and y0
-
-
-def problem_of(
-    func: Callable[..., State],
-    y0: State,
-    t: object,
-    *,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    method: str | None,
-    options: Options | None,
-    args: Sequence[Any],
-) -> Problem:
-    """Validates the arguments of ``odeint``, or finds them in the cache of arguments validated before.
-
-    Raises:
-        ArgumentTypeError: func, y0, options or args has a type that is not accepted.
-        ArgumentValueError: an argument has a value that is not accepted (also as TimeError, ToleranceError, OptionError
-            or UnknownNameError).
-    """
-    if not callable(func):
-        raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
-    refuse_swapped(func)
-    key = _key(y0, t, rtol, atol, method, options)
-    known = _known.get(key)
-    if known is not None:
-        assert isinstance(y0, Tensor)
-        return known.of(func, _args(args), y0)
-    problem = checked_problem(func, y0, t, rtol, atol, method, options, args)
-    if key is not None and problem.y0 is y0 and len(problem.grid or ()) <= _LONGEST_KNOWN_GRID:
-        if len(_known) >= _MAX_KNOWN:
-            _known.pop(next(iter(_known)), None)
-        _known[key] = problem.of(_nothing, (), torch.empty(0, device="cpu"))
-    return problem
-
-
-def known_problem(
-    func: Callable[..., State],
-    y0: State,
-    t: object,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    method: str | None,
-    options: Options | None,
-    args: Sequence[Any],
-) -> Problem | None:
-    """``problem_of`` for arguments in the cache; None if they are not in it, or args are given."""
-    known = _known.get(_key(y0, t, rtol, atol, method, options))
-    if known is None or args != () or not callable(func):
-        return None
-    assert isinstance(y0, Tensor)
-    return known.of(func, (), y0)
-
-
-def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tuple[Any, ...] | None:
-    """Cache key of all arguments except func, args and the values of y0; None if an argument is not a plain value."""
-    numbers = _numbers_in(options)
-    is_known_kind = type(rtol) is type(atol) is float and (method is None or type(method) is str)
-    if not (is_known_kind and numbers is not None and _is_plain(y0) and _is_plain(t) and t.dim() == 1):
-        return None
-    about_y0 = y0.shape, y0.stride(), y0.dtype
-    return tuple(t.tolist()), t.dtype, rtol, atol, method, numbers, *about_y0, torch.get_num_threads()
-
-
-def _nothing() -> Tensor:
-    raise AssertionError("func of a cached problem was called; replace it with Problem.of")
-
-
-def _numbers_in(options: object) -> tuple[tuple[Any, Any], ...] | None:
-    """The options as pairs if all values are plain numbers, or those of a fixed grid, else None."""
-    if not options:
-        return ()
-    if type(options) is not dict:
-        return None
-    for name, value in options.items():
-        if type(value) not in (int, float) and not (name in _PLAIN_OPTIONS and type(value) in (str, bool)):
-            return None
-    return tuple(options.items())
-
-
-def _is_plain(x: Any) -> TypeGuard[Tensor]:
-    """Tells whether ``x`` is a plain float32 or float64 tensor on the CPU with readable, unnegated elements."""
-    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and is_readable(x)
-
-
-def checked_problem(
-    func: Callable[..., State],
-    y0: State,
-    t: object,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    method: str | None,
-    options: Options | None,
-    args: Sequence[Any],
-) -> Problem:
-    """``problem_of`` without the cache."""
-    packing = Packing.of(y0)
-    packed = dense(packing.pack(y0))
-    times = times_of(t)
-    tableau = _tableau(method)
-    if options is not None and not isinstance(options, Mapping):
-        raise ArgumentTypeError(f"options is of type {type(options).__name__}; give a dict of option names and values.")
-    given = dict(options or {})
-    is_fixed = not tableau.adaptive or any(given.get(name) is not None for name in FIXED_OPTIONS)
-    check_option_names(given, tableau, is_fixed)
-    if is_nan_on_failure(given.get("on_failure")) and given.get("batch") != "independent":
-        raise OptionError('option on_failure="nan" belongs to samples of their own; give batch="independent", too.')
-    is_compact(given)
-    if isinstance(tableau, Adams):
-        tableau = adams_of(given, tableau)
-    norm = norm_of(given.get("norm"), packing)
-    checked_rtol = checked_tolerance("rtol", rtol, packed, packing)
-    checked_atol = checked_tolerance("atol", atol, packed, packing)
-    tolerance = Tolerance(checked_rtol, checked_atol, packing.segments, norm)
-    if not is_fixed:
-        check_within_reach(tolerance, packed.dtype)
-    stops = () if is_fixed else inner_times("step_t", given.get("step_t"), times)
-    jumps = () if is_fixed else inner_times("jump_t", given.get("jump_t"), times)
-    interp = interpolation_of(given.get("interp"))
-    newton = newton_options_of(given, tableau, packing, packed)
-    grid = grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None
-    perturbed = grid if grid is not None and is_perturbed(given.get("perturb")) else ()
-    return Problem(
-        func=func,
-        args=_args(args),
-        y0=packed,
-        packing=packing,
-        times=times,
-        tableau=tableau if interp is None else _with_interpolation(tableau, interp),
-        tolerance=tolerance,
-        controller=None if is_fixed else controller_of(given, tableau),
-        grid=grid,
-        stops=tuple(sorted({*stops, *jumps}, reverse=times[-1] < times[0])),
-        jumps=frozenset((*jumps, *perturbed)),
-        max_num_steps=max_num_steps_of(given.get("max_num_steps")),
-        stops_at_limit=stops_at_limit(given.get("on_step_limit")),
-        accepts_min_step=accepts_min_step(given.get("on_min_step")),
-        interp=interp,
-        newton=newton,
-        resolution=resolution_of(t),
-    )
-
-
-def _tableau(method: object) -> Any:
-    if method is None:
-        return METHODS["dopri5"]
-    name = lookup("method", method, [*ALL_METHODS, *ALIASES])
-    return ALL_METHODS[ALIASES.get(name, name)]
-
-
-@cache
-def _with_interpolation(tableau: Any, interp: str) -> Any:
-    return tableau.with_linear_output() if interp == "linear" else tableau.with_hermite_output()
-
-
-def _args(args: object) -> tuple[Any, ...]:
-    if not isinstance(args, (tuple, list)):
-        raise ArgumentTypeError(f"args is of type {type(args).__name__}; give a tuple, args=(x,) for one argument.")
-    for i, arg in enumerate(args):
-        if not isinstance(arg, Tensor) and holds_grad(arg):
-            raise ArgumentValueError(
-                f"args[{i}] is a {type(arg).__name__} holding a tensor that requires grad, whose gradient would be "
-                "lost; pass each such tensor as an entry of args."
-            )
-    return tuple(args)

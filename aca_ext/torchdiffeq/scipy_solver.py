@@ -18,8 +18,9 @@ from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
 from aca_ext.gradients.dependencies import checked_params
 from aca_ext.kernels.fused import operations_for
-from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.problem import Problem
 from aca_ext.problem.state import State
+from aca_ext.problem.validation import problem_of
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.solver.stats import Stats
 from aca_ext.torchdiffeq.names import SCIPY

@@ -12,7 +12,7 @@ from aca_ext import errors, odeint, solve
 from aca_ext.engines import ENGINES, Request
 from aca_ext.engines.compiled import engine as compiled_engine
 from aca_ext.problem.batch import batch_problem_of
-from aca_ext.problem.problem import problem_of
+from aca_ext.problem.validation import problem_of
 
 NEEDS_COMPILER = pytest.mark.skipif(
     compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch"

@@ -16,7 +16,8 @@ from aca_ext import _C, METHODS
 from aca_ext.engines.cuda_graph.control_block import ControlBlock, DeviceTimes, SolveMemory
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
-from aca_ext.problem.problem import Problem, problem_of
+from aca_ext.problem.problem import Problem
+from aca_ext.problem.validation import problem_of
 from aca_ext.solver.runge_kutta import scheme_of, stage_times
 
 DEVICES = ["cpu", pytest.param("cuda", marks=on_cuda)]

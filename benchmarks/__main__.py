@@ -22,6 +22,7 @@ from benchmarks import (
     memory,
     sampling,
     solve_rate,
+    solve_rate_short,
     state_size,
     step_throughput,
     stiff,
@@ -47,7 +48,11 @@ BY_DEVICE = {
     ),
     "cuda": (solve_rate, kernels, breakdown, convolution, ensemble),
 }
-BENCHMARKS = {module.__name__.rpartition(".")[2]: module for modules in BY_DEVICE.values() for module in modules}
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module
+    for modules in (*BY_DEVICE.values(), (solve_rate_short,))
+    for module in modules
+}
 
 
 def main() -> None:

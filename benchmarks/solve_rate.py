@@ -6,7 +6,8 @@ torchdiffeq on the device. ``/ odeint`` is the speedup over torchdiffeq's odeint
 the end state from the eager engine's. ``capture s`` is the time of the captures in the first graph solve. ``launched
 for nothing`` is the number of launched trial steps, per solve, that the solve did not need; here every solve has
 another initial state. ``rounds`` is the number of times that the host read the solve's status. Loops on the device, the
-alternative to steps launched ahead, are measured last, so that a hang spoils nothing else.
+alternative to steps launched ahead, are measured last, so that a hang spoils nothing else. ``solve_rate_short`` is the
+part of this that takes the least time.
 """
 
 import json
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -104,27 +105,35 @@ def workloads(settings: Settings) -> list[Network]:
 
 
 def run(settings: Settings) -> Parts:
-    problems = {workload: workload.problem(torch.float32, settings.device) for workload in workloads(settings)}
-    captured = {}
-    for workload, problem in problems.items():
-        cases = _cases(problem)
+    captured: dict[Network, Problem] = {}
+    yield from rates(workloads(settings), ("torchdiffeq", "diffrax"), settings, captured)
+    if captured:
+        yield from _launches(captured)
+    if settings.device == "cuda" and not settings.quick:
+        yield _with_command_buffers()
+    if captured:
+        yield from _loops(captured, settings)
+
+
+def rates(
+    of: Sequence[Network], packages: Sequence[str], settings: Settings, captured: dict[Network, Problem]
+) -> Parts:
+    """Measures each workload with every engine and with the packages; ``captured`` receives those that have graphs."""
+    for workload in of:
+        problem = workload.problem(torch.float32, settings.device)
+        cases = _cases(problem, packages)
         yield from cases.notes
         if cases.of:
             yield from _measure(workload, cases.of, settings)
         if GRAPH in cases.of:
             captured[workload] = problem
-    if captured:
-        yield from _launches(captured)
-        yield from _loops(captured, settings)
-    if settings.device == "cuda" and not settings.quick:
-        yield _with_command_buffers()
 
 
-def _cases(problem: Problem) -> Cases:
+def _cases(problem: Problem, packages: Sequence[str]) -> Cases:
     cases = Cases()
     cases.add(EAGER, partial(_ours, problem, "eager"))
     cases.add(GRAPH, partial(_ours, problem, "graph"))
-    solvers, skipped = peers.installed("torchdiffeq", "diffrax", device=problem.y0.device.type)
+    solvers, skipped = peers.installed(*packages, device=problem.y0.device.type)
     cases.notes += skipped
     for solver in solvers:
         if solver.name in (BASE, DIFFRAX):

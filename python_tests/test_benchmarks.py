@@ -11,7 +11,7 @@ from test_graph_engine import Caller
 
 from aca_ext.engines.cuda_graph import captures as programs
 from aca_ext.engines.cuda_graph import engine
-from benchmarks import breakdown, convolution, ensemble, solve_rate
+from benchmarks import breakdown, convolution, ensemble, solve_rate, solve_rate_short
 from benchmarks.harness import Settings, Table, print_table
 from benchmarks.workloads import W3
 
@@ -39,6 +39,7 @@ class LoopingCaller(Caller):
         (convolution, ["aca_ext eager", "aca_ext graph"]),
         (ensemble, ["aca_ext eager", "aca_ext graph"]),
         (solve_rate, ["aca_ext eager", "aca_ext graph", "launched for nothing", "ahead / loop"]),
+        (solve_rate_short, ["aca_ext eager", "aca_ext graph", "torchdiffeq odeint"]),
     ],
     ids=lambda x: x.__name__.rpartition(".")[2] if hasattr(x, "__name__") else "",
 )
@@ -49,6 +50,7 @@ def test_runs_with_every_engine(
     monkeypatch.setattr(engine, "capturer_for", lambda device: LoopingCaller([]))
     monkeypatch.setattr(solve_rate, "workloads", lambda settings: [SHORT])
     monkeypatch.setattr(breakdown, "WORKLOADS", [SHORT])
+    monkeypatch.setattr(solve_rate_short, "WORKLOADS", [SHORT])
     monkeypatch.setitem(sys.modules, "diffrax", None)  # left out: it takes long to compile
     for part in module.run(Settings(quick=True)):
         if isinstance(part, Table):

@@ -384,3 +384,21 @@ class Checksums:
     def __call__(self, addresses: list[int]) -> bytes: ...
 
 def write_scalars(on: Target, out: int, values: Sequence[float], /) -> None: ...
+def relative_changes(on: Target, count: int, length: int, change: int, state: int, /) -> list[float]: ...
+
+class StageSystem:
+    def __init__(
+        self,
+        on: Target,
+        blocks: int,
+        m: int,
+        jacobians: Sequence[int],
+        a: Sequence[Sequence[float]],
+        h: float,
+        h_each: int,
+        /,
+    ) -> None: ...
+    def solve(self, r: Sequence[int], out: Sequence[int], transposed: bool, /) -> None: ...
+    def correct(
+        self, slopes: Sequence[int], z: Sequence[int], next: Sequence[int], change: Sequence[int], /
+    ) -> None: ...

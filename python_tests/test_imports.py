@@ -62,6 +62,7 @@ IMPORT_THE_EXTENSION = [
     "aca_ext.engines.cuda_graph.control_block",
     "aca_ext.kernels.extension",
     "aca_ext.kernels.fused",
+    "aca_ext.kernels.small_systems",
 ]
 # Patterns of includes, and of the only files in csrc that may have them.
 INCLUDES = {

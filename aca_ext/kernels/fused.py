@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from aca_ext.kernels.extension import controller_for
 from aca_ext.kernels.layout import aligned_rows, empty_rows, rows_like, scalars
 from aca_ext.kernels.operations import Array, Floats, RowOperations, Tensors, TorchOperations
 from aca_ext.kernels.reference import Number
+from aca_ext.kernels.small_systems import SmallSystem, is_small
 from aca_ext.problem.admission import is_plain
 from aca_ext.problem.tolerance import Norm, Tolerance
 
@@ -134,6 +136,21 @@ class KernelOperations(TorchOperations):
                 *self._tolerances,
             )
         return self.tolerance.norm_of_sums(self._sums.tolist())
+
+    def relative_changes(self, change: Tensor, state: Tensor) -> tuple[Any, Any]:
+        if self.backend != "cpu":
+            return super().relative_changes(change, state)
+        length = self._n // max(1, self.n_rows)
+        sizes = _C.relative_changes(self._on, self.n_rows, length, change.data_ptr(), state.data_ptr())
+        if not self.row_shape:
+            return sizes[0], sizes[1]
+        of_elements, of_largest = np.array(sizes).reshape(self.n_rows, 2).T
+        return of_elements, of_largest
+
+    def small_system(self, jacobians: Tensors, a: Sequence[Floats], h: Number) -> SmallSystem | None:
+        if not is_small(self.like, jacobians[0], len(a)):
+            return None
+        return SmallSystem(self._on, self.like, self.admit, jacobians, a, h)
 
     def stepper(self, c: Any, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
         """The C++ object for a whole step, its transpose, or many steps per call.

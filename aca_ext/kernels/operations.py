@@ -90,6 +90,19 @@ class TorchOperations:
             return worst.sqrt().cpu().double() if worst != 0 else worst.detach().cpu().double()
         return tolerance.norm_of_sums(sums.tolist())
 
+    def relative_changes(self, change: Tensor, state: Tensor) -> tuple[Any, Any]:
+        """The largest change of an element relative to that element, and relative to the largest element of the sum.
+
+        Numbers, or arrays with one for each row of the state if rows have step sizes of their own.
+        """
+        found = reference.relative_changes(change.reshape(self.n_rows, -1), state.reshape(self.n_rows, -1))
+        of_element, of_largest = torch.stack(found).double().cpu().numpy()
+        return (of_element, of_largest) if self.row_shape else (float(of_element[0]), float(of_largest[0]))
+
+    def small_system(self, jacobians: Tensors, a: Sequence[Floats], h: Number) -> Any:
+        """A ``SmallSystem`` of the stages of an implicit step; None if torch solves it in less time."""
+        return None
+
     @staticmethod
     def _as_number(norm: Any) -> Number:
         if isinstance(norm, Tensor) and norm.requires_grad:

@@ -74,6 +74,18 @@ def squared_error_ratios_of_rows(
     return torch.stack([rows[:, lo:hi].sum(1) for lo, hi in pairwise(segments)], 1)
 
 
+def relative_changes(change: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of the matrices, the largest change relative to its element, and to the largest element.
+
+    Elements below rounding count as rounding. The first number is infinite if an element of the sum is not finite.
+    """
+    after, change = state + change, change.abs()
+    size = torch.maximum(state.abs(), after.abs())
+    lowest = torch.finfo(state.dtype).eps * size.amax(1, keepdim=True)
+    ratio = (change / torch.maximum(size, lowest)).masked_fill_(change == 0, 0.0).amax(1)
+    return ratio.masked_fill_(~torch.isfinite(after).all(1), torch.inf), change.amax(1) / after.abs().amax(1)
+
+
 def _squared_error_ratio(
     partial: Tensor, k: Tensor | None, w: Number, y0: Tensor, y1: Tensor, rtol: float | Tensor, atol: float | Tensor
 ) -> Tensor:

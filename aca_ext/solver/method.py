@@ -147,7 +147,7 @@ def method_of(
         return RosenbrockMethod(f, ops, rosenbrock_scheme_of(problem.tableau, estimate_error), counts)
     scheme = implicit_scheme_of(problem.tableau, estimate_error)
     tolerance = problem.newton.tolerance if problem.adaptive else None
-    jacobian = jacobian_of(problem, f)
+    jacobian = jacobian_of(problem, f, ops)
     return ImplicitMethod(f, ops, scheme, jacobian, tolerance, counts, repeats)
 
 

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/ops.h"
 #include "python/compiled_bindings.h"
@@ -13,6 +14,7 @@
 #include "python/leaves.h"
 #include "python/modules.h"
 #include "python/running_sums.h"
+#include "python/stage_system.h"
 #include "python/step_runs.h"
 #include "python/stepper.h"
 #include "python/transposed_step.h"
@@ -166,6 +168,24 @@ void squared_error_ratio_rows(const BoundTarget& on, int64_t count, py::handle b
         [&] { on.backend->squared_error_ratio_rows(on.target, rows, segments, bound, out, ratio); });
 }
 
+// For each of `count` rows of `length` elements its two sizes, one row after the other.
+std::vector<double> relative_changes_of_rows(const BoundTarget& on, int64_t count, int64_t length, uintptr_t change,
+                                             uintptr_t state) {
+    check_memory(count * length, {change, state});
+    std::vector<double> sizes;
+    const auto add = [&](auto zero, int64_t row) {
+        using T = decltype(zero);
+        const auto at = [&](uintptr_t address) { return reinterpret_cast<const T*>(address) + row * length; };
+        const RelativeChanges found = relative_changes(length, at(change), at(state));
+        sizes.insert(sizes.end(), {found.of_element, found.of_largest});
+    };
+    run(count * length, [&] {
+        for (int64_t row = 0; row < count; ++row)
+            on.target.dtype == DType::f32 ? add(float{}, row) : add(double{}, row);
+    });
+    return sizes;
+}
+
 void write_scalars(const BoundTarget& on, uintptr_t out, py::handle values) {
     double value[kMaxTerms];
     const int n = read_doubles(values, value, kMaxTerms, "values");
@@ -299,6 +319,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("solution_and_error_rows", &solution_and_error_rows);
     m.def("squared_error_ratio_rows", &squared_error_ratio_rows);
     m.def("write_scalars", &write_scalars);
+    m.def("relative_changes", &relative_changes_of_rows);
+    py::class_<StageSystem>(m, "StageSystem")
+        .def(py::init<const BoundTarget&, int64_t, int, const Addresses&, const std::vector<std::vector<double>>&,
+                      double, uintptr_t>())
+        .def("solve", &StageSystem::solve)
+        .def("correct", &StageSystem::correct);
     bind_compiled(m);
     bind_control(m);
 }

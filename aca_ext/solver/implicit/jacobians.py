@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from aca_ext.errors import OptionError
+from aca_ext.kernels.operations import TorchOperations
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.implicit.krylov import Krylov
@@ -14,16 +15,16 @@ from aca_ext.solver.implicit.systems import Blocks, GivenMatrix, Jacobian
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 
-def jacobian_of(problem: Problem, f: SlopeFunction) -> Jacobian:
+def jacobian_of(problem: Problem, f: SlopeFunction, ops: TorchOperations) -> Jacobian:
     """The Jacobian that option ``jacobian`` names."""
     assert problem.newton is not None
     kind, is_batch = problem.newton.jacobian, isinstance(problem, BatchProblem)
     count = len(problem.y0) if is_batch or kind == "block" else 1
     if callable(kind):
-        return GivenMatrix(f, count, _checked(kind, problem, count))
+        return GivenMatrix(f, ops, count, _checked(kind, problem, count))
     if kind == "krylov":
         return Krylov(f)
-    return Blocks(f, count)
+    return Blocks(f, ops, count)
 
 
 def _checked(function: Callable[..., object], problem: Problem, count: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.kernels.reference import Number
-from aca_ext.solver.implicit.systems import Rows, System, outside_inference, recording
+from aca_ext.solver.implicit.systems import Rows, StageSystem, System, outside_inference, recording
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 _RESTART, _MOST_RESTARTS = 40, 25
@@ -77,9 +77,10 @@ class Krylov:
         return math.inf
 
 
-class _KrylovSystem:
+class _KrylovSystem(StageSystem):
     def __init__(self, linearisations: Sequence[Linearisation], a: Rows, h: Number) -> None:
-        self._linearisations, self._a, self._h = linearisations, a, h
+        super().__init__(a, h)
+        self._linearisations = linearisations
 
     def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]:
         like, stages = r[0], len(r)

@@ -29,11 +29,10 @@ from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.convergence import Convergence
 from aca_ext.solver.implicit.rows import (
     Mask,
-    Numbers,
     are_finite,
     chosen,
+    combined,
     count,
-    in_dtype_of,
     is_any,
     larger,
     of_tensor,
@@ -144,10 +143,8 @@ class Newton:
 
     def _ahead(self, rows: Mask, group: Group, z: list[Tensor], slope: Tensor) -> list[Tensor]:
         """The iterate after ``z`` if all slopes there are ``slope``; ``z`` itself in rows where that is not finite."""
-        assert group.a is not None
-        residual = [new - old for new, old in zip(combined(self._h, group.a, [slope] * len(z)), z, strict=True)]
-        change = self._system_for(group, rows).solve(residual)
-        ahead = [self._ops.admit(old + d) for old, d in zip(z, change, strict=True)]
+        ahead, _ = self._system_for(group, rows).correct([slope] * len(z), z)
+        ahead = [self._ops.admit(x) for x in ahead]
         return chosen(are_finite(ahead, self._ops), ahead, z)
 
     def failures(self) -> dict[int, str]:
@@ -201,7 +198,8 @@ class Newton:
             if always_anew:
                 self._linearise_iterate(rows, group, t, base, z)
             new, change, states = self._iteration(active, group, t, base, z)
-            size, largest = self._relative_changes(change, states)
+            sizes = [self._ops.relative_changes(*pair) for pair in zip(change, states, strict=True)]
+            size, largest = (reduce(larger, part) for part in zip(*sizes, strict=True))
             self._residual = where(active, largest, self._residual)
             is_fast = size <= _SLOW * before
             done = active & ((size <= 4 * eps) | (other_than(is_fast) & (largest <= 2**12 * eps)))
@@ -214,13 +212,11 @@ class Newton:
         self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The next z, its change, and the states at which f was evaluated."""
-        assert group.a is not None
         self._counts.n_newton_iterations += count(rows)
         states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
         slopes = [self._f(*at) for at in zip(t, states, strict=True)]
-        residual = [new - old for new, old in zip(combined(self._h, group.a, slopes), z, strict=True)]
-        change = [self._ops.admit(d) for d in self._system_for(group, rows).solve(residual)]
-        return [old + d for old, d in zip(z, change, strict=True)], change, states
+        corrected, change = self._system_for(group, rows).correct(slopes, z)
+        return corrected, [self._ops.admit(d) for d in change], states
 
     def _linearise_iterate(
         self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: Sequence[Tensor]
@@ -264,40 +260,6 @@ class Newton:
         self._counts.n_jacobians += count(rows)
         return self._jacobian.at(t, y)
 
-    def _relative_changes(self, changes: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Numbers, Numbers]:
-        """In each row, the largest change of an element relative to that element, and to the largest element."""
-        n = self._ops.n_rows
-        found = [
-            torch.stack(_relative_changes(change.reshape(n, -1), state.reshape(n, -1)))
-            for change, state in zip(changes, states, strict=True)
-        ]
-        size, largest = torch.stack(found).amax(0).double().cpu().numpy()
-        return (size, largest) if self._ops.row_shape else (float(size[0]), float(largest[0]))
-
-
-def combined(h: Number, rows: Sequence[Sequence[float]], x: Sequence[Tensor]) -> list[Tensor]:
-    """h·Σ_j rows[i][j]·x[j] for each i."""
-    sums: list[Tensor] = []
-    for row in rows:
-        terms = [in_dtype_of(x_j, h * w) * x_j for w, x_j in zip(row, x, strict=True) if w != 0]
-        first, *others = terms or [torch.zeros_like(x[0])]
-        for other in others:
-            first = first + other
-        sums.append(first)
-    return sums
-
 
 def _inverse(h: Number) -> Number:
     return torch.where(h == 0, 0.0, 1 / h) if isinstance(h, Tensor) else 1 / h
-
-
-def _relative_changes(change: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of the matrices, the largest change relative to its element, and to the largest element.
-
-    Elements below rounding count as rounding.
-    """
-    after, change = state + change, change.abs()
-    size = torch.maximum(state.abs(), after.abs())
-    lowest = torch.finfo(state.dtype).eps * size.amax(1, keepdim=True)
-    ratio = (change / torch.maximum(size, lowest)).masked_fill_(change == 0, 0.0).amax(1)
-    return ratio.masked_fill_(~torch.isfinite(after).all(1), math.inf), change.amax(1) / after.abs().amax(1)

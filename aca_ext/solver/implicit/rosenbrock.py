@@ -157,7 +157,8 @@ class RosenbrockMethod(OneStepMethod):
         n_stepping = count(of_tensor(h) != 0)
         self._counts.n_jacobians += n_stepping
         self._counts.n_factorizations += n_stepping
-        system = BlockSystem([derivative[..., :-1]], [[scheme.gamma]], h)
+        jacobians, a = [derivative[..., :-1]], [[scheme.gamma]]
+        system = ops.small_system(jacobians, a, h) or BlockSystem(jacobians, a, h)
         of_time = ops.weighted_sum(None, h, [ops.admit(derivative[..., -1].reshape(start.k.shape))], (1.0,))
         y = ops.admit(start.joint.detach()[:, :-1].reshape(start.k.shape))
         k: list[Tensor] = []

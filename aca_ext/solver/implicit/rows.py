@@ -78,7 +78,7 @@ def is_all(mask: Mask) -> bool:
 
 
 def count(mask: Mask) -> int:
-    return int(np.count_nonzero(mask))
+    return int(mask) if isinstance(mask, bool) else int(np.count_nonzero(mask))
 
 
 def chosen(mask: Mask, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
@@ -89,3 +89,15 @@ def chosen(mask: Mask, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Ten
         return list(old)
     of_rows = torch.from_numpy(mask).view(-1, *(1,) * (new[0].dim() - 1)).to(new[0].device)
     return [torch.where(of_rows, x, x_old) for x, x_old in zip(new, old, strict=True)]
+
+
+def combined(h: Number, rows: Sequence[Sequence[float]], x: Sequence[Tensor]) -> list[Tensor]:
+    """h·Σ_j rows[i][j]·x[j] for each i."""
+    sums: list[Tensor] = []
+    for row in rows:
+        terms = [in_dtype_of(x_j, h * w) * x_j for w, x_j in zip(row, x, strict=True) if w != 0]
+        first, *others = terms or [torch.zeros_like(x[0])]
+        for other in others:
+            first = first + other
+        sums.append(first)
+    return sums

@@ -25,8 +25,8 @@ from aca_ext.errors import ArgumentValueError, ReplayError
 from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
-from aca_ext.solver.implicit.newton import Newton, combined
-from aca_ext.solver.implicit.rows import constant, is_any, largest, spread
+from aca_ext.solver.implicit.newton import Newton
+from aca_ext.solver.implicit.rows import combined, constant, is_any, largest, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, Solution, System
 from aca_ext.solver.one_step import OneStepMethod

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError
+from aca_ext.kernels.operations import TorchOperations
 from aca_ext.kernels.reference import Number
-from aca_ext.solver.implicit.rows import in_dtype_of
+from aca_ext.solver.implicit.rows import combined, in_dtype_of
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 Rows = Sequence[Sequence[float]]
@@ -29,6 +30,9 @@ class System(Protocol):
     """The matrix K of a group of stages; vectors are lists of states, one per stage."""
 
     def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]: ...
+
+    def correct(self, slopes: Sequence[Tensor], z: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """An iteration of Newton's method: z + K⁻¹·(h·Σ_j a_ij·slope_j - z), and its change of z."""
 
 
 class Jacobian(Protocol):
@@ -97,9 +101,10 @@ class Blocks:
 
     is_exact = True
 
-    def __init__(self, f: SlopeFunction, count: int) -> None:
-        self._f, self._count = f, count
+    def __init__(self, f: SlopeFunction, ops: TorchOperations, count: int) -> None:
+        self._f, self._ops, self._count = f, ops, count
         self._rows = Rowwise()
+        self._units: Tensor | None = None
 
     def at(self, t: Tensor, y: Tensor) -> Tensor:
         with recording():
@@ -110,11 +115,13 @@ class Blocks:
         m = k.numel() // max(self._count, 1)
         if not k.requires_grad:
             return torch.zeros(self._count, m, m, dtype=k.dtype, device=k.device)
-        rows = self._rows(y, k, units(m, self._count, k))
+        if self._units is None:
+            self._units = units(m, self._count, k)
+        rows = self._rows(y, k, self._units)
         return rows.reshape(m, self._count, m).transpose(0, 1)
 
     def system(self, linearisations: Sequence[Tensor], a: Rows, h: Number) -> System:
-        return BlockSystem(linearisations, a, h)
+        return self._ops.small_system(linearisations, a, h) or BlockSystem(linearisations, a, h)
 
     def norm(self, linearisation: Tensor, scale: Tensor) -> float:
         units = scale.reshape(linearisation.shape[:2])
@@ -127,8 +134,10 @@ class GivenMatrix(Blocks):
 
     is_exact = False
 
-    def __init__(self, f: SlopeFunction, count: int, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(f, count)
+    def __init__(
+        self, f: SlopeFunction, ops: TorchOperations, count: int, function: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__(f, ops, count)
         self._function = function
 
     def at(self, t: Tensor, y: Tensor) -> Tensor:
@@ -139,10 +148,26 @@ class GivenMatrix(Blocks):
         return self.at(t, y)
 
 
-class BlockSystem:
+class StageSystem:
+    """Base of the systems of a group of stages with the coefficients ``a`` and the step size ``h``."""
+
+    def __init__(self, a: Rows, h: Number) -> None:
+        self._a, self._h = a, h
+
+    def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]:
+        raise NotImplementedError
+
+    def correct(self, slopes: Sequence[Tensor], z: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        residual = [new - old for new, old in zip(combined(self._h, self._a, slopes), z, strict=True)]
+        change = self.solve(residual)
+        return [old + d for old, d in zip(z, change, strict=True)], change
+
+
+class BlockSystem(StageSystem):
     """LU factors of the matrices K, one for each block of the state."""
 
     def __init__(self, jacobians: Sequence[Tensor], a: Rows, h: Number) -> None:
+        super().__init__(a, h)
         stages, (count, m, _), dtype = len(a), jacobians[0].shape, jacobians[0].dtype
         eye = torch.eye(m, dtype=dtype, device=jacobians[0].device)
         h = h.view(-1, 1, 1) if isinstance(h, Tensor) else h

@@ -1,5 +1,6 @@
 // The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
 #pragma once
+#include "ensemble/powers.h"
 #include "ensemble/starts.h"
 
 namespace aca {

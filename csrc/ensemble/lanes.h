@@ -134,20 +134,6 @@ ACA_HD V remainder(V a, V b) {  // with the sign of b
     return each(modulo, a, b);
 }
 
-// x to the power of a constant, at most some roundings from that of the mathematical library.
-ACA_HD R powers(R x, double exponent) {
-#ifdef ACA_ADDRESS
-    constexpr int kParts = sizeof(R) / sizeof(Doubles);
-    Doubles part[kParts];
-    std::memcpy(part, &x, sizeof x);
-    for (Doubles& each : part) each = power_of_doubles(each, exponent);
-    std::memcpy(&x, part, sizeof x);
-#else
-    for (int l = 0; l < kLanes; ++l) x[l] = std::pow(x[l], exponent);
-#endif
-    return x;
-}
-
 ACA_HD V floor_divide(V a, V b) {  // as torch and Python: the whole number below, whatever the quotient rounds to
     const auto divide = [](T x, T y) {
         if (y == 0) return x / y;

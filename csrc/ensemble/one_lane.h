@@ -46,6 +46,8 @@ struct One {
 typedef One<T> V;
 typedef V::Truth M;
 typedef One<double> R;
+typedef double Doubles;
+typedef uint64_t Words;
 typedef decltype(M::x) Truth;
 
 ACA_HD V K(double x) { return T(x); }
@@ -68,6 +70,7 @@ ACA_HD To rounded(From a) {
     return decltype(To::x)(a.x);
 }
 
+ACA_HD double fused(double a, double b, double c) { return std::fma(a, b, c); }
 ACA_HD V fma(V a, V b, V c) { return std::fma(a.x, b.x, c.x); }
 ACA_HD V sqrt(V a) { return std::sqrt(a.x); }
 

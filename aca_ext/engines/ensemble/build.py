@@ -69,12 +69,10 @@ def _vector_functions() -> dict[tuple[str, str], int]:
 
 def _set_addresses(library: Any) -> None:
     """Tells a library where the functions of vectors are that it calls."""
-    width = library.vector_bytes()
-    kinds = _VECTORS.get((width, library.number_bytes())), _VECTORS.get((width, 8))
+    wanted = _VECTORS.get((library.vector_bytes(), library.number_bytes()))
     for (name, kind), address in _vector_functions().items():
-        for symbol, wanted in zip((f"address_{name}", f"address_{name}_of_doubles"), kinds, strict=True):
-            if kind == wanted and hasattr(library, symbol):
-                ctypes.c_void_p.in_dll(library, symbol).value = address
+        if kind == wanted and hasattr(library, f"address_{name}"):
+            ctypes.c_void_p.in_dll(library, f"address_{name}").value = address
 
 
 @cache

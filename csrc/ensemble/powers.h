@@ -1,0 +1,56 @@
+// Powers of error ratios, by which the next step sizes are chosen, for all lanes at once.
+#pragma once
+#include "ensemble/lanes.h"
+
+namespace aca {
+
+template <typename To, typename From>
+ACA_HD To with_bits_of(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <int from, int to>
+ACA_HD Doubles series(Doubles x, const double (&coefficients)[from + 1]) {
+    Doubles sum = coefficients[from] - Doubles{};
+    for (int i = from - 1; i >= to; --i) sum = fused(sum, x, coefficients[i] - Doubles{});
+    return sum;
+}
+
+// x to the power of an exponent between -1 and 1, at most some roundings from that of the mathematical library, in a
+// quarter of the time of SLEEF's exp and log. x is positive and finite; beyond 2^-1000 and 2^1000 it is taken for
+// these, whose powers exceed all limits of a step.
+ACA_HD Doubles power_of(Doubles x, double exponent) {
+    constexpr double kLeast = 9.332636185032189e-302, kMost = 1.0715086071862673e301;
+    constexpr double kLog[] = {1., 1. / 3, 1. / 5, 1. / 7, 1. / 9, 1. / 11, 1. / 13, 1. / 15, 1. / 17, 1. / 19};
+    constexpr double kExp[] = {
+        1.,        1.,         1. / 2,      1. / 6,        1. / 24,        1. / 120,       1. / 720,
+        1. / 5040, 1. / 40320, 1. / 362880, 1. / 3.6288e6, 1. / 3.99168e7, 1. / 4.790016e8};
+    constexpr double kLn2 = 0.693147180559945309417;
+    constexpr uint64_t kRootOfHalf = 0x3fe6a09e667f3bcd, kOne = 0x3ff0000000000000;
+    x = x < kLeast ? kLeast - Doubles{} : x;
+    x = x > kMost ? kMost - Doubles{} : x;
+    // x = 2^n·m with m from sqrt(1/2) to sqrt(2), and log(m) = 2·artanh(s)
+    const Words bits = with_bits_of<Words>(x), biased = (bits - kRootOfHalf + kOne) >> 52;
+    const Doubles m = with_bits_of<Doubles>(bits - (biased << 52) + kOne);
+    const Doubles n = with_bits_of<Doubles>(biased | 0x4330000000000000) - (4503599627370496. + 1023);
+    const Doubles s = (m - 1) / (m + 1);
+    const Doubles fraction = (exponent * 2 / kLn2) * s * series<9, 0>(s * s, kLog);
+    // exponent·log2(x) = whole + rest
+    const double shift = 6755399441055744.;  // rounds to whole numbers, and shows their bits
+    const Doubles exponents = exponent - Doubles{}, shifted = fused(n, exponents, fraction) + shift;
+    const Doubles whole = shifted - shift, rest = fused(n, exponents, -whole) + fraction;
+    const Words power_of_two = (with_bits_of<Words>(shifted) + 1023) << 52;  // whose bits above are shifted out
+    return with_bits_of<Doubles>(power_of_two) * series<12, 0>(kLn2 * rest, kExp);
+}
+
+ACA_HD R powers(R x, double exponent) {
+    Doubles part[sizeof(R) / sizeof(Doubles)];
+    std::memcpy(part, &x, sizeof x);
+    for (Doubles& each : part) each = power_of(each, exponent);
+    std::memcpy(&x, part, sizeof x);
+    return x;
+}
+
+}  // namespace aca

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,12 +15,18 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"The experiments need {missing.name}: pip install '.[paper]'")
 
-NAMES = ("toy", "reverse", "cost", "three_body", "hopper", "image", "retest")
+NAMES = ("toy", "reverse", "cost", "three_body", "hopper", "image", "retest", "hopper_schedule")
+LONG = ("hopper_schedule",)  # hours; part of "all" with --quick alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
-    parser.add_argument("name", metavar="NAME", choices=(*NAMES, "all"), help=f"{', '.join(NAMES)}, or all")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        choices=(*NAMES, "all"),
+        help=f"{', '.join(NAMES)}, or all (of which only --quick does {', '.join(LONG)})",
+    )
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", action="store_true", help="under a minute; its numbers mean nothing")
     scale.add_argument("--full", action="store_true", help="the paper's setting, for a GPU")
@@ -28,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder with your data sets")
     parser.add_argument("--fresh", action="store_true", help="ignore the progress of an interrupted run")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="then report on what is finished; another run continues"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="work on the units whose name contains TEXT")
     args = parser.parse_args(argv)
 
     try:
@@ -43,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
         data=args.data,
         fresh=args.fresh,
+        until=time.monotonic() + 60 * args.minutes,
+        only=args.only,
     )
-    missing = [name for name in (NAMES if args.name == "all" else (args.name,)) if not _run(name, settings)]
+    every = [name for name in NAMES if args.quick or name not in LONG]
+    missing = [name for name in (every if args.name == "all" else (args.name,)) if not _run(name, settings)]
     return 1 if missing else 0
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -37,6 +38,8 @@ class Settings:
         seed: of every random number; an experiment with several runs derives theirs from it.
         data: folder with the user's data sets.
         fresh: ignores the progress of an interrupted run.
+        until: time.monotonic() after which an experiment that can report on unfinished work starts no more of it.
+        only: text that names the units of work to do, of an experiment that can report on a part of them.
     """
 
     scale: str = "default"
@@ -45,6 +48,12 @@ class Settings:
     seed: int = 0
     data: Path | None = None
     fresh: bool = False
+    until: float = math.inf
+    only: str = ""
+
+    def goes_on_with(self, unit: str) -> bool:
+        """True if there is time left, and ``unit`` is to be worked on."""
+        return time.monotonic() < self.until and self.only in unit
 
     def pick(self, quick: T, default: T, full: T) -> T:
         """The value for this scale."""

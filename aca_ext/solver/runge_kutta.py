@@ -271,8 +271,9 @@ def step_vjp(
     compare: Compare | None = None,
     y_next: Tensor | None = None,
     inside: Inside | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Replays a step from ``y`` and returns the cotangent of ``y``.
+    """Replays a step from ``y`` and returns the cotangent of ``y``, written into ``out`` if it is given.
 
     ``f.pull_back`` collects the cotangents of everything else that f depends on.
 
@@ -314,4 +315,4 @@ def step_vjp(
         if v is not None:
             pulled[i] = ops.admit(v, PULLED)
 
-    return cotangent_of_start(ops, outputs, pulled.values(), inside)
+    return cotangent_of_start(ops, outputs, pulled.values(), inside, out)

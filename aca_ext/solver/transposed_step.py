@@ -69,7 +69,13 @@ def cotangent_of_start(
     outputs: Sequence[tuple[Sequence[float], Tensor]],
     pulled: Iterable[Tensor],
     inside: Inside | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The cotangent of the state at the start of a step: the sum of those of its outputs and of its stages."""
+    """The cotangent of the state at the start of a step: the sum of those of its outputs and of its stages.
+
+    ``out`` receives it, and may be the cotangent of the first output.
+    """
     g, *rest = [*(g for _, g in outputs), *([] if inside is None else [inside[0]]), *pulled]
-    return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest)) if rest else g
+    if rest:
+        return ops.weighted_sum(g, 1.0, rest, (1.0,) * len(rest), out)
+    return g if out is None or out is g else out.copy_(g)

@@ -205,10 +205,13 @@ struct SquaredErrorRatio {
     }
 };
 
+// The next two functors go back to single elements if an array is misaligned whose address only the control block has.
+// The host checks all others, and that the rows of outputs and checkpoints keep the alignment of the first.
+
 // End of an accepted step: writes its outputs, its checkpoint, and the state and first slope of the next step.
 template <typename T>
 struct FinishStep {
-    static constexpr int width = 1;
+    static constexpr int width = 16 / sizeof(T);
     const Control* control;
     T* y;
     const T* y1;
@@ -219,24 +222,44 @@ struct FinishStep {
     template <int V>
     ACA_HD void operator()(int64_t i) const {
         const Control& s = *control;
+        // Read before the first write, after which the compiler would read them again.
+        const int64_t first = s.solve.first_due, last = s.solve.end_due;
+        const uintptr_t slot = s.slot;
         if (!s.solve.is_accepted) return;
-        const T start = y[i], end = y1[i];
+        if constexpr (V > 1) {
+            if ((slot | s.outputs) % 16 != 0) {
+                for (int e = 0; e < V; ++e) (*this).template operator()<1>(i + e);
+                return;
+            }
+        }
+        const Pack<T, V> end = load<V>(y1, i);
+        if (first < last) write_outputs<V>(i, first, last, end);
+        if (slot) store<V>(control::at<T>(slot), i, end);
+        store<V>(y, i, end);
+        if (k_first) store<V>(k_first, i, load<V>(k[stages - 1], i));
+    }
+
+    template <int V>
+    ACA_HD void write_outputs(int64_t i, int64_t first, int64_t last, const Pack<T, V>& end) const {
+        const Control& s = *control;
+        const Pack<T, V> start = load<V>(y, i);
         const T h = T(s.solve.h_done);
-        for (int64_t o = s.solve.first_due; o < s.solve.end_due; ++o) {
+        for (int64_t o = first; o < last; ++o) {
             T* const out = control::at<T>(s.outputs + uintptr_t(o * s.row_bytes));
             if (control::at<const double>(s.solve.times)[o] == s.solve.t_done) {
-                out[i] = end;
+                store<V>(out, i, end);
                 continue;
             }
             const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
-            T total = 0;
-            for (int j = 0; j < stages; ++j)
-                if (weight[j] != 0) total = multiply_add(T(weight[j]), k[j][i], total);
-            out[i] = multiply_add(h, total, start);
+            Pack<T, V> total{};
+            for (int j = 0; j < stages; ++j) {
+                if (weight[j] == 0) continue;
+                const Pack<T, V> slope = load<V>(k[j], i);
+                for (int e = 0; e < V; ++e) total[e] = multiply_add(T(weight[j]), slope[e], total[e]);
+            }
+            for (int e = 0; e < V; ++e) total[e] = multiply_add(h, total[e], start[e]);
+            store<V>(out, i, total);
         }
-        if (s.slot) control::at<T>(s.slot)[i] = end;
-        y[i] = end;
-        if (k_first) k_first[i] = k[stages - 1][i];
     }
 };
 
@@ -244,7 +267,7 @@ struct FinishStep {
 // its end (g), or, for outputs inside the step, of its start (inside) and its slopes (without the factor h).
 template <typename T>
 struct RestoreStep {
-    static constexpr int width = 1;
+    static constexpr int width = 16 / sizeof(T);
     const Control* control;
     T *y, *g, *inside;
     int stages;
@@ -253,22 +276,37 @@ struct RestoreStep {
     template <int V>
     ACA_HD void operator()(int64_t i) const {
         const Control& s = *control;
-        y[i] = control::at<const T>(s.slot)[i];
-        if (inside) {
-            inside[i] = 0;
-            for (int j = 0; j < stages; ++j) slope[j][i] = 0;
+        const int64_t first = s.solve.first_due, last = s.solve.end_due;
+        const uintptr_t slot = s.slot;
+        if constexpr (V > 1) {
+            if ((slot | s.grad_outputs) % 16 != 0) {
+                for (int e = 0; e < V; ++e) (*this).template operator()<1>(i + e);
+                return;
+            }
         }
-        for (int64_t o = s.solve.first_due; o < s.solve.end_due; ++o) {
-            const T grad = control::at<const T>(s.grad_outputs + uintptr_t(o * s.row_bytes))[i];
+        store<V>(y, i, load<V>(control::at<const T>(slot), i));
+        Pack<T, V> sum{};
+        if (inside)
+            for (int j = 0; j < stages; ++j) store<V>(slope[j], i, sum);
+        for (int64_t o = first; o < last; ++o) {
+            const Pack<T, V> grad = load<V>(control::at<const T>(s.grad_outputs + uintptr_t(o * s.row_bytes)), i);
             if (control::at<const double>(s.solve.times)[o] == s.solve.t_done) {
-                g[i] += grad;
+                add<V>(g, T(1), grad, i);
                 continue;
             }
+            for (int e = 0; e < V; ++e) sum[e] += grad[e];
             const double* const weight = control::at<const double>(s.weights) + o * kMaxTerms;
-            inside[i] += grad;
             for (int j = 0; j < stages; ++j)
-                if (weight[j] != 0) slope[j][i] = multiply_add(T(weight[j]), grad, slope[j][i]);
+                if (weight[j] != 0) add<V>(slope[j], T(weight[j]), grad, i);
         }
+        if (inside) store<V>(inside, i, sum);
+    }
+
+    template <int V>
+    ACA_HD static void add(T* to, T weight, const Pack<T, V>& grad, int64_t i) {
+        Pack<T, V> total = load<V>(to, i);
+        for (int e = 0; e < V; ++e) total[e] = multiply_add(weight, grad[e], total[e]);
+        store<V>(to, i, total);
     }
 };
 

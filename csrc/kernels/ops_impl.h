@@ -173,8 +173,16 @@ void write_scalars(const Target& target, int n, uintptr_t out, const double* val
     });
 }
 
+// Tells whether the buffers are aligned, and rows of n elements keep the alignment of the first.
+inline bool is_vectorisable(const Target& target, int64_t n, const DecidedStep& step) {
+    bool result = aligned(step.y) && n * (target.dtype == DType::f32 ? 4 : 8) % 16 == 0;
+    for (int j = 0; j < step.stages; ++j) result = result && aligned(step.k[j]);
+    return result;
+}
+
 template <typename Device>
 void finish_step(const Target& target, int64_t n, const DecidedStep& step, uintptr_t y1, uintptr_t k_first) {
+    const bool vectorisable = is_vectorisable(target, n, step) && aligned(y1) && aligned(k_first);
     with_dtype(target.dtype, [&](auto zero) {
         using T = decltype(zero);
         FinishStep<T> f{reinterpret_cast<const Control*>(step.control),
@@ -184,12 +192,13 @@ void finish_step(const Target& target, int64_t n, const DecidedStep& step, uintp
                         {},
                         reinterpret_cast<T*>(k_first)};
         for (int j = 0; j < step.stages; ++j) f.k[j] = reinterpret_cast<const T*>(step.k[j]);
-        Device::for_each(target, n, false, f);
+        Device::for_each(target, n, vectorisable, f);
     });
 }
 
 template <typename Device>
 void restore_step(const Target& target, int64_t n, const DecidedStep& step, uintptr_t g, uintptr_t inside) {
+    const bool vectorisable = is_vectorisable(target, n, step) && aligned(g) && aligned(inside);
     with_dtype(target.dtype, [&](auto zero) {
         using T = decltype(zero);
         RestoreStep<T> f{reinterpret_cast<const Control*>(step.control),
@@ -199,7 +208,7 @@ void restore_step(const Target& target, int64_t n, const DecidedStep& step, uint
                          step.stages,
                          {}};
         for (int j = 0; j < step.stages; ++j) f.slope[j] = reinterpret_cast<T*>(step.k[j]);
-        Device::for_each(target, n, false, f);
+        Device::for_each(target, n, vectorisable, f);
     });
 }
 

@@ -83,7 +83,7 @@ PATCHES: list[Patch] = [
         "for (int64_t i = lane; i < n; i += Lanes) value",
         "for (int64_t i = lane; i < n + emulation::has_fault(17); i += Lanes) value",
     ),
-    _without(18, _FUNCTORS, "if (s.slot) control::at<T>(s.slot)[i] = end;"),
-    _without(19, _FUNCTORS, "if (k_first) k_first[i] = k[stages - 1][i];"),
-    _without(20, _FUNCTORS, "inside[i] = 0;"),
+    _without(18, _FUNCTORS, "if (slot) store<V>(control::at<T>(slot), i, end);"),
+    _without(19, _FUNCTORS, "if (k_first) store<V>(k_first, i, load<V>(k[stages - 1], i));"),
+    _without(20, _FUNCTORS, "store<V>(slope[j], i, sum);"),
 ]

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from emulated_control import check_decision, check_finished_step, check_restored_step, emulated_blocks
+import torch
+from emulated_control import (
+    N,
+    check_decision,
+    check_finished_step,
+    check_restored_step,
+    check_steps_without_outputs,
+    emulated_blocks,
+)
 from emulation import Emulation
 from test_control import (
     Driven,
@@ -56,11 +64,18 @@ class TestDecisions:
 
 @both_dtypes
 class TestEndsOfSteps:
-    def test_finished(self, cuda: Emulation, dtype: str) -> None:
-        check_finished_step(cuda, dtype)
+    @pytest.mark.parametrize("n", [1, 3, N, N + 1])  # all but N are no multiple of a pack
+    def test_of_any_size(self, cuda: Emulation, dtype: str, n: int) -> None:
+        check_finished_step(cuda, dtype, n)
+        check_steps_without_outputs(cuda, dtype, n)
+        check_restored_step(cuda, dtype, n)
 
-    def test_restored(self, cuda: Emulation, dtype: str) -> None:
-        check_restored_step(cuda, dtype)
+    def test_in_packs_and_in_elements_are_equal(self, cuda: Emulation, dtype: str) -> None:
+        """Outputs and checkpoints at a misaligned address cannot be written in packs."""
+        check_steps_without_outputs(cuda, dtype, N, offset=1)
+        for check in (check_finished_step, check_restored_step):
+            for one, other in zip(check(cuda, dtype), check(cuda, dtype, offset=1), strict=True):
+                assert torch.equal(one, other)
 
 
 def test_weights_of_outputs(cuda: Emulation) -> None:

@@ -15,6 +15,7 @@ from problems import Mlp, oscillate, rotated, sample
 from torch import Tensor, nn
 
 import aca_ext
+from aca_ext.engines.compiled import engine as compiled_engine
 from aca_ext.errors import ArgumentValueError, ConvergenceWarning, OptionError, UnknownNameError
 from aca_ext.numerics.adams import bashforth, moulton
 from aca_ext.numerics.methods import METHODS
@@ -327,6 +328,7 @@ class TestLimits:
         with pytest.raises(UnknownNameError, match=why):
             aca_ext.odeint(oscillate, rotated(0.0), EQUAL, method=method, options={option: 5})
 
+    @pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
     @pytest.mark.parametrize("method", ADAMS)
     def test_other_engines_say_why_not(self, method: str) -> None:
         compiled = aca_ext.solve(oscillate, rotated(0.0), EQUAL, method=method, engine="compiled")

@@ -277,10 +277,7 @@ class Plan:
         ops.restore(y, g, self._inside)
         compare = partial(self._replayed.add, block.h, y, self._end)
         with replay.repeating():
-            g_before = step_vjp(
-                replay, ops, scheme, (), y, block.h, [(scheme.solution, g)], compare, inside=self._inside
-            )
-        g.copy_(g_before)
+            step_vjp(replay, ops, scheme, (), y, block.h, [(scheme.solution, g)], compare, inside=self._inside, out=g)
         self._probe = [g, *(grad for grad in self._grads if grad is not None)]
 
     def backward(

@@ -173,7 +173,7 @@ class Forward {
         while (due) {
             const Reals theta = controls_.positions();
             V y[n];
-            interpolate(y, theta);
+            interpolate<Method>(y, theta, step_, y_, y1_, k_);
             each_lane(due, [&](int l) {
                 StepControl& control = lane_[l].control;
                 T* const out = task_.outputs + (control.next_output++ * task_.n_samples + lane_[l].sample) * n;
@@ -181,19 +181,6 @@ class Forward {
                 controls_.find_time(l, control);
                 if (!controls_.is_due(l)) due &= ~(1u << l);
             });
-        }
-    }
-
-    // States at positions in the steps; those at their ends are the results of the steps.
-    ACA_HD void interpolate(V* y, const Reals& theta) const {
-        M is_end;
-        for (int part = 0; part < kParts; ++part) set_truths(is_end, part, theta.parts[part] == 1);
-        V w[s];
-        for_each<s>([&](auto i) { w[i] = rounded<V>(dense_weight<Method, i>(all_of(theta))); });
-        for (int c = 0; c < n; ++c) {
-            V sum = K(0);
-            for (int i = 0; i < s; ++i) sum = fma(w[i], k_[i][c], sum);
-            y[c] = select(is_end, y1_[c], fma(step_, sum, y_[c]));
         }
     }
 

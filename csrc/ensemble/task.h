@@ -136,6 +136,20 @@ ACA_HD Real dense_weight(Real theta) {
     return w;
 }
 
+// States at positions in steps from y0 to y1 with slopes k.
+template <typename Method, int n>
+ACA_HD void interpolate(V (&y)[n], const Reals& theta, V step, const V* y0, const V* y1, const V (*k)[n]) {
+    M is_end;
+    for (int part = 0; part < kParts; ++part) set_truths(is_end, part, theta.parts[part] == 1);
+    V w[Method::stages];
+    for_each<Method::stages>([&](auto i) { w[i] = rounded<V>(dense_weight<Method, i>(all_of(theta))); });
+    for (int c = 0; c < n; ++c) {
+        V sum = K(0);
+        for (int i = 0; i < Method::stages; ++i) sum = fma(w[i], k[i][c], sum);
+        y[c] = select(is_end, y1[c], fma(step, sum, y0[c]));
+    }
+}
+
 // Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
 template <typename Field>
 ACA_HD R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {

@@ -21,6 +21,7 @@ from aca_ext.problem.sample_times import (
     Index,
     checked_sample_times,
     counts_of,
+    distinct_rows,
     last_times_of,
     times_of_samples,
 )
@@ -134,7 +135,8 @@ class BatchProblem(Problem):
 
     @property
     def span(self) -> tuple[float, float]:
-        ends = np.stack([self.times_of_rows[:, 0], self.last_times], 1)[self.counts > 1]
+        times = distinct_rows(self.times_of_rows)
+        ends = np.stack([times[:, 0], last_times_of(times)], 1)[counts_of(times) > 1]
         if len(ends) == 0:
             return super().span
         worst = np.argmin(np.abs(ends[:, 1] - ends[:, 0]) / np.maximum(np.abs(ends).max(1), 1e-300))

@@ -19,9 +19,15 @@ Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
 
+def distinct_rows(times: Array) -> Array:
+    """One row where all samples share it in memory, else all rows."""
+    return times[:1] if times.strides[0] == 0 else times
+
+
 def counts_of(times: Array) -> Index:
     """Number of times of each sample, without the padding."""
-    return (~np.isnan(times)).sum(1)
+    counts: Index = (~np.isnan(distinct_rows(times))).sum(1)
+    return counts if len(counts) == len(times) else np.full(len(times), counts[0])
 
 
 def last_times_of(times: Array) -> Array:

@@ -15,6 +15,9 @@ struct Power {
     ACA_HD double operator()(double base, double exponent) const { return pow(base, exponent); }
 };
 
+// pow differs in its last bits between math libraries; rounded to single precision, the results agree.
+ACA_HD double to_single(double x) { return double(float(x)); }
+
 struct Controller {
     int order;
     double safety, ifactor, dfactor, pcoeff, icoeff, dcoeff, min_step, max_step;
@@ -22,29 +25,43 @@ struct Controller {
     // Size of the step after an accepted one of size h. `ratio` holds the `count` last error ratios, newest first.
     template <typename PowerOf = Power>
     ACA_HD double grow(double h, const double* ratio, int count, PowerOf power = PowerOf()) const {
-        const bool has_memory = pcoeff != 0 || dcoeff != 0;
+        return grown(h, to_single(growth(ratio, count, power)));
+    }
+
+    // Factor by which a step would grow without limits.
+    template <typename PowerOf>
+    ACA_HD double growth(const double* ratio, int count, PowerOf power) const {
         const double gains[] = {-(pcoeff + icoeff + dcoeff), pcoeff + 2 * dcoeff, -dcoeff};
         double factor = safety;
         for (int i = 0; i < 3; ++i) {  // a fixed number, so that a GPU keeps the ratios in registers
-            if (gains[i] == 0 || i >= (has_memory ? count : 1)) continue;
-            if (ratio[i] == 0) {
-                factor = ifactor;
-                break;
-            }
+            if (gains[i] == 0 || i >= (has_memory() ? count : 1)) continue;
+            if (ratio[i] == 0) return ifactor;
             factor *= power(ratio[i], gains[i] / order);
         }
-        return limit(h * least(ifactor, most(has_memory ? dfactor : 1.0, to_single(factor))));
+        return factor;
     }
 
+    ACA_HD bool has_memory() const { return pcoeff != 0 || dcoeff != 0; }
     ACA_HD double shrink_exponent() const { return -1.0 / order; }
 
     // Size of the trial after a rejected one of size h.
     template <typename PowerOf = Power>
     ACA_HD double shrink(double h, double ratio, PowerOf power = PowerOf()) const {
         const bool is_finite = ratio - ratio == 0;
-        const double smaller =
-            is_finite ? h * most(dfactor, to_single(safety * power(ratio, shrink_exponent()))) : h * dfactor;
-        return smaller < min_step && min_step < h ? min_step : smaller;
+        return shrunk(h, is_finite ? to_single(safety * power(ratio, shrink_exponent())) : dfactor);
+    }
+
+    // Sizes after an accepted step of size h and after a rejected one, by the factors that error ratios wish for. A
+    // Real is a number or a vector of them.
+    template <typename Real>
+    ACA_HD Real grown(Real h, Real factor) const {
+        const Real lowest = filled<Real>(has_memory() ? dfactor : 1.0);
+        return limit(h * least(filled<Real>(ifactor), most(lowest, factor)));
+    }
+    template <typename Real>
+    ACA_HD Real shrunk(Real h, Real factor) const {
+        const Real smaller = h * most(filled<Real>(dfactor), factor), smallest = filled<Real>(min_step);
+        return (smaller < smallest) & (smallest < h) ? smallest : smaller;
     }
 
     // First step by Hairer's rule (Solving ODEs I, II.4): an Euler step to try, then the first step that follows from
@@ -61,13 +78,24 @@ struct Controller {
         return limit(least(least(100 * euler, h1), length));
     }
 
-    ACA_HD double limit(double h) const { return most(min_step, least(max_step, h)); }
+    template <typename Real>
+    ACA_HD Real limit(Real h) const {
+        return most(filled<Real>(min_step), least(filled<Real>(max_step), h));
+    }
 
   private:
-    ACA_HD static double least(double a, double b) { return b < a ? b : a; }
-    ACA_HD static double most(double a, double b) { return b > a ? b : a; }
-    // pow differs in its last bits between math libraries; rounded to single precision, the results agree.
-    ACA_HD static double to_single(double x) { return double(float(x)); }
+    template <typename Real>
+    ACA_HD static Real filled(double x) {
+        return x - Real{};
+    }
+    template <typename Real>
+    ACA_HD static Real least(Real a, Real b) {
+        return b < a ? b : a;
+    }
+    template <typename Real>
+    ACA_HD static Real most(Real a, Real b) {
+        return b > a ? b : a;
+    }
 };
 
 }  // namespace aca

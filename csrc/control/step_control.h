@@ -44,7 +44,11 @@ ACA_HD T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-ACA_HD double magnitude(double x) { return x < 0 ? -x : x; }
+// Here and below, a Real is a number or a vector of them.
+template <typename Real>
+ACA_HD Real magnitude(Real x) {
+    return x < 0 ? -x : x;
+}
 
 ACA_HD bool is_finite(double x) { return x - x == 0; }
 
@@ -100,8 +104,18 @@ ACA_HD void choose_first_step(StepControl& s, double norm_change) {
     }
 }
 
-// Proposes the next trial, or sets the status that says why there is none. A trial that would pass a stop, or end just
-// before it, ends at the stop.
+// Chooses the trial from t with a step of size h: its signed step and its end. A trial that would pass a stop, or end
+// just before it, ends at the stop; returns the truth about that.
+template <typename Real>
+ACA_HD auto choose_trial(Real t, Real h, Real sign, Real stop, Real& h_trial, Real& t_next) {
+    const Real step = sign * h, rest = magnitude(stop - t);
+    const auto is_cut = (sign * (t + step) >= sign * stop) | (rest <= h * (1 + 1e-12));
+    t_next = is_cut ? stop : t + step;
+    h_trial = is_cut ? sign * rest : step;
+    return is_cut;
+}
+
+// Proposes the next trial, or sets the status that says why there is none.
 ACA_HD void propose(StepControl& s) {
     s.status = Status::running;
     const double stop = at<const double>(s.stops)[s.next_stop];
@@ -116,17 +130,33 @@ ACA_HD void propose(StepControl& s) {
         s.status = Status::step_limit;
         return;
     }
-    s.is_cut = s.sign * (s.t + s.sign * s.h) >= s.sign * stop || magnitude(stop - s.t) <= s.h * (1 + 1e-12);
-    s.t_next = s.is_cut ? stop : s.t + s.sign * s.h;
-    s.h_trial = s.is_cut ? s.sign * magnitude(stop - s.t) : s.sign * s.h;
+    s.is_cut = choose_trial(s.t, s.h, s.sign, stop, s.h_trial, s.t_next);
     if (s.t_next == s.t) {
         s.ratio = s.ratios[0];
         s.status = Status::step_size;
     }
 }
 
-// Returns true if a smaller trial is possible: the step is not below min_step, and half of it still moves t.
-ACA_HD bool can_shrink(const StepControl& s) { return s.h >= s.controller.min_step && s.t + s.sign * s.h * 0.5 != s.t; }
+// Tells if a smaller trial is possible: the step is not below min_step, and half of it still moves t.
+template <typename Real>
+ACA_HD auto can_shrink(const Controller& controller, Real t, Real h, Real sign) {
+    return (h >= controller.min_step) & (t + sign * h * 0.5 != t);
+}
+ACA_HD bool can_shrink(const StepControl& s) { return can_shrink(s.controller, s.t, s.h, s.sign); }
+
+// Size of the step after an accepted one, which would grow; one that was cut short says little about it.
+template <typename Truth, typename Real>
+ACA_HD Real next_size(Truth is_cut, Real h, Real grown) {
+    return is_cut & (h > grown) ? h : grown;
+}
+
+// Finds the outputs that a step to t_next reaches.
+ACA_HD void pass_outputs(StepControl& s, double t_next) {
+    s.first_due = s.next_output;
+    const double* const times = at<const double>(s.times);
+    while (s.next_output < s.n_times && s.sign * times[s.next_output] <= s.sign * t_next) ++s.next_output;
+    s.end_due = s.next_output;
+}
 
 // Accepts the trial: finds the outputs that it reached, and moves t to its end.
 ACA_HD void accept(StepControl& s) {
@@ -135,10 +165,7 @@ ACA_HD void accept(StepControl& s) {
     s.t_start = s.t;
     s.h_done = s.h_trial;
     s.t_done = s.t = s.t_next;
-    s.first_due = s.next_output;
-    const double* const times = at<const double>(s.times);
-    while (s.next_output < s.n_times && s.sign * times[s.next_output] <= s.sign * s.t_next) ++s.next_output;
-    s.end_due = s.next_output;
+    pass_outputs(s, s.t_next);
     if (s.is_cut && ++s.next_stop == s.n_stops) s.status = Status::done;
 }
 
@@ -158,7 +185,7 @@ ACA_HD void judge(StepControl& s, double ratio, PowerOf power = PowerOf()) {
         s.ratios[0] = ratio;
         if (s.n_ratios < 3) ++s.n_ratios;
         const double grown = s.controller.grow(tried, s.ratios, s.n_ratios, power);
-        s.h = s.is_cut && s.h > grown ? s.h : grown;  // a step cut short says little about the next size
+        s.h = next_size(s.is_cut, s.h, grown);
         return;
     }
     s.h = s.controller.shrink(tried, ratio, power);
@@ -169,8 +196,9 @@ ACA_HD void judge(StepControl& s, double ratio, PowerOf power = PowerOf()) {
 }
 
 // Position (0..1) of a time in a step; exactly 1 at the end of the step.
-ACA_HD double position(double time, double start, double end) {
-    return time == end ? 1.0 : (time - start) / (end - start);
+template <typename Real>
+ACA_HD Real position(Real time, Real start, Real end) {
+    return time == end ? Real{} + 1 : (time - start) / (end - start);
 }
 
 // Position of the requested time number `output` in the accepted step.
@@ -189,15 +217,23 @@ ACA_HD Time stage_time(double c, Time t, Time h, Time t_next) {
     return c == 1 ? t_next : t + c * h;
 }
 
-// Largest RMS over the segments, from their sums of squares and their sizes in elements; NaN if any sum is NaN.
-template <typename Size>
-ACA_HD double norm_of_sums(const double* sums, const Size* sizes, int segments) {
-    double largest = 0, all = 0;
+// Largest mean square over the segments, from their sums of squares and their sizes in elements; NaN if any sum is NaN.
+template <typename Real, typename Size>
+ACA_HD Real largest_mean(const Real* sums, const Size* sizes, int segments) {
+    Real largest{}, all{};
     for (int i = 0; i < segments; ++i) {
         all += sums[i];
-        if (sizes[i] > 0 && sums[i] / double(sizes[i]) > largest) largest = sums[i] / double(sizes[i]);
+        if (!(sizes[i] > 0)) continue;
+        const Real mean = sums[i] / double(sizes[i]);
+        largest = mean > largest ? mean : largest;
     }
-    return all == all ? sqrt(largest) : all;
+    return all == all ? largest : all;
+}
+
+// Largest RMS over the segments.
+template <typename Size>
+ACA_HD double norm_of_sums(const double* sums, const Size* sizes, int segments) {
+    return sqrt(largest_mean(sums, sizes, segments));
 }
 
 }  // namespace control

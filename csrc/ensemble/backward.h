@@ -46,9 +46,10 @@ class Backward {
         int live = 0;
         for (int l = 0; l < kLanes; ++l) live += take(l);
         while (live > 0) {
-            bool is_inside = false;
-            for (int l = 0; l < kLanes; ++l) is_inside |= enter(l);
-            if (is_inside) {
+            unsigned due = 0;
+            for (int l = 0; l < kLanes; ++l) due |= unsigned(enter(l)) << l;
+            find_ends();
+            if (add_outputs(due)) {
                 transpose<true>();
                 forget_inside();
             } else {
@@ -66,6 +67,7 @@ class Backward {
     struct Lane {
         const Entry* entry = nullptr;  // null: there is no sample
         int64_t sample = 0, n_slopes = 0;
+        int64_t output = 0;  // the next one whose cotangent is added
     };
 
     ACA_HD bool take(int l) {
@@ -95,10 +97,9 @@ class Backward {
         return cotangents_.outputs + (output * task_.n_samples + sample) * n;
     }
 
-    // Loads the step to transpose, and the cotangents of its outputs. Tells whether some lie inside the step.
+    // Loads the step to transpose. Tells whether it reached outputs.
     ACA_HD bool enter(int l) {
         Lane& lane = lane_[l];
-        is_inside_[l] = 0;
         if (!lane.entry) {
             h_[l] = 0;
             return false;
@@ -108,30 +109,64 @@ class Backward {
         t_[l] = entry.t;
         h_[l] = entry.h;
         t_next_[l] = entry.t_next;
-        const double sign = entry.h < 0 ? -1 : 1;
-        start_[l] = entry.starts_at_jump ? beside(entry.t, sign) : T(entry.t);
-        end_[l] = entry.ends_at_jump ? beside(entry.t_next, -sign) : T(entry.t_next);
         const T* const y = static_cast<const T*>(entry.state);
         for (int c = 0; c < n; ++c) y_[c][l] = y[c];
-        const double* const times = task_.times + lane.sample * task_.times_step;
-        bool is_inside = false;
-        for (int64_t i = entry.first_due; i < entry.end_due; ++i) {
-            const T* const g = cotangent(i, lane.sample);
-            const double theta = control::position(times[i], entry.t, entry.t_next);
-            if (theta == 1.0) {
-                for (int c = 0; c < n; ++c) g_[c][l] += g[c];
-                continue;
-            }
-            is_inside = true;
-            for_each<s>([&](auto j) {
-                const T w = T(dense_weight<Method, j>(theta));
-                for (int c = 0; c < n; ++c) slopes_[j][c][l] = std::fma(w, g[c], slopes_[j][c][l]);
-            });
-            for (int c = 0; c < n; ++c) inside_[c][l] += g[c];
+        lane.n_slopes += needed;
+        lane.output = entry.first_due;
+        return entry.first_due < entry.end_due;
+    }
+
+    // Times of the stages at the ends of the steps.
+    ACA_HD void find_ends() {
+        start_ = rounded<V>(t_);
+        end_ = rounded<V>(t_next_);
+        if (!task_.is_jump) return;
+        for (int l = 0; l < kLanes; ++l) {
+            if (!lane_[l].entry) continue;
+            const Entry& entry = *lane_[l].entry;
+            const double sign = entry.h < 0 ? -1 : 1;
+            if (entry.starts_at_jump) start_[l] = beside(entry.t, sign);
+            if (entry.ends_at_jump) end_[l] = beside(entry.t_next, -sign);
         }
-        is_inside_[l] = is_inside ? -1 : 0;
-        lane.n_slopes += is_inside ? s : needed;
+    }
+
+    // Adds the cotangents of the outputs that the steps of some lanes reached, one of each lane at a time. Tells
+    // whether some lie inside a step.
+    ACA_HD bool add_outputs(unsigned due) {
+        bool is_inside = false;
+        is_inside_ = never();
+        while (due) {
+            Reals theta{};
+            V g[n]{};
+            bool are_some_inside = false;
+            each_lane(due, [&](int l) {
+                Lane& lane = lane_[l];
+                const double time = task_.times[lane.sample * task_.times_step + lane.output];
+                const T* const given = cotangent(lane.output, lane.sample);
+                const double at = control::position(time, lane.entry->t, lane.entry->t_next);
+                if (at == 1.0) {
+                    for (int c = 0; c < n; ++c) g_[c][l] += given[c];
+                } else {
+                    theta.each[l] = at;
+                    for (int c = 0; c < n; ++c) g[c][l] = given[c];
+                    if (!is_inside_[l]) lane.n_slopes += s - needed;
+                    is_inside_[l] = -1;
+                    are_some_inside = true;
+                }
+                if (++lane.output == lane.entry->end_due) due &= ~(1u << l);
+            });
+            if (are_some_inside) add_inside(all_of(theta), g);
+            is_inside |= are_some_inside;
+        }
         return is_inside;
+    }
+
+    ACA_HD void add_inside(R theta, const V* g) {
+        for_each<s>([&](auto j) {
+            const V w = rounded<V>(dense_weight<Method, j>(theta));
+            for (int c = 0; c < n; ++c) slopes_[j][c] = fma(w, g[c], slopes_[j][c]);
+        });
+        for (int c = 0; c < n; ++c) inside_[c] += g[c];
     }
 
     ACA_HD void forget_inside() {

@@ -1,6 +1,6 @@
 // The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
 #pragma once
-#include "ensemble/powers.h"
+#include "ensemble/controls.h"
 #include "ensemble/starts.h"
 
 namespace aca {
@@ -23,18 +23,22 @@ class Forward {
     ACA_HD void run(const Share& share) {
         share_ = share.number;
         first_ = share.first;
+        if (record_.keeps_entries()) entries_ = &record_.entries(share_);
+        if (record_.keep == Keep::states) states_ = &record_.states(share_);
         ready_.begin(share);
         int live = 0;
         for (int l = 0; l < kLanes; ++l) live += take(l);
         while (live > 0) {
             attempt();
-            power_ = powers(ratio_, task_.controller.shrink_exponent());
-            for (int l = 0; l < kLanes; ++l)
-                if (lane_[l].is_live) judge(l);
+            judge();
             move_on();
             if (is_at_jump_) start_anew();
-            for (int l = 0; l < kLanes; ++l)
-                if (lane_[l].is_live && has_ended(l)) live -= !take(l);
+            propose();
+            each_lane(over_, [&](int l) {
+                end(l);
+                live -= !take(l);
+            });
+            over_ = 0;
         }
     }
 
@@ -44,7 +48,7 @@ class Forward {
         for (;;) {
             // A single lane always takes what it has just prepared, which need not stay in registers.
             if ((kLanes == 1 || ready_.next == ready_.count) && !ready_.prepare()) {
-                lane_[l].is_live = false;
+                controls_.clear(l);
                 return false;
             }
             const int from = ready_.next++;
@@ -58,8 +62,13 @@ class Forward {
             for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
             if constexpr (Record::has_checkpoints)
                 if (record_.keep == Keep::checkpoints) save(l, ready_.y, from);
-            if (propose(l)) return true;
-            finish(lane_[l]);
+            StepControl& control = lane_[l].control;
+            lane_[l].n_outputs = control.next_output;
+            control::propose(control);
+            controls_.put(l, control);
+            if (control.status == Status::running) return true;
+            fail_to_propose(l);
+            end(l);
         }
     }
 
@@ -87,20 +96,15 @@ class Forward {
 
     // A trial step in every lane, of length zero where there is no sample.
     ACA_HD void attempt() {
-        R t, h, t_next;
-        for (int l = 0; l < kLanes; ++l) {
-            const StepControl& control = lane_[l].control;
-            t[l] = control.t;
-            h[l] = lane_[l].is_live ? control.h_trial : 0;
-            t_next[l] = lane_[l].is_live ? control.t_next : control.t;
-        }
-        const V step = rounded<V>(h);
+        const R t = all_of(controls_.t), h = all_of(controls_.h_trial), t_next = all_of(controls_.t_next);
+        const V step = step_ = rounded<V>(h);
         V first = rounded<V>(t), last = rounded<V>(t_next);
         if (task_.is_jump) {
             for (int l = 0; l < kLanes; ++l) {
-                const Lane& lane = lane_[l];
-                if (lane.is_live && lane.starts_at_jump) first[l] = beside(t[l], lane.control.sign);
-                if (lane.is_live && lane.ends_at_jump()) last[l] = beside(t_next[l], -lane.control.sign);
+                if (!controls_.is_live(l)) continue;
+                const double sign = controls_.sign.each[l];
+                if (lane_[l].starts_at_jump) first[l] = beside(t[l], sign);
+                if (ends_at_jump(l)) last[l] = beside(t_next[l], -sign);
             }
         }
         const auto slope = [&](auto i, const V* y) {
@@ -131,77 +135,88 @@ class Forward {
                 for (int c = 0; c < n; ++c) error_[c] = fma(w, k_[s - 1][c], error_[c]);
             }
         }
-        ratio_ = norms<Field>(error_, y_, y1_, tolerance_);
+        controls_.ratio = parts_of(norms<Field>(error_, y_, y1_, tolerance_));
     }
 
-    ACA_HD void judge(int l) {
+    ACA_HD bool ends_at_jump(int l) const {
+        const Lane& lane = lane_[l];
+        return lane.is_jump && controls_.is_cut(l) && lane.is_jump[lane.control.next_stop];
+    }
+
+    // Accepts or rejects the trials.
+    ACA_HD void judge() {
+        const Verdict verdict = controls_.judge(accepted_);
+        const bool has_more_to_do = record_.keep == Keep::checkpoints || round_ || task_.is_jump;
+        const unsigned all = verdict.accepted, some = has_more_to_do ? all : verdict.at_stop;
+        if (!round_) write_outputs(verdict.due);
+        if (entries_) each_lane(all & ~some, [&](int l) { keep(l, false); });
+        each_lane(some, [&](int l) { accept(l); });
+        each_lane(verdict.hopeless, [&](int l) { reject(l); });
+    }
+
+    // Fails where no smaller step can help.
+    ACA_HD void reject(int l) {
+        Lane& lane = lane_[l];
+        lane.ratio = controls_.ratio.each[l];
+        if (control::is_finite(lane.ratio)) {
+            lane.failure = step_size;
+        } else {
+            lane.failure = fault<n>(y_, k_[0], l);
+            if (lane.failure == none && !controls_.can_shrink(l))
+                lane.failure = task_.forbids_error && lane.ratio == INFINITY ? no_tolerance : not_finite;
+        }
+        if (lane.failure != none) over_ |= 1u << l;
+    }
+
+    // Writes the outputs that the accepted steps reached, one of each lane at a time.
+    ACA_HD void write_outputs(unsigned due) {
+        while (due) {
+            const Reals theta = controls_.positions();
+            V y[n];
+            interpolate<Method>(y, theta, step_, y_, y1_, k_);
+            each_lane(due, [&](int l) {
+                StepControl& control = lane_[l].control;
+                T* const out = task_.outputs + (control.next_output++ * task_.n_samples + lane_[l].sample) * n;
+                for (int c = 0; c < n; ++c) out[c] = y[c][l];
+                controls_.find_time(l, control);
+                if (!controls_.is_due(l)) due &= ~(1u << l);
+            });
+        }
+    }
+
+    // Ends the sample at its last stop or at the end of the round, and keeps what is kept of the step.
+    ACA_HD void accept(int l) {
         Lane& lane = lane_[l];
         StepControl& control = lane.control;
-        const double base = ratio_[l], known = power_[l], exponent = control.controller.shrink_exponent();
-        const bool ends_at_jump = lane.ends_at_jump();
-        control::judge(control, base,
-                       [=](double x, double e) { return x == base && e == exponent ? known : std::pow(x, e); });
-        accepted_[l] = control.is_accepted ? -1 : 0;
-        if (control.is_accepted) return accept(l, ends_at_jump);
-        if (control.status == Status::step_size) {
-            lane.failure = step_size;
-        } else if (control.status == Status::not_finite) {
-            lane.failure = fault<n>(y_, k_[0], l);
-            if (lane.failure == none && !control::can_shrink(control))
-                lane.failure = task_.forbids_error && ratio_[l] == INFINITY ? no_tolerance : not_finite;
-            if (lane.failure == none) control.status = Status::running;
-        }
-        lane.ratio = control.ratio;
-    }
-
-    // Keeps the step, and writes the outputs that it reached.
-    ACA_HD void accept(int l, bool ends_at_jump) {
-        Lane& lane = lane_[l];
-        const StepControl& control = lane.control;
-        if (record_.keeps_entries()) keep(l, ends_at_jump);
-        lane.starts_at_jump = lane.needs_slope = ends_at_jump;
-        is_at_jump_ |= fsal && ends_at_jump;
-        if (round_) return;
+        const bool is_at_jump = ends_at_jump(l);
+        if (round_) control::pass_outputs(control, controls_.t_next.each[l]);
+        if (entries_) keep(l, is_at_jump);
+        lane.starts_at_jump = lane.needs_slope = is_at_jump;
+        is_at_jump_ |= fsal && is_at_jump;
+        const bool is_at_stop = controls_.is_cut(l), is_done = is_at_stop && ++control.next_stop == control.n_stops;
+        if (is_done || controls_.n_accepted.each[l] == lane.last_step) over_ |= 1u << l;
+        if (is_done) return;
+        if (is_at_stop) controls_.find_stop(l, control);
         if constexpr (Record::has_checkpoints)
-            if (record_.keep == Keep::checkpoints && control.status == Status::running) save(l, y1_, l);
-        for (int64_t i = control.first_due; i < control.end_due; ++i) {
-            T* const out = task_.outputs + (i * task_.n_samples + lane.sample) * n;
-            const double theta = control::position(control, i);
-            if (theta == 1.0) {
-                for (int c = 0; c < n; ++c) out[c] = y1_[c][l];
-            } else {
-                interpolate(out, l, theta, T(control.h_done));
+            if (record_.keep == Keep::checkpoints) {
+                controls_.get(l, control);
+                control.t = controls_.t_next.each[l];
+                save(l, y1_, l);
             }
-        }
     }
 
     ACA_HD void keep(int l, bool ends_at_jump) {
-        const StepControl& control = lane_[l].control;
+        Lane& lane = lane_[l];
+        const StepControl& control = lane.control;
+        const double t = controls_.t.each[l], h = controls_.h_trial.each[l], t_next = controls_.t_next.each[l];
         T* y = nullptr;
-        if (record_.keep == Keep::states) {
-            y = static_cast<T*>(record_.states(share_).add(n * sizeof(T)));
+        if (states_) {
+            y = static_cast<T*>(states_->add(n * sizeof(T)));
             for (int c = 0; c < n; ++c) y[c] = y_[c][l];
         }
-        const Entry*& last = record_.last(lane_[l].sample);
-        last = new (record_.entries(share_).add(sizeof(Entry))) Entry{control.t_start,
-                                                                      control.h_done,
-                                                                      control.t_done,
-                                                                      control.first_due,
-                                                                      control.end_due,
-                                                                      lane_[l].starts_at_jump,
-                                                                      ends_at_jump,
-                                                                      y,
-                                                                      last};
-    }
-
-    ACA_HD void interpolate(T* out, int l, double theta, T h) const {
-        T w[s];
-        for_each<s>([&](auto i) { w[i] = T(dense_weight<Method, i>(theta)); });
-        for (int c = 0; c < n; ++c) {
-            T sum = 0;
-            for (int i = 0; i < s; ++i) sum = std::fma(w[i], k_[i][c][l], sum);
-            out[c] = std::fma(h, sum, y_[c][l]);
-        }
+        lane.last_entry = new (entries_->add(sizeof(Entry))) Entry{
+            t, h, t_next, lane.n_outputs, control.next_output, lane.starts_at_jump, ends_at_jump, y, lane.last_entry};
+        lane.n_outputs = control.next_output;
     }
 
     // States and first slopes of the next trials.
@@ -210,7 +225,7 @@ class Forward {
             y_[c] = select(accepted_, y1_[c], y_[c]);
             if (fsal) k_[0][c] = select(accepted_, k_[s - 1][c], k_[0][c]);
         }
-        accepted_ = never();
+        controls_.move_on();
     }
 
     // First slopes of lanes whose last step ended at a jump.
@@ -219,9 +234,10 @@ class Forward {
         M is_new = never();
         for (int l = 0; l < kLanes; ++l) {
             Lane& lane = lane_[l];
-            time[l] = T(lane.control.t);
+            const double t = controls_.t.each[l];
+            time[l] = T(t);
             if (!lane.needs_slope) continue;
-            time[l] = beside(lane.control.t, lane.control.sign);
+            time[l] = beside(t, controls_.sign.each[l]);
             is_new[l] = -1;
             lane.needs_slope = false;
             ++lane.n_restarts;
@@ -231,22 +247,22 @@ class Forward {
         is_at_jump_ = false;
     }
 
-    // Proposes the next trial of a lane, or finishes its sample.
-    ACA_HD bool has_ended(int l) {
-        Lane& lane = lane_[l];
-        const bool goes_on = lane.failure == none && lane.control.status == Status::running;
-        if (goes_on && lane.control.n_accepted != lane.last_step && propose(l)) return false;
-        finish(lane);
-        return true;
+    // Proposes the next trials.
+    ACA_HD void propose() {
+        const unsigned without = controls_.propose(task_.max_num_steps);
+        each_lane(without & ~over_, [&](int l) { fail_to_propose(l); });
+        over_ |= without;
     }
 
-    ACA_HD bool propose(int l) {
-        Lane& lane = lane_[l];
-        control::propose(lane.control);
-        if (lane.control.status == Status::running) return true;
-        lane.failure = lane.control.status == Status::step_limit ? step_limit : step_size;
-        lane.ratio = lane.control.ratio;
-        return false;
+    ACA_HD void fail_to_propose(int l) {
+        lane_[l].failure = controls_.n_steps.each[l] >= task_.max_num_steps ? step_limit : step_size;
+        lane_[l].ratio = controls_.ratios[0].each[l];
+    }
+
+    ACA_HD void end(int l) {
+        controls_.get(l, lane_[l].control);
+        if (entries_) record_.last(lane_[l].sample) = lane_[l].last_entry;
+        finish(lane_[l]);
     }
 
     ACA_HD void finish(const Lane& lane) {
@@ -267,11 +283,14 @@ class Forward {
     const Round* const round_ = nullptr;
     int64_t* const n_slopes_ = nullptr;  // of each sample of the chunk
     int64_t share_ = 0, first_ = 0;
+    typename Record::Memory *entries_ = nullptr, *states_ = nullptr;  // null: they are not kept
     Lane lane_[kLanes];
     Starts<Field, Round> ready_{task_, round_};
     V y_[n]{}, y1_[n], k_[s][n]{}, p_[n_by_sample]{}, error_[n], tolerance_[2 * n]{};
-    R ratio_, power_;  // of the trials, and to the power that chooses the next steps
+    V step_;
+    Controls controls_{task_.controller};
     M accepted_{};
+    unsigned over_ = 0;        // bits of lanes whose samples have ended
     bool is_at_jump_ = false;  // some lane
 };
 

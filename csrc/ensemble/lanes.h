@@ -25,6 +25,27 @@
 
 namespace aca {
 
+constexpr int kParts = kLanes / kWidth;
+
+// Numbers of 64 bits, one for each lane, in as many vectors as that takes.
+template <typename Part, typename Number>
+union OfLanes {
+    Part parts[kParts];
+    Number each[kLanes];
+};
+using Reals = OfLanes<Doubles, double>;
+
+ACA_HD R all_of(const Reals& x) {
+    R all;
+    std::memcpy(&all, &x, sizeof all);
+    return all;
+}
+ACA_HD Reals parts_of(R all) {
+    Reals x;
+    std::memcpy(&x, &all, sizeof all);
+    return x;
+}
+
 ACA_HD M never() { return M{}; }
 ACA_HD M always() { return ~M{}; }
 

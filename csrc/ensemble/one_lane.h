@@ -48,6 +48,9 @@ typedef V::Truth M;
 typedef One<double> R;
 typedef double Doubles;
 typedef uint64_t Words;
+typedef int64_t Counts;
+typedef bool Truths;
+constexpr int kWidth = 1;
 typedef decltype(M::x) Truth;
 
 ACA_HD V K(double x) { return T(x); }
@@ -70,6 +73,14 @@ ACA_HD To rounded(From a) {
     return decltype(To::x)(a.x);
 }
 
+ACA_HD unsigned bits_of_truths(Truths truth) { return truth; }
+ACA_HD void set_truths(M& all, int, Truths truth) { all.x = truth ? -1 : 0; }
+template <typename F>
+ACA_HD void each_lane(unsigned bits, F f) {
+    if (bits) f(0);
+}
+
+ACA_HD double root(double x) { return std::sqrt(x); }
 ACA_HD double fused(double a, double b, double c) { return std::fma(a, b, c); }
 ACA_HD V fma(V a, V b, V c) { return std::fma(a.x, b.x, c.x); }
 ACA_HD V sqrt(V a) { return std::sqrt(a.x); }

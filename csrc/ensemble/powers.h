@@ -45,12 +45,4 @@ ACA_HD Doubles power_of(Doubles x, double exponent) {
     return with_bits_of<Doubles>(power_of_two) * series<12, 0>(kLn2 * rest, kExp);
 }
 
-ACA_HD R powers(R x, double exponent) {
-    Doubles part[sizeof(R) / sizeof(Doubles)];
-    std::memcpy(part, &x, sizeof x);
-    for (Doubles& each : part) each = power_of(each, exponent);
-    std::memcpy(&x, part, sizeof x);
-    return x;
-}
-
 }  // namespace aca

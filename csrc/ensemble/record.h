@@ -18,8 +18,8 @@ struct Entry {
     const Entry* previous;
 };
 
-// Memory that one thread takes piece by piece.
-class Block {
+// Memory that one thread takes piece by piece. It fills a cache line, which it shares with no other thread.
+class alignas(64) Block {
   public:
     void* add(size_t bytes) {
         bytes = (bytes + sizeof(double) - 1) / sizeof(double) * sizeof(double);
@@ -91,6 +91,7 @@ struct Round;
 // The accepted steps of some chunks of samples, which are independent of one another, or checkpoints among them.
 struct Record {
     using Round = aca::Round;
+    using Memory = Block;
     static constexpr bool has_checkpoints = true;
 
     Record(int64_t first_sample, int64_t samples, int64_t first_chunk, int64_t chunks, Keep what, size_t most = 0)

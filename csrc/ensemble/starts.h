@@ -6,7 +6,6 @@ namespace aca {
 
 // A sample in a lane.
 struct Lane {
-    bool is_live = false;
     int64_t sample = 0;
     StepControl control{};
     Failure failure = none;
@@ -14,6 +13,8 @@ struct Lane {
     const bool* is_jump = nullptr;  // of each stop; null: none is
     bool starts_at_jump = false, needs_slope = false;
     int64_t n_restarts = 0, last_step = -1;
+    int64_t n_outputs = 0;              // before the step that is kept next
+    const Entry* last_entry = nullptr;  // of its accepted steps
 
     // Tells whether the proposed trial ends at a jump.
     ACA_HD bool ends_at_jump() const { return is_jump && control.is_cut && is_jump[control.next_stop]; }
@@ -91,7 +92,6 @@ class Starts {
     ACA_HD void load(int l, int64_t sample) {
         Lane& lane = lanes[l];
         lane = Lane{};
-        lane.is_live = true;
         lane.sample = sample;
         lane.control = control::begin(task_.controller, task_.first_step, true, task_.max_num_steps);
         const double* const times = task_.times + sample * task_.times_step;

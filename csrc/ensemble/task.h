@@ -126,9 +126,9 @@ struct Sums {
 };
 
 // b_i(theta)
-template <typename Method, int i>
-ACA_HD double dense_weight(double theta) {
-    double w = 0;
+template <typename Method, int i, typename Real>
+ACA_HD Real dense_weight(Real theta) {
+    Real w{};
     for_each<Method::degree>([&](auto p) {
         constexpr double coefficient = Method::dense[i][p];
         w = (w + coefficient) * theta;
@@ -136,29 +136,44 @@ ACA_HD double dense_weight(double theta) {
     return w;
 }
 
+// States at positions in steps from y0 to y1 with slopes k.
+template <typename Method, int n>
+ACA_HD void interpolate(V (&y)[n], const Reals& theta, V step, const V* y0, const V* y1, const V (*k)[n]) {
+    M is_end;
+    for (int part = 0; part < kParts; ++part) set_truths(is_end, part, theta.parts[part] == 1);
+    V w[Method::stages];
+    for_each<Method::stages>([&](auto i) { w[i] = rounded<V>(dense_weight<Method, i>(all_of(theta))); });
+    for (int c = 0; c < n; ++c) {
+        V sum = K(0);
+        for (int i = 0; i < Method::stages; ++i) sum = fma(w[i], k[i][c], sum);
+        y[c] = select(is_end, y1[c], fma(step, sum, y0[c]));
+    }
+}
+
 // Norms of x over the tolerance, which goes by the larger of two states; NaN where the second is not finite.
 template <typename Field>
 ACA_HD R norms(const V* x, const V* y0, const V* y1, const V* tolerance) {
-    R sums[Field::segments], norm;
+    Reals sums[Field::segments], norm;
     int sizes[Field::segments];
     for_each<Field::segments>([&](auto i) {
         constexpr int first = Field::bounds[i], last = Field::bounds[i + 1];
-        sums[i] = R{};
+        R sum{};
         sizes[i] = last - first;
         for (int c = first; c < last; ++c) {
             const V before = magnitude(y0[c]), after = magnitude(y1[c]);
             const V scale = fma(tolerance[c], select(before < after, after, before), tolerance[Field::n + c]);
             const V ratio = x[c] / select(x[c] == K(0), K(1), scale);
             const R r = rounded<R>(ratio), wrong = rounded<R>(y1[c] - y1[c]);
-            sums[i] += r * r + wrong;
+            sum += r * r + wrong;
         }
+        sums[i] = parts_of(sum);
     });
-    for (int l = 0; l < kLanes; ++l) {
-        double of_lane[Field::segments];
-        for (int i = 0; i < Field::segments; ++i) of_lane[i] = sums[i][l];
-        norm[l] = control::norm_of_sums(of_lane, sizes, Field::segments);
+    for (int part = 0; part < kParts; ++part) {
+        Doubles of_part[Field::segments];
+        for (int i = 0; i < Field::segments; ++i) of_part[i] = sums[i].parts[part];
+        norm.parts[part] = root(control::largest_mean(of_part, sizes, Field::segments));
     }
-    return norm;
+    return all_of(norm);
 }
 
 }  // namespace aca

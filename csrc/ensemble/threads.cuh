@@ -34,6 +34,7 @@ class ThreadRecord {
         ACA_HD bool has(int64_t) const { return number == 0; }
         ACA_HD bool is_last(int64_t) const { return true; }
     };
+    using Memory = ThreadRecord;
     static constexpr bool has_checkpoints = false;
 
     ACA_HD explicit ThreadRecord(const Arena& arena) : keep(Keep(arena.keep)), arena_(arena) {}

@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "control/controller.h"
@@ -21,6 +22,10 @@ constexpr int kLanes = ACA_VECTOR_BYTES / int(sizeof(T));
 typedef double Doubles __attribute__((vector_size(ACA_VECTOR_BYTES)));
 typedef float Floats __attribute__((vector_size(ACA_VECTOR_BYTES)));
 typedef uint64_t Words __attribute__((vector_size(ACA_VECTOR_BYTES)));
+typedef int64_t Counts __attribute__((vector_size(ACA_VECTOR_BYTES)));
+typedef Counts Truths;  // about Doubles
+constexpr int kWidth = ACA_VECTOR_BYTES / int(sizeof(double));
+
 typedef std::conditional_t<sizeof(T) == 8, Doubles, Floats> V;
 typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> Truth;
 typedef Truth M __attribute__((vector_size(kLanes * sizeof(T))));
@@ -37,9 +42,42 @@ inline To rounded(From a) {
     return __builtin_convertvector(a, To);
 }
 
+inline Doubles to_single(Doubles x) {
+    typedef float Singles __attribute__((vector_size(ACA_VECTOR_BYTES / 2)));
+    return __builtin_convertvector(__builtin_convertvector(x, Singles), Doubles);
+}
+
+// One bit for each truth, the first one lowest.
+inline unsigned bits_of_truths(Truths truths) {
+#if defined(__AVX512F__) && !defined(__clang__)
+    typedef long long Quads __attribute__((vector_size(ACA_VECTOR_BYTES)));
+    return __builtin_ia32_ptestmq512(Quads(truths), Quads(truths), -1);
+#elif defined(__AVX__) && !defined(__clang__)
+    return unsigned(__builtin_ia32_movmskpd256(Doubles(truths)));
+#else
+    unsigned bits = 0;
+    for (int l = 0; l < kWidth; ++l) bits |= unsigned(truths[l] & 1) << l;
+    return bits;
+#endif
+}
+
+// Truths about the lanes of a part, among those about all lanes.
+inline void set_truths(M& all, int part, Truths truths) {
+    typedef Truth Some __attribute__((vector_size(kWidth * sizeof(Truth))));
+    const Some some = __builtin_convertvector(truths, Some);
+    std::memcpy(reinterpret_cast<char*>(&all) + part * sizeof some, &some, sizeof some);
+}
+
+// Calls f with the number of every lane whose bit is set.
+template <typename F>
+inline void each_lane(unsigned bits, F f) {
+    for (; bits; bits &= bits - 1) f(__builtin_ctz(bits));
+}
+
 // By builtins, which take a tenth of the time that it takes to compile the header with their names.
 #if defined(__clang__)
 inline Doubles fused(Doubles a, Doubles b, Doubles c) { return __builtin_elementwise_fma(a, b, c); }
+inline Doubles root(Doubles a) { return __builtin_elementwise_sqrt(a); }
 inline V fma(V a, V b, V c) { return __builtin_elementwise_fma(a, b, c); }
 inline V sqrt(V a) { return __builtin_elementwise_sqrt(a); }
 #elif defined(__AVX512F__)
@@ -64,6 +102,10 @@ inline V fma(V a, V b, V c) { return fused(a, b, c); }
 inline V sqrt(V a) { return root(a); }
 #elif !defined(__clang__)
 inline Doubles fused(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+inline Doubles root(Doubles a) {
+    for (int l = 0; l < kWidth; ++l) a[l] = std::sqrt(a[l]);
+    return a;
+}
 inline V fma(V a, V b, V c) {
     V r;
     for (int l = 0; l < kLanes; ++l) r[l] = std::fma(a[l], b[l], c[l]);

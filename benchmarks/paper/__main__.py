@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"The experiments need {missing.name}: pip install '.[paper]'")
 
-NAMES = ("toy", "reverse", "cost", "three_body", "three_body_unknown", "hopper", "image", "retest", "hopper_schedule")
+NAMES = ("toy", "reverse", "cost", "three_body", "three_body_unknown", "hopper", "image", "hopper_schedule")
 LONG = ("hopper_schedule",)  # hours; part of "all" with --quick alone
 
 

@@ -117,7 +117,7 @@ def _swapped(results: Results) -> Table:
                 rows.append((method, f"{kind} {x:g}", *(f"{change:+.2f}" for change in changes)))
     return Table(
         "other solvers at test time: change of the error in percentage points",
-        ("solver", "", *(model.name for model in nodes)),
+        ("solver", "parameter", *(model.name for model in nodes)),
         rows,
         "Medians over the seeds; each column against the solver that its net was trained with. midpoint is the paper's "
         "RK2,\nrk4_classic its RK4, bosh3 its RK23, dopri5 its RK45.",

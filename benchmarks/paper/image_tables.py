@@ -92,7 +92,7 @@ def differences(results: Results) -> Table:
         rows.append((f"{aca.name} - {other.name}", len(pairs), *numbers, verdict))
     return Table(
         "differences of the test error in percentage points, paired by seed",
-        ("", "seeds", "mean", "95 % (images)", "p (seeds)", "p (images)", ""),
+        ("", "seeds", "mean", "95 % (images)", "p (seeds)", "p (images)", "verdict"),
         rows,
         f"p: two-sided sign-flip permutation tests of the mean, over seeds (other trainings; n seeds allow none below "
         f"2/2ⁿ) and over images\n(other images, the same nets). Differs: both below {SIGNIFICANT:g}. 95 %: resampled "
@@ -122,7 +122,7 @@ def agreement(images: Images, results: Results, seed: int) -> Table:
             rows.append((label, aca.norm, len(pairs), *cells, f"{low:+.3f} to {high:+.3f}", verdict))
     return Table(
         f"{images.name}: agreement ICC(2,1) of trainings with other seeds on {len(images.test[1])} test images",
-        ("score", "norm", "seeds", "NODE aca", "ResNet", "difference", ""),
+        ("score", "norm", "seeds", "NODE aca", "ResNet", "difference", "verdict"),
         rows,
         "Intraclass correlation of Shrout & Fleiss (Psychol. Bull. 86, 1979). In brackets, and for the difference: "
         "95 %, over\nresampled images. Undecided: 0 is inside. The paper gives a figure on CIFAR; its numbers "

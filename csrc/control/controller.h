@@ -84,6 +84,7 @@ struct Controller {
     }
 
   private:
+    // x in all lanes; x + Real{} would turn -0 into 0.
     template <typename Real>
     ACA_HD static Real filled(double x) {
         return x - Real{};

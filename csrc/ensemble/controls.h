@@ -65,7 +65,9 @@ class Controls {
     // Judges trials by their error ratios, and chooses the sizes of the next ones; t stays where they start.
     ACA_HD Verdict judge(M& accepted) {
         Verdict verdict;
-        for (int part = 0; part < kParts; ++part) judge(part, accepted, verdict);
+        Doubles powers[kParts];  // all of them first, since each takes long and they do not wait for one another
+        for (int part = 0; part < kParts; ++part) powers[part] = power_of(ratio.parts[part], exponent_);
+        for (int part = 0; part < kParts; ++part) judge(part, powers[part], accepted, verdict);
         return verdict;
     }
 
@@ -93,13 +95,12 @@ class Controls {
     ACA_HD bool can_shrink(int l) const { return control::can_shrink(controller_, t.each[l], h.each[l], sign.each[l]); }
 
   private:
-    ACA_HD void judge(int part, M& accepted, Verdict& verdict) {
+    ACA_HD void judge(int part, Doubles power, M& accepted, Verdict& verdict) {
         const Doubles tried = control::magnitude(h_trial.parts[part]), from = t.parts[part], to = t_next.parts[part];
         const Doubles error = ratio.parts[part], way = sign.parts[part];
         const Truths is_live = live.parts[part] != 0, is_accepted = is_live & (error <= 1);
         const Truths is_finite = error - error == 0, is_cut = to == stop.parts[part];
         count(part, is_accepted);
-        const Doubles power = power_of(error, exponent_);
         const Doubles usual = error == 0 ? controller_.ifactor - Doubles{} : controller_.safety * power;
         const Doubles growth = has_one_power_ ? usual : growths(part, bits_of_truths(is_accepted), power);
         const Doubles grown = controller_.grown(tried, to_single(growth));

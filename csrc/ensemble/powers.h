@@ -11,11 +11,22 @@ ACA_HD To with_bits_of(From from) {
     return to;
 }
 
-template <int from, int to>
-ACA_HD Doubles series(Doubles x, const double (&coefficients)[from + 1]) {
-    Doubles sum = coefficients[from] - Doubles{};
-    for (int i = from - 1; i >= to; --i) sum = fused(sum, x, coefficients[i] - Doubles{});
-    return sum;
+// Σ c[i]·x^i of `count` terms, from halves that do not wait for one another (Estrin); x[j] is x to the power of 2^j.
+template <int count>
+ACA_HD Doubles sum_of_terms(const double* c, const Doubles (&x)[4]) {
+    if constexpr (count == 1) {
+        return c[0] - Doubles{};
+    } else {
+        constexpr int j = count > 8 ? 3 : count > 4 ? 2 : count > 2 ? 1 : 0, half = 1 << j;
+        return fused(sum_of_terms<count - half>(c + half, x), x[j], sum_of_terms<half>(c, x));
+    }
+}
+
+// Likewise, with the largest term added last, which rounds least.
+template <int count>
+ACA_HD Doubles series(Doubles x, const double (&c)[count]) {
+    const Doubles x2 = x * x, x4 = x2 * x2;
+    return fused(sum_of_terms<count - 1>(c + 1, {x, x2, x4, x4 * x4}), x, c[0] - Doubles{});
 }
 
 // x to the power of an exponent between -1 and 1, at most some roundings from that of the mathematical library, in a
@@ -36,13 +47,13 @@ ACA_HD Doubles power_of(Doubles x, double exponent) {
     const Doubles m = with_bits_of<Doubles>(bits - (biased << 52) + kOne);
     const Doubles n = with_bits_of<Doubles>(biased | 0x4330000000000000) - (4503599627370496. + 1023);
     const Doubles s = (m - 1) / (m + 1);
-    const Doubles fraction = (exponent * 2 / kLn2) * s * series<9, 0>(s * s, kLog);
+    const Doubles fraction = (exponent * 2 / kLn2) * s * series(s * s, kLog);
     // exponent·log2(x) = whole + rest
     const double shift = 6755399441055744.;  // rounds to whole numbers, and shows their bits
     const Doubles exponents = exponent - Doubles{}, shifted = fused(n, exponents, fraction) + shift;
     const Doubles whole = shifted - shift, rest = fused(n, exponents, -whole) + fraction;
     const Words power_of_two = (with_bits_of<Words>(shifted) + 1023) << 52;  // whose bits above are shifted out
-    return with_bits_of<Doubles>(power_of_two) * series<12, 0>(kLn2 * rest, kExp);
+    return with_bits_of<Doubles>(power_of_two) * series(kLn2 * rest, kExp);
 }
 
 }  // namespace aca

@@ -21,10 +21,12 @@ constexpr int kLanes = ACA_VECTOR_BYTES / int(sizeof(T));
 
 typedef double Doubles __attribute__((vector_size(ACA_VECTOR_BYTES)));
 typedef float Floats __attribute__((vector_size(ACA_VECTOR_BYTES)));
+
+// Lanes come in parts of kWidth, whose doubles fill one register; with numbers of 64 bits and truths about them.
+constexpr int kWidth = ACA_VECTOR_BYTES / int(sizeof(double));
 typedef uint64_t Words __attribute__((vector_size(ACA_VECTOR_BYTES)));
 typedef int64_t Counts __attribute__((vector_size(ACA_VECTOR_BYTES)));
-typedef Counts Truths;  // about Doubles
-constexpr int kWidth = ACA_VECTOR_BYTES / int(sizeof(double));
+typedef Counts Truths;
 
 typedef std::conditional_t<sizeof(T) == 8, Doubles, Floats> V;
 typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> Truth;

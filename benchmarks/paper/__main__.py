@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"The experiments need {missing.name}: pip install '.[paper]'")
 
 NAMES = ("toy", "reverse", "cost", "three_body", "three_body_unknown", "hopper", "image", "hopper_schedule")
-LONG = ("hopper_schedule",)  # hours; part of "all" with --quick alone
+LONG = ("three_body_unknown", "image", "hopper_schedule")  # hours; part of "all" with --quick alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Hopper to the end of the paper's schedule: held-out error of the latent ODE over iterations, evaluations and time.
 
-The nets, the number of rollouts, Adamax and the 48 000 iterations are those of the latent ODE's code; with Adam, nets
-of this width diverge from the data at that code's rate of 0.01. Two things differ. The encoder is a GRU (see
-``hopper``). The loss takes 10 random ones of the 100 points at each iteration, since the adjoint
-starts a new solve at every point: with all 100, its schedule would take days on a CPU core.
+The nets, the number of rollouts, Adamax with its rates, and the 48 000 iterations are those of the latent ODE's code.
+With Adam at these rates nets of this width do not learn. Two things differ. The encoder is a GRU (see ``hopper``). The
+loss takes 10 random ones of the 100 points at each iteration, since the adjoint starts a new solve at every point: with
+all 100, its schedule would take days on a CPU core.
 
 It takes hours, and may be stopped at any time: it continues from the last measurement. ``--only "aca, 10 %"`` trains
 one model alone. With ``--minutes 0`` it reports on what there is.

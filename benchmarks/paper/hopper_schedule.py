@@ -19,7 +19,16 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.harness import new_figure, torch_threads
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure, three_gradients
+from benchmarks.paper.common import (
+    Progress,
+    Report,
+    Settings,
+    Table,
+    bar,
+    check_any_finished,
+    save_figure,
+    three_gradients,
+)
 from benchmarks.paper.hopper import PAPER
 from benchmarks.paper.hopper_data import PERCENT, batch_of, load, windows
 from benchmarks.paper.hopper_models import LatentODE, Size, Training
@@ -46,6 +55,7 @@ def run(settings: Settings) -> Report:
         progress = Progress(settings, f"hopper_schedule_{gradient}_{percent}", fingerprint)
         curves[gradient, percent] = _curve(settings, name, training, test, progress)
         progresses.append(progress)
+    check_any_finished([unit for unit in curves.values() if unit["points"]])
     tables = [_errors(curves, size), _budgets(curves), _costs(curves, size)]
     figure = _draw(settings, curves)
     is_complete = all(_iterations(unit) == size.iterations for unit in curves.values())

@@ -35,6 +35,12 @@ def test_all_leaves_out_what_takes_hours_unless_quick(monkeypatch):
     assert ran == list(command.NAMES)
 
 
+def test_parts_of_an_experiment_that_has_none_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["toy", "--quick", "--only", "aca"])
+    assert "toy runs as a whole" in capsys.readouterr().err
+
+
 def test_a_changed_number_changes_the_page(tmp_path):
     shutil.copy(RESULTS / "paper_hopper.json", tmp_path)
     before = page.rendered(tmp_path)

@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"The experiments need {missing.name}: pip install '.[paper]'")
 
 NAMES = ("toy", "reverse", "cost", "three_body", "three_body_unknown", "hopper", "image", "hopper_schedule")
-LONG = ("hopper_schedule",)  # hours; part of "all" with --quick alone
+LONG = ("three_body_unknown", "image", "hopper_schedule")  # hours; part of "all" with --quick alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="work on the units whose name contains TEXT")
     args = parser.parse_args(argv)
+    if (args.only or math.isfinite(args.minutes)) and args.name not in LONG:
+        parser.error(f"--only and --minutes are for {', '.join(LONG)}; {args.name} runs as a whole.")
     if args.name == "page":
         write_page(args.output)
         return 0

@@ -85,6 +85,16 @@ class Report:
     values: dict[str, Any] = field(default_factory=dict)
 
 
+def check_any_finished(results: Any) -> None:
+    """Refuses to report on nothing, which would overwrite the results of an earlier run.
+
+    Raises:
+        MissingError: ``results`` is empty.
+    """
+    if not results:
+        raise MissingError("no unit of work is finished. Give it more --minutes, or an --only that names one.")
+
+
 class Progress:
     """Results of finished units of work by name, stored in a file so that an interrupted experiment can continue.
 

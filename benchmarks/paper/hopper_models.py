@@ -132,10 +132,18 @@ class Training:
         evaluations: of f, forward and backward, in all iterations; 0 for a model without f.
     """
 
-    def __init__(self, build: Callable[[], nn.Module], train: Tensor, size: Size, percent: int, seed: int) -> None:
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        train: Tensor,
+        size: Size,
+        percent: int,
+        seed: int,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    ) -> None:
         torch.manual_seed(seed)
         self.model = build().to(train.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.optimizer = optimizer(self.model.parameters())
         self.random = torch.Generator().manual_seed(seed)
         self.train, self.size, self.percent = train, size, percent
         self.losses: list[float] = []

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.harness import new_figure
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure
+from benchmarks.paper.common import Progress, Report, Settings, Table, bar, check_any_finished, save_figure
 from benchmarks.paper.image_models import ACA, ADJOINT, BATCH_NORM, GROUP_NORM
 from benchmarks.paper.image_tables import Results, agreement, differences, target
 from benchmarks.paper.image_training import FIXED_STEPS, TOLERANCES, Training, final_error, repeatable, seed_of, trained
@@ -46,14 +46,15 @@ def run(settings: Settings) -> Report:
                     results[model][seed] = found
     is_complete = all(len(runs) == n_seeds for runs in results.values())
     results = {model: runs for model, runs in results.items() if runs}
+    check_any_finished(results)
     tables = [_comparison(images, results), target(settings, results), differences(results)]
     tables += [_swapped(results), agreement(images, results, settings.seed)]
-    figures = [_draw(settings, images, results)] if results else []
+    figure = _draw(settings, images, results)
     if is_complete:
         progress.done()
     kept = {model.name: [_without_images(run) for run in runs.values()] for model, runs in results.items()}
     values = {"images": images.name, "training": str(training), "is_complete": is_complete, "runs": kept}
-    return Report("image", tables, figures, values)
+    return Report("image", tables, [figure], values)
 
 
 def _comparison(images: Images, results: Results) -> Table:

@@ -116,15 +116,21 @@ def trained(
             f"{key}, unfinished", {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
         )
         tick(1)
-    probability, correct = predictions(net, images)
-    result = {"parameters": sum(p.numel() for p in net.parameters()), "curve": curve, "failure": failure}
-    result |= {"probability": probability.cpu(), "correct": correct.cpu()}
-    if model.gradient is not None:
-        result["gradient_error"] = _gradient_error(net, images.batches(size, 0)[0])
-        result["swapped"] = _test_errors_with_other_solvers(net, images)
+    result = {"curve": curve, "failure": failure, **_tested(net, images, size)}
     progress.put(f"{key}, unfinished", None)
     progress.put(key, result)
     return result
+
+
+def _tested(net: nn.Sequential, images: Images, batch: int) -> dict[str, Any]:
+    """The items of ``trained``'s result that depend on the trained net alone."""
+    probability, correct = predictions(net, images)
+    found = {"parameters": sum(p.numel() for p in net.parameters())}
+    found |= {"probability": probability.cpu(), "correct": correct.cpu()}
+    if ode_blocks(net):
+        found["gradient_error"] = _gradient_error(net, images.batches(batch, 0)[0])
+        found["swapped"] = _test_errors_with_other_solvers(net, images)
+    return found
 
 
 def _train_epoch(

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import new_figure, torch_threads
-from benchmarks.paper.common import Progress, Report, Settings, Table, bar, save_figure, three_gradients
+from benchmarks.paper.common import (
+    Progress,
+    Report,
+    Settings,
+    Table,
+    bar,
+    check_any_finished,
+    save_figure,
+    three_gradients,
+)
 from benchmarks.paper.orbit_models import Orbits, Size, fit_lstm, fit_node
 from benchmarks.paper.three_body import PER_UNIT
 
@@ -54,6 +63,7 @@ def run(settings: Settings) -> Report:
                 ticks.update()
     is_complete = all(len(results) == size.seeds for results in found.values())
     found = {name: results for name, results in found.items() if results}
+    check_any_finished(found)
     tables = [_table(found)]
     figure = _draw(settings, orbits, found)
     if is_complete:

@@ -25,6 +25,22 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch):
     assert (tmp_path / "paper.md").read_text() == page.rendered(RESULTS)
 
 
+def test_all_leaves_out_what_takes_hours_unless_quick(monkeypatch):
+    ran = []
+    monkeypatch.setattr(command, "_run", lambda name, settings: ran.append(name) or True)
+    assert command.main(["all"]) == 0
+    assert ran == [name for name in command.NAMES if name not in command.LONG]
+    ran.clear()
+    assert command.main(["all", "--quick"]) == 0
+    assert ran == list(command.NAMES)
+
+
+def test_parts_of_an_experiment_that_has_none_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["toy", "--quick", "--only", "aca"])
+    assert "toy runs as a whole" in capsys.readouterr().err
+
+
 def test_a_changed_number_changes_the_page(tmp_path):
     shutil.copy(RESULTS / "paper_hopper.json", tmp_path)
     before = page.rendered(tmp_path)

@@ -132,7 +132,7 @@ class ImplicitMethod(OneStepMethod):
         """
         ops, f = self._ops, self._f
         assert hasattr(f, "pull_back")
-        stages = self._replayed(times, y, h)
+        stages = self._replayed(times, y, h, y_next)
         k = [stage.k for stage in stages]
         y1 = ops.weighted_sum(y, h, k, self.scheme.solution)
         compare_implicit_end(ops, compare, y, y_next, y1, k, self._tolerance)
@@ -174,13 +174,21 @@ class ImplicitMethod(OneStepMethod):
         return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
 
     def _solved(
-        self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], first: Tensor
+        self,
+        group: Group,
+        t: Sequence[Tensor],
+        y: Tensor,
+        h: Number,
+        k: Sequence[Tensor],
+        first: Tensor,
+        known_states: dict[int, Tensor] | None = None,
     ) -> list[Tensor]:
         """The slopes of a group of stages, without a graph; ``_newton`` tells the rows that failed.
 
         The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
         steps start from the state, since the slope may lead to another solution of the equations; ``first``, the slope
-        at the start of the step, then saves their first evaluations of func.
+        at the start of the step, then saves their first evaluations of func. A replay starts from the polynomial
+        through ``known_states``, the end of the step among them: see ``Group.predictors``.
         """
         stages, newton = group.stages, self._newton
         assert group.a is not None
@@ -190,7 +198,10 @@ class ImplicitMethod(OneStepMethod):
             known = [x.detach() for x in k]
             base = [self._base(i, y.detach(), h, known) for i in stages]
             at = t[stages.start : stages.stop]
-            if known and self._tolerance is not None:
+            if known_states is not None:
+                start = [self._predicted(p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
+                found = newton.solve(group, at, base, start)
+            elif known and self._tolerance is not None:
                 start = combined(h, group.a, known[-1:] * len(stages))
                 found = newton.solve(group, at, base, start)
             else:
@@ -200,6 +211,10 @@ class ImplicitMethod(OneStepMethod):
             raise ReplayError(f"the backward pass did not repeat the forward pass: {newton.failures().popitem()[1]}")
         return found
 
+    def _predicted(self, predictor: Sequence[tuple[int, float]], known_states: dict[int, Tensor]) -> Tensor:
+        states, weights = [known_states[i] for i, _ in predictor], tuple(w for _, w in predictor)
+        return states[0] if len(states) == 1 else self._ops.weighted_sum(None, 1.0, states, weights)
+
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -208,33 +223,59 @@ class ImplicitMethod(OneStepMethod):
         After n corrections the derivatives are those of the solution of the stage equations up to order n.
         """
         ops, before = self._ops, group.stages.start
+        assert group.a is not None
         slopes, system = list(found), None
         for _ in range(_CORRECTIONS):
             states = [self._base(i, y, h, [*k[:before], *slopes]) for i in group.stages]
             states = [x if x.requires_grad else x.detach().requires_grad_() for x in states]
             values = [self._f(t[i], x) for i, x in zip(group.stages, states, strict=True)]
             if system is None:
-                system = self._system(group, constant(h), [t[i] for i in group.stages], states, values)
+                at = self._linearised([t[i] for i in group.stages], states, values)
+                system = self._jacobian.system(at, group.a, constant(h))
             change = Solution.apply(system, False, *(new - old for new, old in zip(values, slopes, strict=True)))
             slopes = [ops.admit(old + d) for old, d in zip(slopes, change, strict=True)]
         return slopes
 
-    def _replayed(self, times: Sequence[Number], y: Tensor, h: Number) -> list[_Stage]:
-        """The stages of a step from ``y``, solved to rounding, with the graphs of their slopes."""
+    def _replayed(self, times: Sequence[Number], y: Tensor, h: Number, y_next: Tensor | None) -> list[_Stage]:
+        """The stages of a step from ``y``, solved to rounding, with the graphs of their slopes and their systems.
+
+        The system of a group serves the iterations of the next one. Steps are replayed from last to first, so that the
+        Jacobian of the first group is the nearest one to the step that is replayed next.
+        """
         t = self._ops.scalars(times)
         stages: list[_Stage] = []
+        nearest: Any = None
         y = y.detach()
+        states = None if y_next is None else {-1: y, len(self.scheme.a): y_next}
         first = None if self.scheme.starts_explicitly else self._first_slope(t, y)
         self._newton.begin_step(times[0], t[0], y, h)
         for group in self.scheme.groups:
             k = [stage.k for stage in stages]
             if group.a is not None:
-                k += self._solved(group, t, y, h, k, k[0] if first is None else first)
+                k += self._solved(group, t, y, h, k, k[0] if first is None else first, states)
             for i in group.stages:
                 state = self._base(i, y, h, k).detach().requires_grad_()
                 slope = self._f(t[i], state)
                 stages.append(_Stage(t[i], state, slope, slope.detach() if group.a is None else k[i]))
+                if states is not None:
+                    states[i] = state.detach()
+            if group.a is not None:
+                at = self._linearise(group, h, stages[group.stages.start :])
+                nearest = at[0] if nearest is None else nearest
+        if self._jacobian.outlives_graph and nearest is not None:
+            self._newton.adopt_jacobian(nearest)
         return stages
+
+    def _linearise(self, group: Group, h: Number, stages: Sequence[_Stage]) -> list[Any]:
+        """Gives the stages of a group their system; returns their Jacobians."""
+        assert group.a is not None
+        at = self._linearised(*([getattr(stage, name) for stage in stages] for name in ("t", "y", "slope")))
+        system = self._jacobian.system(at, group.a, h)
+        for stage in stages:
+            stage.system = system
+        if self._jacobian.outlives_graph:
+            self._newton.adopt(group, system)
+        return at
 
     def _cotangent(
         self,
@@ -257,8 +298,8 @@ class ImplicitMethod(OneStepMethod):
         """The cotangents of the slopes of a group: the solution of Kᵀ·λ = r, improved until rounding."""
         if group.a is None:
             return r
-        t, states, slopes = ([getattr(s, name) for s in stages] for name in ("t", "y", "slope"))
-        system = self._system(group, h, t, states, slopes)
+        system = stages[0].system
+        assert system is not None
         found = [self._ops.admit(x) for x in system.solve(r, transposed=True)]
         if self._jacobian.is_exact:
             return found
@@ -290,19 +331,23 @@ class ImplicitMethod(OneStepMethod):
         sums = combined(h, tuple(zip(*group.a, strict=True)), v)
         return [r_i + s - x for r_i, s, x in zip(r, sums, found, strict=True)]
 
-    def _system(
-        self, group: Group, h: Number, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]
-    ) -> System:
-        assert group.a is not None
-        at = [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]
-        return self._jacobian.system(at, group.a, h)
+    def _linearised(self, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Any]:
+        return [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]
 
 
 @dataclass(slots=True)
 class _Stage:
-    """A stage of a replayed step: its time and state, its slope with the graph, and the slope of the solution."""
+    """A stage of a replayed step.
+
+    Attributes:
+        t, y: its time and state.
+        slope: the slope with its graph.
+        k: the slope of the solution.
+        system: that of its group, at the solution; None if the stage is explicit.
+    """
 
     t: Tensor
     y: Tensor
     slope: Tensor
     k: Tensor
+    system: System | None = None

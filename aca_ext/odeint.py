@@ -75,6 +75,9 @@ def odeint(arguments: _OdeintArguments) -> State:
               (t, y, \\*args) that returns the derivative of func as a matrix. With every choice the gradient is that
               of func. With independent samples each has a matrix: "dense" and "block" are the same, "krylov" is not
               available, and a function returns (batch, n, n).
+            * ``preconditioner``: for jacobian="krylov", a function of (t, y, c, \\*args) that returns a linear function
+              near the inverse of 1 - c·J, where J is the derivative of func by y. It must use operations of torch: the
+              backward pass transposes it by autograd. The gradient does not depend on it.
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
               gradient; default 0.001. Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a

@@ -14,6 +14,7 @@ import torch
 import aca_ext
 from benchmarks import stiff
 from benchmarks.harness import Result, Settings, Table
+from benchmarks.stiff_comparison import steps_at
 from benchmarks.stiff_problems import (
     BRUSSELATOR,
     E5,
@@ -140,10 +141,23 @@ def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
         for part in stiff.run(Settings(quick=True)):
             (result.tables if isinstance(part, Table) else result.notes).append(part)
     assert not [note for note in result.notes if "aca_ext" in note or "gradient" in note]
-    work, gradients, batch = result.tables
+    work, comparison, gradients, batch = result.tables
     errors = {row["solver"]: row["error"] / row["tolerance"] for row in work.rows}
     assert {f"aca_ext {name}" for name in stiff.OWN_METHODS} | {"SciPy Radau", "SciPy BDF"} <= set(errors)
     assert max(errors.values()) < 10
+    assert errors == {row["solver"]: row["in_tolerances"] for row in work.rows}
+    assert {row["solver"] for row in comparison.rows} == {f"aca_ext {name}" for name in stiff.OWN_METHODS}
+    steps = {row["solver"]: row["steps"] for row in work.rows}
+    assert all(row["steps"] == steps[row["solver"]] for row in comparison.rows)
+    assert any("step_ratio" in row for row in comparison.rows)
     assert {row["solver"]: row["error"] < 1e-2 for row in gradients.rows} == dict.fromkeys(stiff.OWN_METHODS, True)
     assert any("aca_ext" in str(row) for row in batch.rows)
     assert len(stiff.draw(result).axes) == 2
+
+
+def test_steps_at_an_error_are_interpolated() -> None:
+    curve = [(1e-2, 10), (1e-4, 1000), (1e-6, 4000)]
+    assert steps_at(curve, 1e-3) == pytest.approx(100)
+    assert steps_at(curve, 1e-5) == pytest.approx(2000)
+    assert steps_at(curve, 1e-7) is None
+    assert steps_at(curve, 0.0) is None

@@ -15,9 +15,9 @@ from aca_ext.numerics.weights import Weights
 from aca_ext.problem.arguments import lookup, number_in
 from aca_ext.problem.state import Packing
 
-NEWTON_OPTIONS = ("jacobian", "newton_tol")
+NEWTON_OPTIONS = ("jacobian", "newton_tol", "preconditioner")
 _KINDS = ("dense", "block", "krylov")
-_LARGEST_DENSE = 2048  # elements of a state whose Jacobian is a matrix by default; GMRES has no preconditioner
+_LARGEST_DENSE = 2048  # elements of a state whose Jacobian is a matrix by default
 _DEFAULT_TOLERANCE = 0.001
 
 
@@ -28,10 +28,12 @@ class NewtonOptions:
     Attributes:
         jacobian: "dense", "block", "krylov", or a function of (t, y, \\*args) that returns a matrix.
         tolerance: largest error of a stage in units of rtol and atol, for adaptive steps.
+        preconditioner: for "krylov", a function of (t, y, c, \\*args) that returns a linear function near (I - c·J)⁻¹.
     """
 
     jacobian: str | Callable[..., Any]
     tolerance: float
+    preconditioner: Callable[..., Any] | None = None
 
 
 def newton_options_of(given: Mapping[str, Any], tableau: Weights, packing: Packing, y0: Tensor) -> NewtonOptions | None:
@@ -61,11 +63,14 @@ def newton_options_of(given: Mapping[str, Any], tableau: Weights, packing: Packi
             'option jacobian="block" needs a state whose first dimension counts samples that do not depend on one '
             f'another; y0 is {packing.describe()}. Use "dense", or a state of shape (samples, ...).'
         )
+    preconditioner = given.get("preconditioner")
+    if preconditioner is not None:
+        _check_preconditioner(preconditioner, jacobian)
     tolerance = given.get("newton_tol")
     number = _DEFAULT_TOLERANCE if tolerance is None else number_in(tolerance)
     if number is None or not 0 < number < 1:
         raise OptionError(f"option newton_tol is {tolerance!r}; it must be a number above 0 and below 1.")
-    return NewtonOptions(jacobian, number)
+    return NewtonOptions(jacobian, number, preconditioner)
 
 
 def newton_options_of_samples(common: NewtonOptions, jacobian: Any, packed: Tensor) -> NewtonOptions:
@@ -88,11 +93,30 @@ def newton_options_of_samples(common: NewtonOptions, jacobian: Any, packed: Tens
     return common if callable(common.jacobian) else replace(common, jacobian="block")
 
 
+def _check_preconditioner(preconditioner: Any, jacobian: Any) -> None:
+    if not callable(preconditioner):
+        raise OptionError(
+            f"option preconditioner is a {type(preconditioner).__name__}; it must be a function of (t, y, c, *args) "
+            "that returns a function of a vector, an approximation of its product with (I - c·J)⁻¹."
+        )
+    if jacobian != "krylov":
+        given = "a function" if callable(jacobian) else repr(jacobian)
+        raise OptionError(
+            f"option preconditioner is for GMRES, and option jacobian is {given}, which solves directly. Give "
+            'jacobian="krylov" too, or leave preconditioner out.'
+        )
+
+
 def _check_rosenbrock(given: Mapping[str, Any], tableau: RosenbrockTableau) -> None:
     """Raises OptionError for options that Rosenbrock methods do not have."""
     unusable = [
         name
-        for name, allowed in (("jacobian", (None, "dense")), ("newton_tol", (None,)), ("interp", (None, "linear")))
+        for name, allowed in {
+            "jacobian": (None, "dense"),
+            "newton_tol": (None,),
+            "preconditioner": (None,),
+            "interp": (None, "linear"),
+        }.items()
         if given.get(name) not in allowed
     ]
     if unusable:

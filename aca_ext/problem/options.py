@@ -107,7 +107,10 @@ def controller_of(given: Options, tableau: Weights) -> Controller:
             f"option min_step is {values['min_step']}, above max_step, {values['max_step']}; lower min_step or raise "
             "max_step."
         )
-    return Controller(order=tableau.order, **values)
+    embedded = tableau.embedded_order if isinstance(tableau, Weights) else None
+    # The leading term of the error, which for an estimate of higher order is that of the method.
+    order = tableau.order if embedded is None else min(tableau.order, embedded) + 1
+    return Controller(order=order, **values)
 
 
 def adams_of(given: Options, method: Adams) -> Adams:

@@ -236,6 +236,15 @@ class TestAdaptiveSteps:
         inputs = (y0, func.p, rate)
         assert worst(gradients(solution.y, inputs), gradients(expected, inputs)) < 1e-8
 
+    def test_replay_needs_little_more_evaluations_than_the_solve(self) -> None:
+        """It starts from polynomials through the ends of the steps, with the Jacobians that the gradient needs."""
+        func, y0, rate = start()
+        solution = solve(func, y0, T, method="kvaerno5", rtol=1e-6, atol=1e-10, args=(rate,))
+        solution.y[-1].sum().backward()
+        stats = solution.stats
+        assert stats.n_f_evals_backward is not None
+        assert stats.n_f_evals_backward < 1.5 * stats.n_f_evals
+
     def test_of_a_block_diagonal_batch(self) -> None:
         func, y0, rate = start()
         batch = torch.stack([y0, 2 * y0, 0.5 * y0])

@@ -11,6 +11,9 @@ from torch import Tensor
 
 import aca_ext
 from aca_ext import errors
+from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS
+from aca_ext.numerics.methods import METHODS
+from aca_ext.problem.options import controller_of
 
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 
@@ -126,3 +129,10 @@ class TestOptions:
     def test_aliases(self) -> None:
         found = [aca_ext.odeint(decay, torch.ones(2), T, method=m, **LOOSE) for m in ("heun_euler", "adaptive_heun")]
         assert torch.equal(*found)
+
+
+def test_controller_has_the_order_of_the_error() -> None:
+    """That is the order of the method, but for an estimate of higher order."""
+    adaptive = {name: m for name, m in (METHODS | IMPLICIT_METHODS).items() if m.adaptive}
+    orders = {name: controller_of({}, m).order for name, m in adaptive.items()}
+    assert orders == {name: m.order for name, m in adaptive.items()} | {"trbdf2": 3}

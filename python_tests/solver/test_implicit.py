@@ -223,8 +223,13 @@ class TestJacobians:
         matrix = torch.randn(60, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         matrix = torch.eye(60, dtype=torch.float64) + 0.05 * matrix
         r = torch.linspace(-1, 1, 60, dtype=torch.float64)
-        x = gmres(lambda v: matrix @ v, r, 1e-14)
+        x, error = gmres(lambda v: matrix @ v, r, 1e-14)
+        assert error < 1e-14
         torch.testing.assert_close(matrix @ x, r, rtol=1e-12, atol=1e-12)
+        r[3] = math.nan
+        found, error = gmres(lambda v: matrix @ v, r, 1e-14)
+        assert found.isnan().all()
+        assert math.isnan(error)
 
 
 class _Custom(torch.autograd.Function):

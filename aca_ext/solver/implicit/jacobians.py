@@ -11,6 +11,7 @@ from aca_ext.kernels.operations import TorchOperations
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.implicit.krylov import Krylov
+from aca_ext.solver.implicit.preconditioner import preconditioner_of
 from aca_ext.solver.implicit.systems import Blocks, GivenMatrix, Jacobian
 from aca_ext.vector_field.slope_function import SlopeFunction
 
@@ -23,7 +24,7 @@ def jacobian_of(problem: Problem, f: SlopeFunction, ops: TorchOperations) -> Jac
     if callable(kind):
         return GivenMatrix(f, ops, count, _checked(kind, problem, count))
     if kind == "krylov":
-        return Krylov(f)
+        return Krylov(f, preconditioner_of(problem))
     return Blocks(f, ops, count)
 
 

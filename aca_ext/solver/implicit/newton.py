@@ -47,6 +47,7 @@ from aca_ext.vector_field.slope_function import SlopeFunction
 
 _MOST_EXACT_ITERATIONS = 60
 _SLOW = 0.1  # contraction above which iterations to rounding take a new Jacobian
+_ROUNDING = 4  # error of iterations to rounding, in units of it
 
 
 class Newton:
@@ -87,6 +88,16 @@ class Newton:
     def linearisation(self) -> Any:
         """The Jacobian in use; None if the next step evaluates one."""
         return None if is_any(self._lacks_jacobian) else self._linearisation
+
+    def adopt(self, group: Group, system: System) -> None:
+        """Lets the next stages iterate with a system that was made at the solution of the last ones."""
+        self._system, self._a, self._is_stale = system, group.a, spread(False, self._ops)
+
+    def adopt_jacobian(self, linearisation: Any) -> None:
+        """Lets the next step iterate with a Jacobian that was made elsewhere."""
+        never = spread(False, self._ops)
+        self._linearisation, self._lacks_jacobian, self._is_slow = linearisation, never, never
+        self._is_current, self._is_stale = never, spread(True, self._ops)
 
     def forget(self) -> None:
         """Lets the next step evaluate Jacobians: those in use are from a part of the solve long ago."""
@@ -202,7 +213,9 @@ class Newton:
             size, largest = (reduce(larger, part) for part in zip(*sizes, strict=True))
             self._residual = where(active, largest, self._residual)
             is_fast = size <= _SLOW * before
-            done = active & ((size <= 4 * eps) | (other_than(is_fast) & (largest <= 2**12 * eps)))
+            # A fast iteration leaves at most a tenth of its change.
+            is_within = (size <= _ROUNDING * eps) | (is_fast & (_SLOW * size <= _ROUNDING * eps))
+            done = active & (is_within | (other_than(is_fast) & (largest <= 2**12 * eps)))
             going = active & (size < math.inf) & (done | is_fast | always_anew)
             z = chosen(going, new, z)
             solved, active, before = solved | done, going & other_than(done), size

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 
 from aca_ext.numerics.implicit import ImplicitTableau
 
 Matrix = tuple[tuple[float, ...], ...]
+_NEAREST = 0.05  # distance of the nodes of a predictor: the weights grow with its inverse
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,14 @@ class Group:
         stages: their numbers.
         a: their coefficients for one another; None for a single explicit stage.
         inverse: inverse of ``a``.
+        predictors: for each stage, weights of earlier states, by which the polynomial through them gives its state. A
+            state is counted by its stage, the end of the step by the number of all stages, and the start by -1.
     """
 
     stages: range
     a: Matrix | None = None
     inverse: Matrix = ()
+    predictors: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, as tableaus are
@@ -64,11 +70,11 @@ def implicit_scheme_of(tableau: ImplicitTableau, estimate_error: bool) -> Implic
         a=a,
         solution=tuple(float(x) for x in tableau.b),
         error=tuple(float(x) for x in tableau.error) if tableau.error is not None and estimate_error else None,
-        groups=_groups(a),
+        groups=_groups(a, c),
     )
 
 
-def _groups(a: Matrix) -> tuple[Group, ...]:
+def _groups(a: Matrix, c: Sequence[float]) -> tuple[Group, ...]:
     """The smallest ranges of stages such that none needs a stage after its range."""
     groups: list[Group] = []
     first = 0
@@ -77,14 +83,27 @@ def _groups(a: Matrix) -> tuple[Group, ...]:
         while i <= end:
             end = max(end, *(j for j, weight in enumerate(a[i]) if weight != 0), end)
             i += 1
-        groups.append(_group(range(first, end + 1), a))
+        groups.append(_group(range(first, end + 1), a, c))
         first = end + 1
     return tuple(groups)
 
 
-def _group(stages: range, a: Matrix) -> Group:
+def _group(stages: range, a: Matrix, c: Sequence[float]) -> Group:
     block = tuple(a[i][stages.start : stages.stop] for i in stages)
     if block == ((0.0,),):
         return Group(stages)
     inverse = torch.linalg.inv(torch.tensor(block, dtype=torch.float64, device="cpu"))
-    return Group(stages, block, tuple(tuple(row) for row in inverse.tolist()))
+    nodes = {0.0: -1, 1.0: len(a)}
+    for j, node in enumerate(c[: stages.start]):
+        if all(abs(node - other) > _NEAREST for other in nodes):
+            nodes[node] = j
+    predictors = tuple(tuple(_interpolation(nodes, c[i])) for i in stages)
+    return Group(stages, block, tuple(tuple(row) for row in inverse.tolist()), predictors)
+
+
+def _interpolation(nodes: dict[float, int], x: float) -> Iterator[tuple[int, float]]:
+    """The non-zero weights, Lagrange's, of the values at ``nodes`` in the polynomial through them at ``x``."""
+    for node, number in nodes.items():
+        weight = prod((x - other) / (node - other) for other in nodes if other != node)
+        if weight != 0:
+            yield number, weight

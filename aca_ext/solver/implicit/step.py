@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.newton import Newton
-from aca_ext.solver.implicit.rows import combined, constant, is_any, largest, spread
+from aca_ext.solver.implicit.replayed_stages import ReplayedStage, transposed_solution
+from aca_ext.solver.implicit.rows import combined, constant, is_any, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
-from aca_ext.solver.implicit.systems import Jacobian, Solution, System
+from aca_ext.solver.implicit.systems import Jacobian, Solution
 from aca_ext.solver.one_step import OneStepMethod
 from aca_ext.solver.runge_kutta import PULLED, Trial
 from aca_ext.solver.stats import BatchStats, Stats
@@ -42,11 +42,6 @@ from aca_ext.solver.transposed_step import (
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 _CORRECTIONS = 2  # Newton corrections with a graph: each makes one more order of derivatives exact
-_MOST_REFINEMENTS = 200  # of a transposed solve with a matrix that is not the derivative of func
-_NOT_A_JACOBIAN = (
-    "The transposed stage equations were solved up to a residual of {:.3g} only, so the gradient would be wrong: the "
-    "matrix of option jacobian is too far from the derivative of func. Correct the option, or leave it out."
-)
 
 
 class ImplicitMethod(OneStepMethod):
@@ -132,7 +127,7 @@ class ImplicitMethod(OneStepMethod):
         """
         ops, f = self._ops, self._f
         assert hasattr(f, "pull_back")
-        stages = self._replayed(times, y, h)
+        stages = self._replayed(times, y, h, y_next)
         k = [stage.k for stage in stages]
         y1 = ops.weighted_sum(y, h, k, self.scheme.solution)
         compare_implicit_end(ops, compare, y, y_next, y1, k, self._tolerance)
@@ -143,7 +138,7 @@ class ImplicitMethod(OneStepMethod):
                 continue
             of_group = [stages[i] for i in group.stages]
             cotangents = [torch.zeros_like(ops.like) if x is None else x for x in r]
-            grad_k = self._transposed(group, h, of_group, cotangents)
+            grad_k = transposed_solution(ops, self._jacobian.is_exact, group, h, of_group, cotangents)
             for i, stage, grad in zip(group.stages, of_group, grad_k, strict=True):
                 v = own_result(f.pull_back, stage.y, stage.slope, grad) if stage.slope.requires_grad else None
                 if v is not None:
@@ -174,13 +169,21 @@ class ImplicitMethod(OneStepMethod):
         return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
 
     def _solved(
-        self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], first: Tensor
+        self,
+        group: Group,
+        t: Sequence[Tensor],
+        y: Tensor,
+        h: Number,
+        k: Sequence[Tensor],
+        first: Tensor,
+        known_states: dict[int, Tensor] | None = None,
     ) -> list[Tensor]:
         """The slopes of a group of stages, without a graph; ``_newton`` tells the rows that failed.
 
         The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
         steps start from the state, since the slope may lead to another solution of the equations; ``first``, the slope
-        at the start of the step, then saves their first evaluations of func.
+        at the start of the step, then saves their first evaluations of func. A replay starts from the polynomial
+        through ``known_states``, the end of the step among them: see ``Group.predictors``.
         """
         stages, newton = group.stages, self._newton
         assert group.a is not None
@@ -190,7 +193,10 @@ class ImplicitMethod(OneStepMethod):
             known = [x.detach() for x in k]
             base = [self._base(i, y.detach(), h, known) for i in stages]
             at = t[stages.start : stages.stop]
-            if known and self._tolerance is not None:
+            if known_states is not None:
+                start = [self._predicted(p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
+                found = newton.solve(group, at, base, start)
+            elif known and self._tolerance is not None:
                 start = combined(h, group.a, known[-1:] * len(stages))
                 found = newton.solve(group, at, base, start)
             else:
@@ -200,6 +206,10 @@ class ImplicitMethod(OneStepMethod):
             raise ReplayError(f"the backward pass did not repeat the forward pass: {newton.failures().popitem()[1]}")
         return found
 
+    def _predicted(self, predictor: Sequence[tuple[int, float]], known_states: dict[int, Tensor]) -> Tensor:
+        states, weights = [known_states[i] for i, _ in predictor], tuple(w for _, w in predictor)
+        return states[0] if len(states) == 1 else self._ops.weighted_sum(None, 1.0, states, weights)
+
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -208,33 +218,59 @@ class ImplicitMethod(OneStepMethod):
         After n corrections the derivatives are those of the solution of the stage equations up to order n.
         """
         ops, before = self._ops, group.stages.start
+        assert group.a is not None
         slopes, system = list(found), None
         for _ in range(_CORRECTIONS):
             states = [self._base(i, y, h, [*k[:before], *slopes]) for i in group.stages]
             states = [x if x.requires_grad else x.detach().requires_grad_() for x in states]
             values = [self._f(t[i], x) for i, x in zip(group.stages, states, strict=True)]
             if system is None:
-                system = self._system(group, constant(h), [t[i] for i in group.stages], states, values)
+                at = self._linearised([t[i] for i in group.stages], states, values)
+                system = self._jacobian.system(at, group.a, constant(h))
             change = Solution.apply(system, False, *(new - old for new, old in zip(values, slopes, strict=True)))
             slopes = [ops.admit(old + d) for old, d in zip(slopes, change, strict=True)]
         return slopes
 
-    def _replayed(self, times: Sequence[Number], y: Tensor, h: Number) -> list[_Stage]:
-        """The stages of a step from ``y``, solved to rounding, with the graphs of their slopes."""
+    def _replayed(self, times: Sequence[Number], y: Tensor, h: Number, y_next: Tensor | None) -> list[ReplayedStage]:
+        """The stages of a step from ``y``, solved to rounding, with the graphs of their slopes and their systems.
+
+        The system of a group serves the iterations of the next one. Steps are replayed from last to first, so that the
+        Jacobian of the first group is the nearest one to the step that is replayed next.
+        """
         t = self._ops.scalars(times)
-        stages: list[_Stage] = []
+        stages: list[ReplayedStage] = []
+        nearest: Any = None
         y = y.detach()
+        states = None if y_next is None else {-1: y, len(self.scheme.a): y_next}
         first = None if self.scheme.starts_explicitly else self._first_slope(t, y)
         self._newton.begin_step(times[0], t[0], y, h)
         for group in self.scheme.groups:
             k = [stage.k for stage in stages]
             if group.a is not None:
-                k += self._solved(group, t, y, h, k, k[0] if first is None else first)
+                k += self._solved(group, t, y, h, k, k[0] if first is None else first, states)
             for i in group.stages:
                 state = self._base(i, y, h, k).detach().requires_grad_()
                 slope = self._f(t[i], state)
-                stages.append(_Stage(t[i], state, slope, slope.detach() if group.a is None else k[i]))
+                stages.append(ReplayedStage(t[i], state, slope, slope.detach() if group.a is None else k[i]))
+                if states is not None:
+                    states[i] = state.detach()
+            if group.a is not None:
+                at = self._linearise(group, h, stages[group.stages.start :])
+                nearest = at[0] if nearest is None else nearest
+        if self._jacobian.outlives_graph and nearest is not None:
+            self._newton.adopt_jacobian(nearest)
         return stages
+
+    def _linearise(self, group: Group, h: Number, stages: Sequence[ReplayedStage]) -> list[Any]:
+        """Gives the stages of a group their system; returns their Jacobians."""
+        assert group.a is not None
+        at = self._linearised(*([getattr(stage, name) for stage in stages] for name in ("t", "y", "slope")))
+        system = self._jacobian.system(at, group.a, h)
+        for stage in stages:
+            stage.system = system
+        if self._jacobian.outlives_graph:
+            self._newton.adopt(group, system)
+        return at
 
     def _cotangent(
         self,
@@ -253,56 +289,5 @@ class ImplicitMethod(OneStepMethod):
             return None
         return self._ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
 
-    def _transposed(self, group: Group, h: Number, stages: Sequence[_Stage], r: list[Tensor]) -> list[Tensor]:
-        """The cotangents of the slopes of a group: the solution of Kᵀ·λ = r, improved until rounding."""
-        if group.a is None:
-            return r
-        t, states, slopes = ([getattr(s, name) for s in stages] for name in ("t", "y", "slope"))
-        system = self._system(group, h, t, states, slopes)
-        found = [self._ops.admit(x) for x in system.solve(r, transposed=True)]
-        if self._jacobian.is_exact:
-            return found
-        eps, tiny = torch.finfo(r[0].dtype).eps, torch.finfo(r[0].dtype).tiny
-        before = torch.full_like(largest(r, self._ops), math.inf)
-        for _ in range(_MOST_REFINEMENTS):
-            residual = self._residual(group, h, stages, r, found)
-            size = largest(residual, self._ops) / largest((*r, *found), self._ops).clamp_min(tiny)
-            is_better = (size > 16 * eps) & (size < 0.5 * before)
-            if not is_better.any():
-                break
-            before = torch.where(is_better, size, before)
-            change = system.solve(residual, transposed=True)
-            found = [self._ops.admit(torch.where(is_better, x + d, x)) for x, d in zip(found, change, strict=True)]
-        if not (size <= 2**16 * eps).all():
-            raise ReplayError(_NOT_A_JACOBIAN.format(float(size.max())))
-        return found
-
-    def _residual(
-        self, group: Group, h: Number, stages: Sequence[_Stage], r: Sequence[Tensor], found: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """r - Kᵀ·λ with the derivatives of func itself, in case that the matrix has others."""
-        assert group.a is not None
-        how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        v = [
-            torch.autograd.grad(s.slope, s.y, x, **how)[0] if s.slope.requires_grad else torch.zeros_like(x)
-            for s, x in zip(stages, found, strict=True)
-        ]
-        sums = combined(h, tuple(zip(*group.a, strict=True)), v)
-        return [r_i + s - x for r_i, s, x in zip(r, sums, found, strict=True)]
-
-    def _system(
-        self, group: Group, h: Number, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]
-    ) -> System:
-        assert group.a is not None
-        at = [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]
-        return self._jacobian.system(at, group.a, h)
-
-
-@dataclass(slots=True)
-class _Stage:
-    """A stage of a replayed step: its time and state, its slope with the graph, and the slope of the solution."""
-
-    t: Tensor
-    y: Tensor
-    slope: Tensor
-    k: Tensor
+    def _linearised(self, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Any]:
+        return [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]

@@ -23,7 +23,11 @@ from aca_ext.solver.implicit.rows import combined, in_dtype_of
 from aca_ext.vector_field.slope_function import SlopeFunction
 
 Rows = Sequence[Sequence[float]]
-_FEW = 8  # up to so many columns, a loop takes less time than torch's batched backward pass
+
+# torch.autograd.grad without its validation of the arguments; see ``vector_field.replay``.
+_run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
+
+_FEW = 2  # up to so many columns, a loop takes less time than torch's batched backward pass
 
 
 class System(Protocol):
@@ -40,9 +44,11 @@ class Jacobian(Protocol):
 
     Attributes:
         is_exact: the linearisation is the derivative of func, up to rounding. One that the user computes may not be.
+        outlives_graph: the linearisation at a graph can be used after a backward pass has freed that graph.
     """
 
     is_exact: bool
+    outlives_graph: bool
 
     def at(self, t: Tensor, y: Tensor) -> Any:
         """The linearisation at (t, y)."""
@@ -69,6 +75,12 @@ def outside_inference(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
+def pulled_back(k: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    """The product of ``v`` with the transposed derivative of ``k`` by ``y``; their graph is kept."""
+    how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return torch.autograd.grad(k, y, v, **how)[0].detach()
+
+
 class Rowwise:
     """Products of several cotangents with a Jacobian, in one batched backward pass if func allows it."""
 
@@ -76,15 +88,16 @@ class Rowwise:
         self._is_batched = True  # until torch's batched backward pass refuses func
 
     def __call__(self, y: Tensor, k: Tensor, cotangents: Tensor) -> Tensor:
-        how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         if len(cotangents) == 0:
             return cotangents.new_zeros(0, *y.shape)
         if self._is_batched and len(cotangents) > _FEW:
+            how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
             try:
                 return torch.autograd.grad(k, y, cotangents, is_grads_batched=True, **how)[0].detach()
             except RuntimeError:  # an operation has no batched form, or a function of the user's is in the graph
                 self._is_batched = False
-        return torch.stack([torch.autograd.grad(k, y, g, **how)[0].detach() for g in cotangents])
+        found = [_run_backward((k,), (g,), True, False, (y,), True, False)[0] for g in cotangents.unbind()]
+        return torch.stack([torch.zeros_like(y) if row is None else row for row in found]).detach()
 
 
 def units(m: int, count: int, like: Tensor) -> Tensor:
@@ -100,6 +113,7 @@ class Blocks:
     """
 
     is_exact = True
+    outlives_graph = True
 
     def __init__(self, f: SlopeFunction, ops: TorchOperations, count: int) -> None:
         self._f, self._ops, self._count = f, ops, count
@@ -158,9 +172,12 @@ class StageSystem:
         raise NotImplementedError
 
     def correct(self, slopes: Sequence[Tensor], z: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        residual = [new - old for new, old in zip(combined(self._h, self._a, slopes), z, strict=True)]
-        change = self.solve(residual)
+        change = self.solve(self._residual(slopes, z))
         return [old + d for old, d in zip(z, change, strict=True)], change
+
+    def _residual(self, slopes: Sequence[Tensor], z: Sequence[Tensor]) -> list[Tensor]:
+        """h·Σ_j a_ij·slope_j - z_i for each stage."""
+        return [new - old for new, old in zip(combined(self._h, self._a, slopes), z, strict=True)]
 
 
 class BlockSystem(StageSystem):

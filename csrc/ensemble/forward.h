@@ -1,6 +1,9 @@
 // The solve of a batch on lanes. Each lane has its own time and step; one that has finished takes the next sample.
 #pragma once
 #include "ensemble/starts.h"
+#ifndef ACA_ONE_LANE
+#include "ensemble/newton.h"
+#endif
 
 namespace aca {
 
@@ -55,6 +58,7 @@ class Forward {
             for (int c = 0; c < n; ++c) y_[c][l] = ready_.y[c][from], k_[0][c][l] = ready_.k[c][from];
             for (int i = 0; i < Field::n_by_sample; ++i) p_[i][l] = ready_.p[i][from];
             for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
+            if constexpr (Method::is_implicit) implicit_.begin(l);
             if constexpr (Record::has_checkpoints)
                 if (record_.keep == Keep::checkpoints) save(l, ready_.y, from);
             if (propose(l)) return true;
@@ -93,7 +97,6 @@ class Forward {
             h[l] = lane_[l].is_live ? control.h_trial : 0;
             t_next[l] = lane_[l].is_live ? control.t_next : control.t;
         }
-        const V step = rounded<V>(h);
         V first = rounded<V>(t), last = rounded<V>(t_next);
         if (task_.is_jump) {
             for (int l = 0; l < kLanes; ++l) {
@@ -102,11 +105,24 @@ class Forward {
                 if (lane.is_live && lane.ends_at_jump()) last[l] = beside(t_next[l], -lane.control.sign);
             }
         }
-        const auto slope = [&](auto i, const V* y) {
+        const auto time = [&](auto i) {
             constexpr double c = Method::c[i];
-            const V time = c == 0 ? first : c == 1 ? last : rounded<V>(control::stage_time(c, t, h, t_next));
-            Field::slope(time, y, p_, task_.shared, k_[i]);
+            return c == 0 ? first : c == 1 ? last : rounded<V>(control::stage_time(c, t, h, t_next));
         };
+        if constexpr (Method::is_implicit) {
+            typename Method::template Iterations<Field>::Stages at{{}, h, y_, p_, tolerance_, task_.shared, h != 0};
+            for_each<s>([&](auto i) { at.time[i] = time(i); });
+            implicit_.step(at, task_.newton_tolerance, k_, y1_, error_);
+            ratio_ = implicit_.ratio_or_failure(norms<Field>(error_, y_, y1_, tolerance_));
+        } else {
+            evaluate_stages(time, h);
+        }
+    }
+
+    template <typename Time>
+    ACA_HD void evaluate_stages(Time time, R h) {
+        const V step = rounded<V>(h);
+        const auto slope = [&](auto i, const V* y) { Field::slope(time(i), y, p_, task_.shared, k_[i]); };
         if (!fsal) slope(Known<0>(), y_);
         for_each<s>([&](auto i) {
             if constexpr (i > 0 && i < s - fsal) {
@@ -147,7 +163,9 @@ class Forward {
         } else if (control.status == Status::not_finite) {
             lane.failure = fault<n>(y_, k_[0], l);
             if (lane.failure == none && !control::can_shrink(control))
-                lane.failure = task_.forbids_error && ratio_[l] == INFINITY ? no_tolerance : not_finite;
+                lane.failure = implicit_.has_failed(l)                        ? unsolved
+                               : task_.forbids_error && ratio_[l] == INFINITY ? no_tolerance
+                                                                              : not_finite;
             if (lane.failure == none) control.status = Status::running;
         }
         lane.ratio = control.ratio;
@@ -209,6 +227,7 @@ class Forward {
             y_[c] = select(accepted_, y1_[c], y_[c]);
             if (fsal) k_[0][c] = select(accepted_, k_[s - 1][c], k_[0][c]);
         }
+        if constexpr (Method::is_implicit) implicit_.leave(accepted_);
         accepted_ = never();
     }
 
@@ -235,6 +254,7 @@ class Forward {
         Lane& lane = lane_[l];
         const bool goes_on = lane.failure == none && lane.control.status == Status::running;
         if (goes_on && lane.control.n_accepted != lane.last_step && propose(l)) return false;
+        if constexpr (Method::is_implicit) implicit_.finish(task_, lane.sample, l, y_);
         finish(lane);
         return true;
     }
@@ -272,6 +292,7 @@ class Forward {
     R ratio_, power_;  // of the trials, and to the power that chooses the next steps
     M accepted_{};
     bool is_at_jump_ = false;  // some lane
+    typename Method::template Iterations<Field> implicit_;
 };
 
 }  // namespace aca

@@ -181,7 +181,7 @@ class TestGradients:
                     moved[:, column] += sign * step
                     ends.append(solve("compiled", robertson, y0, T[:4], (moved,), **call).y[-1, :, 2])
                 expected = (ends[0] - ends[1]) / (2 * step)
-                assert relative_error(grad[:, column], expected) <= 1e-4
+                assert relative_error(grad[:, column], expected) <= (1e-3 if method == "trbdf2" else 1e-4)
 
     @pytest.mark.parametrize("newton_tol", [1e-1, 1e-7])
     def test_do_not_depend_on_the_tolerance_of_newtons_method(self, newton_tol: float) -> None:
@@ -193,8 +193,9 @@ class TestGradients:
 
     def test_of_shared_parameters_and_networks(self) -> None:
         func, y0 = DrivenMlp(3, 8).double(), sample(BATCH, 3).requires_grad_()
-        inputs = (y0, *func.parameters())
-        lanes, eager = both(func, y0, T[:4])
+        drive, rate = sample(3, seed=2).requires_grad_(), torch.tensor(0.5, dtype=torch.float64).requires_grad_()
+        inputs = (y0, drive, rate, *func.parameters())
+        lanes, eager = both(func, y0, T[:4] / 4, (drive, rate), rtol=1e-4)
         for found, expected in zip(gradients(lanes, inputs), gradients(eager, inputs), strict=True):
             assert relative_error(found, expected) <= 1e-8
 

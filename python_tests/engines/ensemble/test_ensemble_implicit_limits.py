@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
+from aca_ext.engines.ensemble import source
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 
@@ -107,6 +108,16 @@ class TestFallbacks:
         for method, options in (("rodas5p", {}), ("kvaerno5", {"batch": None})):
             with pytest.raises(errors.CompileError, match=f"does not support the given method \\('{method}'\\)"):
                 solve("compiled", van_der_pol, y0, T[:2], (p,), method=method, options=options)
+
+    def test_a_jacobian_that_is_not_that_of_func_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        jacobian = source.jacobian_text
+        monkeypatch.setattr(
+            source, "jacobian_text", lambda *code: [x.replace("K(1)", "K(1.001)") for x in jacobian(*code)]
+        )
+        y0, p = SYSTEMS["van_der_pol"].inputs(2)
+        solution = solve("compiled", lambda t, y, p: van_der_pol(t, y, p), y0, T[:2] / 100, (p,))
+        assert solution.stats.compiled == ""
+        assert "does not compute what func does" in solution.stats.reason
 
     def test_an_explicit_method_still_takes_a_func_that_is_too_large(self) -> None:
         def func(t: Tensor, y: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             tensors also a tree of the same structure. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
         method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
-            "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager" and a func that neither
-            draws random numbers nor changes buffers. The tolerance holds for each step, and the errors add up: on the
+            "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager", except for independent
+            samples with kvaerno3, kvaerno5 and trbdf2, and a func that neither draws random numbers nor changes
+            buffers. The tolerance holds for each step, and the errors add up: on the
             problems of benchmarks/stiff.py to more than 10 tolerances with kvaerno3, and to hundreds with trbdf2, which
             does not add its error estimate to the solution; kvaerno5 is more accurate at the same tolerance. Their
             gradients are exact up to the tolerance of Newton's method, and second derivatives too. Third derivatives
@@ -92,9 +93,10 @@ def odeint(arguments: _OdeintArguments) -> State:
               samples are still evaluated, at their end, until the slowest one ends, unless ``compact`` is given. For
               gradients "aca" and "direct", without ``norm``, and with ``step_t`` and ``jump_t`` for
               engine="compiled" alone. There, func runs on single samples, in SIMD lanes that take the next sample as
-              soon as one has ended. An implicit method takes engine="eager". It iterates for each sample until that
-              one has converged; the numbers are those of a batch of one sample, on the CPU bit for bit if func and the
-              LU factorisation compute a row the same in every batch, else up to rounding.
+              soon as one has ended. Of the implicit methods, lanes take kvaerno3, kvaerno5 and trbdf2, without
+              ``checkpoints``. These iterate for each sample until that one has converged; the numbers are those of a
+              batch of one sample, on the CPU bit for bit if func and, in the eager engine, the LU factorisation compute
+              a row the same in every batch, else up to rounding.
             * ``compact``: True leaves finished samples of an independent batch out of func, once they are half of those
               that it sees. Tensors in args whose first dimension is the batch follow. func must hold no other tensor
               with a row per sample, which would no longer match: at each such change its result is compared with that

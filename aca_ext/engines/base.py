@@ -114,7 +114,7 @@ def argument_for_eager(request: Request, takes_batches: bool) -> str | None:
     if isinstance(request.problem.tableau, Adams):
         return f"method ({request.problem.tableau.name!r})"
     problem, is_batch = request.problem, request.is_batch and not takes_batches
-    if problem.newton is not None:
+    if problem.newton is not None and not takes_batches:
         return f"method ({problem.tableau.name!r})"
     if problem.stops_at_limit or problem.accepts_min_step or problem.interp is not None or is_batch:
         return "options"

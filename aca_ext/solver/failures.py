@@ -18,6 +18,14 @@ NOT_FINITE_ON_GRID = "the solution on the fixed grid is NaN or infinite at its e
 NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
 
 
+def unsolved(size: float, residual: float, unit: str) -> str:
+    """The message where Newton's method failed, in a step of a given size and with a last change in a given unit."""
+    return (
+        f"Newton's method did not solve the stages of a step of size {size:.6g}; its last change was {residual:.3g} "
+        f"{unit}. Look at func and at option jacobian there, use smaller steps, or end the solve earlier."
+    )
+
+
 def failure_of(
     problem: Problem,
     kind: type[SolveError],

@@ -1,6 +1,9 @@
 // The backward pass on lanes: every accepted step of a sample once more, last to first, and its transpose.
 #pragma once
 #include "ensemble/task.h"
+#ifndef ACA_ONE_LANE
+#include "ensemble/implicit_backward.h"
+#endif
 
 namespace aca {
 
@@ -49,7 +52,11 @@ class Backward {
             unsigned due = 0;
             for (int l = 0; l < kLanes; ++l) due |= unsigned(enter(l)) << l;
             find_ends();
-            if (add_outputs(due)) {
+            const bool is_inside = add_outputs(due);
+            if constexpr (Method::is_implicit) {
+                transpose_implicit();
+                forget_inside();
+            } else if (is_inside) {
                 transpose<true>();
                 forget_inside();
             } else {
@@ -84,6 +91,7 @@ class Backward {
                 by_sample_[i][l] = so_far ? so_far[next_ * Field::n_by_sample + i] : 0;
             }
             if (lane_[l].entry) {
+                if constexpr (Method::is_implicit) load_end(l);
                 next_ += share_.stride;
                 return true;
             }
@@ -91,6 +99,16 @@ class Backward {
         }
         lane_[l].entry = nullptr;
         return false;
+    }
+
+    // Loads the end of the last step and the tolerance, by which repeated steps are judged.
+    ACA_HD void load_end(int l) {
+        for (int c = 0; c < n; ++c) {
+            const int64_t i = next_ * n + c;
+            y_next_[c][l] = task_.ends[i];
+            tolerance_[c][l] = task_.rtol_each ? task_.rtol_each[i] : T(task_.rtol);
+            tolerance_[n + c][l] = task_.atol_each ? task_.atol_each[i] : T(task_.atol);
+        }
     }
 
     ACA_HD const T* cotangent(int64_t output, int64_t sample) const {
@@ -176,6 +194,40 @@ class Backward {
         }
     }
 
+    // The stages of the step solved again, and their transposes; lanes without outputs inside have zeros for them.
+    ACA_HD void transpose_implicit() {
+        const V step = rounded<V>(h_);
+        typename Method::template Replay<Field>::Stages at{{}, h_, y_, p_, tolerance_, task_.shared, h_ != 0};
+        for_each<s>([&](auto i) {
+            constexpr double c = Method::c[i];
+            at.time[i] = c == 0 ? start_ : c == 1 ? end_ : rounded<V>(control::stage_time(c, t_, h_, t_next_));
+        });
+        replay_.solve(at, stages_, k_);
+        replay_.compare(at, stages_[s - 1], y_next_, task_.newton_tolerance);
+        for_each<s>([&](auto reversed) {
+            constexpr int i = s - 1 - decltype(reversed)::value;
+            V g[n];
+            for (int c = 0; c < n; ++c) {
+                const auto later = [&](int j) { return pulled_[j][c]; };
+                const V of_outputs = fma(K(Method::b[i]), g_[c], slopes_[i][c]);
+                g[c] = step * (of_outputs + Sum::template of<typename Sum::template Later<i, s>>(later));
+            }
+            if constexpr (i > 0) replay_.transpose(i, g);
+            Field::pull(at.time[i], stages_[i], p_, task_.shared, g, pulled_[i], by_sample_, shared_);
+        });
+        for (int c = 0; c < n; ++c) {
+            g_[c] += inside_[c];
+            for (int i = s - 1; i >= 0; --i) g_[c] += pulled_[i][c];
+            y_next_[c] = y_[c];
+        }
+        for (int l = 0; l < kLanes; ++l) {
+            if (!lane_[l].entry) continue;
+            lane_[l].n_slopes += replay_.evaluations(l);
+            int64_t& fault = cotangents_.replay_faults[share_.number];
+            if (replay_.fault(l) > fault) fault = replay_.fault(l);
+        }
+    }
+
     template <bool inside>
     ACA_HD void transpose() {
         constexpr int count = inside ? s : needed;
@@ -251,6 +303,9 @@ class Backward {
     M is_inside_{};
     V y_[n], p_[n_by_sample]{}, g_[n]{}, inside_[n]{}, slopes_[s][n]{}, by_sample_[n_by_sample]{}, shared_[n_shared];
     V stages_[s][n], k_[s][n], pulled_[s][n];  // of the step at hand
+    // Of implicit methods: the state at the end of the step in the forward pass, and the tolerance there.
+    V y_next_[Method::is_implicit ? n : 1]{}, tolerance_[Method::is_implicit ? 2 * n : 1]{};
+    typename Method::template Replay<Field> replay_;
 };
 
 }  // namespace aca

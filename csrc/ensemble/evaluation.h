@@ -41,6 +41,28 @@ class Evaluation {
         for (V& x : gw_) x = V{};
         Field::slope(t, y_, p_, of_.w, k_);
         Field::pull(t, y_, p_, of_.w, g_, gy_, gp_, gw_);
+        if constexpr (Field::has_jacobian) confirm(t);
+    }
+
+    // Sets cotangents of y to NaN that the Jacobian does not confirm.
+    ACA_HD void confirm(V t) {
+        V jacobian[n * n];
+        Field::jacobian(t, y_, p_, of_.w, jacobian);
+        V sums[n], size{};
+        for (int j = 0; j < n; ++j) {
+            sums[j] = V{};
+            for (int i = 0; i < n; ++i) {
+                const V term = jacobian[i * n + j] * g_[i];
+                sums[j] += term;
+                size += magnitude(term);
+            }
+        }
+        const V allowed = K(sizeof(T) == 8 ? 1e-7 : 1e-3) * size;
+        for (int j = 0; j < n; ++j) {
+            const M is_same = magnitude(sums[j] - gy_[j]) <= allowed;
+            const M is_finite = allowed - allowed == K(0);
+            gy_[j] = select(is_finite & ~is_same, K(NAN), gy_[j]);
+        }
     }
 
     ACA_HD static void read(V* to, const T* from, int count, const int64_t* rows) {

@@ -2,6 +2,9 @@
 #pragma once
 #include "ensemble/controls.h"
 #include "ensemble/starts.h"
+#ifndef ACA_ONE_LANE
+#include "ensemble/newton.h"
+#endif
 
 namespace aca {
 
@@ -60,6 +63,7 @@ class Forward {
             for (int c = 0; c < n; ++c) y_[c][l] = ready_.y[c][from], k_[0][c][l] = ready_.k[c][from];
             for (int i = 0; i < Field::n_by_sample; ++i) p_[i][l] = ready_.p[i][from];
             for (int i = 0; i < 2 * n; ++i) tolerance_[i][l] = ready_.tolerance[i][from];
+            if constexpr (Method::is_implicit) implicit_.begin(l);
             if constexpr (Record::has_checkpoints)
                 if (record_.keep == Keep::checkpoints) save(l, ready_.y, from);
             StepControl& control = lane_[l].control;
@@ -97,7 +101,7 @@ class Forward {
     // A trial step in every lane, of length zero where there is no sample.
     ACA_HD void attempt() {
         const R t = all_of(controls_.t), h = all_of(controls_.h_trial), t_next = all_of(controls_.t_next);
-        const V step = step_ = rounded<V>(h);
+        step_ = rounded<V>(h);
         V first = rounded<V>(t), last = rounded<V>(t_next);
         if (task_.is_jump) {
             for (int l = 0; l < kLanes; ++l) {
@@ -107,11 +111,24 @@ class Forward {
                 if (ends_at_jump(l)) last[l] = beside(t_next[l], -sign);
             }
         }
-        const auto slope = [&](auto i, const V* y) {
+        const auto time = [&](auto i) {
             constexpr double c = Method::c[i];
-            const V time = c == 0 ? first : c == 1 ? last : rounded<V>(control::stage_time(c, t, h, t_next));
-            Field::slope(time, y, p_, task_.shared, k_[i]);
+            return c == 0 ? first : c == 1 ? last : rounded<V>(control::stage_time(c, t, h, t_next));
         };
+        if constexpr (Method::is_implicit) {
+            typename Method::template Iterations<Field>::Stages at{{}, h, y_, p_, tolerance_, task_.shared, h != 0};
+            for_each<s>([&](auto i) { at.time[i] = time(i); });
+            implicit_.step(at, task_.newton_tolerance, k_, y1_, error_);
+            controls_.ratio = parts_of(implicit_.ratio_or_failure(norms<Field>(error_, y_, y1_, tolerance_)));
+        } else {
+            evaluate_stages(time, h);
+        }
+    }
+
+    template <typename Time>
+    ACA_HD void evaluate_stages(Time time, R h) {
+        const V step = step_;
+        const auto slope = [&](auto i, const V* y) { Field::slope(time(i), y, p_, task_.shared, k_[i]); };
         if (!fsal) slope(Known<0>(), y_);
         for_each<s>([&](auto i) {
             if constexpr (i > 0 && i < s - fsal) {
@@ -163,7 +180,9 @@ class Forward {
         } else {
             lane.failure = fault<n>(y_, k_[0], l);
             if (lane.failure == none && !controls_.can_shrink(l))
-                lane.failure = task_.forbids_error && lane.ratio == INFINITY ? no_tolerance : not_finite;
+                lane.failure = implicit_.has_failed(l)                         ? unsolved
+                               : task_.forbids_error && lane.ratio == INFINITY ? no_tolerance
+                                                                               : not_finite;
         }
         if (lane.failure != none) over_ |= 1u << l;
     }
@@ -225,6 +244,7 @@ class Forward {
             y_[c] = select(accepted_, y1_[c], y_[c]);
             if (fsal) k_[0][c] = select(accepted_, k_[s - 1][c], k_[0][c]);
         }
+        if constexpr (Method::is_implicit) implicit_.leave(accepted_);
         controls_.move_on();
     }
 
@@ -262,6 +282,7 @@ class Forward {
     ACA_HD void end(int l) {
         controls_.get(l, lane_[l].control);
         if (entries_) record_.last(lane_[l].sample) = lane_[l].last_entry;
+        if constexpr (Method::is_implicit) implicit_.finish(task_, lane_[l].sample, l, y_);
         finish(lane_[l]);
     }
 
@@ -292,6 +313,7 @@ class Forward {
     M accepted_{};
     unsigned over_ = 0;        // bits of lanes whose samples have ended
     bool is_at_jump_ = false;  // some lane
+    typename Method::template Iterations<Field> implicit_;
 };
 
 }  // namespace aca

@@ -11,13 +11,28 @@ namespace aca {
 
 constexpr int kChunk = 32 * kLanes;  // samples that lanes share; fixed, so that sums over samples have one order
 
-enum Failure : int64_t { none, step_limit, step_size, not_finite, state_not_finite, slope_not_finite, no_tolerance };
+enum Failure : int64_t {
+    none,
+    step_limit,
+    step_size,
+    not_finite,
+    state_not_finite,
+    slope_not_finite,
+    no_tolerance,
+    unsolved  // implicit stages
+};
 
 // Counts of a sample, and where it stopped if it failed.
 struct Outcome {
     int64_t n_steps, n_accepted, failure;
     double t, h, ratio;
     int64_t n_restarts;  // first slopes evaluated again, after jumps
+};
+
+// Counts of an implicit solve of a sample, its last step size, and the last change of Newton's method in it.
+struct NewtonCounts {
+    int64_t n_jacobians, n_factorizations, n_iterations;
+    double h, residual;
 };
 
 // Arrays have a row for each sample; outputs and their cotangents a batch for each time.
@@ -35,6 +50,9 @@ struct Task {
     const T *y0, *by_sample, *shared;
     T* outputs;
     Outcome* outcomes;
+    double newton_tolerance;  // this and the next two: of implicit methods
+    NewtonCounts* newton_counts;
+    T* ends;  // states at the ends of the samples; null: not wanted
 
     ACA_HD int64_t count_times(int64_t sample) const {
         return control::count_times(times + sample * times_step, n_times);
@@ -43,9 +61,15 @@ struct Task {
 
 struct Cotangents {
     const T* outputs;
-    T *y0, *by_sample;     // null: not wanted
-    double* shared;        // a row for each chunk
-    int64_t* most_slopes;  // that a sample of the chunk needed
+    T *y0, *by_sample;       // null: not wanted
+    double* shared;          // a row for each chunk
+    int64_t* most_slopes;    // that a sample of the chunk needed
+    int64_t* replay_faults;  // of each chunk; see implicit_backward.h
+};
+
+// Stands for Newton's method in an explicit method.
+struct NoNewton {
+    ACA_HD bool has_failed(int) const { return false; }
 };
 
 // Samples that one thread solves, with sums over them of their own: `first`, `first` + `stride`, ... before `end`.

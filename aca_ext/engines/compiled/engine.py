@@ -121,10 +121,10 @@ def by_programs(solve: Callable[..., Result], request: Request) -> Result:
     return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=solve_task)
 
 
-def obstacle_to_compiling(problem: Problem, takes_gpu: bool = False) -> str | None:
+def obstacle_to_compiling(problem: Problem, takes_gpu: bool = False, takes_implicit: bool = False) -> str | None:
     """Reason why nothing of the problem can be compiled; None if something can."""
     y0 = problem.y0
-    if problem.newton is not None:  # the Jacobian differentiates func
+    if problem.newton is not None and not takes_implicit:  # the Jacobian differentiates func
         return f'engine="compiled" does not support the given method ({problem.tableau.name!r}). {_HINT}'
     if _TORCH < _OLDEST_TORCH:
         return (

@@ -20,8 +20,12 @@ from aca_ext.engines.compiled.engine import (
 )
 from aca_ext.errors import CompileError
 from aca_ext.gradients.base import Result
+from aca_ext.numerics.implicit import ImplicitTableau
+from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.problem import Problem
 from aca_ext.progress import samples_bar
+
+_MOST_COMPONENTS = 32  # of a sample whose linear systems lanes solve: their time grows with the cube
 
 
 class EnsembleEngine(CompiledEngine):
@@ -36,7 +40,9 @@ class EnsembleEngine(CompiledEngine):
         self._takes_gpu = takes_gpu
 
     def obstacle(self, request: Request) -> str | None:
-        return obstacle_to_compiling(request.problem, self._takes_gpu and request.is_batch)
+        problem = request.problem
+        takes_implicit = request.is_batch and problem.y0.is_cpu and is_for_lanes(problem)
+        return obstacle_to_compiling(problem, self._takes_gpu and request.is_batch, takes_implicit)
 
     def solve(self, request: Request) -> Result:
         """The solve by compiled lanes or programs if they can hold it, else by compiled evaluations of func.
@@ -50,6 +56,14 @@ class EnsembleEngine(CompiledEngine):
         if is_on_gpu(request.problem):
             return _solve_on_gpu(request)
         return solve_by(lambda: _lanes(request), request, _obstacle_to_lanes(request))
+
+
+def is_for_lanes(problem: Problem) -> bool:
+    """Tells whether lanes have the method of a problem, which may be implicit."""
+    tableau = problem.tableau
+    if not isinstance(tableau, ImplicitTableau):
+        return isinstance(tableau, Tableau)
+    return tableau.adaptive and tableau.fsal and tableau.diagonal is not None
 
 
 def is_on_gpu(problem: Problem) -> bool:
@@ -72,7 +86,21 @@ def _solve_on_gpu(request: Request) -> Result:
 
 def _obstacle_to_lanes(request: Request) -> str | None:
     others = request._replace(progress=False, checkpoints=None)  # which lanes have, too
-    return obstacle_to_programs(others, takes_batches=True)
+    obstacle = obstacle_to_programs(others, takes_batches=True)
+    return _obstacle_to_implicit_lanes(request) if obstacle is None else obstacle
+
+
+def _obstacle_to_implicit_lanes(request: Request) -> str | None:
+    newton, y0 = request.problem.newton, request.problem.y0
+    if newton is None:
+        return None
+    if request.checkpoints is not None:
+        return f"Method {request.problem.tableau.name!r} has no checkpoints in lanes, where steps share Jacobians."
+    if callable(newton.jacobian):
+        return "The steps run in Python because option jacobian is a function; lanes make the Jacobian of func."
+    if len(y0) and y0[0].numel() > _MOST_COMPONENTS:
+        return f"A sample has {y0[0].numel()} components; implicit methods run in lanes for at most {_MOST_COMPONENTS}."
+    return None
 
 
 def _lanes(request: Request) -> Callable[..., Result]:

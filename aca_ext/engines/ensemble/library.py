@@ -22,6 +22,8 @@ _CHUNKS_WATCHED = 4  # likewise, with a progress bar
 # Words of an Outcome: counts of trial and accepted steps and the failure; t, h and error ratio where it happened; count
 # of first slopes after jumps.
 OUTCOME_WORDS = 7
+# Words of NewtonCounts: Jacobians, factorisations and iterations; last step size, and last change of an iteration.
+NEWTON_WORDS = 5
 
 
 class _Controller(ctypes.Structure):
@@ -39,13 +41,17 @@ class LibraryTask(ctypes.Structure):
         ("stops", _POINTER), ("is_jump", _POINTER), ("rtol", _F64), ("atol", _F64),
         ("rtol_each", _POINTER), ("atol_each", _POINTER), ("forbids_error", _I64), ("y0", _POINTER),
         ("by_sample", _POINTER), ("shared", _POINTER), ("outputs", _POINTER), ("outcomes", _POINTER),
+        ("newton_tolerance", _F64), ("newton_counts", _POINTER), ("ends", _POINTER),
     ]  # fmt: skip
+
+
+_COTANGENTS = ("outputs", "y0", "by_sample", "shared", "most_slopes", "replay_faults")
 
 
 class Cotangents(ctypes.Structure):
     """Addresses of cotangents, as in csrc/ensemble/task.h."""
 
-    _fields_ = [(name, _POINTER) for name in ("outputs", "y0", "by_sample", "shared", "most_slopes")]
+    _fields_ = [(name, _POINTER) for name in _COTANGENTS]
 
 
 class Keep(IntEnum):
@@ -187,9 +193,13 @@ def task_of(
         of_elements(atol),
         int(tolerance.forbids_error()),
         *(x.data_ptr() for x in (y0, p, w, outputs, outcomes)),
+        0.0 if problem.newton is None else problem.newton.tolerance,
     )
 
 
-def cotangents_to(outputs: Tensor, y0: Tensor, p: Tensor | None, w: Tensor, most_slopes: Tensor) -> Cotangents:
+def cotangents_to(
+    outputs: Tensor, y0: Tensor, p: Tensor | None, w: Tensor, most_slopes: Tensor, replay_faults: Tensor
+) -> Cotangents:
     """Addresses of the cotangents of the outputs, which the backward pass reads, and of its inputs, which it writes."""
-    return Cotangents(*(None if x is None else x.data_ptr() for x in (outputs, y0, p, w, most_slopes)))
+    given = outputs, y0, p, w, most_slopes, replay_faults
+    return Cotangents(*(None if x is None else x.data_ptr() for x in given))

@@ -14,21 +14,31 @@ from aca_ext.engines.compiled.backend import UnusableFuncError
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.ensemble.library import OUTCOME_WORDS, Keep, cotangents_to, task_of
+from aca_ext.engines.ensemble.library import NEWTON_WORDS, OUTCOME_WORDS, Keep, cotangents_to, task_of
 from aca_ext.engines.ensemble.plan import Plan
-from aca_ext.errors import CompileError, NonFiniteError, SolveError, StepLimitError, StepSizeError
+from aca_ext.errors import CompileError, NonFiniteError, ReplayError, SolveError, StepLimitError, StepSizeError
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.passes import Gradients, with_graph
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import Policy
-from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
+from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of, unsolved
 from aca_ext.solver.stats import BatchStats
 
 _KINDS: tuple[type[SolveError], ...] = (
     SolveError, StepLimitError, StepSizeError, NonFiniteError, NonFiniteError, NonFiniteError, StepSizeError,
+    StepSizeError,
 )  # fmt: skip
-_OF_STATE, _OF_SLOPE, _OF_TOLERANCE = 4, 5, 6  # numbers of failures in csrc/ensemble/task.h
+_OF_STATE, _OF_SLOPE, _OF_TOLERANCE, _OF_NEWTON = 4, 5, 6, 7  # numbers of failures in csrc/ensemble/task.h
+
+# Faults of repeated steps, by their numbers in csrc/ensemble/implicit_backward.h.
+_FAULTS = (
+    "",
+    "the backward pass did not repeat the forward pass: Newton's method did not solve the stages of a step until "
+    "rounding. Look at the derivative of func, or use a smaller rtol.",
+    "the backward pass did not repeat the forward pass: a step ended elsewhere. Its equations may have several "
+    "solutions; use a smaller rtol or newton_tol.",
+)
 
 
 def solve(
@@ -98,8 +108,9 @@ class _Run:
         counters = captured.counters
         self._counting = Counting(counters, scope_of(problem.func, problem.args)) if counters else None
         key = "lanes", y0.device, problem.tableau, problem.packing
-        if "lanes" in captured.obstacles:
-            raise CompileError(captured.obstacles["lanes"])
+        lanes = "lanes" if problem.newton is None else "implicit lanes"
+        if lanes in captured.obstacles:
+            raise CompileError(captured.obstacles[lanes])
         plan: Plan | None = captured.plans.get(key)
         if plan is not None:
             return plan, used, False
@@ -109,7 +120,7 @@ class _Run:
         except CompileError as error:
             if not captured.lifted:
                 if not isinstance(error, UnusableFuncError):
-                    captured.obstacles["lanes"] = str(error)
+                    captured.obstacles[lanes] = str(error)
                 raise
             specialise(problem.func)  # perhaps it needs as numbers what it reads: once more without tensors for them
             return self._find()
@@ -135,6 +146,8 @@ class _Run:
         self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device=problem.y0.device)
         self._numbers = p, w = self.p.detach(), self.w.detach()
         self._library_task = task_of(problem, self.y0, p, w, ys, self._outcomes, self._held)
+        if problem.newton is not None:
+            self._prepare_newton(keep)
         self._keep, self._record = keep, self._solve(keep, finished)
         if keep is Keep.STATES:
             self._steps = self._record
@@ -146,6 +159,15 @@ class _Run:
         ys[:, failed] = math.nan
         self.stats.failures = [self._failure(row, 0) for row in failed.tolist()]
         return ys
+
+    def _prepare_newton(self, keep: Keep) -> None:
+        """Memory for the counts of an implicit method, and for the ends by which the backward pass is judged."""
+        task, n = self._library_task, len(self.y0)
+        self._newton_counts = torch.zeros(n, NEWTON_WORDS, dtype=torch.int64, device="cpu")
+        task.newton_counts = self._newton_counts.data_ptr()
+        if keep is not Keep.NOTHING:
+            self._held.append(torch.zeros_like(self.y0))
+            task.ends = self._held[-1].data_ptr()
 
     def _rows(self) -> Tensor:
         """Memory for the states of all samples at all times."""
@@ -176,8 +198,14 @@ class _Run:
         assert controller is not None
         stats.n_steps, stats.n_accepted = self._counted[:, 0].clone(), self._counted[:, 1].clone()
         stats.n_rejected = stats.n_steps - stats.n_accepted
-        slopes = 1 + (controller.first_step is None) + (tableau.stages - tableau.fsal) * stats.n_steps
-        slopes += self._counted[:, 6]
+        slopes = 1 + (controller.first_step is None) + self._counted[:, 6]
+        if problem.newton is None:
+            slopes += (tableau.stages - tableau.fsal) * stats.n_steps
+        else:
+            jacobians, factorizations, iterations = self._newton_counts[:, :3].unbind(1)
+            slopes += iterations + jacobians
+            stats.n_jacobians, stats.n_factorizations = int(jacobians.sum()), int(factorizations.sum())
+            stats.n_newton_iterations = int(iterations.sum())
         slopes *= torch.from_numpy(problem.counts > 1)  # others take no step
         stats.n_f_evals, stats.n_f_rows = int(slopes.max()), int(slopes.sum())
         if self._counting is not None:
@@ -194,6 +222,9 @@ class _Run:
             message = fault_of_start(problem.y0[row]) or f"{what} t={t:.17g}; look at func there."
         elif failure == _OF_TOLERANCE:
             message = NO_TOLERANCE
+        elif failure == _OF_NEWTON:
+            size, residual = self._newton_counts[row, 3:].view(torch.float64).tolist()
+            message = unsolved(size, residual, "times the tolerance")
         reason = message or reason_of(kind, problem.max_num_steps, problem.last_times[row])
         return kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
@@ -219,11 +250,14 @@ class _Run:
         grad_y0, grad_p = torch.empty_like(self.y0), torch.zeros_like(p)
         grad_w = torch.zeros(n_chunks, library.n_learnt, dtype=torch.float64, device=w.device)
         most_slopes = torch.zeros(n_chunks, dtype=torch.int64, device=w.device)
-        to = cotangents_to(grad_ys, grad_y0, grad_p, grad_w, most_slopes)
+        faults = torch.zeros_like(most_slopes)
+        to = cotangents_to(grad_ys, grad_y0, grad_p, grad_w, most_slopes, faults)
         # Hooks on saved tensors, such as those of torch.utils.checkpoint, let go of the tensor that owns the states.
         record = self._record if self._record.has_states else self._solve_again(self._keep)
         self._use(p, w)
         library.backward(self._library_task, record, to)
+        if faults.any():
+            raise ReplayError(_FAULTS[int(faults.max())])
         self.stats.n_f_evals_backward = int(most_slopes.max())
         if self._counting is not None:
             self._counting.count(self.stats.n_f_evals_backward)

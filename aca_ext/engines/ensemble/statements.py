@@ -38,6 +38,19 @@ def pull_text(code: Code, slopes: Sequence[Number], wants_p: bool, wants_w: bool
     return lines + transposed.lines
 
 
+def jacobian_text(code: Code, slopes: Sequence[Number]) -> list[str]:
+    """Lines that set row i of d to the derivatives of slope i with respect to y."""
+    lines = [line for statement in code.statements for line in _forward(statement)]
+    for i, x in enumerate(slopes):
+        transposed = _Transposed(code, wants_p=False, wants_w=False)
+        transposed.add(_single(x), "K(1)")
+        for statement in reversed(code.statements):
+            transposed.pull(statement)
+        transposed.complete(code.y)
+        lines += ["{", f"V* const gy = d + {i * code.y.size};", *transposed.lines, "}"]
+    return lines
+
+
 def _forward(statement: Statement) -> list[str]:
     out = statement.out
     kind = "M" if out.is_mask else "V"

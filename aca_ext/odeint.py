@@ -216,9 +216,10 @@ def odeint(arguments: _OdeintArguments) -> State:
     A solve may stand inside torch.func.grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and torch.autograd.forward_ad, for
     gradients "aca" and "direct" and engine="eager". Derivatives with respect to y0, args and tensors that func uses go
     through the steps. With "aca" a reverse pass keeps the states between steps and evaluates each step again, and so do
-    further derivatives; a func that keeps what it computed, or itself calls transforms, keeps its graph. In vmap each sample takes the steps that it takes alone. Not with
-    checkpoints, events, callbacks, times or tolerances inside the transform, random numbers in func, or the options
-    norm, step_t, jump_t, on_min_step, on_failure, compact and grid_constructor.
+    further derivatives; a func that keeps what it computed, or itself calls transforms, keeps its graph. In vmap each
+    sample takes the steps that it takes alone. Not with checkpoints, events, callbacks, times or tolerances inside the
+    transform, random numbers in func, or the options norm, step_t, jump_t, on_min_step, on_failure, compact and
+    grid_constructor.
 
     Sources: adaptive steps as in Hairer, Nørsett & Wanner, Solving ODEs I, II.4; gradient "aca" in Zhuang et al., ICML
     2020; gradients of events in Chen, Amos & Nickel, ICLR 2021; thinned checkpoints as in Griewank & Walther's revolve.

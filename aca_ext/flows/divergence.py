@@ -13,6 +13,7 @@ from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.flows.products import products
 from aca_ext.flows.samples import check_samples, checked_rates, samples_like, vectors_of
 from aca_ext.problem.arguments import lookup
+from aca_ext.problem.signature import refuse_swapped
 from aca_ext.problem.state import State
 from aca_ext.problem.trees import leaves_of
 from aca_ext.vector_field.holdings import Holdings
@@ -62,6 +63,7 @@ def with_divergence(
     """
     if not callable(func) or isinstance(func, DivergenceField):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a function (t, y) that returns dy/dt.")
+    refuse_swapped(func)
     lookup("kind of divergence", kind, KINDS)
     if kind == "exact" and (probes is not None or generator is not None):
         raise ArgumentValueError('probes and generator belong to kind="hutchinson"; kind="exact" draws nothing.')

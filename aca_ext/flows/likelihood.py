@@ -236,6 +236,8 @@ def _described(z: State) -> str:
 
 
 def _advice(z: State, batch_dims: int) -> str:
+    if isinstance(z, Tensor) and z.dim() <= batch_dims:
+        return "If x is a single sample, give x[None], or a field of with_divergence(..., batch_dims=0)."
     if isinstance(z, Tensor):
         return f"Wrap the distribution, torch.distributions.Independent(base, {z.dim() - batch_dims})."
     return "Let it add up those of the components."

@@ -48,6 +48,7 @@ class CheckpointedSteps:
         self._autocast: AutocastState | None = None
         self._n_tried = -1  # number of used tensors with which a trial has succeeded
         self._n_failures = 0
+        self._has_repeated = False  # func may hold results without derivative since then
         self.is_repeatable = allows_repetition()
 
     def __call__(self, advance: Advance, *x: Tensor) -> Tensors:
@@ -62,7 +63,7 @@ class CheckpointedSteps:
                 self._fail(is_final=True)
         if self.is_repeatable:
             return self._with_graph(advance, x)
-        return advance(self._used.observed(self._f) if self._n_failures else self._f, *x)
+        return advance(self._used.observed(self._f) if self._has_repeated else self._f, *x)
 
     def _with_graph(self, advance: Advance, x: Tensors) -> Tensors:
         last: list[Tensors] = []
@@ -72,7 +73,13 @@ class CheckpointedSteps:
             last[:] = [(t, y)]
             return observed(t, y)
 
-        found = advance(f, *x)
+        try:
+            found = advance(f, *x)
+        except Exception:  # func may refuse to be observed, as code of torch.compile does
+            if self._has_repeated:
+                raise
+            self._fail(is_final=True)
+            return advance(self._f, *x)
         self.is_repeatable = self._is_plain() and any(map(has_gradient, (*x, *self._used.tensors)))
         if self.is_repeatable and last:
             self._try(*last[0])
@@ -98,7 +105,7 @@ class CheckpointedSteps:
 
     def _try(self, t: Tensor, y: Tensor) -> None:
         """Tries a derivative of one evaluation, whose value must be a constant if all that is known is one."""
-        n = len(self._used.tensors)
+        n, self._has_repeated = len(self._used.tensors), True
 
         def f(y: Tensor, *values: Tensor) -> Tensors:
             return (self._used.replaced(self._f, values, set())(t, y),)

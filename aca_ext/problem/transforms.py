@@ -68,8 +68,9 @@ def has_gradient(x: Tensor) -> bool:
 
 
 def address_of(x: Tensor) -> int:
-    """Address of the memory of the plain tensor under all wrappers, which its views share."""
-    return _unwrapped(x)[0].untyped_storage().data_ptr()
+    """Address of the memory of the plain tensor under all wrappers, which its views share; 0 if there is none."""
+    plain = _unwrapped(x)[0]
+    return plain.untyped_storage().data_ptr() if plain.layout == torch.strided else 0
 
 
 def refuse_transforms(what: str, x: object) -> None:

@@ -146,7 +146,7 @@ class UsedTensors:
         if self._constants.get(id(x)) is x:
             return True
         address = address_of(x)
-        return address == address_of(self._y) and all(address != address_of(other) for other in self.tensors)
+        return 0 != address == address_of(self._y) and all(address != address_of(other) for other in self.tensors)
 
     def _is_of_evaluation(self, x: Tensor) -> bool:
         made = self._made.get(id(x))

@@ -65,6 +65,10 @@ def loss(y: Tensor, params: Any = None, kind: str = "adaptive", **settings: Any)
     return odeint(func, y, T, **KINDS[kind] | settings).square().sum()
 
 
+def loss_sum(y: Tensor) -> Tensor:
+    return odeint(NET, y, T, gradient="direct", **KINDS["adaptive"]).sum()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 class TestDerivatives:
     @property
@@ -274,6 +278,13 @@ class TestOtherFuncs:
                 return -self.x * y
 
         self.check(lambda x, **s: odeint(Slope(x), 1 / x, T, **s).square().sum(), calls, has_checkpoints=True)
+
+    def test_a_compiled_func(self, calls: dict[str, int]) -> None:
+        net = torch.compile(Mlp(), backend="eager")
+        value = lambda y, **s: odeint(lambda t, y: net(t, y), y, T, **KINDS["adaptive"], **s).sum()  # noqa: E731
+        found = grad(value)(states())
+        expected = grad(loss_sum)(states())
+        assert relative_error(found.detach(), expected.detach()) <= 1e-12
 
     def test_tuples_complex_numbers_and_integers(self, calls: dict[str, int]) -> None:
         order = torch.tensor([2, 0, 1])

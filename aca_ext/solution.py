@@ -105,6 +105,15 @@ class Solution:
         events = f", events: {counts}" if self.events else ""
         return f"{type(self).__name__}(t: {_form(t)}{ends}, y: {states},\n  {self.stats!r}{is_complete}{events})"
 
+    def __call__(self, t: Any) -> State:
+        """Raises ArgumentValueError: only a solution of ``solve(..., dense=True)`` is a function of time."""
+        raise ArgumentValueError(
+            "the solution holds states at its requested times alone. Give dense=True to solve for solution(t) and "
+            "solution.derivative(t), or request t."
+        )
+
+    derivative = __call__
+
     @property
     def t_reached(self) -> float:
         """The last time that the solve reached, in the unit of t.

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from test_graph_engine import Caller
 
+import aca_ext
 from aca_ext.engines.cuda_graph import captures as programs
 from aca_ext.engines.cuda_graph import engine
-from benchmarks import breakdown, convolution, ensemble, solve_rate, solve_rate_short
+from benchmarks import breakdown, convolution, ensemble, flows, solve_rate, solve_rate_short
 from benchmarks.harness import Settings, Table, print_table
 from benchmarks.workloads import W3
 
@@ -60,3 +62,11 @@ def test_runs_with_every_engine(
             assert not part.startswith("aca_ext"), part
     printed = capsys.readouterr().out
     assert [text for text in found if text not in printed] == []
+
+
+def test_the_trace_by_hand_of_the_benchmark_of_flows() -> None:
+    """All solvers of the benchmark have the same density to maximise."""
+    velocity, x = flows.HyperNetwork(8), flows.circles(6, torch.Generator().manual_seed(0))
+    by_hand = flows.by_hand(aca_ext.odeint, velocity)(x)
+    torch.testing.assert_close(by_hand, flows.with_divergence(velocity, "eager")(x))
+    assert by_hand.shape == (6,)

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aca_ext.errors import ArgumentTypeError, ArgumentValueError, SlopeError
+from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.flows.products import products
+from aca_ext.flows.samples import check_samples, checked_rates, samples_like, vectors_of
 from aca_ext.problem.arguments import lookup
+from aca_ext.problem.signature import refuse_swapped
+from aca_ext.problem.state import State
+from aca_ext.problem.trees import leaves_of
 from aca_ext.vector_field.holdings import Holdings
 from aca_ext.vector_field.module_buffers import modules_of
 
@@ -22,7 +26,7 @@ PENALTIES = ("kinetic_energy", "jacobian_norm")
 
 
 def with_divergence(
-    func: Callable[..., Tensor],
+    func: Callable[..., State],
     kind: str = "exact",
     *,
     probes: int | None = None,
@@ -39,9 +43,9 @@ def with_divergence(
     ``engine="compiled"`` traces it once.
 
     Args:
-        func: callable or nn.Module (t, y, \\*args) that returns dy/dt, a tensor like y. Samples of a batch must not
-            depend on one another, which is checked for batch normalisation alone. Training takes second derivatives of
-            its operations.
+        func: callable or nn.Module (t, y, \\*args) that returns dy/dt, like y, a tensor or a tree of tensors, of which
+            each sample is one vector. Samples of a batch must not depend on one another, which is checked for batch
+            normalisation alone. Training takes second derivatives of its operations.
         kind: "exact": the trace of the Jacobian, by one product for each element of a sample. "hutchinson": the mean of
             eᵀJe over random vectors e, which are drawn once for each solve. The estimate is unbiased.
         probes: number of random vectors of "hutchinson"; default 1.
@@ -59,6 +63,7 @@ def with_divergence(
     """
     if not callable(func) or isinstance(func, DivergenceField):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a function (t, y) that returns dy/dt.")
+    refuse_swapped(func)
     lookup("kind of divergence", kind, KINDS)
     if kind == "exact" and (probes is not None or generator is not None):
         raise ArgumentValueError('probes and generator belong to kind="hutchinson"; kind="exact" draws nothing.')
@@ -81,7 +86,7 @@ class DivergenceField(nn.Module):
 
     def __init__(
         self,
-        func: Callable[..., Tensor],
+        func: Callable[..., State],
         kind: str,
         probes: int,
         noise: str,
@@ -100,27 +105,31 @@ class DivergenceField(nn.Module):
         """Tells the solver that calls of autograd inside need no graph from outside."""
         return self.mode != "forward"
 
-    def start(self, y: Tensor) -> tuple[Tensor, ...]:
+    def start(self, y: State) -> tuple[Any, ...]:
         """The initial state (y, change of log-density, \\*penalties); all but y are zeros of the batch's shape.
 
         Raises:
-            ArgumentTypeError, ArgumentValueError: y is no real tensor with a dimension for each of ``batch_dims``, or
-                func normalises over the batch.
+            ArgumentTypeError, ArgumentValueError: y is no real tensor, or tree of such, with a dimension for each of
+                ``batch_dims``, or func normalises over the batch.
         """
-        self._check(y)
+        check_samples(y, self.batch_dims)
         _refuse_batch_normalisation(self.func)
-        zeros = y.new_zeros(y.shape[: self.batch_dims])
+        first = leaves_of(y)[0]
+        zeros = first.new_zeros(first.shape[: self.batch_dims])
         return y, zeros, *(zeros.clone() for _ in self.penalties)
 
-    def draw_probes(self, y: Tensor) -> Tensor:
+    def draw_probes(self, y: State) -> Tensor:
         """Random vectors for one solve from ``y``: (\\*batch, probes, \\*sample), the first of the solve's ``args``.
+
+        A sample that is a tree is a vector of all its elements.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: y is no state, kind is "exact", or the generator has another device.
         """
-        self._check(y)
+        check_samples(y, self.batch_dims)
         if self.kind == "exact":
             raise ArgumentValueError('kind="exact" has no probes. Solve without them.')
+        y = vectors_of(y, self.batch_dims)
         if self.generator is not None and self.generator.device.type != y.device.type:
             raise ArgumentValueError(
                 f"the generator is on {self.generator.device} and y is on {y.device}. Make it there, "
@@ -130,22 +139,27 @@ class DivergenceField(nn.Module):
         like: dict[str, Any] = {"generator": self.generator, "dtype": y.dtype, "device": y.device}
         return torch.randn(shape, **like) if self.noise == "gaussian" else torch.randint(0, 2, shape, **like) * 2 - 1
 
-    def forward(self, t: Tensor, state: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, ...]:
+    def forward(self, t: Tensor, state: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
         """The rates of all components; for "hutchinson" the first of args are the probes.
 
         Raises:
             ArgumentValueError: the probes are missing, or do not fit y.
             SlopeError: func returned something that is not like y.
         """
-        y = state[0]
         n = self.batch_dims
+        y = vectors_of(state[0], n)
         if self.kind == "exact":
             vectors, scale = _basis(y, n), 1.0
         else:
             probes, *others = args or (None,)
             _check_probes(probes, y, n)
             vectors, scale, args = probes.movedim(n, 0), 1 / probes.shape[n], tuple(others)
-        k, found = products(lambda x: _checked(self.func(t, x, *args), x), y, vectors, self.mode)
+
+        def func(x: Tensor) -> Tensor:
+            samples = samples_like(state[0], x, n)
+            return vectors_of(checked_rates(self.func(t, samples, *args), samples), n)
+
+        k, found = products(func, y, vectors, self.mode)
 
         def per_sample(x: Tensor) -> Tensor:
             return x.sum((0, *range(n + 1, x.dim())))  # the first dimension is that of the vectors
@@ -154,26 +168,17 @@ class DivergenceField(nn.Module):
             "kinetic_energy": lambda: per_sample(k.square().unsqueeze(0)),
             "jacobian_norm": lambda: per_sample(found.square()) * scale,
         }
-        return k, -scale * per_sample(vectors * found), *(rates[name]() for name in self.penalties)
+        change = -scale * per_sample(vectors * found)
+        return samples_like(state[0], k, n), change, *(rates[name]() for name in self.penalties)
 
     def extra_repr(self) -> str:
         probes = f", probes={self.probes}, noise={self.noise!r}" if self.kind == "hutchinson" else ""
         return f"kind={self.kind!r}{probes}, penalties={self.penalties!r}, batch_dims={self.batch_dims}"
 
-    def _check(self, y: object) -> None:
-        if not isinstance(y, Tensor) or not y.is_floating_point():
-            kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-            raise ArgumentTypeError(f"y is {kind}; a flow carries real numbers. Give a float32 or float64 tensor.")
-        if y.dim() < self.batch_dims:
-            raise ArgumentValueError(
-                f"y has shape {tuple(y.shape)}, but batch_dims={self.batch_dims} of its dimensions count samples. Give "
-                "with_divergence(..., batch_dims=0) for a single sample."
-            )
 
-
-def state_norm(error: tuple[Tensor, ...]) -> Tensor:
+def state_norm(error: tuple[State, ...]) -> Tensor:
     """The RMS norm of the first component alone: ``options={"norm": state_norm}`` leaves the log-density out."""
-    return error[0].square().mean().sqrt()
+    return torch.cat([part.reshape(-1) for part in leaves_of(error[0])]).square().mean().sqrt()
 
 
 def _refuse_batch_normalisation(func: Callable[..., Any]) -> None:
@@ -212,16 +217,3 @@ def _check_probes(probes: object, y: Tensor, batch_dims: int) -> None:
             f"the probes have shape {tuple(probes.shape)} and y has {tuple(y.shape)}. Draw them for this y, "
             "field.draw_probes(y), and give them as the first of args."
         )
-
-
-def _checked(k: object, y: Tensor) -> Tensor:
-    """The result of func; of lower precision under autocast, converted."""
-    if not isinstance(k, Tensor):
-        raise SlopeError(f"func's output is of type {type(k).__name__}; it must be a tensor.")
-    if k.shape != y.shape:
-        raise SlopeError(f"func's output has shape {tuple(k.shape)}; y has {tuple(y.shape)}. Return dy/dt, like y.")
-    if k.dtype != y.dtype:
-        if not (k.is_floating_point() and torch.is_autocast_enabled(y.device.type)):
-            raise SlopeError(f"func's output has dtype {k.dtype}; y has {y.dtype}. Convert one of them.")
-        return k.to(y.dtype)
-    return k

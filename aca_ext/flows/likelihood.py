@@ -16,7 +16,9 @@ from aca_ext.odeint import solve
 from aca_ext.problem.arguments import lookup
 from aca_ext.problem.events import refuse_terminal
 from aca_ext.problem.options import refuse_dense, refuse_to_stop
+from aca_ext.problem.state import State
 from aca_ext.problem.times import times_of
+from aca_ext.problem.trees import is_node, leaves_of, map_leaves
 from aca_ext.solver.stats import BatchStats, Stats
 
 Times = Tensor | Sequence[float]
@@ -36,19 +38,19 @@ class Likelihood(NamedTuple):
     """
 
     log_prob: Tensor
-    z: Tensor
+    z: State
     penalties: dict[str, Tensor]
     stats: Stats | BatchStats
 
 
-def log_prob(func: Callable[..., Any], x: Tensor, t: Times, base: Any, **settings: Any) -> Tensor:
+def log_prob(func: Callable[..., Any], x: State, t: Times, base: Any, **settings: Any) -> Tensor:
     """The log-density of ``x`` under the flow, (\\*batch,): ``likelihood(...).log_prob``, with its arguments."""
     return likelihood(func, x, t, base, **settings).log_prob
 
 
 def likelihood(
     func: Callable[..., Any],
-    x: Tensor,
+    x: State,
     t: Times,
     base: Any,
     *,
@@ -64,10 +66,10 @@ def likelihood(
     Args:
         func: function (t, y, \\*args) that returns dy/dt, whose divergence is then exact, or a field from
             ``with_divergence``, which chooses the kind of divergence, penalties and batch dimensions.
-        x: (batch, \\*sample) data, a real tensor.
+        x: (batch, \\*sample) data, a real tensor or a tree of such; all elements of a tree are one sample.
         t: (T,) times from the base distribution (first) to the data (last), T ≥ 2; they may decrease. As for ``solve``.
         base: distribution at t[0]: an object with ``log_prob(z)`` that returns (\\*batch,), such as
-            ``torch.distributions.Independent(Normal(zeros, ones), 1)``.
+            ``torch.distributions.Independent(Normal(zeros, ones), 1)``. For a tree it is given the tree.
         args: further arguments of func.
         probes: random vectors of a Hutchinson field, from ``field.draw_probes(x)``; default: drawn anew. Either way
             they are constant during the solve and its backward pass.
@@ -96,18 +98,18 @@ def likelihood(
 
 def sample(
     func: Callable[..., Any],
-    n: int | Tensor,
+    n: int | State,
     t: Times,
     base: Any = None,
     *,
     args: Sequence[Any] = (),
     **settings: Any,
-) -> Tensor:
+) -> State:
     """Samples of the flow: draws from ``base`` at t[0], carried to t[-1] without their density.
 
     Args:
         func: function (t, y, \\*args) that returns dy/dt, or a field from ``with_divergence``, whose func is used.
-        n: number of samples, or the samples of the base distribution, (batch, \\*sample).
+        n: number of samples, or the samples of the base distribution, (batch, \\*sample) or a tree of such.
         t: (T,) times from the base distribution (first) to the data (last), T ≥ 2. As for ``solve``.
         base: distribution at t[0], an object with ``rsample((n,))`` or ``sample((n,))``; not used for given samples.
             It draws from PyTorch's generator.
@@ -126,13 +128,13 @@ def sample(
     field = func.func if isinstance(func, DivergenceField) else func
     solution = solve(field, z, _checked_times(t), args=args, **settings)
     _check_complete("flows.sample", solution.is_complete)
-    assert isinstance(solution.y, Tensor)
-    return solution.y[-1]
+    samples: State = map_leaves(lambda part: part[-1], solution.y)
+    return samples
 
 
 def sample_and_log_prob(
     func: Callable[..., Any],
-    n: int | Tensor,
+    n: int | State,
     t: Times,
     base: Any,
     *,
@@ -140,7 +142,7 @@ def sample_and_log_prob(
     probes: Tensor | None = None,
     error_norm: str = "all",
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[State, Tensor]:
     """Samples of the flow, (n, \\*sample), and their log-densities, (n,), in one solve.
 
     Arguments and errors as for ``sample`` and ``likelihood``; ``probes`` are for the base samples.
@@ -155,13 +157,13 @@ def sample_and_log_prob(
 def _end(
     caller: str,
     field: DivergenceField,
-    y: Tensor,
+    y: State,
     t: Times,
     args: Sequence[Any],
     probes: Tensor | None,
     error_norm: str,
     settings: Mapping[str, Any],
-) -> tuple[tuple[Tensor, ...], Stats | BatchStats]:
+) -> tuple[tuple[Any, ...], Stats | BatchStats]:
     """The state of the field at the last time, from ``y`` at the first."""
     _check(caller, settings)
     state = field.start(y)
@@ -174,10 +176,10 @@ def _end(
     tolerances = _tolerances(error_norm, state, settings)
     solution = solve(field, state, t, args=args, **{**settings, **tolerances})
     _check_complete(caller, solution.is_complete)
-    return tuple(component[-1] for component in solution.y), solution.stats
+    return tuple(map_leaves(lambda part: part[-1], component) for component in solution.y), solution.stats
 
 
-def _tolerances(error_norm: str, state: Sequence[Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _tolerances(error_norm: str, state: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The tolerance that leaves all components but the first out of the error norm, for "state".
 
     A huge tolerance works in every engine, where a norm of one's own would keep the steps in Python.
@@ -187,8 +189,8 @@ def _tolerances(error_norm: str, state: Sequence[Tensor], settings: Mapping[str,
     atol = settings.get("atol", _ATOL)
     if isinstance(atol, (tuple, list)):
         raise ArgumentValueError('atol is given for each component; with error_norm="state" give that of y alone.')
-    unbounded = min(_UNBOUNDED, torch.finfo(state[0].dtype).max)
-    return {"atol": (atol, *(unbounded for _ in state[1:]))}
+    unbounded = min(_UNBOUNDED, torch.finfo(state[1].dtype).max)
+    return {"atol": (map_leaves(lambda _: atol, state[0]), *(unbounded for _ in state[1:]))}
 
 
 def _check(caller: str, settings: Mapping[str, Any]) -> None:
@@ -217,20 +219,32 @@ def _log_prob_of(base: Any) -> Callable[[Tensor], Any]:
     return density
 
 
-def _density(base: Any, z: Tensor, shape: torch.Size) -> Tensor:
+def _density(base: Any, z: State, shape: torch.Size) -> Tensor:
     """The log-density of each sample under the base distribution; ``shape`` is that of the batch."""
     found = _log_prob_of(base)(z)
     if not isinstance(found, Tensor) or found.shape != shape:
         form = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
         raise ArgumentValueError(
-            f"base.log_prob(z) has {form} for z of shape {tuple(z.shape)}; it must have one number for each sample, "
-            f"{tuple(shape)}. Wrap the distribution, torch.distributions.Independent(base, {z.dim() - len(shape)})."
+            f"base.log_prob(z) has {form} for z {_described(z)}; it must have one number for each sample, "
+            f"{tuple(shape)}. {_advice(z, len(shape))}"
         )
     return found
 
 
-def _base_samples(n: object, base: Any) -> Tensor:
-    if isinstance(n, Tensor):
+def _described(z: State) -> str:
+    return f"of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+
+
+def _advice(z: State, batch_dims: int) -> str:
+    if isinstance(z, Tensor) and z.dim() <= batch_dims:
+        return "If x is a single sample, give x[None], or a field of with_divergence(..., batch_dims=0)."
+    if isinstance(z, Tensor):
+        return f"Wrap the distribution, torch.distributions.Independent(base, {z.dim() - batch_dims})."
+    return "Let it add up those of the components."
+
+
+def _base_samples(n: Any, base: Any) -> State:
+    if isinstance(n, Tensor) or (is_node(n) and all(isinstance(part, Tensor) for part in leaves_of(n))):
         return n
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ArgumentTypeError(f"n is {n!r}; give a number of samples of at least 1, or the base samples, a tensor.")
@@ -239,7 +253,7 @@ def _base_samples(n: object, base: Any) -> Tensor:
         raise ArgumentTypeError(
             f"base is of type {type(base).__name__} without a method sample((n,)); give a distribution or base samples."
         )
-    drawn: Tensor = draw((n,))
+    drawn: State = draw((n,))
     return drawn
 
 

@@ -282,7 +282,7 @@ class TestErrors:
         field = flows.with_divergence(Network(), batch_dims=2)
         with pytest.raises(ArgumentValueError, match="batch_dims=0"):
             field.start(torch.zeros(3))
-        for y in (torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3, 2, dtype=torch.int64), (torch.zeros(3),)):
+        for y in (torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3, 2, dtype=torch.int64), [1.0], None):
             with pytest.raises(ArgumentTypeError, match="real numbers"):
                 field.start(y)  # type: ignore[arg-type]
 

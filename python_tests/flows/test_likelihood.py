@@ -316,3 +316,16 @@ class TestErrors:
     def test_arguments(self, call: Callable[..., Any], error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             call(Linear(), torch.zeros(3, 2, dtype=DTYPE), standard())
+
+
+def test_a_single_sample_without_a_batch() -> None:
+    with pytest.raises(ArgumentValueError, match="x\\[None\\], or a field"):
+        flows.log_prob(lambda t, y: y, torch.zeros(2, dtype=DTYPE), (0.0, 1.0), standard())
+
+
+def test_func_whose_arguments_are_swapped() -> None:
+    def func(y: Tensor, t: Tensor) -> Tensor:
+        return y * t
+
+    with pytest.raises(ArgumentTypeError, match="time first"):
+        flows.log_prob(func, torch.zeros(3, 2, dtype=DTYPE), (0.0, 1.0), standard())

@@ -291,3 +291,10 @@ def test_output_fn_that_changes_before_the_backward_pass() -> None:
         p.mul_(2)
     with pytest.raises(errors.ReplayError, match="output_fn does not repeat"):
         y.sum().backward()
+
+
+def test_a_solution_that_is_not_dense() -> None:
+    solution = aca_ext.solve(lambda t, y: -y, torch.ones(2), (0.0, 1.0))
+    for ask in (solution, solution.derivative):
+        with pytest.raises(errors.ArgumentValueError, match="dense=True"):
+            ask(0.5)

@@ -141,8 +141,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             * "naive": in addition differentiates the search for the step size.
             * "adjoint": the continuous adjoint, whose gradient is approximate.
 
-            Inside transforms of torch.func both give the same derivatives; "aca" has checkpoints there too, and
-            "direct", which keeps the graph of all steps, is faster for a small func.
+            Inside transforms of torch.func, "aca" has no checkpoints: its steps keep their graph, so that a reverse
+            pass takes the memory of "direct".
         checkpoints: states that gradient="aca" keeps for the backward pass; the gradient is the same, bit for bit.
 
             * None (default): the state of every accepted step.
@@ -220,11 +220,9 @@ def odeint(arguments: _OdeintArguments) -> State:
 
     A solve may stand inside torch.func.grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and torch.autograd.forward_ad, for
     gradients "aca" and "direct" and engine="eager". Derivatives with respect to y0, args and tensors that func uses go
-    through the steps. With "aca" a reverse pass keeps the states between steps and evaluates each step again, and so do
-    further derivatives; a func that keeps what it computed, or itself calls transforms, keeps its graph. In vmap each
-    sample takes the steps that it takes alone. Not with checkpoints, events, callbacks, times or tolerances inside the
-    transform, random numbers in func, or the options norm, step_t, jump_t, on_min_step, on_failure, compact and
-    grid_constructor.
+    through the steps, which keep their graph. In vmap each sample takes the steps that it takes alone. Not with
+    checkpoints, events, callbacks, times or tolerances inside the transform, random numbers in func, or the options
+    norm, step_t, jump_t, on_min_step, on_failure, compact and grid_constructor.
 
     Sources: adaptive steps as in Hairer, Nørsett & Wanner, Solving ODEs I, II.4; gradient "aca" in Zhuang et al., ICML
     2020; gradients of events in Chen, Amos & Nickel, ICLR 2021; thinned checkpoints as in Griewank & Walther's revolve.

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments
-from aca_ext.engines.transformed_steps import CheckpointedSteps
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.batch import BatchProblem, RowPacking, batch_problem_of, is_independent
@@ -29,13 +28,7 @@ from aca_ext.problem.validation import problem_of
 from aca_ext.solution import Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
 from aca_ext.solver.lane_loop import LaneField, LaneOperations, LaneSolver, TransformedLanes
-from aca_ext.solver.repeated_steps import (
-    PlainOperations,
-    StepCaller,
-    fixed_steps,
-    repeated_states,
-    repeated_states_of_lanes,
-)
+from aca_ext.solver.repeated_steps import PlainOperations, fixed_steps, repeated_states, repeated_states_of_lanes
 from aca_ext.solver.stats import Stats
 from aca_ext.solver.step_plan import KnownSteps, StepPlan
 from aca_ext.vector_field.repeatable import leaving_no_trace, refuse_unrepeatable, repeatable, without_foreign_draws
@@ -50,7 +43,7 @@ _IN_VMAP = "it was solved inside vmap, where each sample has steps of its own. R
 def solve_transformed(arguments: Arguments) -> Solution:
     """Solves with gradient="aca" or "direct", whose values and derivatives are the same here.
 
-    With "aca" a reverse pass evaluates each step again, where func allows it; else the steps keep their graph.
+    The repeated steps keep their graph: the memory of a reverse pass is that of gradient="direct".
 
     Raises:
         ArgumentTypeError, ArgumentValueError, OptionError: an argument is not available inside transforms; func draws
@@ -66,24 +59,21 @@ def solve_transformed(arguments: Arguments) -> Solution:
     refuse_unrepeatable(problem.func)
     f = repeatable(plain_slope_function(problem.func, problem.args, packing, ops, time_shape), y, problem.func)
     t = arguments.t if isinstance(arguments.t, Tensor) else torch.tensor(problem.times, dtype=torch.float64)
-    call = None if arguments.gradient == "direct" else CheckpointedSteps(f, problem.func, problem.args)
     if problem.grid is not None:
         steps = [AcceptedStep(t, t_next - t, t_next, []) for t, t_next in pairwise(problem.grid)]
-        return _along_common_steps(f, problem, packing, y, t, StepRecord(steps), Stats(backend="reference"), call)
+        return _along_common_steps(f, problem, packing, y, t, StepRecord(steps), Stats(backend="reference"))
     with without_foreign_draws(problem.func):
-        return _with_own_steps(f, problem, packing, y, t, call)
+        return _with_own_steps(f, problem, packing, y, t)
 
 
-def _with_own_steps(
-    f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor, call: StepCaller | None
-) -> Solution:
+def _with_own_steps(f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor) -> Solution:
     """The solution of adaptive steps, those that each sample of vmap takes alone."""
     batches = Batches()
     for x in (y, *(x for x in problem.args if isinstance(x, Tensor))):
         batches = batches.with_those_of(x)
     while True:
         try:
-            return _adaptive(f, problem, packing, y, t, batches, call)
+            return _adaptive(f, problem, packing, y, t, batches)
         except FurtherBatchError as found:  # func uses a tensor of a further vmap
             batches = found.batches
 
@@ -165,9 +155,7 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
     return problem
 
 
-def _adaptive(
-    f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor, batches: Batches, call: StepCaller | None
-) -> Solution:
+def _adaptive(f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor, batches: Batches) -> Solution:
     """Chooses the steps of all samples and repeats them."""
     func = problem.func
     row_shape = (len(y), *(1,) * (y.dim() - 1)) if isinstance(packing, RowPacking) else ()
@@ -189,8 +177,8 @@ def _adaptive(
         of_rows = plan.known.of_rows
         assert of_rows is not None
         record = StepRecord([AcceptedStep(t, h, t_next, []) for t, h, t_next in of_rows[0].tolist()])
-        return _along_common_steps(f, problem, packing, y, t, record, stats, call)
-    ys = repeated_states_of_lanes(f, plan, y, lanes, call)
+        return _along_common_steps(f, problem, packing, y, t, record, stats)
+    ys = repeated_states_of_lanes(f, plan, y, lanes)
     if not batches.is_empty:
         plan = plan.refused(_IN_VMAP)
     return Solution(t, packing.unpack_rows(ys), solver.record.bounds(), solver.stats, plan=plan)
@@ -206,18 +194,11 @@ def _of_lanes(problem: Problem, batches: Batches) -> BatchProblem:
 
 
 def _along_common_steps(
-    f: Any,
-    problem: Problem,
-    packing: Packing,
-    y: Tensor,
-    t: Tensor,
-    record: StepRecord,
-    stats: Stats,
-    call: StepCaller | None,
+    f: Any, problem: Problem, packing: Packing, y: Tensor, t: Tensor, record: StepRecord, stats: Stats
 ) -> Solution:
     steps = tuple((s.t, s.h, s.t_next) for s in record.steps)
     plan = StepPlan(problem.tableau, KnownSteps(steps), problem.times, problem.jumps)
-    ys = torch.stack(repeated_states(f, fixed_steps(plan, y.dtype), y, call=call))
+    ys = torch.stack(repeated_states(f, fixed_steps(plan, y.dtype), y))
     stats.n_steps = stats.n_steps or len(steps)
     stats.n_accepted = len(steps)
     return Solution(t, packing.unpack_rows(ys), record.bounds(), stats, plan=plan)

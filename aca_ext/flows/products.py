@@ -10,7 +10,6 @@ from torch import Tensor
 
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.problem.transforms import is_transformed, is_transformed_by_func
-from aca_ext.vector_field.used_tensors import note_made
 
 Function = Callable[[Tensor], Tensor]
 
@@ -51,7 +50,6 @@ def _by_forward_mode(f: Function, y: Tensor, vectors: Tensor) -> tuple[Tensor, T
         return torch.func.jvp(f, (y,), (v,))
 
     values, found = torch.func.vmap(product)(vectors)
-    note_made(values, found)
     return values[0], found  # one value, computed once and expanded, since it does not depend on v
 
 

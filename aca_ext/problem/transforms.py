@@ -15,11 +15,9 @@ from torch.autograd import forward_ad
 from aca_ext.errors import ArgumentTypeError
 
 try:
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters as _interpreters
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as _clear_stack
 except ImportError:
     _clear_stack = nullcontext  # type: ignore[assignment]
-    _interpreters = list
 
 # Private to torch. In a version without them, transforms go undetected here and torch raises its own error.
 _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
@@ -34,43 +32,9 @@ def is_transformed() -> bool:
     return is_transformed_by_func() or getattr(forward_ad, "_current_level", -1) >= 0
 
 
-def allows_repetition() -> bool:
-    """Tells whether a reverse pass is possible that may evaluate a function again.
-
-    torch.func nests forward mode in its own levels, but not in those of ``torch.autograd.forward_ad``.
-    """
-    kinds = {interpreter.key().name for interpreter in _interpreters()}
-    return getattr(forward_ad, "_current_level", -1) < 0 or kinds >= {"Grad", "Jvp"}
-
-
 def outside_transforms() -> AbstractContextManager[Any]:
     """Context in which plain tensors are operated on as if no transform were active."""
     return _clear_stack()
-
-
-def level_of_transforms() -> int:
-    """Number of the transforms of torch.func that are active; for use inside transforms alone."""
-    return _FUNCTORCH.maybe_current_level() or 0
-
-
-def under_levels_above(x: Tensor, level: int) -> Tensor:
-    """The tensor under the wrappers of those transforms that began after the ``level``-th."""
-    while is_wrapped(x) and _FUNCTORCH.maybe_get_level(x) > level:
-        x = _FUNCTORCH.get_unwrapped(x)
-    return x
-
-
-def has_gradient(x: Tensor) -> bool:
-    """Tells whether a tensor requires grad at any level of transforms."""
-    while is_wrapped(x) and not x.requires_grad:
-        x = _FUNCTORCH.get_unwrapped(x)
-    return x.requires_grad
-
-
-def address_of(x: Tensor) -> int:
-    """Address of the memory of the plain tensor under all wrappers, which its views share; 0 if there is none."""
-    plain = _unwrapped(x)[0]
-    return plain.untyped_storage().data_ptr() if plain.layout == torch.strided else 0
 
 
 def refuse_transforms(what: str, x: object) -> None:

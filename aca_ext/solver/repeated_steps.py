@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -81,99 +80,59 @@ def fixed_steps(plan: StepPlan, dtype: torch.dtype) -> list[FixedStep]:
     return found
 
 
-class StepCaller(Protocol):
-    """Calls ``advance(f, *x)``, which makes a step from the tensors ``x``, for a reverse pass of its choice."""
-
-    def __call__(self, advance: Callable[..., tuple[Tensor, ...]], /, *x: Tensor) -> tuple[Tensor, ...]: ...
-
-
 def repeated_states(
-    f: SlopeFunction,
-    steps: Sequence[FixedStep],
-    y: Tensor,
-    ops: PlainOperations | None = None,
-    call: StepCaller | None = None,
+    f: SlopeFunction, steps: Sequence[FixedStep], y: Tensor, ops: PlainOperations | None = None
 ) -> list[Tensor]:
     """The states at the requested times, from ``y`` along steps that all samples share; differentiable in y and f."""
-    ops, outputs = ops or PlainOperations(y), [y]
-    k: tuple[Tensor, ...] = ()
+    ops, k, outputs = ops or PlainOperations(y), None, [y]
     for s in steps:
-        advance = partial(_advanced, s, ops)
-        y, *others = advance(f, y, *k) if call is None else call(advance, y, *k)
-        k = tuple(others[:1]) if s.keeps_slope else ()
-        inside = iter(others[len(k) :])
-        outputs += [y if weights is None else next(inside) for weights in s.outputs]
+        trial = step(f, ops, s.scheme, s.times, y, s.h, k)
+        for weights in s.outputs:
+            if weights is None:
+                outputs.append(trial.y1)
+            else:
+                outputs.append(ops.weighted_sum(y, s.h, [trial.k[i] for i in weights[0]], weights[1]))
+        y, k = trial.y1, trial.k[-1] if s.keeps_slope else None
     return outputs
 
 
-def _advanced(s: FixedStep, ops: PlainOperations, f: SlopeFunction, y: Tensor, *k: Tensor) -> tuple[Tensor, ...]:
-    """The next state, its slope if the next step uses it, and the outputs inside the step."""
-    trial = step(f, ops, s.scheme, s.times, y, s.h, *k)
-    inside = [
-        ops.weighted_sum(y, s.h, [trial.k[i] for i in weights[0]], weights[1])
-        for weights in s.outputs
-        if weights is not None
-    ]
-    return (trial.y1, *([trial.k[-1]] if s.keeps_slope else []), *inside)
-
-
-def repeated_states_of_lanes(
-    f: SlopeFunction, plan: StepPlan, y: Tensor, lanes: Lanes, call: StepCaller | None = None
-) -> Tensor:
+def repeated_states_of_lanes(f: SlopeFunction, plan: StepPlan, y: Tensor, lanes: Lanes) -> Tensor:
     """The states at the requested times, (T, \\*state), of samples with steps of their own."""
     steps, times = plan.known.of_rows, plan.times
     assert steps is not None
-    if times.shape[1] == 1 or steps.shape[1] == 0:
-        return torch.stack([y] * times.shape[1])
-    scheme = scheme_of(plan.method, estimate_error=False)
-    index, theta = places_of(steps, times[:, 1:-1])
-    dense = set(index.ravel().tolist())
-    if not (dense or scheme.fsal):
+    n_times = times.shape[1]
+    if n_times == 1 or steps.shape[1] == 0:
+        return torch.stack([y] * n_times)
+    ops, scheme = PlainOperations(y), scheme_of(plan.method, estimate_error=False)
+    is_dense, k = n_times > 2, None
+    if not (is_dense or scheme.fsal):
         scheme = solution_only(scheme)
-    start, kept = y, dict[int, tuple[Tensor, ...]]()
-    k: tuple[Tensor, ...] = ()
+    states, slopes = [y], list[list[Tensor]]()
     for n in range(steps.shape[1]):
         t, h, t_next = steps[:, n].T
         at = [lanes.numbers(t_next if c == 1 else t + c * h, y) for c in scheme.c]
-        advance = partial(_advanced_lanes, scheme, PlainOperations(y), n in dense)
-        x = (y, lanes.numbers(h, y), *at, *k)
-        y_next, *slopes = advance(f, *x) if call is None else call(advance, *x)
-        if n in dense:
-            kept[n] = (y, *slopes)
-        y, k = y_next, tuple(slopes[-1:]) if scheme.fsal else ()
-    if not dense:
-        return torch.stack([start, y])
-    inside = _inside(lanes, plan, theta, index, kept)
-    return torch.cat([start[None], inside, y[None]])
+        trial = step(f, ops, scheme, at, y, lanes.numbers(h, y), k)
+        y, k = trial.y1, trial.k[-1] if scheme.fsal else None
+        states.append(y)
+        if is_dense:
+            slopes.append(trial.k)
+    if not is_dense:
+        return torch.stack([states[0], y])
+    inside = _inside(lanes, plan, torch.stack(states[:-1]), slopes)
+    return torch.cat([states[0][None], inside, y[None]])
 
 
-def _advanced_lanes(
-    scheme: Scheme, ops: PlainOperations, is_dense: bool, f: SlopeFunction, y: Tensor, h: Tensor, *x: Tensor
-) -> tuple[Tensor, ...]:
-    """The next state, and slopes of the step: all of them for outputs inside, or the last one for the next step."""
-    n = len(scheme.c)
-    trial = step(f, ops, scheme, x[:n], y, h, *x[n:])
-    return (trial.y1, *(trial.k if is_dense else trial.k[-1:] if scheme.fsal else []))
-
-
-def _inside(
-    lanes: Lanes, plan: StepPlan, theta: Array, index: NDArray[np.int64], kept: Mapping[int, Sequence[Tensor]]
-) -> Tensor:
-    """The states at all requested times but the first and the last, by dense output.
-
-    Args:
-        theta, index: position of each time in its step, and the number of that step.
-        kept: state at the start and slopes of each of these steps, by their numbers in increasing order.
-    """
+def _inside(lanes: Lanes, plan: StepPlan, starts: Tensor, slopes: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The states at all requested times but the first and the last, by dense output."""
     steps = plan.known.of_rows
     assert steps is not None
+    index, theta = places_of(steps, plan.times[:, 1:-1])
     h = np.take_along_axis(steps[:, :, 1], index, 1)
-    place = np.searchsorted(list(kept), index)
-    starts, *slopes = (torch.stack(of_steps) for of_steps in zip(*kept.values(), strict=True))
-    total = lanes.pick(starts, place)
-    for b, k in zip(plan.method.dense_weights(theta), slopes, strict=True):
+    total = lanes.pick(starts, index)
+    for i, b in enumerate(plan.method.dense_weights(theta)):
         if np.any(b):
-            total = total + lanes.weights(h * b, starts) * lanes.pick(k, place)
+            k = torch.stack([of_step[i] for of_step in slopes])
+            total = total + lanes.weights(h * b, starts) * lanes.pick(k, index)
     return total
 
 

@@ -42,11 +42,10 @@ def repeatable(f: SlopeFunction, like: Tensor, func: Callable[..., Any]) -> Slop
     if torch.compiler.is_compiling() or recorder() is not None:
         return f
     generators = Holdings((func,)).generators
-    gpu = like.device if like.is_cuda else None
 
     def states() -> list[Tensor]:
         found = [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
-        return found if gpu is None else [*found, torch.cuda.get_rng_state(gpu)]
+        return [*found, torch.cuda.get_rng_state(like.device)] if like.is_cuda else found
 
     def watched(t: Tensor, y: Tensor) -> Tensor:
         before = states()

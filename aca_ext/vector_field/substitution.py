@@ -12,11 +12,7 @@ from aca_ext.errors import ReplayError
 from aca_ext.problem.state import tensors_in
 from aca_ext.vector_field.environment import overwritten_message
 
-# Attributes of a tensor that say nothing of its values.
-METADATA = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "_version")
-} | {Tensor.is_inference}
+_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")}
 
 
 class Substitution(TorchFunctionMode):
@@ -32,7 +28,7 @@ class Substitution(TorchFunctionMode):
         self._overwritten = {id(x) for x in overwritten}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._overwritten and func not in METADATA:
+        if self._overwritten and func not in _METADATA:
             for x in tensors_in((args, kwargs or {})):
                 if id(x) in self._overwritten:
                     raise ReplayError(overwritten_message(x))

@@ -15,6 +15,7 @@ from aca_ext.errors import CompileError
 C_TYPES = {torch.float32: "float", torch.float64: "double"}
 _ALIGNMENT = 64
 _MAX_CONSTANT_BYTES = 1 << 16
+_END_OF_PRODUCTS = "}  // namespace aca"  # in matmul.h
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,30 @@ class Source:
             headers.update((line, None) for line in lines if line.startswith("#include"))
             code = "\n".join(line for line in lines if not line.startswith("#include"))
             kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"static void {name}(", code))
-        matmul = Path(__file__).with_name("matmul.h").read_text().replace("#pragma once", "")
         count = _number("programs", self._count)
-        return "\n".join([*headers, matmul, *self._constants, *kernels, *self._programs, count, ""])
+        return "\n".join([*headers, _header("matmul.h"), *self._constants, *kernels, *self._programs, count, ""])
+
+
+_TORCH_HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>"
+# Each kernel has these lines, for divisions of integers, which need torch's header.
+_DIVISION_CHECK = re.compile(r"^.*\binductor_cpu_(throw_if_)?integer_div_error.*\n", re.MULTILINE)
+
+
+def with_own_vectors(source: str) -> str:
+    """The source with vectors.h in place of torch's header, which the compiler reads for two seconds.
+
+    It does not compile if a kernel needs more than vectors.h has.
+    """
+    head, _, code = source.partition(_TORCH_HEADER)
+    code = _DIVISION_CHECK.sub("", code)
+    kernels = code.partition(_END_OF_PRODUCTS)[2]
+    standard = ["#include <cmath>", "#include <limits>"] if "std::" in kernels else []
+    standard += ["#include <omp.h>"] if "omp_" in kernels else []
+    return "\n".join([head, *standard, _header("vectors.h"), code])
+
+
+def _header(name: str) -> str:
+    return Path(__file__).with_name(name).read_text().replace("#pragma once", "")
 
 
 def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, str], int, list[torch.UntypedStorage]]:

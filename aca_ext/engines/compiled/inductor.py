@@ -20,12 +20,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source
+from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source, with_own_vectors
 from aca_ext.engines.compiled.library_cache import forget, library, origin, run_compiler, source_file
-from aca_ext.engines.compiled.lowerings import dtype_rules_made_once, lowerings
+from aca_ext.engines.compiled.lowerings import lowerings
+from aca_ext.engines.compiled.shortcuts import shortcuts
 from aca_ext.errors import CompileError
 
 Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
+
+_HAS_OWN_VECTORS = "CPU_CAPABILITY_AVX512"  # the definition among the flags of the compiler
+_BEYOND_OWN_VECTORS = "VecMask<double,2>", ".template cast<int", "c10::"  # the most frequent ones
 
 LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
@@ -135,6 +139,12 @@ def _compile(source: str, to: Path) -> None:
         command = CppBuilder(name="new", sources=source_file(to).name, BuildOption=options).get_command_line()
     words = shlex.split(command)
     words[words.index("-o") + 1] = str(to)
+    if _HAS_OWN_VECTORS in words and not any(part in source for part in _BEYOND_OWN_VECTORS):
+        try:
+            run_compiler([word for word in words if word != "-g1"], with_own_vectors(source), to)
+            return
+        except CompileError:
+            pass  # the kernels need more of torch's header
     run_compiler(words, source, to)
 
 
@@ -197,6 +207,7 @@ def _inductor_settings() -> Iterator[None]:
         "size_asserts": False,
         "cpu_backend": "cpp",
         "cpp_wrapper": False,
+        "graph_partition": False,  # for CUDA graphs
         "cpp.enable_floating_point_contract_flag": "fast",
         "cpp.threads": torch.get_num_threads(),
     }
@@ -221,7 +232,7 @@ def _record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Call]:
     AsyncCompile.cpp_pybinding = lambda self, types, source, *_: _Kernel(types, source)
     recorder = _Recorder()
     try:
-        with torch.no_grad(), _inductor_settings(), lowerings(), dtype_rules_made_once():
+        with torch.no_grad(), _inductor_settings(), lowerings(), shortcuts():
             wrapper: Any = compile_fx_inner(graph, list(inputs))
             _recorders.append(recorder)
             try:

@@ -54,27 +54,6 @@ def lowerings() -> Iterator[None]:
                 rules[op] = rule
 
 
-@contextmanager
-def dtype_rules_made_once() -> Iterator[None]:
-    """Keeps Inductor from making all rules of its single dtype handler anew for each operation inside the context.
-
-    That took a seventh of Inductor's time in torch 2.13.
-    """
-    from torch._inductor import dtype_propagation
-
-    handler: Any = getattr(dtype_propagation, "DtypePropagationOpsHandler", None)
-    if not hasattr(handler, "_instance"):
-        yield
-        return
-    handler()  # after the imports of the compiler, some of which add rules
-    make = handler.__init__
-    handler.__init__ = lambda self: None
-    try:
-        yield
-    finally:
-        handler.__init__ = make
-
-
 def _lower_softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
     """max(x, 0) + log1p(exp(-|x|)), with log1p(z) = 2 artanh(z / (2 + z)) as a series."""
 

@@ -1,0 +1,133 @@
+"""The vectors of vectors.h give the bits of torch's, and torch's header is used for what vectors.h lacks."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from aca_ext.engines.compiled import inductor
+from aca_ext.engines.compiled.lowerings import decompositions
+from aca_ext.engines.compiled.shortcuts import shortcuts
+from aca_ext.engines.compiled.undisturbed import undisturbed
+
+AVX512 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="vectors.h is for processors with AVX-512"
+)
+SIZE = 37  # two full vectors of floats and a part of one
+
+
+def many(x: Tensor) -> Tensor:
+    functions = (torch.exp, torch.expm1, torch.sin, torch.cos, torch.tan, torch.tanh, torch.atan, torch.asinh)
+    total = sum(f(x) for f in functions) + torch.floor(x) * torch.ceil(x)
+    a = x.abs()
+    total = total + torch.log(a) + torch.log1p(a) + torch.log2(a) + torch.log10(a) + torch.sqrt(a) + torch.rsqrt(a)
+    return total + torch.asin(x / 8) - torch.acos(x / 8) * torch.atanh(x / 8) + a**1.3 + torch.atan2(x, a + 1)
+
+
+def compared(x: Tensor) -> Tensor:
+    return torch.where(x > 0.2, torch.maximum(x, -x * x), torch.minimum(x, x * x)) + torch.clamp(x, -0.5, 0.5)
+
+
+def reduced(x: Tensor) -> Tensor:
+    return x * x.square().sum() + (x.double() * x.double()).sum().to(x.dtype)
+
+
+def beyond(x: Tensor) -> Tensor:
+    return torch.erfinv(x / 8)
+
+
+def source_of(func: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    def program(x: Tensor, y: Tensor) -> tuple[()]:
+        y.copy_(func(x))
+        return ()
+
+    inputs = [x, torch.empty_like(x)]
+    with undisturbed(), torch.no_grad():
+        traced = make_fx(torch.func.functionalize(program), decomposition_table=decompositions())(*inputs)
+        return inductor._source([(traced, inputs, 0)])
+
+
+def result(source: str, to: Path, x: Tensor) -> Tensor:
+    with undisturbed():
+        inductor._compile(source, to)
+    y = torch.empty_like(x)
+    inductor.run_program(inductor._program(ctypes.CDLL(str(to)), 0), [x, y])
+    return y
+
+
+def states(dtype: torch.dtype) -> Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each source given to the compiler, True if it includes torch's header."""
+    has_header: list[bool] = []
+    run_compiler = inductor.run_compiler
+
+    def run(command: list[str], source: str, to: Path) -> None:
+        has_header.append("cpp_prefix.h" in source)
+        run_compiler(command, source, to)
+
+    monkeypatch.setattr(inductor, "run_compiler", run)
+    return has_header
+
+
+@AVX512
+class TestOwnVectors:
+    @pytest.mark.parametrize(
+        ("func", "dtype"), [(many, torch.float32), (compared, torch.float32), (reduced, torch.float64)]
+    )
+    def test_give_the_bits_of_torchs(
+        self,
+        func: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        compiled: list[bool],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        x = states(dtype)
+        source = source_of(func, x)
+        own = result(source, tmp_path / "own.so", x)
+        monkeypatch.setattr(inductor, "_HAS_OWN_VECTORS", "nothing")
+        of_torch = result(source, tmp_path / "torch.so", x)
+        assert compiled == [False, True]
+        assert own.isfinite().all()
+        assert torch.equal(own, of_torch)
+
+    def test_pass_nan_on(self, compiled: list[bool], tmp_path: Path) -> None:
+        x = states(torch.float32)
+        x[[3, 36]] = torch.nan
+        y = result(source_of(lambda x: torch.maximum(x, -x) + torch.minimum(x, -x), x), tmp_path / "own.so", x)
+        assert compiled == [False]
+        assert torch.equal(y.isnan(), x.isnan())
+
+    def test_lack_functions_for_which_torchs_header_is_read(self, compiled: list[bool], tmp_path: Path) -> None:
+        x = states(torch.float64)
+        y = result(source_of(beyond, x), tmp_path / "new.so", x)
+        assert compiled == [False, True]
+        assert torch.allclose(y, beyond(x), rtol=1e-12)
+
+
+class TestShortcuts:
+    def test_expand_plain_sums_as_sympy_does(self) -> None:
+        a, b = sympy.symbols("a b", integer=True)
+        with shortcuts():
+            assert sympy.simplify(32 * (a + 1) + b - (32 * a + b)) == 32
+            assert sympy.simplify(sympy.sin(a) ** 2 + sympy.cos(a) ** 2) == 1  # not plain: by sympy itself
+
+    def test_end_with_the_context(self) -> None:
+        original = sympy.simplify
+        with shortcuts():
+            assert not gc.isenabled()
+            assert sympy.simplify is not original
+        assert gc.isenabled()
+        assert sympy.simplify is original

@@ -168,9 +168,9 @@ def run(settings: Settings) -> Parts:
                 found = {"before": before[name], "after": training.loss(test), "first_s": training.seconds[0]}
                 rows.setdefault(name, []).append({**found, **_times(training, trainings.get((BASELINE, "by hand")))})
     table = Table(f"{n_iterations} iterations with batches of {n}, means over {len(seeds)} seeds", COLUMNS)
-    for (solver, divergence), found in rows.items():
-        means = {key: fmean(row[key] for row in found) for key in found[0]}
-        after = {f"after, seed {seed}": row["after"] for seed, row in zip(seeds, found, strict=True)}
+    for (solver, divergence), of_seeds in rows.items():
+        means = {key: fmean(row[key] for row in of_seeds) for key in of_seeds[0]}
+        after = {f"after, seed {seed}": row["after"] for seed, row in zip(seeds, of_seeds, strict=True)}
         table.rows.append({"solver": solver, "divergence": divergence, **means, **after})
     yield table
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
+from aca_ext.solver.failures import unsolved
 from aca_ext.solver.implicit.convergence import Convergence
 from aca_ext.solver.implicit.rows import (
     Mask,
@@ -162,12 +163,7 @@ class Newton:
         """For each row that failed in this step a message."""
         unit = "of the state" if self._tolerance is None else "times the tolerance"
         sizes, residual = np.atleast_1d(self._sizes), np.atleast_1d(self._residual)
-        return {
-            row: f"Newton's method did not solve the stages of a step of size {sizes[row]:.6g}; its last change was "
-            f"{residual[row]:.3g} {unit}. Look at func and at option jacobian there, use smaller steps, or end the "
-            "solve earlier."
-            for row in np.flatnonzero(self.failed).tolist()
-        }
+        return {row: unsolved(sizes[row], residual[row], unit) for row in np.flatnonzero(self.failed).tolist()}
 
     def _to_tolerance(
         self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: list[Tensor]

@@ -223,7 +223,8 @@ struct FinishStep {
     ACA_HD void operator()(int64_t i) const {
         const Control& s = *control;
         // Read before the first write, after which the compiler would read them again.
-        const int64_t first = s.solve.first_due, last = s.solve.end_due;
+        const int64_t first = s.solve.first_due;
+        const bool is_due = first < s.solve.end_due;
         const uintptr_t slot = s.slot;
         if (!s.solve.is_accepted) return;
         if constexpr (V > 1) {
@@ -233,18 +234,18 @@ struct FinishStep {
             }
         }
         const Pack<T, V> end = load<V>(y1, i);
-        if (first < last) write_outputs<V>(i, first, last, end);
+        if (is_due) write_outputs<V>(i, first, end);
         if (slot) store<V>(control::at<T>(slot), i, end);
         store<V>(y, i, end);
         if (k_first) store<V>(k_first, i, load<V>(k[stages - 1], i));
     }
 
     template <int V>
-    ACA_HD void write_outputs(int64_t i, int64_t first, int64_t last, const Pack<T, V>& end) const {
+    ACA_HD void write_outputs(int64_t i, int64_t first, const Pack<T, V>& end) const {
         const Control& s = *control;
         const Pack<T, V> start = load<V>(y, i);
         const T h = T(s.solve.h_done);
-        for (int64_t o = first; o < last; ++o) {
+        for (int64_t o = first; o < s.solve.end_due; ++o) {  // read again, which saves a register
             T* const out = control::at<T>(s.outputs + uintptr_t(o * s.row_bytes));
             if (control::at<const double>(s.solve.times)[o] == s.solve.t_done) {
                 store<V>(out, i, end);
@@ -276,7 +277,7 @@ struct RestoreStep {
     template <int V>
     ACA_HD void operator()(int64_t i) const {
         const Control& s = *control;
-        const int64_t first = s.solve.first_due, last = s.solve.end_due;
+        const int64_t first = s.solve.first_due;
         const uintptr_t slot = s.slot;
         if constexpr (V > 1) {
             if ((slot | s.grad_outputs) % 16 != 0) {
@@ -288,7 +289,7 @@ struct RestoreStep {
         Pack<T, V> sum{};
         if (inside)
             for (int j = 0; j < stages; ++j) store<V>(slope[j], i, sum);
-        for (int64_t o = first; o < last; ++o) {
+        for (int64_t o = first; o < s.solve.end_due; ++o) {  // read again, which saves a register
             const Pack<T, V> grad = load<V>(control::at<const T>(s.grad_outputs + uintptr_t(o * s.row_bytes)), i);
             if (control::at<const double>(s.solve.times)[o] == s.solve.t_done) {
                 add<V>(g, T(1), grad, i);

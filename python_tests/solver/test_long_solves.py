@@ -255,6 +255,7 @@ class TestCallback:
 class TestProgress:
     @pytest.mark.parametrize("options", [{}, {"batch": "independent"}, {"step_size": 0.1}], ids=str)
     def test_fills_in_units_of_time(self, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("tqdm")
         seen: list[aca_ext.Step] = []
         plain = aca_ext.odeint(Mlp(), sample(2, 3), TIMES, options=options)
         y = aca_ext.odeint(Mlp(), sample(2, 3), TIMES, options=options, progress=True, callback=seen.append)
@@ -267,6 +268,7 @@ class TestProgress:
         assert not written.out
 
     def test_of_a_solve_backward_in_time(self, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("tqdm")
         aca_ext.odeint(Mlp(), sample(2, 3), [3.0, -1.0], progress=True)
         assert "t: 4/4" in capsys.readouterr().err
 

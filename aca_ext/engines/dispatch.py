@@ -240,8 +240,6 @@ def run_again(given: Arguments) -> tuple[Problem, Result] | None:
     ):
         return None
     func, y0, t = given.func, given.y0, given.t
-    refuse_transforms("y0", y0)
-    refuse_transforms("t", t)
     problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None

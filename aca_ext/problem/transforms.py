@@ -23,6 +23,8 @@ except ImportError:
 _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 is_wrapped: Callable[[Tensor], bool] = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", lambda x: False)
 _is_batched = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda x: False)
+# The tensor inside one that a transform made and that outlived it; other tensors stay what they are.
+outside_ended_transforms: Callable[[Tensor], Tensor] = getattr(_FUNCTORCH, "unwrap_if_dead", lambda x: x)
 # Asking for the current level instead would make state that torch copies in every backward pass from then on.
 is_transformed_by_func: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
@@ -37,11 +39,16 @@ def outside_transforms() -> AbstractContextManager[Any]:
     return _clear_stack()
 
 
+def is_inside_transform(x: Tensor) -> bool:
+    """Tells whether ``x`` was made by torch.func or by a batched backward pass."""
+    return is_wrapped(x) or _is_batched(x)
+
+
 def refuse_transforms(what: str, x: object) -> None:
     """Raises ArgumentTypeError if ``x`` is a tensor inside a transform; ``what`` names it in the message."""
     if not isinstance(x, Tensor):
         return
-    if is_wrapped(x) or _is_batched(x):
+    if is_inside_transform(x):
         raise ArgumentTypeError(
             f"{what} is inside a function transform (of torch.func, or a batched backward pass), where a solve does "
             "not support it. y0, args and what func uses may be inside transforms, if the solve is called there. For a "

@@ -39,6 +39,7 @@ from aca_ext.problem.signature import refuse_swapped
 from aca_ext.problem.state import Packing, State, dense
 from aca_ext.problem.times import resolution_of, times_of
 from aca_ext.problem.tolerance import Tolerance, check_within_reach, checked_tolerance
+from aca_ext.problem.transforms import is_inside_transform
 
 ALL_METHODS: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHODS, AUTO.name: AUTO}
 _PLAIN = (torch.float32, torch.float64)
@@ -128,7 +129,9 @@ def _numbers_in(options: object) -> tuple[tuple[Any, Any], ...] | None:
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
     """Tells whether ``x`` is a plain float32 or float64 tensor on the CPU with readable, unnegated elements."""
-    return type(x) is Tensor and x.dtype in _PLAIN and x.is_cpu and not x.is_neg() and is_readable(x)
+    if type(x) is not Tensor or x.dtype not in _PLAIN or not x.is_cpu or is_inside_transform(x):
+        return False
+    return not x.is_neg() and is_readable(x)
 
 
 def checked_problem(

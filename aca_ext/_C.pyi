@@ -258,11 +258,11 @@ class CompiledLoop:
         inside: _Code | None,
         memory: int,
         inputs: Sequence[int],
+        gradient_bytes: Sequence[int],
         grad_outputs: int,
-        g: int,
-        g_next: int,
+        grad_y0: int,
         /,
-    ) -> int: ...
+    ) -> None: ...
     def accepted_steps(self) -> list[tuple[float, float, float, list[tuple[int, float]]]]: ...
     def bounds(self) -> bytearray: ...
 

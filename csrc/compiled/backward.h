@@ -19,11 +19,16 @@ class CompiledBackward {
     // Size in bytes of the memory that `run` needs.
     size_t memory_bytes() { return lay_out(0); }
 
-    // `inputs` are the gradients to add to, then func's inputs. `grad_outputs` holds one cotangent per requested time.
-    // Returns g or g_next, whichever holds the cotangent of y0.
-    uintptr_t run(const std::vector<AcceptedStep>& steps, uintptr_t memory, const std::vector<uintptr_t>& inputs,
-                  uintptr_t grad_outputs, uintptr_t g, uintptr_t g_next) {
+    // `inputs` are the gradients of func's inputs, which this sets to 0 and adds to, of `gradient_bytes` each, and then
+    // func's inputs. `grad_outputs` holds one cotangent per requested time.
+    // Writes the cotangent of y0 to `grad_y0`.
+    void run(const std::vector<AcceptedStep>& steps, uintptr_t memory, const std::vector<uintptr_t>& inputs,
+             const std::vector<size_t>& gradient_bytes, uintptr_t grad_outputs, uintptr_t grad_y0) {
         lay_out(memory);
+        for (size_t i = 0; i < gradient_bytes.size(); ++i) std::memset(at(inputs[i]), 0, gradient_bytes[i]);
+        // Each step reads g and writes g_next. The first is chosen such that the last one writes to grad_y0.
+        uintptr_t g = grad_y0, g_next = other_;
+        if (steps.size() % 2) std::swap(g, g_next);
         for (Program* program : {&end_only_, &inside_}) {
             program->inputs.insert(program->inputs.end(), inputs.begin(), inputs.end());
             if (program->code.function) program->prepare();
@@ -48,8 +53,7 @@ class CompiledBackward {
             program.run();
             std::swap(g, g_next);
         }
-        spec_.add(g, 1.0, grad_outputs);
-        return g;
+        spec_.add(grad_y0, 1.0, grad_outputs);
     }
 
   private:
@@ -57,6 +61,7 @@ class CompiledBackward {
     uintptr_t lay_out(uintptr_t start) {
         Memory memory(start);
         const uintptr_t scalars = memory.take(spec_.scalars_bytes());
+        other_ = memory.take(spec_.bytes());
         const size_t inner = inside_.code.function ? 1 + spec_.method.stages() : 0;
         for (Program* program : {&end_only_, &inside_}) {
             program->inputs = {scalars, 0, 0, 0};
@@ -86,6 +91,7 @@ class CompiledBackward {
 
     const Specification& spec_;
     Program end_only_, inside_;
+    uintptr_t other_ = 0;  // memory for the cotangent of every second state
 };
 
 }  // namespace aca

@@ -69,12 +69,11 @@ inline size_t backward_bytes(const Specification& spec, const std::optional<Code
     return CompiledBackward(spec, make_code(end_only), make_code(inside)).memory_bytes();
 }
 
-inline uintptr_t transpose(const CompiledLoop& loop, const std::optional<CodeFields>& end_only,
-                           const std::optional<CodeFields>& inside, uintptr_t memory,
-                           const std::vector<uintptr_t>& inputs, uintptr_t grad_outputs, uintptr_t g,
-                           uintptr_t g_next) {
+inline void transpose(const CompiledLoop& loop, const std::optional<CodeFields>& end_only,
+                      const std::optional<CodeFields>& inside, uintptr_t memory, const std::vector<uintptr_t>& inputs,
+                      const std::vector<size_t>& gradient_bytes, uintptr_t grad_outputs, uintptr_t grad_y0) {
     CompiledBackward backward(loop.specification(), make_code(end_only), make_code(inside));
-    return backward.run(loop.steps, memory, inputs, grad_outputs, g, g_next);
+    backward.run(loop.steps, memory, inputs, gradient_bytes, grad_outputs, grad_y0);
 }
 
 // Returns (t, h, t_next, outputs) of each accepted step.

@@ -41,6 +41,7 @@ class Captured:
         inputs: copies of the other inputs, as examples for tracing.
         places: indices of the other inputs among all inputs.
         wants_gradient: for each other input, True if it requires grad.
+        gradient_bytes: sizes of the gradients of these.
         names: TorchDynamo's names of the other inputs.
         checksums: function that computes checksums of the other inputs, except of counters and of ``gaps``.
         gaps: indices of other inputs with gaps in memory.
@@ -59,6 +60,7 @@ class Captured:
     inputs: tuple[Tensor, ...] = ()
     places: tuple[int, ...] = ()
     wants_gradient: tuple[bool, ...] = ()
+    gradient_bytes: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     checksums: Any = None
     gaps: tuple[int, ...] = ()
@@ -192,6 +194,7 @@ def _describe(captured: Captured, inputs: Sequence[Tensor]) -> None:
     captured.inputs = tuple(_like(x, request.t.device) for x in others)
     captured.places = tuple(i for i, (kind, _) in enumerate(roles) if kind == "input")
     captured.wants_gradient = tuple(x.requires_grad for x in others)
+    captured.gradient_bytes = tuple(x.nbytes for x in others if x.requires_grad)
     captured.names = tuple(captured.names[i] for i in captured.places)
     counting = {counter.place.name for counter in captured.counters}
     fixed = {i for i, name in enumerate(captured.names) if name not in counting}

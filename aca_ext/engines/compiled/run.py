@@ -217,22 +217,22 @@ class _Run:
         contents = contents_of(self.captured, inputs, addresses)
         if contents != self._before:
             raise self._changed(inputs, contents)
-        grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
-        g, g_next = torch.empty_like(y0), torch.empty_like(y0)
+        grads = [torch.empty_like(x) if w else None for x, w in zip(inputs, self.wants_gradient, strict=True)]
+        grad_y0 = torch.empty_like(y0)
         end_only, inside, n_bytes = self._backward
         memory = torch.empty(n_bytes, dtype=torch.uint8, device=_CPU)
-        result = loop.transpose(
+        loop.transpose(
             end_only,
             inside,
             memory.data_ptr(),
             [*[x.data_ptr() for x in grads if x is not None], *addresses],
+            self.captured.gradient_bytes,
             grad_ys.data_ptr(),
-            g.data_ptr(),
-            g_next.data_ptr(),
+            grad_y0.data_ptr(),
         )
         if self.counting is not None:
             self.counting.count(self.stats.n_f_evals_backward or 0)
-        return g if result == g.data_ptr() else g_next, *grads
+        return grad_y0, *grads
 
     def differentiable_gradients(
         self, grad_ys: Tensor, y0: Tensor | None, states: Sequence[Tensor], inputs: Sequence[Tensor]

@@ -234,9 +234,6 @@ class CompiledSpecification:
 
 class CompiledLoop:
     n_accepted: int
-    n_steps: int
-    n_rejected: int
-    n_f_evals: int
     t: float
     h: float
     error_ratio: float
@@ -251,7 +248,7 @@ class CompiledLoop:
         outputs: int,
         slots: Callable[[], tuple[int, int]] | None,
         /,
-    ) -> int: ...
+    ) -> tuple[int, int, int, int]: ...
     def transpose(
         self,
         end_only: _Code | None,

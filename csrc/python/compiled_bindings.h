@@ -48,8 +48,10 @@ inline std::shared_ptr<Specification> make_specification(const BoundTarget& on, 
                                                             make_code(step)});
 }
 
-inline int solve_compiled(CompiledLoop& loop, uintptr_t memory, const std::vector<uintptr_t>& inputs, uintptr_t y0,
-                          uintptr_t outputs, const py::object& next_slots) {
+// Returns the status of the solve, and its numbers of steps, accepted steps and evaluations of func.
+inline std::tuple<int, int64_t, size_t, int64_t> solve_compiled(CompiledLoop& loop, uintptr_t memory,
+                                                                const std::vector<uintptr_t>& inputs, uintptr_t y0,
+                                                                uintptr_t outputs, const py::object& next_slots) {
     CompiledLoop::Slots slots;
     if (!next_slots.is_none())
         slots = [&] {
@@ -61,7 +63,8 @@ inline int solve_compiled(CompiledLoop& loop, uintptr_t memory, const std::vecto
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     };
     const py::gil_scoped_release release;
-    return int(loop.solve(memory, inputs, y0, outputs, std::move(slots), check_signals));
+    const int status = int(loop.solve(memory, inputs, y0, outputs, std::move(slots), check_signals));
+    return {status, loop.control().n_steps, loop.steps.size(), loop.n_f_evals};
 }
 
 inline size_t backward_bytes(const Specification& spec, const std::optional<CodeFields>& end_only,
@@ -122,13 +125,9 @@ inline void bind_compiled(py::module_& m) {
         .def("accepted_steps", &accepted_steps)
         .def("bounds", &bounds_of)
         .def_property_readonly("n_accepted", [](const CompiledLoop& loop) { return loop.steps.size(); })
-        .def_property_readonly("n_steps", [](const CompiledLoop& loop) { return loop.control().n_steps; })
-        .def_property_readonly(
-            "n_rejected", [](const CompiledLoop& loop) { return loop.control().n_steps - int64_t(loop.steps.size()); })
         .def_property_readonly("t", [](const CompiledLoop& loop) { return loop.control().t; })
         .def_property_readonly("h", [](const CompiledLoop& loop) { return loop.control().h; })
         .def_property_readonly("error_ratio", [](const CompiledLoop& loop) { return loop.control().ratio; })
-        .def_readonly("n_f_evals", &CompiledLoop::n_f_evals)
         .def_readonly("n_inside", &CompiledLoop::n_inside);
 }
 

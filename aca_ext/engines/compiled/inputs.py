@@ -19,7 +19,7 @@ def addresses_of(inputs: Sequence[Tensor]) -> list[int]:
     Raises:
         UnusableFuncError: the memory of an input was freed.
     """
-    found = [x.data_ptr() for x in inputs]
+    found = list(map(Tensor.data_ptr, inputs))
     if 0 in found:
         for x in inputs:
             if x.numel() and x.data_ptr() == 0:

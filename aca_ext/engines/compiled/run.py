@@ -126,17 +126,16 @@ class _Run:
         specification, loop, stats, y0 = self.specification, self.loop, self.stats, self.y0
         ys = self._rows()
         memory = torch.empty(specification.forward_bytes, dtype=torch.uint8, device=_CPU)
-        outcome = loop.solve(
+        outcome, stats.n_steps, stats.n_accepted, stats.n_f_evals = loop.solve(
             memory.data_ptr(),
             self.addresses,
             y0.data_ptr(),
             ys.data_ptr(),
             None if checkpoints is None else checkpoints.add,
         )
-        stats.n_steps, stats.n_accepted, stats.n_rejected = loop.n_steps, loop.n_accepted, loop.n_rejected
-        stats.n_f_evals = loop.n_f_evals
+        stats.n_rejected = stats.n_steps - stats.n_accepted
         if self.counting is not None:
-            self.counting.count(loop.n_f_evals)
+            self.counting.count(stats.n_f_evals)
         if outcome != 0:
             self._fail(outcome)
         return ys
@@ -165,9 +164,9 @@ class _Run:
             t=loop.t,
             h=loop.h,
             error_ratio=loop.error_ratio,
-            n_accepted=loop.n_accepted,
-            n_rejected=loop.n_rejected,
-            n_f_evals=loop.n_f_evals,
+            n_accepted=self.stats.n_accepted,
+            n_rejected=self.stats.n_rejected,
+            n_f_evals=self.stats.n_f_evals,
         )
 
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:

@@ -1,7 +1,6 @@
 """Models of the three-body problem without physics, NODE and LSTM, and their training on the orbits of t in [0, 1]."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 import aca_ext
 from benchmarks.paper.common import MissingError
-from benchmarks.paper.three_body import K2, MASSES, PER_UNIT, POSITIONS, VELOCITIES, Gravity, positions
+from benchmarks.paper.three_body import K2, MASSES, PER_UNIT, POSITIONS, VELOCITIES, Gravity, lbfgs, positions
 
 PAIRS = ((0, 0, 1), (1, 2, 2))
 STRIDE = 10  # every tenth seen point is in the loss of a solve, and in one sequence of the LSTM
@@ -156,33 +155,3 @@ def adam(f: nn.Module, loss: Callable[[], Tensor], n: int) -> None:
         loss().backward()
         optimizer.step()
         schedule.step()
-
-
-def lbfgs(f: nn.Module, loss: Callable[[], Tensor], n: int) -> list[float]:
-    """At most ``n`` gradients; f keeps the best parameters. A solve that fails ends it. Returns all losses."""
-    losses: list[float] = []
-    best = {name: value.clone() for name, value in f.state_dict().items()}
-    optimizer = torch.optim.LBFGS(
-        f.parameters(),
-        max_iter=n,
-        max_eval=n,
-        history_size=100,
-        tolerance_grad=0,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        nonlocal best
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        if not losses or value.item() < min(losses):
-            best = {name: value.clone() for name, value in f.state_dict().items()}
-        losses.append(value.item())
-        return value
-
-    with suppress(aca_ext.errors.SolveError):  # a trial of the line search drove two bodies into each other
-        optimizer.step(closure)
-    f.load_state_dict(best)
-    return losses

@@ -11,6 +11,7 @@ which the last table shows, are too small to matter.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -155,25 +156,33 @@ def fit_masses(gradient: str, minimize: Callable, problem: Problem, seed: int) -
     return {"losses": losses, "sums": sums, "best": best, "masses": tried[best].tolist(), "predicted": predicted.cpu()}
 
 
-def lbfgs(f: nn.Module, loss: Callable[[], Tensor], epochs: int) -> list[float]:
+def lbfgs(f: nn.Module, loss: Callable[[], Tensor], n: int) -> list[float]:
+    """At most ``n`` gradients; f keeps the best parameters. A solve that fails ends it. Returns all losses."""
     losses: list[float] = []
+    best = {name: value.clone() for name, value in f.state_dict().items()}
     optimizer = torch.optim.LBFGS(
         f.parameters(),
-        max_iter=epochs,
-        max_eval=epochs,
+        max_iter=n,
+        max_eval=n,
+        history_size=100,
         tolerance_grad=0,
         tolerance_change=0,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
+        nonlocal best
         optimizer.zero_grad()
         value = loss()
         value.backward()
+        if not losses or value.item() < min(losses):
+            best = {name: value.clone() for name, value in f.state_dict().items()}
         losses.append(value.item())
         return value
 
-    optimizer.step(closure)
+    with suppress(aca_ext.errors.SolveError):  # a trial of the line search drove two bodies into each other
+        optimizer.step(closure)
+    f.load_state_dict(best)
     return losses
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
-from aca_ext.kernels.extension import known_tensors, running_sums
+from aca_ext.kernels.extension import known_tensors
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
+from aca_ext.vector_field.gradient_sums import GradientSums
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.slope_function import SlopeFunction
@@ -24,7 +25,6 @@ from aca_ext.vector_field.substitution import Substitution
 _run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 _FEW = 16
-_NONE = type(None)
 
 
 class Replay:
@@ -75,7 +75,7 @@ class Replay:
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
-        self._sums: Any = None  # adds to ``grads``, as soon as all of them have a first term
+        self._sums = GradientSums(self.grads)
         is_named = not is_checked and (is_one_graph or not cuts_all)
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
         self._origins = tuple(p for _, p in self.origins)
@@ -179,7 +179,8 @@ class Replay:
                 "not found there, whose graph is used up. Compute it in each evaluation, or before the solve and name "
                 'it by params=[...], or use gradient="direct".'
             ) from error
-        self._add(self.with_origins(grads) if self.origins else grads)
+        indices = None if self._known is None else self._wanted
+        self._sums.add(self.with_origins(grads) if self.origins else grads, indices)
         return v
 
     def gradients(
@@ -273,29 +274,6 @@ class Replay:
             "computed from it (a cache), or another tensor took its place. Compute it in each evaluation or before the "
             'solve, or use gradient="direct".'
         )
-
-    def _add(self, grads: Sequence[Tensor | None]) -> None:
-        if self._sums is not None:  # the usual case, without a loop in Python
-            if self._sums.add(grads):
-                return
-            if _NONE not in map(type, grads):
-                torch._foreach_add_(self.grads, grads)  # type: ignore[arg-type]
-                return
-        totals: list[Tensor] = []
-        terms: list[Tensor] = []
-        for i, grad in enumerate(grads) if self._known is None else zip(self._wanted, grads, strict=True):
-            if grad is None:
-                continue
-            total = self.grads[i]
-            if total is None:
-                self.grads[i] = grad.clone()  # autograd may return the same tensor again, so sums need a copy
-            else:
-                totals.append(total)
-                terms.append(grad)
-        if totals:
-            torch._foreach_add_(totals, terms)
-        if self._sums is None and totals and self._known is None and _NONE not in map(type, self.grads):
-            self._sums = running_sums(self.grads)
 
 
 def _variable(x: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Sums of gradients over the evaluations of func."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aca_ext.kernels.extension import running_sums
+
+_NONE = type(None)
+
+
+class GradientSums:
+    """Adds the gradients of one evaluation after another to their totals.
+
+    Args:
+        totals: one for each input, None until its first term; updated in place.
+    """
+
+    def __init__(self, totals: list[Tensor | None]) -> None:
+        self._totals = totals
+        self._running: Any = None  # adds in C++, as soon as all totals have a first term
+
+    def add(self, grads: Sequence[Tensor | None], indices: Sequence[int] | None = None) -> None:
+        """Adds one gradient to each total, or to the totals with these indices; None adds nothing."""
+        if self._running is not None:  # the usual case, without a loop in Python
+            if self._running.add(grads):
+                return
+            if _NONE not in map(type, grads):
+                torch._foreach_add_(self._totals, grads)  # type: ignore[arg-type]
+                return
+        totals: list[Tensor] = []
+        terms: list[Tensor] = []
+        for i, grad in enumerate(grads) if indices is None else zip(indices, grads, strict=True):
+            if grad is None:
+                continue
+            total = self._totals[i]
+            if total is None:
+                self._totals[i] = grad.clone()  # autograd may return the same tensor again, so sums need a copy
+            else:
+                totals.append(total)
+                terms.append(grad)
+        if totals:
+            torch._foreach_add_(totals, terms)
+        if self._running is None and totals and indices is None and _NONE not in map(type, self._totals):
+            self._running = running_sums(self._totals)

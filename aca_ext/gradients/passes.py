@@ -132,6 +132,6 @@ class _Aca(torch.autograd.Function):
         return None, None, *[g if n else None for g, n in zip(grads, needed[2:], strict=True)]
 
 
-# ``_Aca.apply`` without the Python code that torch before version 2.14 has around it, 3 % of the time of a compiled solve.
+# ``_Aca.apply`` without the Python code that torch before 2.14 has around it, which takes 3 % of a compiled solve.
 # ``with_graph`` does what that code does. No transform of torch.func is active there.
 _apply = super(torch.autograd.Function, _Aca).apply

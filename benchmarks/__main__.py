@@ -10,6 +10,7 @@ import torch
 from benchmarks import (
     breakdown,
     checkpoints,
+    compile_time,
     convolution,
     dropin,
     ensemble,
@@ -45,6 +46,7 @@ BY_DEVICE = {
         flows,
         lanes,
         lanes_memory,
+        compile_time,
         stiff,
         kernels,
     ),

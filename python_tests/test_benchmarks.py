@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from test_graph_engine import Caller
 import aca_ext
 from aca_ext.engines.cuda_graph import captures as programs
 from aca_ext.engines.cuda_graph import engine
-from benchmarks import breakdown, convolution, ensemble, flows, solve_rate, solve_rate_short
+from benchmarks import breakdown, compile_time, convolution, ensemble, flows, solve_rate, solve_rate_short
 from benchmarks.harness import Settings, Table, print_table
 from benchmarks.workloads import W3
 
@@ -62,6 +63,16 @@ def test_runs_with_every_engine(
             assert not part.startswith("aca_ext"), part
     printed = capsys.readouterr().out
     assert [text for text in found if text not in printed] == []
+
+
+def test_each_measured_process_compiles_into_the_cache_that_it_is_given(tmp_path: Path) -> None:
+    cpu, seconds = compile_time.in_new_process(compile_time.COMPILED, None, str(tmp_path))
+    assert cpu > 0
+    assert seconds > 0
+    (library,) = tmp_path.rglob("*.so")
+    compiled = library.stat().st_mtime_ns
+    compile_time.in_new_process(compile_time.COMPILED, None, str(tmp_path))  # as for "again"
+    assert [(one, one.stat().st_mtime_ns) for one in tmp_path.rglob("*.so")] == [(library, compiled)]
 
 
 def test_the_trace_by_hand_of_the_benchmark_of_flows() -> None:

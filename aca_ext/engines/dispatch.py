@@ -14,9 +14,9 @@ from torch import Tensor
 from aca_ext.engines import ENGINES
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.base import Engine, Request
-from aca_ext.engines.compiled.engine import solve_as_before
 from aca_ext.engines.default import get_default_engine
 from aca_ext.engines.dense_solves import check_dense, dense_problem, dense_solution
+from aca_ext.engines.ensemble.engine import solve_as_before
 from aca_ext.engines.recorded import solve_recorded
 from aca_ext.engines.transformed import solve_transformed
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, OptionError
@@ -243,6 +243,8 @@ def run_again(given: Arguments) -> tuple[Problem, Result] | None:
     problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
+    for x in tensors_in(given.args):
+        refuse_transforms("args", x)
     if engine == "compiled" and problem.settings.has_program:
         return problem, solve_as_before(Request(problem))
     return problem, _result(ENGINES[engine], Request(problem))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from aca_ext.problem.sample_times import (
 from aca_ext.problem.state import Packing, State, as_real
 from aca_ext.problem.stops import STOP_OPTIONS, Stops, stops_of
 from aca_ext.problem.tolerance import Tolerance
-from aca_ext.problem.validation import problem_of
+from aca_ext.problem.validation import checked_problem, remembered
 
 _UNAVAILABLE = ("norm", "on_step_limit", "on_min_step")
 
@@ -102,6 +101,8 @@ class BatchProblem(Problem):
         nan_on_failure: a sample that fails becomes NaN, and the others go on.
         is_compact: func no longer sees samples that have ended, once they are half of those that it sees.
         stops_of_rows: times at which steps must end (options step_t and jump_t); None if there are none but the ends.
+        counts: number of requested times of each sample.
+        last_times: last requested time of each sample.
     """
 
     packing: RowPacking
@@ -109,16 +110,11 @@ class BatchProblem(Problem):
     nan_on_failure: bool = False
     stops_of_rows: Stops | None = None
     is_compact: bool = False
+    counts: Index = field(init=False)
+    last_times: Array = field(init=False)
 
-    @cached_property
-    def counts(self) -> Index:
-        """Number of requested times of each sample."""
-        return counts_of(self.times_of_rows)
-
-    @cached_property
-    def last_times(self) -> Array:
-        """Last requested time of each sample."""
-        return last_times_of(self.times_of_rows)
+    def __post_init__(self) -> None:
+        vars(self).update(counts=counts_of(self.times_of_rows), last_times=last_times_of(self.times_of_rows))
 
     @property
     def is_ragged(self) -> bool:
@@ -143,7 +139,10 @@ class BatchProblem(Problem):
         return float(ends[worst, 0]), float(ends[worst, 1])
 
     def start_time(self, like: Tensor) -> Tensor:
-        return torch.from_numpy(self.times_of_rows[:, 0].copy()).to(like).view(self._row_shape)
+        starts = self.times_of_rows[:, 0]
+        if len(starts) and starts.strides[0] == 0:  # the same time for all
+            return torch.full(self._row_shape, float(starts[0]), dtype=like.dtype, device=like.device)
+        return torch.from_numpy(starts.copy()).to(like).view(self._row_shape)
 
     def spread_times(self, t: Tensor) -> Tensor:
         of_rows = t.to(self.y0).expand(self.times_of_rows.shape)
@@ -163,15 +162,36 @@ class BatchProblem(Problem):
 
 
 def batch_problem_of(
-    func: Callable[..., State], y0: State, t: object, *, options: Mapping[str, Any], **settings: Any
+    func: Callable[..., State],
+    y0: State,
+    t: object,
+    *,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: Mapping[str, Any],
+    args: Sequence[Any],
 ) -> BatchProblem:
-    """Validates the arguments of ``odeint`` with option ``batch="independent"``; raises like ``problem_of``."""
+    """``problem_of`` with option ``batch="independent"``."""
+    return remembered(_checked_batch_problem, func, y0, t, rtol, atol, method, options, args)
+
+
+def _checked_batch_problem(
+    func: Callable[..., State],
+    y0: State,
+    t: object,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: Mapping[str, Any],
+    args: Sequence[Any],
+) -> BatchProblem:
     for name in _UNAVAILABLE:
         if options.get(name) is not None:
             raise OptionError(f'option {name} is not available with batch="independent"; remove one of the two.')
     t, longest = checked_sample_times(t)
     others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
-    problem = problem_of(func, y0, longest, options=others, **settings)
+    problem = checked_problem(func, y0, longest, rtol, atol, method, others, args)
     if isinstance(problem.tableau, Switching):
         raise OptionError(
             f'option batch="independent" takes one method, and {problem.tableau.name!r} changes it. Choose an explicit '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import Packing, State
 from aca_ext.problem.tolerance import Tolerance
 from aca_ext.progress import Callback
+
+_P = TypeVar("_P", bound="Problem")
 
 
 class Settings:
@@ -124,8 +126,8 @@ class Problem:
         """A mask over the stacked times that is True for padded times; None if there are none."""
         return None
 
-    def of(self, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> Problem:
+    def of(self: _P, func: Callable[..., State], args: tuple[Any, ...], y0: Tensor) -> _P:
         """The same problem with another func, other args, and a y0 of the same layout."""
-        other = object.__new__(Problem)  # takes a third of the time of dataclasses.replace
+        other = object.__new__(type(self))  # takes a third of the time of dataclasses.replace
         vars(other).update(vars(self), func=func, args=args, y0=y0)
         return other

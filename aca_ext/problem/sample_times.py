@@ -27,7 +27,7 @@ def distinct_rows(times: Array) -> Array:
 def counts_of(times: Array) -> Index:
     """Number of times of each sample, without the padding."""
     counts: Index = (~np.isnan(distinct_rows(times))).sum(1)
-    return counts if len(counts) == len(times) else np.full(len(times), counts[0])
+    return counts if len(counts) == len(times) else np.broadcast_to(counts, len(times))
 
 
 def last_times_of(times: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ ALL_METHODS: dict[str, Any] = {**METHODS, **IMPLICIT_METHODS, **ROSENBROCK_METHO
 _PLAIN = (torch.float32, torch.float64)
 _MAX_KNOWN = 64
 _LONGEST_KNOWN_GRID = 10_000
-_PLAIN_OPTIONS = ("interp", "perturb")  # besides numbers
+_PLAIN_OPTIONS = ("interp", "perturb", "batch", "on_failure")  # besides numbers
+_P = TypeVar("_P", bound=Problem)
 _known: dict[tuple[Any, ...] | None, Problem] = {}  # cache of validated problems, without func, args and y0
 
 
@@ -67,15 +68,33 @@ def problem_of(
         ArgumentValueError: an argument has a value that is not accepted (also as TimeError, ToleranceError, OptionError
             or UnknownNameError).
     """
+    return remembered(checked_problem, func, y0, t, rtol, atol, method, options, args)
+
+
+def remembered(
+    check: Callable[..., _P],
+    func: Callable[..., State],
+    y0: State,
+    t: object,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    method: str | None,
+    options: Options | None,
+    args: Sequence[Any],
+) -> _P:
+    """The problem that ``check`` makes of these arguments, or one from the cache of arguments validated before.
+
+    ``check`` must be determined by the options, which are part of the cache's keys.
+    """
     if not callable(func):
         raise ArgumentTypeError(f"func is of type {type(func).__name__}; give a callable func(t, y, *args).")
     refuse_swapped(func)
     key = _key(y0, t, rtol, atol, method, options)
-    known = _known.get(key)
+    known: Any = _known.get(key)
     if known is not None:
         assert isinstance(y0, Tensor)
         return known.of(func, _args(args), y0)
-    problem = checked_problem(func, y0, t, rtol, atol, method, options, args)
+    problem = check(func, y0, t, rtol, atol, method, options, args)
     if key is not None and problem.y0 is y0 and len(problem.grid or ()) <= _LONGEST_KNOWN_GRID:
         if len(_known) >= _MAX_KNOWN:
             _known.pop(next(iter(_known)), None)
@@ -93,12 +112,13 @@ def known_problem(
     options: Options | None,
     args: Sequence[Any],
 ) -> Problem | None:
-    """``problem_of`` for arguments in the cache; None if they are not in it, or args are given."""
+    """The problem of arguments in the cache; None if they are not in it."""
     known = _known.get(_key(y0, t, rtol, atol, method, options))
-    if known is None or args != () or not callable(func):
+    if known is None or not callable(func):
         return None
+    refuse_swapped(func)
     assert isinstance(y0, Tensor)
-    return known.of(func, (), y0)
+    return known.of(func, _args(args), y0)
 
 
 def _key(y0: Any, t: Any, rtol: Any, atol: Any, method: Any, options: Any) -> tuple[Any, ...] | None:

@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.float64)
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 _OLDEST_TORCH = (2, 13)
 _HINT = 'Use engine="eager".'
-_AUTOCAST = "The steps run in Python under torch.autocast."
+AUTOCAST = "The steps run in Python under torch.autocast."
 
 
 class CompiledEngine:
@@ -41,12 +41,7 @@ class CompiledEngine:
         Raises:
             CompileError: no engine can solve with this func.
         """
-        return solve_by(_solve, request, obstacle_to_programs(request))
-
-
-def solve_as_before(request: Request) -> Result:
-    """``CompiledEngine.solve`` for settings with which a program has solved, so that they are no obstacle to one."""
-    return solve_by(_solve, request, _AUTOCAST if torch.is_autocast_enabled("cpu") else None)
+        return solve_by(programs_of_common_steps, request, obstacle_to_programs(request))
 
 
 def solve_by(programs: Callable[[], Callable[..., Result]], request: Request, obstacle: str | None) -> Result:
@@ -94,7 +89,8 @@ def _obstacle_to_evaluations(problem: Problem) -> str | None:
 
 
 @cache
-def _solve() -> Callable[..., Result]:
+def programs_of_common_steps() -> Callable[..., Result]:
+    """The function that solves by compiled programs."""
     from aca_ext.engines.compiled.run import solve  # importing the compiler takes seconds
 
     return solve
@@ -149,5 +145,5 @@ def obstacle_to_programs(request: Request, takes_batches: bool = False) -> str |
     if problem.tolerance.norm is not None:
         return 'The steps run in Python because of a norm of your own (options["norm"]).'
     if torch.is_autocast_enabled(problem.y0.device.type):
-        return _AUTOCAST
+        return AUTOCAST
     return None

@@ -9,6 +9,7 @@ workspace.
 from __future__ import annotations
 
 import ctypes
+import platform
 import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example input
 
 _HAS_OWN_VECTORS = "CPU_CAPABILITY_AVX512"  # the definition among the flags of the compiler
 _BEYOND_OWN_VECTORS = "VecMask<double,2>", ".template cast<int", "c10::"  # the most frequent ones
+
+_VECTORS_OF_FLOATS = {"avx512", "avx2"}
 
 LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
@@ -96,19 +99,23 @@ def _build(trace: Callable[[], Sequence[Traced]], to: Path) -> None:
 
 @contextmanager
 def _untested_instructions() -> Iterator[None]:
-    from torch._inductor import config, cpu_vec_isa
+    """Makes Inductor choose the best vectors of this processor that hold floats, without a test by the compiler."""
+    from torch._inductor import cpu_vec_isa
 
-    if not _has(config, "cpp.vec_isa_ok") or config.cpp.vec_isa_ok is not None:
+    needed = ("valid_vec_isa_list", "supported_vec_isa_list", "x86_isa_checker")
+    if platform.machine() not in ("x86_64", "AMD64") or not all(_has(cpu_vec_isa, name) for name in needed):
         yield
         return
-    found: Any = cpu_vec_isa.valid_vec_isa_list
-    are_tested = found.cache_info().currsize > 0
+    # Others are these with instructions for bfloat16, int8 and matrices. The truth value of each is its test.
+    names = _VECTORS_OF_FLOATS & set(cpu_vec_isa.x86_isa_checker())
+    kinds: list[Any] = [type(isa) for isa in cpu_vec_isa.supported_vec_isa_list if str(isa) in names]
+    untested = [type(kind.__name__, (kind,), {"__bool__": lambda self: True})() for kind in kinds]
+    original: Any = cpu_vec_isa.valid_vec_isa_list
+    cpu_vec_isa.valid_vec_isa_list = lambda: untested
     try:
-        with config.patch({"cpp.vec_isa_ok": True}):
-            yield
+        yield
     finally:
-        if not are_tested:
-            found.cache_clear()  # whoever else compiles may want the tests
+        cpu_vec_isa.valid_vec_isa_list = original
 
 
 def _source(traced: Sequence[Traced]) -> str:

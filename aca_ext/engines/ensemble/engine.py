@@ -10,12 +10,16 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+import torch
+
 from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.engine import (
+    AUTOCAST,
     CompiledEngine,
     by_programs,
     obstacle_to_compiling,
     obstacle_to_programs,
+    programs_of_common_steps,
     solve_by,
 )
 from aca_ext.errors import CompileError
@@ -56,6 +60,12 @@ class EnsembleEngine(CompiledEngine):
         if is_on_gpu(request.problem):
             return _solve_on_gpu(request)
         return solve_by(lambda: _lanes(request), request, _obstacle_to_lanes(request))
+
+
+def solve_as_before(request: Request) -> Result:
+    """``EnsembleEngine.solve`` for settings with which compiled code has solved, so that they are no obstacle to it."""
+    programs = (lambda: _lanes(request)) if request.is_batch else programs_of_common_steps
+    return solve_by(programs, request, AUTOCAST if torch.is_autocast_enabled("cpu") else None)
 
 
 def is_for_lanes(problem: Problem) -> bool:

@@ -6,7 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aca_ext.engines.ensemble.build import load
 from aca_ext.problem.batch import BatchProblem
+from aca_ext.problem.problem import Settings
 
 _I64, _F64, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _CHUNKS_AT_ONCE = 64  # for each thread; between calls Python sees an interrupt
@@ -157,11 +158,43 @@ def owner_of(free: Callable[[], None]) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+class _Kept(NamedTuple):
+    """A task without the addresses that differ between problems of the same settings.
+
+    Attributes:
+        made_of: the parts of the problem that it describes.
+        held: tensors whose addresses the task contains.
+    """
+
+    made_of: tuple[Any, ...]
+    task: LibraryTask
+    held: tuple[Tensor, ...]
+
+
+_kept: weakref.WeakKeyDictionary[Settings, _Kept] = weakref.WeakKeyDictionary()
+
+
 def task_of(
     problem: BatchProblem, y0: Tensor, p: Tensor, w: Tensor, outputs: Tensor, outcomes: Tensor, held: list[Tensor]
 ) -> LibraryTask:
     """A solve as the library takes it; tensors made for it are added to ``held``, for as long as it is used."""
-    controller, tolerance = problem.controller, problem.tolerance
+    kept = _kept.get(problem.settings)
+    if kept is None or any(one is not other for one, other in zip(kept.made_of, _parts(problem), strict=True)):
+        kept = _kept[problem.settings] = _new_task(problem, y0)
+    held += kept.held
+    task = LibraryTask.from_buffer_copy(kept.task)
+    task.y0, task.by_sample, task.shared = y0.data_ptr(), p.data_ptr(), w.data_ptr()
+    task.outputs, task.outcomes = outputs.data_ptr(), outcomes.data_ptr()
+    return task
+
+
+def _parts(problem: BatchProblem) -> tuple[Any, ...]:
+    of_steps = problem.controller, problem.max_num_steps, problem.tolerance, problem.newton
+    return *of_steps, problem.times_of_rows, problem.stops_of_rows
+
+
+def _new_task(problem: BatchProblem, y0: Tensor) -> _Kept:
+    controller, tolerance, held = problem.controller, problem.tolerance, list[Tensor]()
     assert controller is not None
 
     def of_elements(value: float | Tensor) -> int | None:
@@ -179,7 +212,7 @@ def task_of(
     stops = problem.stops_of_rows
     has_jumps = stops is not None and bool(stops.is_jump.any())
     rtol, atol = tolerance.rtol, tolerance.atol
-    return LibraryTask(
+    task = LibraryTask(
         _Controller(**controller.coefficients),
         controller.first_step or 0.0,
         problem.max_num_steps,
@@ -192,9 +225,9 @@ def task_of(
         of_elements(rtol),
         of_elements(atol),
         int(tolerance.forbids_error()),
-        *(x.data_ptr() for x in (y0, p, w, outputs, outcomes)),
-        0.0 if problem.newton is None else problem.newton.tolerance,
+        newton_tolerance=0.0 if problem.newton is None else problem.newton.tolerance,
     )
+    return _Kept(_parts(problem), task, tuple(held))
 
 
 def cotangents_to(

@@ -31,6 +31,8 @@ _KINDS: tuple[type[SolveError], ...] = (
 )  # fmt: skip
 _OF_STATE, _OF_SLOPE, _OF_TOLERANCE, _OF_NEWTON = 4, 5, 6, 7  # numbers of failures in csrc/ensemble/task.h
 
+_NOT_COUNTED = torch.empty(0, dtype=torch.int64, device="cpu")
+
 # Faults of repeated steps, by their numbers in csrc/ensemble/implicit_backward.h.
 _FAULTS = (
     "",
@@ -62,7 +64,8 @@ def solve(
     y0 = problem.y0
     if (problem.counts == 1).all() or y0.numel() == 0:  # nothing to solve
         padding = [torch.full_like(y0, math.nan)] * (problem.times_of_rows.shape[1] - 1)
-        stats = BatchStats(*_counts(len(y0)), backend="compiled")
+        n_steps, n_accepted, n_rejected = torch.zeros(3, len(y0), dtype=torch.int64, device="cpu").unbind()
+        stats = BatchStats(n_steps, n_accepted, n_rejected, backend="compiled")
         return Result(torch.stack([y0, *padding]), BatchRecord(len(y0)), stats)
     run = _Run(problem, params, task, checkpoints if isinstance(checkpoints, int) else 0)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, run.p, run.w)):
@@ -74,11 +77,6 @@ def solve(
     return Result(ys, run, run.stats)
 
 
-def _counts(n: int) -> tuple[Tensor, Tensor, Tensor]:
-    n_steps, n_accepted, n_rejected = torch.zeros(3, n, dtype=torch.int64, device="cpu").unbind()
-    return n_steps, n_accepted, n_rejected
-
-
 class _Run:
     """One solve: its library, its numbers, its record."""
 
@@ -87,7 +85,7 @@ class _Run:
     ) -> None:
         self.problem, self._task, self._most_checkpoints = problem, task, most_checkpoints
         self.y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)  # which may be edited later
-        self.stats = BatchStats(*_counts(len(self.y0)), backend="compiled")
+        self.stats = BatchStats(_NOT_COUNTED, _NOT_COUNTED, _NOT_COUNTED, backend="compiled")
         self._held: list[Tensor] = []
         self._steps: Any = None  # a record that has them
         start = time.perf_counter()
@@ -152,12 +150,13 @@ class _Run:
         if keep is Keep.STATES:
             self._steps = self._record
         self._counted = self._outcomes.cpu()
-        self._count()
-        failed = self._counted[:, 2].nonzero().flatten()
-        if len(failed) and not problem.nan_on_failure:
-            raise self._failure(int(failed[0]), len(failed) - 1)
-        ys[:, failed] = math.nan
-        self.stats.failures = [self._failure(row, 0) for row in failed.tolist()]
+        failures = self._count()
+        if failures.any():
+            failed = failures.nonzero().flatten()
+            if not problem.nan_on_failure:
+                raise self._failure(int(failed[0]), len(failed) - 1)
+            ys[:, failed] = math.nan
+            self.stats.failures = [self._failure(row, 0) for row in failed.tolist()]
         return ys
 
     def _prepare_newton(self, keep: Keep) -> None:
@@ -192,15 +191,16 @@ class _Run:
         """Sets the numbers that func reads besides time and state."""
         self._library_task.by_sample, self._library_task.shared = p.data_ptr(), w.data_ptr()
 
-    def _count(self) -> None:
+    def _count(self) -> Tensor:
+        """Sets the counts of ``stats``, and returns the failure of each sample, 0 for none."""
         stats, problem, tableau = self.stats, self.problem, self.problem.tableau
         controller = problem.controller
         assert controller is not None
-        stats.n_steps, stats.n_accepted = self._counted[:, 0].clone(), self._counted[:, 1].clone()
+        stats.n_steps, stats.n_accepted, failures, _, _, _, jumps = self._counted.T.contiguous().unbind()
         stats.n_rejected = stats.n_steps - stats.n_accepted
-        slopes = 1 + (controller.first_step is None) + self._counted[:, 6]
+        slopes = jumps + (1 + (controller.first_step is None))
         if problem.newton is None:
-            slopes += (tableau.stages - tableau.fsal) * stats.n_steps
+            slopes.add_(stats.n_steps, alpha=tableau.stages - tableau.fsal)
         else:
             jacobians, factorizations, iterations = self._newton_counts[:, :3].unbind(1)
             slopes += iterations + jacobians
@@ -210,6 +210,7 @@ class _Run:
         stats.n_f_evals, stats.n_f_rows = int(slopes.max()), int(slopes.sum())
         if self._counting is not None:
             self._counting.count(stats.n_f_evals)
+        return failures
 
     def _failure(self, row: int, others: int) -> SolveError:
         """The error of a sample that failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -209,19 +210,38 @@ class TestText:
 
 class TestInstructions:
     def test_are_tested_only_if_the_best_do_not_work(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from torch._inductor import config
+        from torch._inductor import cpu_vec_isa
 
+        original = cpu_vec_isa.valid_vec_isa_list
         tested: list[bool] = []
 
         def compile_for(source: str, to: Path) -> None:
-            tested.append(config.cpp.vec_isa_ok is None)
+            tested.append(cpu_vec_isa.valid_vec_isa_list is original)
             if not tested[-1]:
                 raise CompileError("unknown instructions")
 
         monkeypatch.setattr(inductor, "_compile", compile_for)
         inductor._build(lambda: (), tmp_path / "new.so")
-        assert tested == [False, True]
-        assert config.cpp.vec_isa_ok is None
+        assert tested == [platform.machine() not in ("x86_64", "AMD64"), True]
+        assert cpu_vec_isa.valid_vec_isa_list is original
+
+    @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have no tests")
+    @pytest.mark.parametrize("capability", [None, "avx2", "default"])
+    def test_untested_ones_hold_floats_as_tested_ones_do(
+        self, capability: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
+
+        if capability is not None:
+            monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        tested = pick_vec_isa()
+        with monkeypatch.context() as patch, inductor._untested_instructions():
+            patch.setattr(VecISA, "check_build", lambda self, code: pytest.fail("a test"))
+            found = pick_vec_isa()
+            assert bool(found) == bool(tested)
+        assert found.bit_width() == tested.bit_width()
+        for dtype in (torch.float32, torch.float64):
+            assert found.nelements(dtype) == tested.nelements(dtype)
 
     def test_are_those_of_tests_if_the_library_cannot_be_loaded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

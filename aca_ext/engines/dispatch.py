@@ -243,8 +243,9 @@ def run_again(given: Arguments) -> tuple[Problem, Result] | None:
     problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
-    for x in tensors_in(given.args):
-        refuse_transforms("args", x)
+    if given.args:
+        for x in tensors_in(given.args):
+            refuse_transforms("args", x)
     if engine == "compiled" and problem.settings.has_program:
         return problem, solve_as_before(Request(problem))
     return problem, _result(ENGINES[engine], Request(problem))

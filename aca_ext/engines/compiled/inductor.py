@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source, with_own_vectors
 from aca_ext.engines.compiled.library_cache import forget, library, origin, run_compiler, source_file
 from aca_ext.engines.compiled.lowerings import lowerings
-from aca_ext.engines.compiled.shortcuts import shortcuts
+from aca_ext.engines.compiled.shortcuts import shortcuts, templates_compiled_when_used
 from aca_ext.errors import CompileError
 
 Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
@@ -32,6 +32,8 @@ Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example input
 _HAS_OWN_VECTORS = "CPU_CAPABILITY_AVX512"  # the definition among the flags of the compiler
 _BEYOND_OWN_VECTORS = "VecMask<double,2>", ".template cast<int", "c10::"  # the most frequent ones
 
+_OF_SLEEF = "libtorch_cpu.so"
+_SLOW_WORDS = {"-g1", "-Wall", "-pedantic", "-ltorch", "-ltorch_cpu", "-ltorch_python"}
 _VECTORS_OF_FLOATS = {"avx512", "avx2"}
 
 LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
@@ -110,8 +112,8 @@ def _untested_instructions() -> Iterator[None]:
     names = _VECTORS_OF_FLOATS & set(cpu_vec_isa.x86_isa_checker())
     kinds: list[Any] = [type(isa) for isa in cpu_vec_isa.supported_vec_isa_list if str(isa) in names]
     untested = [type(kind.__name__, (kind,), {"__bool__": lambda self: True})() for kind in kinds]
-    original: Any = cpu_vec_isa.valid_vec_isa_list
-    cpu_vec_isa.valid_vec_isa_list = lambda: untested
+    original = cpu_vec_isa.valid_vec_isa_list
+    setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: untested)  # noqa: B010
     try:
         yield
     finally:
@@ -148,11 +150,26 @@ def _compile(source: str, to: Path) -> None:
     words[words.index("-o") + 1] = str(to)
     if _HAS_OWN_VECTORS in words and not any(part in source for part in _BEYOND_OWN_VECTORS):
         try:
-            run_compiler([word for word in words if word != "-g1"], with_own_vectors(source), to)
+            run_compiler(_for_own_vectors(words, to), with_own_vectors(source), to)
             return
         except CompileError:
             pass  # the kernels need more of torch's header
     run_compiler(words, source, to)
+
+
+def _for_own_vectors(words: Sequence[str], to: Path) -> list[str]:
+    """The compiler's command, but linked to an empty library in place of torch's, whose names take long to read.
+
+    At load time its name finds torch's library, which has the functions of Sleef.
+    """
+    empty = to.with_name(_OF_SLEEF)
+    run_compiler(
+        [words[0], "-shared", "-nostdlib", f"-Wl,-soname,{_OF_SLEEF}", "-o", str(empty), source_file(empty).name],
+        "",
+        empty,
+    )
+    kept = [word for word in words if word not in _SLOW_WORDS]
+    return [*kept, "-w", "-Wl,--no-as-needed", str(empty)]
 
 
 def run_program(program: Program, inputs: Sequence[Tensor]) -> None:
@@ -231,8 +248,9 @@ def _has(config: Any, name: str) -> bool:
 
 
 def _record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Call]:
-    from torch._inductor import async_compile
-    from torch._inductor.compile_fx import compile_fx_inner
+    with templates_compiled_when_used():
+        from torch._inductor import async_compile
+        from torch._inductor.compile_fx import compile_fx_inner
 
     AsyncCompile: Any = async_compile.AsyncCompile  # noqa: N806
     original = AsyncCompile.cpp_pybinding

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 
@@ -12,7 +12,7 @@ from typing import Any
 def shortcuts() -> Iterator[None]:
     """Makes Inductor compile in less time inside the context."""
     with ExitStack() as stack:
-        for context in (dtype_rules_made_once, _plain_sums_expanded, _no_garbage_collection):
+        for context in (dtype_rules_made_once, _plain_sums_expanded, _leaves_mapped_directly):
             stack.enter_context(context())
         yield
 
@@ -63,12 +63,53 @@ def _plain_sums_expanded() -> Iterator[None]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Puts garbage collection off, which would walk all objects of torch's compiler several times."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+def _leaves_mapped_directly() -> Iterator[None]:
+    """Replaces torch's map over trees for a lone variable or its name, which Inductor maps thousands of times."""
+    from torch._inductor.codegen import common
+    from torch.utils import _pytree
+
+    original = _pytree.tree_map
+
+    def tree_map(func: Any, tree: Any, *rest: Any, **options: Any) -> Any:
+        if not rest and not options and (type(tree) is str or isinstance(tree, common.CSEVariable)):
+            return func(tree)
+        return original(func, tree, *rest, **options)
+
+    _pytree.tree_map = tree_map
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        _pytree.tree_map = original
+
+
+@contextmanager
+def templates_compiled_when_used() -> Iterator[None]:
+    """Makes the import of Inductor leave its templates of GPU kernels uncompiled until they are used."""
+    from torch._inductor.codegen import common
+
+    kind: Any = getattr(common, "KernelTemplate", None)
+    original = getattr(kind, "_template_from_string", None)
+    if original is None or common.jinja2_env() is None:
+        yield
+        return
+    kind._template_from_string = staticmethod(lambda source: _Template(source, original))
+    try:
+        yield
+    finally:
+        kind._template_from_string = staticmethod(original)
+
+
+class _Template:
+    """A template of jinja2, compiled at its first use."""
+
+    def __init__(self, source: str, compiled: Callable[[str], Any]) -> None:
+        self._source, self._compiled = source, compiled
+
+    @cached_property
+    def _template(self) -> Any:
+        return self._compiled(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._template, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import sys
@@ -27,8 +28,11 @@ _AUTOGRAD: Any = getattr(torch._C, "_autograd", None)
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Restores torch's modes and random generators, also after an error, and silences torch's compiler."""
-    restorations = [_random_states(), _functorch_stack(), _hooks_of_saved_tensors(), _log_levels()]
+    """Restores torch's modes and random generators, also after an error, and silences torch's compiler.
+
+    Garbage collection is off inside, since it would walk all objects of the compiler hundreds of times.
+    """
+    restorations = [_random_states(), _functorch_stack(), _hooks_of_saved_tensors(), _log_levels(), _collection()]
     has_graph, level = torch.is_grad_enabled(), getattr(forward_ad, "_current_level", -1)
     try:
         with warnings.catch_warnings():
@@ -101,6 +105,12 @@ def _log_levels() -> Callable[[], None]:
             logger.setLevel(level)
 
     return restore
+
+
+def _collection() -> Callable[[], None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    return gc.enable if was_enabled else lambda: None
 
 
 @contextmanager

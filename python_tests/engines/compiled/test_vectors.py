@@ -12,10 +12,11 @@ import sympy
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree
 
 from aca_ext.engines.compiled import inductor
 from aca_ext.engines.compiled.lowerings import decompositions
-from aca_ext.engines.compiled.shortcuts import shortcuts
+from aca_ext.engines.compiled.shortcuts import shortcuts, templates_compiled_when_used
 from aca_ext.engines.compiled.undisturbed import undisturbed
 
 AVX512 = pytest.mark.skipif(
@@ -74,7 +75,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     run_compiler = inductor.run_compiler
 
     def run(command: list[str], source: str, to: Path) -> None:
-        has_header.append("cpp_prefix.h" in source)
+        if source:  # not the empty library
+            has_header.append("cpp_prefix.h" in source)
         run_compiler(command, source, to)
 
     monkeypatch.setattr(inductor, "run_compiler", run)
@@ -124,10 +126,42 @@ class TestShortcuts:
             assert sympy.simplify(32 * (a + 1) + b - (32 * a + b)) == 32
             assert sympy.simplify(sympy.sin(a) ** 2 + sympy.cos(a) ** 2) == 1  # not plain: by sympy itself
 
-    def test_end_with_the_context(self) -> None:
-        original = sympy.simplify
+    def test_map_lone_variables_as_torch_does(self) -> None:
+        trees = ["name", ("a", ["b", {"c": "d"}]), 3, None]
+        expected = [_pytree.tree_map(lambda x: (x, 1), tree) for tree in trees]
         with shortcuts():
-            assert not gc.isenabled()
-            assert sympy.simplify is not original
+            assert [_pytree.tree_map(lambda x: (x, 1), tree) for tree in trees] == expected
+            assert _pytree.tree_map(lambda x, y: x + y, ["a"], ["b"]) == ["ab"]
+
+    def test_end_with_the_context(self) -> None:
+        originals = sympy.simplify, _pytree.tree_map
+        with shortcuts():
+            assert sympy.simplify is not originals[0]
+            assert _pytree.tree_map is not originals[1]
+        assert (sympy.simplify, _pytree.tree_map) == originals
+
+    def test_compile_templates_at_their_first_use(self) -> None:
+        from torch._inductor.codegen.common import KernelTemplate
+
+        original = KernelTemplate._template_from_string
+        with templates_compiled_when_used():
+            template = KernelTemplate._template_from_string("{{a}} and {{b}}")
+            KernelTemplate._template_from_string("{% wrong")  # no error, since it is not used
+        assert KernelTemplate._template_from_string is original
+        assert template.render(a=1, b=2) == original("{{a}} and {{b}}").render(a=1, b=2) == "1 and 2"
+        assert template
+
+
+class TestUndisturbed:
+    def test_puts_garbage_collection_off(self) -> None:
         assert gc.isenabled()
-        assert sympy.simplify is original
+        with undisturbed():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        gc.disable()
+        try:
+            with undisturbed():
+                pass
+            assert not gc.isenabled()
+        finally:
+            gc.enable()

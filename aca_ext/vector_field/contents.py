@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -47,7 +47,8 @@ def put(holder: Any, key: Any, value: Any) -> None:
     """
     is_missing = value is MISSING
     if isinstance(holder, dict):
-        dict.pop(holder, key, None) if is_missing else dict.__setitem__(holder, key, value)
+        kind = _kind_of(holder)
+        kind.pop(holder, key, None) if is_missing else kind.__setitem__(holder, key, value)
     elif isinstance(holder, list):
         list.__setitem__(holder, slice(None) if key is None else key, value)
     elif isinstance(holder, (deque, set)):
@@ -66,6 +67,11 @@ def put(holder: Any, key: Any, value: Any) -> None:
         object.__delattr__(holder, key) if is_missing else object.__setattr__(holder, key, value)
 
 
+def _kind_of(holder: dict[Any, Any]) -> Any:
+    """The built-in type of a dict; an OrderedDict keeps its order in a list that methods of dict would not update."""
+    return OrderedDict if isinstance(holder, OrderedDict) else dict
+
+
 def _refill(holder: deque[Any] | set[Any], values: Iterable[Any]) -> None:
     holder.clear()
     holder.update(values) if isinstance(holder, set) else holder.extend(values)
@@ -77,23 +83,31 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def put_back(changes_now: Callable[[], Sequence[Change]]) -> Iterator[None]:
-    """Sets places to their contents of before inside the context, and to those of now afterwards."""
+def put_back(
+    changes_now: Callable[[], Sequence[Change]], order_before: Callable[[Any], Sequence[Any]]
+) -> Iterator[None]:
+    """Sets places to their contents of before inside the context, and to those of now afterwards.
+
+    Args:
+        order_before: for a dict, the order of its keys before; empty if it is unknown.
+    """
     with _lock:
         changes = changes_now()
         if changes:
-            with _changed(changes):
+            with _changed(changes, order_before):
                 yield
             return
     yield
 
 
 @contextmanager
-def _changed(changes: Sequence[Change]) -> Iterator[None]:
+def _changed(changes: Sequence[Change], order_before: Callable[[Any], Sequence[Any]]) -> Iterator[None]:
     orders = {id(c.holder): (c.holder, list(c.holder)) for c in changes if isinstance(c.holder, dict)}
     try:
         for change in changes:
             change.put(change.before)
+        for holder, _ in orders.values():
+            _order(holder, order_before(holder))
         yield
     finally:
         for change in changes:
@@ -116,7 +130,7 @@ def _order(holder: dict[Any, Any], order: Sequence[Any]) -> None:
     """Restores the order of a dict, on which the order of a module's parameters depends."""
     if list(holder)[: len(order)] == order:
         return
-    contents = dict(holder)
-    dict.clear(holder)
-    dict.update(holder, {key: contents.pop(key) for key in order if key in contents})
-    dict.update(holder, contents)
+    contents, kind = dict(holder), _kind_of(holder)
+    kind.clear(holder)
+    for key in (*(key for key in order if key in contents), *contents):
+        kind.__setitem__(holder, key, contents[key])

@@ -135,7 +135,7 @@ class Environment:
         classes = [(module, kind, type(module)) for module, kind in self._classes if type(module) is not kind]
         modes = [(module, mode) for module, mode in self._script_modes if module.training != mode]
         default_dtype = torch.get_default_dtype()
-        with put_back(self._changes):
+        with put_back(self._changes, self._contents.order_of):
             try:
                 for module, kind, _ in classes:
                     module.__class__ = kind

@@ -178,6 +178,28 @@ def test_parameters_unfrozen_between_the_passes_are_constants(policy: dict[str, 
     assert relative_error(found[0][0], found[1][0]) <= 1e-12
 
 
+@pytest.mark.parametrize("change", ["added", "removed"])
+def test_a_hook_of_a_module_that_comes_or_goes_between_the_passes(change: str, policy: dict[str, Any]) -> None:
+    func = nn.Linear(3, 3, dtype=DTYPE)
+    slope = lambda t, y: torch.tanh(func(y))  # noqa: E731
+    y0 = torch.linspace(-1, 1, 6, dtype=DTYPE).view(2, 3)
+    first = func.register_forward_hook(lambda module, given, result: result + 1)
+    second = func.register_forward_hook(lambda module, given, result: 2 * result)
+    expected = aca_ext.odeint(slope, y0, TIMES, **{**policy, "checkpoints": None}, gradient="direct")
+    y = aca_ext.odeint(slope, y0, TIMES, **policy)
+    if change == "added":
+        hooks = [first, second, func.register_forward_hook(lambda module, given, result: result.exp())]
+    else:
+        first.remove()
+        hooks = [second]
+    after = list(func._forward_hooks.items())
+    (grad,) = torch.autograd.grad(y[-1].sum(), func.weight)
+    assert list(func._forward_hooks.items()) == after
+    assert [hook.id for hook in hooks] == list(func._forward_hooks)
+    (of_direct,) = torch.autograd.grad(expected[-1].sum(), func.weight)
+    assert relative_error(grad, of_direct) < 1e-12
+
+
 def test_controls_swapped_in_a_loop_of_solves(policy: dict[str, Any]) -> None:
     controls = [torch.tensor([1.0, 2.0]), torch.tensor([-3.0, 0.5])]
     found = []

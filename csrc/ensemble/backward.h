@@ -202,7 +202,7 @@ class Backward {
             constexpr double c = Method::c[i];
             at.time[i] = c == 0 ? start_ : c == 1 ? end_ : rounded<V>(control::stage_time(c, t_, h_, t_next_));
         });
-        replay_.solve(at, stages_, k_);
+        replay_.solve(at, y_next_, stages_, k_);
         replay_.compare(at, stages_[s - 1], y_next_, task_.newton_tolerance);
         for_each<s>([&](auto reversed) {
             constexpr int i = s - 1 - decltype(reversed)::value;

@@ -24,8 +24,9 @@ class ImplicitReplay {
   public:
     using Stages = StagesOf<s>;
 
-    // Solves the stages of a step: their states and slopes.
-    void solve(const Stages& at, V (*states)[n], V (*k)[n]) {
+    // Solves the stages of a step that ended at `y1` in the forward pass: their states and slopes. As in the eager
+    // engine, the iterations start from the polynomial through the known states, that end among them.
+    void solve(const Stages& at, const V* y1, V (*states)[n], V (*k)[n]) {
         const V step = rounded<V>(at.h), inverse = rounded<V>(chosen(at.h == 0, R{}, (1 / at.h) * (1 / Method::gamma)));
         scale_ = rounded<V>(at.h * Method::gamma);
         fault_ = V{};
@@ -39,7 +40,7 @@ class ImplicitReplay {
                 for (int c = 0; c < n; ++c) {
                     const auto slope = [&](int j) { return k[j][c]; };
                     base[c] = fma(step, Sum::template of<typename Sum::template Stage<i>>(slope), at.y[c]);
-                    z[c] = scale_ * k[i - 1][c];
+                    z[c] = predicted<i>(at.y, y1, states, c) - base[c];
                 }
                 solve_stage(at, at.time[i], base, z, factors_[i - 1]);
                 for (int c = 0; c < n; ++c) {
@@ -67,6 +68,17 @@ class ImplicitReplay {
     int64_t evaluations(int l) const { return int64_t(evaluations_[l]); }
 
   private:
+    // Component c of the state of a stage, by the states before it and at both ends.
+    template <int i>
+    static V predicted(const V* y0, const V* y1, const V (*states)[n], int c) {
+        V sum = K(0);
+        for_each<s + 2>([&](auto j) {
+            constexpr double w = Method::predictors[i][j];
+            if constexpr (w != 0) sum = fma(K(w), j < s ? states[j][c] : j == s ? y1[c] : y0[c], sum);
+        });
+        return sum;
+    }
+
     void linearise(const Stages& at, V time, const V* y, Factors<n>& factors) const {
         V jacobian[n * n];
         Field::jacobian(time, y, at.p, at.shared, jacobian);

@@ -139,14 +139,16 @@ class ImplicitMethod(OneStepMethod):
             of_group = [stages[i] for i in group.stages]
             cotangents = [torch.zeros_like(ops.like) if x is None else x for x in r]
             grad_k = transposed_solution(ops, self._jacobian.is_exact, group, h, of_group, cotangents)
-            found = [
-                own_result(f.pull_back, stage.y, stage.slope, grad) if stage.slope.requires_grad else None
-                for stage, grad in zip(of_group, grad_k, strict=True)
-            ]
-            v = found if group.a is None else pulled_states(ops, group, h, cotangents, grad_k)
-            pulled |= {
-                i: ops.admit(v_i, PULLED) for i, v_i, x in zip(group.stages, v, found, strict=True) if x is not None
+            found = {
+                i: own_result(f.pull_back, stage.y, stage.slope, grad)
+                for i, stage, grad in zip(group.stages, of_group, grad_k, strict=True)
+                if stage.slope.requires_grad
             }
+            v = {i: ops.admit(x, PULLED) for i, x in found.items() if x is not None}
+            if group.a is not None:
+                by_equations = zip(group.stages, pulled_states(ops, group, h, cotangents, grad_k), strict=True)
+                v = {i: x for i, x in by_equations if i in v}
+            pulled |= v
         return cotangent_of_start(ops, outputs, pulled.values(), inside)
 
     def forget_jacobian(self) -> None:

@@ -64,7 +64,7 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``min_step``: steps below it raise StepSizeError; default 0.
             * ``max_step``: upper limit of the step size; default none.
             * ``max_num_steps``: trial steps before StepLimitError; default 100 000.
-            * ``safety``: factor on the predicted step size; default 0.9.
+            * ``safety``: factor on the predicted step size; default 0.9, or 0.8 for implicit Runge-Kutta methods.
             * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2.
             * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
             * ``step_t``: times that a step must end at.
@@ -80,7 +80,7 @@ def odeint(arguments: _OdeintArguments) -> State:
               near the inverse of 1 - c·J, where J is the derivative of func by y. It must use operations of torch: the
               backward pass transposes it by autograd. The gradient does not depend on it.
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
-              gradient; default 0.001. Fixed steps iterate until rounding.
+              gradient; default 0.001, or 30·rtol if that is less (at least 1e-7). Fixed steps iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
               tree the largest RMS norm of its tensors.
             * ``on_min_step``: "raise" (default), or "accept": a step of min_step is accepted whatever its error.

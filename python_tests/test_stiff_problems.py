@@ -20,6 +20,7 @@ from benchmarks.stiff_problems import (
     E5,
     END_VALUES,
     HIRES,
+    OREGONATOR,
     POLLUTION,
     PROBLEMS,
     ROBERTSON,
@@ -129,6 +130,16 @@ def test_gradient_by_a_rate(problem: StiffProblem, t_end: float, index: int) -> 
     weights = torch.tensor(1 / np.abs(exact))
     (gradient,) = torch.autograd.grad(y_end @ weights, func.p)
     assert gradient[index].item() == pytest.approx(np.sign(exact).sum(), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(("method", "rtol"), [("kvaerno5", 1e-4), ("kvaerno5", 1e-6), ("kvaerno3", 1e-4)])
+@pytest.mark.parametrize("problem", [OREGONATOR, HIRES], ids=lambda problem: problem.name)
+def test_errors_at_the_end_are_within_ten_tolerances(problem: StiffProblem, method: str, rtol: float) -> None:
+    func, y0 = StiffFunction(problem), torch.tensor(problem.y0, dtype=torch.float64)
+    times = torch.tensor([0.0, problem.t_end], dtype=torch.float64)
+    with torch.no_grad():
+        y_end = aca_ext.odeint(func, y0, times, rtol=rtol, atol=problem.atol(rtol), method=method)[-1]
+    assert problem.error(y_end.numpy(), rtol) <= 10 * rtol
 
 
 def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def checked_problem(
     stops = () if is_fixed else inner_times("step_t", given.get("step_t"), times)
     jumps = () if is_fixed else inner_times("jump_t", given.get("jump_t"), times)
     interp = interpolation_of(given.get("interp"))
-    newton = newton_options_of(given, tableau, packing, packed)
+    newton = newton_options_of(given, tableau, packing, packed, checked_rtol)
     grid = grid_of(given, func, y0, times, resolution_of(t)) if is_fixed else None
     perturbed = grid if grid is not None and is_perturbed(given.get("perturb")) else ()
     return Problem(

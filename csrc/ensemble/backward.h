@@ -202,18 +202,19 @@ class Backward {
             constexpr double c = Method::c[i];
             at.time[i] = c == 0 ? start_ : c == 1 ? end_ : rounded<V>(control::stage_time(c, t_, h_, t_next_));
         });
-        replay_.solve(at, stages_, k_);
+        replay_.solve(at, y_next_, stages_, k_);
         replay_.compare(at, stages_[s - 1], y_next_, task_.newton_tolerance);
         for_each<s>([&](auto reversed) {
             constexpr int i = s - 1 - decltype(reversed)::value;
-            V g[n];
+            V r[n], g[n];
             for (int c = 0; c < n; ++c) {
                 const auto later = [&](int j) { return pulled_[j][c]; };
                 const V of_outputs = fma(K(Method::b[i]), g_[c], slopes_[i][c]);
-                g[c] = step * (of_outputs + Sum::template of<typename Sum::template Later<i, s>>(later));
+                r[c] = step * (of_outputs + Sum::template of<typename Sum::template Later<i, s>>(later));
             }
-            if constexpr (i > 0) replay_.transpose(i, g);
+            replay_.transpose(i, r, g);
             Field::pull(at.time[i], stages_[i], p_, task_.shared, g, pulled_[i], by_sample_, shared_);
+            if constexpr (i > 0) replay_.pull(r, g, pulled_[i]);
         });
         for (int c = 0; c < n; ++c) {
             g_[c] += inside_[c];

@@ -3,7 +3,7 @@
 // With the matrix K_i = I - h·a·J_i of the converged stage i, its slope and cotangents are those of
 // aca_ext.solver.implicit.step:
 //
-//     K_iᵀ·grad_k_i = h·(Σ_outputs w_i·g + Σ_{j>i} a_ji·v_j)        v_i = J_iᵀ·grad_k_i
+//     K_iᵀ·grad_k_i = r_i = h·(Σ_outputs w_i·g + Σ_{j>i} a_ji·v_j)        v_i = J_iᵀ·grad_k_i = (grad_k_i - r_i)/(h·a)
 #pragma once
 #include "ensemble/newton.h"
 
@@ -24,9 +24,11 @@ class ImplicitReplay {
   public:
     using Stages = StagesOf<s>;
 
-    // Solves the stages of a step: their states and slopes.
-    void solve(const Stages& at, V (*states)[n], V (*k)[n]) {
-        const V step = rounded<V>(at.h), inverse = rounded<V>(chosen(at.h == 0, R{}, (1 / at.h) * (1 / Method::gamma)));
+    // Solves the stages of a step that ended at `y1` in the forward pass: their states and slopes. As in the eager
+    // engine, the iterations start from the polynomial through the known states, that end among them.
+    void solve(const Stages& at, const V* y1, V (*states)[n], V (*k)[n]) {
+        const V step = rounded<V>(at.h);
+        inverse_ = rounded<V>(chosen(at.h == 0, R{}, (1 / at.h) * (1 / Method::gamma)));
         scale_ = rounded<V>(at.h * Method::gamma);
         fault_ = V{};
         evaluations_ = V{};
@@ -39,11 +41,11 @@ class ImplicitReplay {
                 for (int c = 0; c < n; ++c) {
                     const auto slope = [&](int j) { return k[j][c]; };
                     base[c] = fma(step, Sum::template of<typename Sum::template Stage<i>>(slope), at.y[c]);
-                    z[c] = scale_ * k[i - 1][c];
+                    z[c] = predicted<i>(at.y, y1, states, c) - base[c];
                 }
                 solve_stage(at, at.time[i], base, z, factors_[i - 1]);
                 for (int c = 0; c < n; ++c) {
-                    k[i][c] = inverse * z[c];
+                    k[i][c] = inverse_ * z[c];
                     states[i][c] = base[c] + z[c];
                 }
                 linearise(at, at.time[i], states[i], factors_[i]);
@@ -51,8 +53,17 @@ class ImplicitReplay {
         });
     }
 
-    // The cotangent of the slope of a stage, from that of what depends on it.
-    void transpose(int stage, V* g) const { factors_[stage].solve_transposed(g); }
+    // The cotangent g of the slope of a stage, from the sum r of those that depend on it.
+    void transpose(int stage, const V* r, V* g) const {
+        for (int c = 0; c < n; ++c) g[c] = r[c];
+        if (stage > 0) factors_[stage].solve_transposed(g);
+    }
+
+    // The cotangent of the state of an implicit stage. The product with the Jacobian would multiply the rounding errors
+    // of g by the stiffness.
+    void pull(const V* r, const V* g, V* pulled) const {
+        for (int c = 0; c < n; ++c) pulled[c] = inverse_ * (g[c] - r[c]);
+    }
 
     // Compares the end of the step with that in the forward pass.
     void compare(const Stages& at, const V* y1, const V* expected, double tolerance) {
@@ -67,6 +78,17 @@ class ImplicitReplay {
     int64_t evaluations(int l) const { return int64_t(evaluations_[l]); }
 
   private:
+    // Component c of the state of a stage, by the states before it and at both ends.
+    template <int i>
+    static V predicted(const V* y0, const V* y1, const V (*states)[n], int c) {
+        V sum = K(0);
+        for_each<s + 2>([&](auto j) {
+            constexpr double w = Method::predictors[i][j];
+            if constexpr (w != 0) sum = fma(K(w), j < s ? states[j][c] : j == s ? y1[c] : y0[c], sum);
+        });
+        return sum;
+    }
+
     void linearise(const Stages& at, V time, const V* y, Factors<n>& factors) const {
         V jacobian[n * n];
         Field::jacobian(time, y, at.p, at.shared, jacobian);
@@ -132,7 +154,7 @@ class ImplicitReplay {
         largest = top_change / top_after;
     }
 
-    V scale_{}, fault_{}, evaluations_{};
+    V scale_{}, inverse_{}, fault_{}, evaluations_{};
     Factors<n> factors_[s], own_;
 };
 

@@ -306,6 +306,26 @@ class TestAdaptiveSteps:
         slopes = [torch.autograd.grad(loss_of(odeint(func, y0, T, args=(x,), **how)), x)[0] for x in ends]
         assert second.item() == pytest.approx(((slopes[0] - slopes[1]) / (0.02 * rate.detach())).item(), rel=0.01)
 
+    @pytest.mark.parametrize("independent", [False, True])
+    @pytest.mark.parametrize("method", ["kvaerno3", "kvaerno5", "trbdf2"])
+    def test_of_very_stiff_steps_are_not_of_rounding(self, method: str, independent: bool) -> None:
+        """Robertson's reaction to t = 1e11, where products of step size and Jacobian reach 1e14."""
+
+        def func(t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+            a, b, c = y.unbind(-1)
+            made, back, used = k[0] * a, k[1] * b * c, k[2] * b * b
+            return torch.stack((back - made, made - back - used, used), -1)
+
+        k = torch.tensor([0.04, 1e4, 3e7], dtype=torch.float64, requires_grad=True)
+        y0 = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        y0, options = (y0[None], {"batch": "independent"}) if independent else (y0, {})
+        span = torch.tensor([0.0, 1e11], dtype=torch.float64)
+        end = odeint(func, y0, span, args=(k,), method=method, rtol=1e-3, atol=1e-9, options=options)[-1]
+        loss = (end / end.detach()).sum()
+        found = torch.autograd.grad(loss, k)[0] * k.detach()
+        expected = torch.tensor([-3.0, 3.0, -2.0], dtype=torch.float64)  # of finite differences of SciPy's Radau
+        assert relative_error(found, expected) <= 0.05
+
     def test_a_changed_func_is_noticed(self) -> None:
         func, y0, rate = start()
         ys = odeint(func, y0, T, method="kvaerno5", args=(rate,))

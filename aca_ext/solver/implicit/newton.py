@@ -34,6 +34,7 @@ from aca_ext.solver.implicit.rows import (
     chosen,
     combined,
     count,
+    inverse,
     is_any,
     larger,
     of_tensor,
@@ -147,7 +148,7 @@ class Newton:
                 z, others = self._to_tolerance(again, *how, chosen(again, start, z))
                 solved = solved | others
         self.live, self.failed = solved, self.failed | (rows & other_than(solved))
-        return [self._ops.admit(k) for k in combined(_inverse(self._h), group.inverse, z)]
+        return [self._ops.admit(k) for k in combined(inverse(self._h), group.inverse, z)]
 
     def filtered(self, group: Group, error: Tensor) -> Tensor:
         """(I - h·a·J)⁻¹·error, an estimate that does not grow with the stiffness, for a group of one stage."""
@@ -268,7 +269,3 @@ class Newton:
     def _linearise(self, rows: Mask, t: Tensor, y: Tensor) -> Any:
         self._counts.n_jacobians += count(rows)
         return self._jacobian.at(t, y)
-
-
-def _inverse(h: Number) -> Number:
-    return torch.where(h == 0, 0.0, 1 / h) if isinstance(h, Tensor) else 1 / h

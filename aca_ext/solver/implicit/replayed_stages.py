@@ -13,7 +13,7 @@ from torch import Tensor
 from aca_ext.errors import ReplayError
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
-from aca_ext.solver.implicit.rows import combined, largest
+from aca_ext.solver.implicit.rows import combined, inverse, largest
 from aca_ext.solver.implicit.scheme import Group
 from aca_ext.solver.implicit.systems import System
 
@@ -70,6 +70,17 @@ def transposed_solution(
     if not (size <= 2**16 * eps).all():
         raise ReplayError(_NOT_A_JACOBIAN.format(float(size.max())))
     return found
+
+
+def pulled_states(
+    ops: TorchOperations, group: Group, h: Number, r: Sequence[Tensor], found: Sequence[Tensor]
+) -> list[Tensor]:
+    """The products v_i of the cotangents ``found`` with the Jacobians: h·Σ_j a_ji·v_j = λ_i - r_i.
+
+    Products by autograd would multiply the rounding errors of λ by the stiffness.
+    """
+    transposed = tuple(zip(*group.inverse, strict=True))
+    return [ops.admit(v) for v in combined(inverse(h), transposed, [x - y for x, y in zip(found, r, strict=True)])]
 
 
 def _residual(

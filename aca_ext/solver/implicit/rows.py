@@ -37,6 +37,11 @@ def constant(h: Number) -> Number:
     return as_float(h) if isinstance(h, Tensor) and h.dim() == 0 else h
 
 
+def inverse(h: Number) -> Number:
+    """1/h; 0 in rows at rest."""
+    return torch.where(h == 0, 0.0, 1 / h) if isinstance(h, Tensor) else 1 / h
+
+
 def in_dtype_of(x: Tensor, factor: Number) -> Number:
     """A number, or one for each row, as a factor of ``x``."""
     return factor.to(x.dtype) if isinstance(factor, Tensor) else factor

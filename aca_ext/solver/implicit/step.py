@@ -25,7 +25,7 @@ from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.newton import Newton
-from aca_ext.solver.implicit.replayed_stages import ReplayedStage, transposed_solution
+from aca_ext.solver.implicit.replayed_stages import ReplayedStage, pulled_states, transposed_solution
 from aca_ext.solver.implicit.rows import combined, constant, is_any, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, Solution
@@ -139,10 +139,16 @@ class ImplicitMethod(OneStepMethod):
             of_group = [stages[i] for i in group.stages]
             cotangents = [torch.zeros_like(ops.like) if x is None else x for x in r]
             grad_k = transposed_solution(ops, self._jacobian.is_exact, group, h, of_group, cotangents)
-            for i, stage, grad in zip(group.stages, of_group, grad_k, strict=True):
-                v = own_result(f.pull_back, stage.y, stage.slope, grad) if stage.slope.requires_grad else None
-                if v is not None:
-                    pulled[i] = ops.admit(v, PULLED)
+            found = {
+                i: own_result(f.pull_back, stage.y, stage.slope, grad)
+                for i, stage, grad in zip(group.stages, of_group, grad_k, strict=True)
+                if stage.slope.requires_grad
+            }
+            v = {i: ops.admit(x, PULLED) for i, x in found.items() if x is not None}
+            if group.a is not None:
+                by_equations = zip(group.stages, pulled_states(ops, group, h, cotangents, grad_k), strict=True)
+                v = {i: x for i, x in by_equations if i in v}
+            pulled |= v
         return cotangent_of_start(ops, outputs, pulled.values(), inside)
 
     def forget_jacobian(self) -> None:

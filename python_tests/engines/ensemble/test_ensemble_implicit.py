@@ -35,6 +35,11 @@ def robertson(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
     return torch.stack([back - made, made - back - used, used], -1)
 
 
+def robertson_at_rest(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+    """The reaction with rates that do not change."""
+    return robertson(torch.zeros_like(t), y, p)
+
+
 def van_der_pol(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
     x, v = y.unbind(-1)
     return torch.stack([v, p[..., 0] * ((1 - x * x) * v - x)], -1)
@@ -190,6 +195,18 @@ class TestGradients:
         lanes, eager = both(robertson, y0, T, (p,), options=options)
         for found, expected in zip(gradients(lanes, (y0, p)), gradients(eager, (y0, p)), strict=True):
             assert relative_error(found, expected) <= 1e-8
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_of_long_solves_at_a_loose_tolerance(self, method: str) -> None:
+        """Steps so long that the state before them is no start from which iterations find the same solution again."""
+        p = torch.tensor([[0.04, 1.0]], dtype=torch.float64) * torch.logspace(-2, 1, 4, dtype=torch.float64)[:, None]
+        y0, p = SYSTEMS["robertson"].inputs(4)[0], p.requires_grad_()
+        t = torch.tensor([0.0, 1e11], dtype=torch.float64)
+        lanes, eager = both(robertson_at_rest, y0, t, (p,), method=method, rtol=1e-3, atol=1e-9)
+        weights = torch.tensor([1e8, 1e13, 1.0], dtype=torch.float64)  # about those of relative changes
+        of_lanes, of_eager = (torch.autograd.grad((x.y[-1] * weights).sum(), (y0, p)) for x in (lanes, eager))
+        for found, expected in zip(of_lanes, of_eager, strict=True):
+            assert relative_error(found, expected) <= 1e-4
 
     def test_of_shared_parameters_and_networks(self) -> None:
         func, y0 = DrivenMlp(3, 8).double(), sample(BATCH, 3).requires_grad_()

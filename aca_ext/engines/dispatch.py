@@ -31,6 +31,7 @@ from aca_ext.problem.options import DEFAULT_MAX_NUM_STEPS, max_num_steps_of
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.recorders import recorder
 from aca_ext.problem.resumption import SolverState
+from aca_ext.problem.signature import refuse_swapped
 from aca_ext.problem.state import State, tensors_in
 from aca_ext.problem.times import as_float64, warn_where_time_stands_still
 from aca_ext.problem.transforms import is_transformed, refuse_transforms
@@ -247,7 +248,8 @@ def run_again(given: Arguments) -> tuple[Problem, Result] | None:
         for x in tensors_in(given.args):
             refuse_transforms("args", x)
     if engine == "compiled" and problem.settings.has_program:
-        return problem, solve_as_before(Request(problem))
+        return problem, solve_as_before(Request(problem))  # it checks a func before it traces it
+    refuse_swapped(func)
     return problem, _result(ENGINES[engine], Request(problem))
 
 

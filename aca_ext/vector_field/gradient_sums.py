@@ -16,12 +16,12 @@ _NONE = type(None)
 class GradientSums:
     """Adds the gradients of one evaluation after another to their totals.
 
-    Args:
+    Attributes:
         totals: one for each input, None until its first term; updated in place.
     """
 
     def __init__(self, totals: list[Tensor | None]) -> None:
-        self._totals = totals
+        self.totals = totals
         self._running: Any = None  # adds in C++, as soon as all totals have a first term
 
     def add(self, grads: Sequence[Tensor | None], indices: Sequence[int] | None = None) -> None:
@@ -30,20 +30,20 @@ class GradientSums:
             if self._running.add(grads):
                 return
             if _NONE not in map(type, grads):
-                torch._foreach_add_(self._totals, grads)  # type: ignore[arg-type]
+                torch._foreach_add_(self.totals, grads)  # type: ignore[arg-type]
                 return
         totals: list[Tensor] = []
         terms: list[Tensor] = []
         for i, grad in enumerate(grads) if indices is None else zip(indices, grads, strict=True):
             if grad is None:
                 continue
-            total = self._totals[i]
+            total = self.totals[i]
             if total is None:
-                self._totals[i] = grad.clone()  # autograd may return the same tensor again, so sums need a copy
+                self.totals[i] = grad.clone()  # autograd may return the same tensor again, so sums need a copy
             else:
                 totals.append(total)
                 terms.append(grad)
         if totals:
             torch._foreach_add_(totals, terms)
-        if self._running is None and totals and indices is None and _NONE not in map(type, self._totals):
-            self._running = running_sums(self._totals)
+        if self._running is None and totals and indices is None and _NONE not in map(type, self.totals):
+            self._running = running_sums(self.totals)

@@ -74,8 +74,7 @@ class Replay:
         following = iter(cut_args)
         self.field = field.with_args([next(following) if _has_grad(a) else a for a in field.args])
         self.inputs = [*cut_params, *cut_args, *cut_found]
-        self.grads: list[Tensor | None] = [None] * len(self.inputs)
-        self._sums = GradientSums(self.grads)
+        self._sums = GradientSums([None] * len(self.inputs))
         is_named = not is_checked and (is_one_graph or not cuts_all)
         self.origins = [(i, p) for i, p in enumerate(params) if is_named and p.grad_fn is not None]
         self._origins = tuple(p for _, p in self.origins)
@@ -128,6 +127,14 @@ class Replay:
             field.restore_buffers(buffers)
             if random_state is not None:
                 field.set_random_state(random_state)
+
+    @property
+    def grads(self) -> list[Tensor | None]:
+        return self._sums.totals
+
+    @grads.setter
+    def grads(self, grads: list[Tensor | None]) -> None:
+        self._sums = GradientSums(grads)
 
     @property
     def n_evals(self) -> int:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aca_ext.engines.cuda_graph import captures, engine
 from aca_ext.engines.cuda_graph.control_block import ControlBlock
 from aca_ext.problem.state import tensors_in
-from aca_ext.vector_field import replay
+from aca_ext.vector_field import gradient_sums
 
 Body = Callable[[], None]
 
@@ -112,7 +112,8 @@ def emulated_engine(cuda: Emulation, *, device_loops: bool) -> Iterator[Emulated
         patch.object(engine, "DEVICES", ("cpu",)),
         patch.object(engine, "capturer_for", lambda device: capturer),
         patch.object(captures, "DEVICE_LOOPS", device_loops),
-        patch.object(replay, "running_sums", lambda totals: None),  # on a GPU torch adds gradients, which is recorded
+        # On a GPU torch adds gradients, which is recorded.
+        patch.object(gradient_sums, "running_sums", lambda totals: None),
     ):
         yield capturer
     cuda.library.delete_stream(stream)

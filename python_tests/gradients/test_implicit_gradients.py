@@ -272,7 +272,7 @@ class TestAdaptiveSteps:
         rate = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
         found = []
         for gradient in ("aca", "adjoint"):
-            ys = odeint(func, y0, T, method="kvaerno5", args=(rate,), gradient=gradient, rtol=1e-6, atol=1e-9)
+            ys = odeint(func, y0, T, method="kvaerno5", args=(rate,), gradient=gradient, rtol=1e-7, atol=1e-10)
             found.append(gradients(ys, (y0, func.p, rate)))
         assert worst(found[1], found[0]) < 1e-3
 

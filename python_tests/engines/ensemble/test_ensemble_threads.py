@@ -129,9 +129,10 @@ class TestThreadsOnTheCpu:
             aca_ext.odeint(
                 lambda t, y: -y, learnt(BATCH, 2), T, checkpoints=4, options=INDEPENDENT, engine="compiled", **CALL
             )
+        times = 2 * T  # with those of before it would be a repeated solve, which there are for states on a CPU alone
         with pytest.raises(errors.CompileError, match=r"on a GPU in compiled threads alone.*BatchNorm|running"):
             aca_ext.odeint(
-                nn.BatchNorm1d(2).double(), learnt(BATCH, 2), T, options=INDEPENDENT, engine="compiled", **CALL
+                nn.BatchNorm1d(2).double(), learnt(BATCH, 2), times, options=INDEPENDENT, engine="compiled", **CALL
             )
 
     @pytest.mark.parametrize("case", ["lotka_volterra", "network"])

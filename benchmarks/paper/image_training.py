@@ -38,7 +38,7 @@ class Training:
     def at(settings: Settings) -> "Training":
         return settings.pick(
             Training((4, 8), 1, 2, 0.05, 64, 64),
-            Training((8, 16), 2, 12, 0.05, 64, 64),
+            Training((8, 16), 2, 6, 0.05, 64, 64),
             Training((64, 128, 256, 512), 1, 12, 0.1, 128, 128),
         )
 

@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.events import Event
-from aca_ext.problem.state import State
 from aca_ext.progress import Callback
 
 _P = ParamSpec("_P")
@@ -29,22 +29,14 @@ if "reason" in inspect.signature(torch.compiler.disable).parameters:  # newer ve
 
 
 @dataclass(eq=False, slots=True)
-class Arguments:
-    """Arguments of ``solve`` before validation, never modified; creating a frozen dataclass would take longer."""
+class Arguments(ProblemArguments):
+    """Arguments of ``solve`` before validation."""
 
-    func: Callable[..., State]
-    y0: State
-    t: Tensor | Sequence[float]
     _: KW_ONLY
-    rtol: float | Tensor = 1e-7
-    atol: float | Tensor = 1e-9
-    method: str | None = None
-    options: Mapping[str, Any] | None = None
     events: Sequence[Event] = ()
     gradient: str = "aca"
     checkpoints: int | str | None = None
     engine: str | None = None
-    args: Sequence[Any] = ()
     params: Sequence[Tensor] | None = None
     progress: bool = False
     callback: Callback | None = None
@@ -55,12 +47,6 @@ class Arguments:
     adjoint_params: Sequence[Tensor] | None = None
     dense: bool = False
     output_fn: Callable[[Tensor, Any], Any] | None = None
-
-    @property
-    def of_problem(self) -> dict[str, Any]:
-        """The arguments that describe the problem, except func, y0 and t."""
-        names = ("rtol", "atol", "method", "options", "args")
-        return {name: getattr(self, name) for name in names}
 
 
 def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callable[_P, _R]]:

@@ -55,7 +55,7 @@ def run(arguments: Arguments, resumed: SolverState | None = None, *, may_stop: b
     recording = recorder()
     if recording is not None:
         _check_recorded(recording, arguments)
-        return solve_recorded(recording, arguments.func, y0, t, **arguments.of_problem)
+        return solve_recorded(recording, arguments)
     problem = _problem_of(arguments, resumed)
     learnt = t if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled() else None
     if may_stop and arguments.callback is not None:
@@ -121,7 +121,7 @@ def _result(engine: Engine, request: Request) -> Result:
 def _problem_of(arguments: Arguments, resumed: SolverState | None) -> Problem:
     """The problem, with ``resumed`` as its start if an earlier part of the solve stopped there."""
     make: Callable[..., Problem] = batch_problem_of if is_independent(arguments.options) else problem_of
-    problem = make(arguments.func, arguments.y0, arguments.t, **arguments.of_problem)
+    problem = make(arguments)
     if arguments.events:
         return _with_events(problem, arguments)
     if resumed is None:
@@ -240,8 +240,7 @@ def run_again(given: Arguments) -> tuple[Problem, Result] | None:
         or recorder() is not None
     ):
         return None
-    func, y0, t = given.func, given.y0, given.t
-    problem = known_problem(func, y0, t, given.rtol, given.atol, given.method, given.options, given.args)
+    problem, t = known_problem(given), given.t
     if problem is None or not isinstance(t, Tensor) or (t.requires_grad and torch.is_grad_enabled()):
         return None
     if given.args:
@@ -249,7 +248,7 @@ def run_again(given: Arguments) -> tuple[Problem, Result] | None:
             refuse_transforms("args", x)
     if engine == "compiled" and problem.settings.has_program:
         return problem, solve_as_before(Request(problem))  # it checks a func before it traces it
-    refuse_swapped(func)
+    refuse_swapped(given.func)
     return problem, _result(ENGINES[engine], Request(problem))
 
 

@@ -8,10 +8,9 @@ right for fixed steps only: adaptive steps would be those of the example for eve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +20,10 @@ from aca_ext.errors import ArgumentTypeError, ArgumentValueError
 from aca_ext.kernels.operations import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.adams import Adams
-from aca_ext.problem.options import FIXED_OPTIONS, Options
+from aca_ext.problem.arguments import ProblemArguments
+from aca_ext.problem.options import FIXED_OPTIONS
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.recorders import JIT
-from aca_ext.problem.state import State
 from aca_ext.problem.validation import checked_problem
 from aca_ext.solution import LazySolution, Solution
 from aca_ext.solver.checkpoints import AcceptedStep, StepRecord
@@ -36,9 +35,7 @@ from aca_ext.vector_field.slope_check import SlopeCheck
 _value_of = getattr(torch._C, "_get_value_trace", None)  # private to torch
 
 
-def solve_recorded(
-    by: str, func: Callable[..., State], y0: State, t: Any, *, options: Options | None, **settings: Any
-) -> Solution:
+def solve_recorded(by: str, given: ProblemArguments) -> Solution:
     """Solves with fixed steps; the gradient comes from autograd, and no engine is used.
 
     Raises:
@@ -46,11 +43,11 @@ def solve_recorded(
         ArgumentValueError: the steps are adaptive.
         Those of ``solve``.
     """
-    given = options if isinstance(options, Mapping) else {}
-    for what, x in (("t", t), *((f"option {name}", given.get(name)) for name in FIXED_OPTIONS)):
+    t, options = given.t, given.options if isinstance(given.options, Mapping) else {}
+    for what, x in (("t", t), *((f"option {name}", options.get(name)) for name in FIXED_OPTIONS)):
         _refuse_input(by, what, x)
     with _quiet():
-        problem = checked_problem(func, y0, t, options=options, **settings)
+        problem = checked_problem(given)
     if problem.grid is None:
         raise ArgumentValueError(
             f"{by} would record the adaptive steps of its example, but each input needs its own. Use fixed steps, by "

@@ -141,7 +141,7 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
             for shape, part in zip(packing.shapes, leaves_of(arguments.y0), strict=True)
         )
         y0: State = like(arguments.y0, parts)
-        problem: Problem = make(arguments.func, y0, arguments.t, **arguments.of_problem)
+        problem: Problem = make(replace(arguments, y0=y0))
     if type(problem.tableau) is not Tableau:
         raise ArgumentValueError(
             f"method {problem.tableau.name!r} is not available inside a function transform (torch.func, forward_ad). "

@@ -20,6 +20,7 @@ from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.dependencies import FirstEvaluation
 from aca_ext.gradients.passes import check_cotangent
 from aca_ext.kernels.fused import operations_for
+from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.state import Packing, tensors_in
 from aca_ext.problem.validation import problem_of
@@ -124,15 +125,9 @@ def _interval(
         options["norm"] = lambda state: max(part.square().mean().sqrt() for part in state[:2])
     elif callable(options.get("norm")):
         options["norm"] = partial(_norm_of_parts, options["norm"], parts_of)
+    y0 = (y.contiguous(), a.contiguous(), grads)
     problem = problem_of(
-        augmented,
-        (y.contiguous(), a.contiguous(), grads),
-        times,
-        rtol=how.rtol,
-        atol=how.atol,
-        method=how.method,
-        options=options,
-        args=(),
+        ProblemArguments(augmented, y0, times, rtol=how.rtol, atol=how.atol, method=how.method, options=options)
     )
     if on_step is not None:
         problem = replace(problem, on_step=lambda step: on_step(step._replace(y=parts_of(step.y))))

@@ -1,8 +1,9 @@
-"""Validation shared by several arguments: names, numbers, tensors that require grad."""
+"""Arguments that describe a problem, and validation that several share: names, numbers, tensors that require grad."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 from typing import Any
 
@@ -10,8 +11,26 @@ from torch import Tensor
 
 from aca_ext.errors import UnknownNameError
 from aca_ext.problem.admission import check_readable
-from aca_ext.problem.state import tensors_in
+from aca_ext.problem.state import State, tensors_in
 from aca_ext.problem.suggestions import is_implicit, meant_by
+
+
+@dataclass(eq=False, slots=True)
+class ProblemArguments:
+    """Arguments of ``solve`` that describe the problem, before validation and never modified.
+
+    A frozen dataclass would take longer to create.
+    """
+
+    func: Callable[..., State]
+    y0: State
+    t: Tensor | Sequence[float]
+    _: KW_ONLY
+    rtol: float | Tensor = 1e-7
+    atol: float | Tensor = 1e-9
+    method: str | None = None
+    options: Mapping[str, Any] | None = None
+    args: Sequence[Any] = ()
 
 
 def lookup(kind: str, name: object, allowed: Iterable[str]) -> str:

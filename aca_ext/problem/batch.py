@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from aca_ext.errors import ArgumentValueError, OptionError
 from aca_ext.numerics.switching import Switching
+from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.newton import newton_options_of_samples
 from aca_ext.problem.options import is_compact, is_nan_on_failure
 from aca_ext.problem.problem import Problem
@@ -161,37 +161,20 @@ class BatchProblem(Problem):
         return (len(self.y0), *(1,) * (self.y0.dim() - 1))
 
 
-def batch_problem_of(
-    func: Callable[..., State],
-    y0: State,
-    t: object,
-    *,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    method: str | None,
-    options: Mapping[str, Any],
-    args: Sequence[Any],
-) -> BatchProblem:
+def batch_problem_of(given: ProblemArguments) -> BatchProblem:
     """``problem_of`` with option ``batch="independent"``."""
-    return remembered(_checked_batch_problem, func, y0, t, rtol, atol, method, options, args)
+    return remembered(_checked_batch_problem, given)
 
 
-def _checked_batch_problem(
-    func: Callable[..., State],
-    y0: State,
-    t: object,
-    rtol: float | Tensor,
-    atol: float | Tensor,
-    method: str | None,
-    options: Mapping[str, Any],
-    args: Sequence[Any],
-) -> BatchProblem:
+def _checked_batch_problem(given: ProblemArguments) -> BatchProblem:
+    assert given.options is not None  # they hold option batch
+    options = given.options
     for name in _UNAVAILABLE:
         if options.get(name) is not None:
             raise OptionError(f'option {name} is not available with batch="independent"; remove one of the two.')
-    t, longest = checked_sample_times(t)
+    t, longest = checked_sample_times(given.t)
     others = {name: value for name, value in options.items() if name not in STOP_OPTIONS}
-    problem = checked_problem(func, y0, longest, rtol, atol, method, others, args)
+    problem = checked_problem(replace(given, t=longest, options=others))
     if isinstance(problem.tableau, Switching):
         raise OptionError(
             f'option batch="independent" takes one method, and {problem.tableau.name!r} changes it. Choose an explicit '
@@ -205,14 +188,14 @@ def _checked_batch_problem(
         )
     packing = RowPacking.of_problem(problem)
     n_rows = _n_rows(packing)
-    packed = packing.pack(y0)
-    given = {field.name: getattr(problem, field.name) for field in fields(Problem)}
-    given |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
+    packed = packing.pack(given.y0)
+    parts = {field.name: getattr(problem, field.name) for field in fields(Problem)}
+    parts |= {"packing": packing, "y0": _with_neighbours(packed), "tolerance": _tolerance(problem, packing)}
     if problem.newton is not None:
-        given["newton"] = newton_options_of_samples(problem.newton, options.get("jacobian"), packed)
-    given["times_of_rows"] = of_rows = times_of_samples(t, n_rows)
+        parts["newton"] = newton_options_of_samples(problem.newton, options.get("jacobian"), packed)
+    parts["times_of_rows"] = of_rows = times_of_samples(t, n_rows)
     return BatchProblem(
-        **given,
+        **parts,
         nan_on_failure=is_nan_on_failure(options.get("on_failure")),
         is_compact=is_compact(options),
         stops_of_rows=stops_of(options, of_rows[:, 0], last_times_of(of_rows)),

@@ -18,6 +18,7 @@ from aca_ext.gradients.aca import solve_without_graph
 from aca_ext.gradients.base import AdjointOptions, Result, Task
 from aca_ext.gradients.dependencies import checked_params
 from aca_ext.kernels.fused import operations_for
+from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.state import State
 from aca_ext.problem.validation import problem_of
@@ -69,17 +70,9 @@ def adjoint_with_scipy(
 def _forward(call: Call) -> tuple[Problem, Any]:
     """The problem of a call, and the function that solves it from a task and the first slope."""
     by_scipy = call.method == SCIPY
-    problem = problem_of(
-        call.func,
-        call.y0,
-        call.t,
-        rtol=call.rtol,
-        atol=call.atol,
-        method=None if by_scipy else call.method,
-        options={} if by_scipy else call.options,
-        args=(),
-    )
-    problem = replace(problem, on_step=call.callback)
+    method, options = (None, {}) if by_scipy else (call.method, call.options)
+    given = ProblemArguments(call.func, call.y0, call.t, rtol=call.rtol, atol=call.atol, method=method, options=options)
+    problem = replace(problem_of(given), on_step=call.callback)
     return problem, partial(_result, options=call.options) if by_scipy else solve_without_graph
 
 

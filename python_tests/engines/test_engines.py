@@ -11,6 +11,7 @@ from problems import sample
 from aca_ext import errors, odeint, solve
 from aca_ext.engines import ENGINES, Request
 from aca_ext.engines.compiled import engine as compiled_engine
+from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.batch import batch_problem_of
 from aca_ext.problem.validation import problem_of
 
@@ -34,7 +35,7 @@ def decay(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def problem(n_times: int = 2, **options: Any) -> Any:
     make = batch_problem_of if "batch" in options else problem_of
     times = torch.linspace(0.0, 1.0, n_times)
-    return make(decay, sample(3, 2), times, rtol=1e-6, atol=1e-6, method=None, options=options, args=())
+    return make(ProblemArguments(decay, sample(3, 2), times, rtol=1e-6, atol=1e-6, options=options))
 
 
 @pytest.mark.parametrize("name", ["eager", "auto", pytest.param("compiled", marks=NEEDS_COMPILER)])

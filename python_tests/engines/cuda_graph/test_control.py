@@ -16,6 +16,7 @@ from aca_ext import _C, METHODS
 from aca_ext.engines.cuda_graph.control_block import ControlBlock, DeviceTimes, SolveMemory
 from aca_ext.numerics.controller import Controller
 from aca_ext.numerics.step_control import StepControl
+from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.problem import Problem
 from aca_ext.problem.validation import problem_of
 from aca_ext.solver.runge_kutta import scheme_of, stage_times
@@ -108,10 +109,9 @@ def problem_with(
     controller: Controller, times: list[float], stops: list[float], method: str = "dopri5", dtype: str = "float64"
 ) -> Problem:
     y0 = torch.ones(5, dtype=getattr(torch, dtype))
-    found = problem_of(
-        slope, y0, times, rtol=1e-3, atol=1e-3, method=method, options={"step_t": stops} if stops else None, args=()
-    )
-    return replace(found, controller=controller)
+    options = {"step_t": stops} if stops else None
+    given = ProblemArguments(slope, y0, times, rtol=1e-3, atol=1e-3, method=method, options=options)
+    return replace(problem_of(given), controller=controller)
 
 
 def assert_same_walk(driven: Driven, host: Host, ratios: list[float]) -> None:

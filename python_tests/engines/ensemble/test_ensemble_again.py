@@ -18,6 +18,7 @@ from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
 from aca_ext.engines.ensemble.library import task_of
 from aca_ext.problem import validation
+from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.batch import BatchProblem, batch_problem_of
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
@@ -193,9 +194,8 @@ def test_failures_are_named_each_time(validated: list[object]) -> None:
 def test_a_task_is_kept_for_the_same_parts_alone() -> None:
     """``replace`` gives a problem other parts, but leaves it its settings."""
     y0 = torch.ones(4, 3, dtype=torch.float64)
-    settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6, "method": None, "args": ()}
-    problem = batch_problem_of(decay, y0, T, options={"batch": "independent"}, **settings)
-    known = batch_problem_of(decay, y0 + 1, T, options={"batch": "independent"}, **settings)
+    given = ProblemArguments(decay, y0, T, options={"batch": "independent"})
+    problem, known = batch_problem_of(given), batch_problem_of(replace(given, y0=y0 + 1))
     assert type(known) is BatchProblem
     assert known.settings is problem.settings
 

@@ -138,17 +138,24 @@ Solver = Callable[[System], tuple[Callable[[], Any], Callable[[], Any] | None]]
 
 
 def run(settings: Settings) -> Parts:
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64,) if settings.quick else (torch.float64, torch.float32):
         n = QUICK_SAMPLES if settings.quick else SAMPLES
-        for system in (*systems(n, dtype), *(network(sizes, n // 2, dtype) for sizes in NETWORKS)):
+        for system in _measured(settings, dtype, n, n // 2):
             yield from _measure(system, settings)
     yield from _threads(settings)
+
+
+def _measured(settings: Settings, dtype: torch.dtype, n: int, n_networks: int) -> list[System]:
+    """All systems; for a quick run the first and the first network."""
+    last = 1 if settings.quick else None
+    of_networks = [network(sizes, n_networks, dtype) for sizes in NETWORKS[:last]]
+    return [*list(systems(n, dtype))[:last], *of_networks]
 
 
 def _threads(settings: Settings) -> Parts:
     n = QUICK_SAMPLES if settings.quick else 20 * SAMPLES
     table = Table(f"{COMPILED}, one thread over two, {n} samples, float64", THREADS_COLUMNS)
-    for system in (*systems(n, torch.float64), *(network(sizes, n // 20, torch.float64) for sizes in NETWORKS)):
+    for system in _measured(settings, torch.float64, n, n // 20):
         row: dict[str, Any] = {"system": system.name}
         for kind, solve in zip(("forward", "both"), _ours("compiled")(system), strict=True):
             timing = interleave({f"{k}": partial(_with_threads, k, solve) for k in (1, 2)}, settings, seconds=10)

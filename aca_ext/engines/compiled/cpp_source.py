@@ -78,7 +78,8 @@ class Source:
             code = "\n".join(line for line in lines if not line.startswith("#include"))
             kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"static void {name}(", code))
         count = _number("programs", self._count)
-        return "\n".join([*headers, _header("matmul.h"), *self._constants, *kernels, *self._programs, count, ""])
+        own = [_header(name) for name in ("matmul.h", "sums.h")]
+        return "\n".join([*headers, *own, *self._constants, *kernels, *self._programs, count, ""])
 
 
 _TORCH_HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>"

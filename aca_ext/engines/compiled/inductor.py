@@ -42,7 +42,6 @@ class Recipe(NamedTuple):
     constant: int
 
 
-
 _HAS_OWN_VECTORS = "CPU_CAPABILITY_AVX512"  # the definition among the flags of the compiler
 _BEYOND_OWN_VECTORS = "VecMask<double,2>", ".template cast<int", "c10::"  # the most frequent ones
 
@@ -291,7 +290,7 @@ def wrapper_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Wrapper:
     AsyncCompile.cpp_pybinding = lambda self, types, source, *_: _Kernel(types, source)
     try:
         with torch.no_grad(), _inductor_settings(), lowerings(), shortcuts():
-            wrapper: Any = compile_fx_inner(graph, list(inputs))
-            return wrapper  # type: ignore[no-any-return]
+            wrapper: Wrapper = compile_fx_inner(graph, list(inputs))
+            return wrapper
     finally:
         AsyncCompile.cpp_pybinding = original

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
-from aca_ext.engines.compiled.fingerprint import fingerprint
 from aca_ext.engines.compiled.composed_steps import ComposedSteps
+from aca_ext.engines.compiled.fingerprint import fingerprint
 from aca_ext.engines.compiled.inductor import Program, Recipe, compile_programs, forget_programs
 from aca_ext.engines.compiled.step_graphs import Layout, WholeSteps
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed

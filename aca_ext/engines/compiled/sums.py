@@ -46,7 +46,7 @@ def error_sums(
     tolerances: tuple[Tensor, Tensor],
     segments: Sequence[int],
 ) -> Call:
-    """The call that computes ``reference.squared_error_ratios`` with weight w·h of k; tolerances are 0-d or per element."""
+    """The call for ``reference.squared_error_ratios`` with the weight w·h of k; tolerances are 0-d or per element."""
     kind = C_TYPES[partial.dtype]
     named = {"partial": partial, "h": h, "y0": ends[0], "y1": ends[1], "rtol": tolerances[0], "atol": tolerances[1]}
     if k is not None:

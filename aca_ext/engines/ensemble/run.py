@@ -196,7 +196,9 @@ class _Run:
         stats, problem, tableau = self.stats, self.problem, self.problem.tableau
         controller = problem.controller
         assert controller is not None
-        stats.n_steps, stats.n_accepted, failures, _, _, _, jumps = self._counted.T.contiguous().unbind()
+        n_steps, n_accepted, failures, _, _, _, jumps = self._counted.unbind(1)
+        # Copies, so that statistics that are kept or pickled do not hold the whole buffer.
+        stats.n_steps, stats.n_accepted = n_steps.clone(), n_accepted.clone()
         stats.n_rejected = stats.n_steps - stats.n_accepted
         slopes = jumps + (1 + (controller.first_step is None))
         if problem.newton is None:

@@ -119,6 +119,23 @@ class TestComposedSteps:
         monkeypatch.setattr(plans, "ways_of_compiling", lambda *given: [ComposedSteps(*given)])
         assert_same(lambda t, y: torch.zeros_like(y), torch.zeros(5, dtype=torch.float64), rtol=1e-6, atol=0.0)
 
+    def test_gradients_of_many_parameters_are_the_same_for_any_number_of_threads(self) -> None:
+        weight = sample(182, 182, seed=5).requires_grad_()  # so many elements are summed by several threads
+        y0, found = sample(3, 182, seed=3), []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            try:
+                solution = solve(
+                    lambda t, y: torch.sin(y @ weight), y0, [0.0, 1.0], method="rk4", options={"step_size": 0.5},
+                    engine="compiled",
+                )  # fmt: skip
+                assert solution.stats.compiled == "solve"
+                found += torch.autograd.grad(solution.y.square().sum(), weight)
+            finally:
+                torch.set_num_threads(1)
+        assert torch.equal(*found)
+        assert found[0].abs().max() > 0
+
     def test_if_they_cannot_be_compiled_the_whole_step_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tried = []
 

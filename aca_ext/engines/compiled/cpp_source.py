@@ -15,6 +15,7 @@ from aca_ext.errors import CompileError
 C_TYPES = {torch.float32: "float", torch.float64: "double"}
 _ALIGNMENT = 64
 _MAX_CONSTANT_BYTES = 1 << 16
+_KERNEL = "__attribute__((noinline)) static void"  # copies in each stage would take the compiler twice the time
 _END_OF_PRODUCTS = "}  // namespace aca"  # in matmul.h
 
 
@@ -76,9 +77,10 @@ class Source:
             lines = source.splitlines()
             headers.update((line, None) for line in lines if line.startswith("#include"))
             code = "\n".join(line for line in lines if not line.startswith("#include"))
-            kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"static void {name}(", code))
+            kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"{_KERNEL} {name}(", code))
         count = _number("programs", self._count)
-        return "\n".join([*headers, _header("matmul.h"), *self._constants, *kernels, *self._programs, count, ""])
+        own = [_header(name) for name in ("matmul.h", "sums.h")]
+        return "\n".join([*headers, *own, *self._constants, *kernels, *self._programs, count, ""])
 
 
 _TORCH_HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>"

@@ -27,7 +27,20 @@ from aca_ext.engines.compiled.lowerings import lowerings
 from aca_ext.engines.compiled.shortcuts import shortcuts, templates_compiled_when_used
 from aca_ext.errors import CompileError
 
-Traced = tuple[fx.GraphModule, list[Tensor], int]  # traced graph, example inputs, number of constant ones at their end
+
+class Recipe(NamedTuple):
+    """A program to be compiled.
+
+    Attributes:
+        record: returns the calls that the program makes, on the memory of ``inputs`` and on new memory.
+        inputs: example inputs, which share no memory.
+        constant: number of inputs at the end that do not change between runs.
+    """
+
+    record: Callable[[], list[Call]]
+    inputs: Sequence[Tensor]
+    constant: int
+
 
 _HAS_OWN_VECTORS = "CPU_CAPABILITY_AVX512"  # the definition among the flags of the compiler
 _BEYOND_OWN_VECTORS = "VecMask<double,2>", ".template cast<int", "c10::"  # the most frequent ones
@@ -35,6 +48,8 @@ _BEYOND_OWN_VECTORS = "VecMask<double,2>", ".template cast<int", "c10::"  # the 
 _OF_SLEEF = "libtorch_cpu.so"
 _SLOW_WORDS = {"-g1", "-Wall", "-pedantic", "-ltorch", "-ltorch_cpu", "-ltorch_python"}
 _VECTORS_OF_FLOATS = {"avx512", "avx2"}
+
+Wrapper = Callable[[list[Tensor]], Sequence[Tensor]]
 
 LOCK = threading.RLock()  # stand-ins replace parts of Inductor for the whole process
 
@@ -56,11 +71,8 @@ class Program(NamedTuple):
     prepared_bytes: int
 
 
-def compile_programs(known_by: Sequence[str] | None, trace: Callable[[], Sequence[Traced]]) -> list[Program]:
-    """Programs from the cache on disk, or compiled into one library from the graphs that ``trace`` returns.
-
-    A graph is functional and returns results by ``copy_`` to inputs at its end. It comes with example inputs, which
-    share no memory, and with the number of inputs at the end that do not change between runs.
+def compile_programs(known_by: Sequence[str] | None, trace: Callable[[], Sequence[Recipe]]) -> list[Program]:
+    """Programs from the cache on disk, or compiled into one library from the recipes that ``trace`` returns.
 
     Args:
         known_by: texts that determine the programs; None if only their source does.
@@ -82,8 +94,8 @@ def forget_programs(known_by: Sequence[str]) -> None:
     forget([*origin(), *known_by])
 
 
-def _build(trace: Callable[[], Sequence[Traced]], to: Path) -> None:
-    """Writes the library of the graphs, for the best vector instructions that the processor has.
+def _build(trace: Callable[[], Sequence[Recipe]], to: Path) -> None:
+    """Writes the library of the recipes, for the best vector instructions that the processor has.
 
     Inductor would first compile a test for each set of instructions, which takes longer than the library. If the
     compiler or torch does not know the best set, the library is built again, from tests.
@@ -120,10 +132,10 @@ def _untested_instructions() -> Iterator[None]:
         cpu_vec_isa.valid_vec_isa_list = original
 
 
-def _source(traced: Sequence[Traced]) -> str:
+def _source(recipes: Sequence[Recipe]) -> str:
     source = Source()
-    for graph, inputs, constant in traced:
-        source.add(_record(graph, inputs), inputs, constant)
+    for recipe in recipes:
+        source.add(recipe.record(), recipe.inputs, recipe.constant)
     return source.text()
 
 
@@ -183,12 +195,21 @@ def run_program(program: Program, inputs: Sequence[Tensor]) -> None:
     run(ctypes.addressof(table), workspace.data_ptr(), prepared.data_ptr())
 
 
-class _Recorder(TorchDispatchMode):
-    """Records the calls that a wrapper makes, and refuses torch operations other than matrix products and views."""
+class Recorder(TorchDispatchMode):
+    """Records the calls that wrappers make, and refuses torch operations other than matrix products and views."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+
+    def run(self, wrapper: Wrapper, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Records the calls of a wrapper, and returns the results that it allocated."""
+        _recorders.append(self)
+        try:
+            with torch.no_grad(), self:
+                return wrapper(list(inputs))
+        finally:
+            _recorders.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -203,7 +224,7 @@ class _Recorder(TorchDispatchMode):
         )
 
 
-_recorders: list[_Recorder] = []
+_recorders: list[Recorder] = []
 
 
 class _Kernel:
@@ -247,7 +268,19 @@ def _has(config: Any, name: str) -> bool:
     return True
 
 
-def _record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Call]:
+def whole_program(graph: fx.GraphModule, inputs: Sequence[Tensor], constant: int) -> Recipe:
+    """The program of one graph, which is functional and returns results by ``copy_`` to inputs at its end."""
+
+    def record() -> list[Call]:
+        recorder = Recorder()
+        recorder.run(wrapper_of(graph, inputs), inputs)
+        return recorder.calls
+
+    return Recipe(record, inputs, constant)
+
+
+def wrapper_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Wrapper:
+    """Inductor's wrapper of a functional graph, for ``Recorder.run``; it empties the list that it is called with."""
     with templates_compiled_when_used():
         from torch._inductor import async_compile
         from torch._inductor.compile_fx import compile_fx_inner
@@ -255,16 +288,9 @@ def _record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Call]:
     AsyncCompile: Any = async_compile.AsyncCompile  # noqa: N806
     original = AsyncCompile.cpp_pybinding
     AsyncCompile.cpp_pybinding = lambda self, types, source, *_: _Kernel(types, source)
-    recorder = _Recorder()
     try:
         with torch.no_grad(), _inductor_settings(), lowerings(), shortcuts():
-            wrapper: Any = compile_fx_inner(graph, list(inputs))
-            _recorders.append(recorder)
-            try:
-                with recorder:
-                    wrapper(list(inputs))
-            finally:
-                _recorders.pop()
+            wrapper: Wrapper = compile_fx_inner(graph, list(inputs))
+            return wrapper
     finally:
         AsyncCompile.cpp_pybinding = original
-    return recorder.calls

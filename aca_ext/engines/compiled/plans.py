@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
+from aca_ext.engines.compiled.composed_steps import ComposedSteps
 from aca_ext.engines.compiled.fingerprint import fingerprint
-from aca_ext.engines.compiled.inductor import Program, Traced, compile_programs, forget_programs
-from aca_ext.engines.compiled.step_graphs import Layout, slope_graph, step_graph, transpose_graph
+from aca_ext.engines.compiled.inductor import Program, Recipe, compile_programs, forget_programs
+from aca_ext.engines.compiled.step_graphs import Layout, WholeSteps
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.engines.compiled.verification import MismatchError, Trial, Verification, check_transpose
 from aca_ext.errors import AcaError, CompileError
@@ -23,6 +24,19 @@ from aca_ext.solver.runge_kutta import scheme_of
 from aca_ext.solver.stats import Stats
 
 _TRANSPOSE = {False: "end only", True: "inside"}  # names of the transposed steps, by whether outputs lie inside them
+
+
+_LARGEST_COMPOSED = 1 << 15  # elements
+
+
+class Steps(Protocol):
+    """A way of compiling a step."""
+
+    def slope(self) -> Recipe: ...
+
+    def step(self) -> Recipe: ...
+
+    def transpose(self, *, inside: bool) -> Recipe: ...
 
 
 class Run(Protocol):
@@ -54,22 +68,19 @@ class Plan:
 
         if run.wants_backward and "forward" not in self._programs:
             self._compile_with_backward(run)
-        slope, step = self._compiled("forward", run.stats, self._forward_graphs, check)
+        slope, step = self._compiled("forward", run.stats, _forward, check)
         return slope, step
-
-    def _forward_graphs(self) -> tuple[Traced, ...]:
-        return slope_graph(self._captured, self._layout), step_graph(self._captured, self._layout)
 
     def _compile_with_backward(self, run: Run) -> None:
         """Compiles a step and its transposes together, since the compiler reads torch's headers once for all."""
         start, problem = time.perf_counter(), run.problem
         kinds = (False, True) if problem.adaptive and len(problem.times) > 2 else (False,)
 
-        def trace() -> tuple[Traced, ...]:
-            return *self._forward_graphs(), *(self._transpose_graph(inside) for inside in kinds)
+        def recipes(steps: Steps) -> list[Recipe]:
+            return [*_forward(steps), *(steps.transpose(inside=inside) for inside in kinds)]
 
         try:
-            slope, step, *transposed = self._compile(f"forward, {len(kinds)} transposes", trace)
+            slope, step, *transposed = self._compile(f"forward, {len(kinds)} transposes", recipes)
         except CompileError:
             return  # alone, the step may compile, or say why not
         finally:
@@ -92,10 +103,7 @@ class Plan:
             check_transpose(programs[0], self._layout, self._captured.wants_gradient, self._trials[inside])
             self._trials[inside] = []
 
-        return self._compiled(_TRANSPOSE[inside], stats, lambda: (self._transpose_graph(inside),), check)[0]
-
-    def _transpose_graph(self, inside: bool) -> Traced:
-        return transpose_graph(self._captured, self._layout, inside=inside)
+        return self._compiled(_TRANSPOSE[inside], stats, lambda steps: [steps.transpose(inside=inside)], check)[0]
 
     def _verification(self, run: Run) -> Verification:
         return Verification(run.task(), self._layout, run.used, self._captured.wants_gradient)
@@ -104,12 +112,12 @@ class Plan:
         self,
         name: str,
         stats: Stats,
-        trace: Callable[[], tuple[Traced, ...]],
+        recipes: Callable[[Steps], list[Recipe]],
         check: Callable[[list[Program]], None],
     ) -> list[Program]:
         if name not in self._programs:
             start = time.perf_counter()
-            programs = self._unverified.pop(name, None) or self._compile(name, trace)
+            programs = self._unverified.pop(name, None) or self._compile(name, recipes)
             try:
                 check(programs)
             except MismatchError:
@@ -120,20 +128,45 @@ class Plan:
             stats.compile_seconds += time.perf_counter() - start
         return self._programs[name]
 
-    def _compile(self, name: str, trace: Callable[[], tuple[Traced, ...]]) -> list[Program]:
+    def _compile(self, name: str, recipes: Callable[[Steps], list[Recipe]]) -> list[Program]:
         found = fingerprint(self._captured, self._layout)
         known_by = None if found is None else (name, *found)
         if known_by is not None:
             self._known_by.append(known_by)
-        try:
-            with undisturbed():
-                return compile_programs(known_by, trace)
-        except AcaError:
-            raise
-        except Exception as error:
-            raise CompileError(
-                f'torch\'s compiler failed on func. Use engine="eager". Its error: {type(error).__name__}: {error}'
-            ) from error
+        *others, last = ways_of_compiling(self._captured, self._layout)
+        for steps in others:
+            try:
+                return _compiled_by(steps, known_by, recipes)
+            except CompileError:
+                pass
+        return _compiled_by(last, known_by, recipes)
+
+
+def ways_of_compiling(captured: Captured, layout: Layout) -> list[Steps]:
+    """The ways of compiling a step, best one first.
+
+    In large states, one graph of all stages pays, since its kernels read them less often.
+    """
+    whole, composed = WholeSteps(captured, layout), ComposedSteps(captured, layout)
+    return [composed, whole] if layout.like.numel() <= _LARGEST_COMPOSED else [whole]
+
+
+def _forward(steps: Steps) -> list[Recipe]:
+    return [steps.slope(), steps.step()]
+
+
+def _compiled_by(
+    steps: Steps, known_by: tuple[str, ...] | None, recipes: Callable[[Steps], list[Recipe]]
+) -> list[Program]:
+    try:
+        with undisturbed():
+            return compile_programs(known_by, lambda: recipes(steps))
+    except AcaError:
+        raise
+    except Exception as error:
+        raise CompileError(
+            f'torch\'s compiler failed on func. Use engine="eager". Its error: {type(error).__name__}: {error}'
+        ) from error
 
 
 class Specification:

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from aca_ext.engines.compiled.backend import Captured
-from aca_ext.engines.compiled.inductor import Traced
+from aca_ext.engines.compiled.inductor import Recipe, whole_program
 from aca_ext.engines.compiled.lowerings import decompositions
 from aca_ext.engines.compiled.places import shown
 from aca_ext.errors import CompileError
@@ -65,7 +65,7 @@ class Layout:
         return torch.tensor(values, dtype=self.like.dtype, device="cpu")
 
 
-class _Slope:
+class Slope:
     """func's traced graph as a function of packed states."""
 
     def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
@@ -84,7 +84,7 @@ class _Slope:
         return self._packing.join(k)
 
 
-class _Replay(_Slope):
+class Replayed(Slope):
     """func's traced graph with its transpose, which adds up the gradients of func's inputs."""
 
     def __init__(self, captured: Captured, packing: Packing, inputs: Sequence[Tensor]) -> None:
@@ -111,22 +111,38 @@ def _leaves(captured: Captured, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return [x.detach().requires_grad_() if w else x for x, w in zip(inputs, wanted, strict=True)]
 
 
-def slope_graph(captured: Captured, layout: Layout) -> Traced:
+class WholeSteps:
+    """The recipes of the programs of a traced func, each from one graph of all stages, so that their kernels fuse."""
+
+    def __init__(self, captured: Captured, layout: Layout) -> None:
+        self._captured, self._layout = captured, layout
+
+    def slope(self) -> Recipe:
+        return _slope_graph(self._captured, self._layout)
+
+    def step(self) -> Recipe:
+        return _step_graph(self._captured, self._layout)
+
+    def transpose(self, *, inside: bool) -> Recipe:
+        return _transpose_graph(self._captured, self._layout, inside=inside)
+
+
+def _slope_graph(captured: Captured, layout: Layout) -> Recipe:
     def slope(scalars: Tensor, y: Tensor, k: Tensor, *inputs: Tensor) -> tuple[()]:
-        k.copy_(_Slope(captured, layout.packing, inputs)(scalars[0], y))
+        k.copy_(Slope(captured, layout.packing, inputs)(scalars[0], y))
         return ()
 
-    return _trace(slope, [layout.scalars(), layout.state(), layout.state()], {2}, captured)
+    return whole_program(*traced(slope, [layout.scalars(), layout.state(), layout.state()], {2}, captured))
 
 
-def step_graph(captured: Captured, layout: Layout) -> Traced:
+def _step_graph(captured: Captured, layout: Layout) -> Recipe:
     s, scheme, ops = layout.stages, layout.scheme, layout.ops
     n_tolerances = len(layout.tolerance_tensors)
 
     def whole_step(scalars: Tensor, y: Tensor, k_first: Tensor, y1: Tensor, sums: Tensor, *more: Tensor) -> tuple[()]:
         slopes, tolerances, inputs = more[: s - 1], more[s - 1 : s - 1 + n_tolerances], more[s - 1 + n_tolerances :]
         h = scalars[s]
-        f = _Slope(captured, layout.packing, inputs)
+        f = Slope(captured, layout.packing, inputs)
         trial = step(f, ops, scheme, scalars[:s], y, h, k_first)  # type: ignore[arg-type]
         if trial.partial_error is not None:
             rtol, atol = tolerances or (scalars[s + 1], scalars[s + 2])
@@ -142,10 +158,10 @@ def step_graph(captured: Captured, layout: Layout) -> Traced:
     sums = torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
     states = [layout.state() for _ in range(s + 2)]
     inputs = [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors]
-    return _trace(whole_step, inputs, {3, 4, *range(5, 4 + s)}, captured)
+    return whole_program(*traced(whole_step, inputs, {3, 4, *range(5, 4 + s)}, captured))
 
 
-def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Traced:
+def _transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Recipe:
     s, scheme, ops = layout.stages, layout.scheme, layout.ops
     n_inside = s + 1 if inside else 0
     wanted = [x for x, w in zip(captured.inputs, captured.wants_gradient, strict=True) if w]
@@ -158,7 +174,7 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
             g_inside, *each = of_slopes
             outputs.append(((0.0,) * s, g_inside))
             outputs += [(tuple(float(i == j) for j in range(s)), g_i) for i, g_i in enumerate(each)]
-        replay = _Replay(captured, layout.packing, inputs)
+        replay = Replayed(captured, layout.packing, inputs)
         pulled = step_vjp(replay, ops, scheme, scalars[:s], y, scalars[s], outputs)  # type: ignore[arg-type]
         # step_vjp adds the g of each pair (w, g) to the cotangent of the state. G_i belongs to a slope only.
         for g_i in of_slopes[1:]:
@@ -173,13 +189,16 @@ def transpose_graph(captured: Captured, layout: Layout, *, inside: bool) -> Trac
     grads = [torch.zeros_like(x) for x in wanted]
     inputs = [layout.scalars(), *states, *grads]
     first = 4 + n_inside
-    return _trace(transpose, inputs, {3, *range(first, first + n_wanted)}, captured)
+    return whole_program(*traced(transpose, inputs, {3, *range(first, first + n_wanted)}, captured))
 
 
-def _trace(function: Callable[..., tuple[()]], inputs: list[Tensor], written: set[int], captured: Captured) -> Traced:
+def traced(
+    function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], written: set[int], captured: Captured
+) -> tuple[fx.GraphModule, list[Tensor], int]:
     """Traces ``function`` of ``inputs`` followed by func's inputs into a functional graph.
 
-    The graph ends with ``copy_`` to the inputs whose indices are ``written``.
+    The graph ends with ``copy_`` to the inputs whose indices are ``written``. It comes with its inputs, and the number
+    of those of func.
 
     Raises:
         CompileError: the graph draws random numbers, or changes another input.

@@ -374,8 +374,8 @@ class TestUncompiled:
         assert "scripted" in steps(func, sample(3)).stats.reason
 
     def test_where_a_program_differs_from_func(self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        evaluated = graphs._Slope._evaluated
-        monkeypatch.setattr(graphs._Slope, "_evaluated", lambda self, t, y: evaluated(self, t, y) * (1 + 1e-6))
+        evaluated = graphs.Slope._evaluated
+        monkeypatch.setattr(graphs.Slope, "_evaluated", lambda self, t, y: evaluated(self, t, y) * (1 + 1e-6))
         solution = steps(lambda t, y: -y, sample(3))
         assert "slope that torch's compiler made" in solution.stats.reason
         assert relative_error(solution.y[-1], sample(3) * 0.75**4) < 1e-12
@@ -395,8 +395,8 @@ class TestRefusals:
     def test_of_gradients_that_differ_from_those_of_func(
         self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        pull_back = graphs._Replay.pull_back
-        monkeypatch.setattr(graphs._Replay, "pull_back", lambda self, y, k, g: pull_back(self, y, k, g * (1 + 1e-6)))
+        pull_back = graphs.Replayed.pull_back
+        monkeypatch.setattr(graphs.Replayed, "pull_back", lambda self, y, k, g: pull_back(self, y, k, g * (1 + 1e-6)))
         y = steps(lambda t, y: -y, sample(3).requires_grad_()).y
         with pytest.raises(CompileError, match="gradient that torch's compiler made"):
             y.sum().backward()

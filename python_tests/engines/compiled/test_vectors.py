@@ -53,7 +53,7 @@ def source_of(func: Callable[[Tensor], Tensor], x: Tensor) -> str:
     inputs = [x, torch.empty_like(x)]
     with undisturbed(), torch.no_grad():
         traced = make_fx(torch.func.functionalize(program), decomposition_table=decompositions())(*inputs)
-        return inductor._source([(traced, inputs, 0)])
+        return inductor._source([inductor.whole_program(traced, inputs, 0)])
 
 
 def result(source: str, to: Path, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import resource
 import sys
 from collections.abc import Iterator
@@ -396,3 +397,11 @@ class TestFailures:
         t = T.clone().requires_grad_()
         with pytest.raises(errors.OptionError, match="require grad"):
             solve("compiled", lambda t, y: -y, y0, t, options={"on_failure": "nan"})
+
+
+def test_pickled_statistics_hold_no_more_than_their_numbers() -> None:
+    n = 1000
+    func, y0, p = inputs_of("lotka_volterra", n)
+    stats = solve("compiled", func, y0.detach(), args=(p.detach(),)).stats
+    assert stats.compiled == "solve"
+    assert len(pickle.dumps(stats)) < 3 * 8 * n + 4000  # n_steps, n_accepted and n_rejected

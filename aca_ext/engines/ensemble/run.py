@@ -195,9 +195,11 @@ class Run:
     def _count(self) -> Tensor:
         """Sets the counts of ``stats``, and returns the failure of each sample, 0 for none."""
         stats, problem, tableau = self.stats, self.problem, self.problem.tableau
+        controller = problem.controller
+        assert controller is not None
         stats.n_steps, stats.n_accepted, failures, _, _, _, jumps = self._counted.T.contiguous().unbind()
         stats.n_rejected = stats.n_steps - stats.n_accepted
-        slopes = jumps + self._first_slopes()
+        slopes = jumps + (1 + (controller.first_step is None))
         if problem.newton is None:
             slopes.add_(stats.n_steps, alpha=tableau.stages - tableau.fsal)
         else:
@@ -210,12 +212,6 @@ class Run:
         if self._counting is not None:
             self._counting.count(stats.n_f_evals)
         return failures
-
-    def _first_slopes(self) -> int:
-        """Number of evaluations of func before the first step of a sample."""
-        controller = self.problem.controller
-        assert controller is not None
-        return 1 + (controller.first_step is None)
 
     def _failure(self, row: int, others: int) -> SolveError:
         """The error of a sample that failed."""

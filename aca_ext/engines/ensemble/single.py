@@ -96,17 +96,13 @@ class _SingleRun(Run):
         ys = self.forward(Keep.STATES, None).squeeze(1)
         return with_graph(ys, self, [self.states()], y0, self._learnt)
 
-    def _count(self) -> Tensor:
-        counts, stats = self.counts, self.stats
-        counts.n_steps, counts.n_accepted, *_, jumps = self._counted[0].tolist()
+    def _count(self) -> Any:
+        failures, counts = super()._count(), self.counts
+        counts.n_steps, counts.n_accepted = self._counted[0, :2].tolist()
         counts.n_rejected = counts.n_steps - counts.n_accepted
-        n_jacobians, counts.n_factorizations, n_iterations = self._newton_counts[0, :3].tolist()
-        counts.n_jacobians, counts.n_newton_iterations = n_jacobians, n_iterations
-        counts.n_f_evals = stats.n_f_evals = self._first_slopes() + jumps + n_iterations + n_jacobians
-        stats.n_accepted = self._counted[:, 1]  # by which ``bounds`` divides the steps
-        if self._counting is not None:
-            self._counting.count(counts.n_f_evals)
-        return self._counted[:, 2]
+        for name in ("n_f_evals", "n_jacobians", "n_factorizations", "n_newton_iterations"):
+            setattr(counts, name, getattr(self.stats, name))
+        return failures
 
     def _failure(self, row: int, others: int) -> SolveError:
         kind, message, numbers = self._fault(row)

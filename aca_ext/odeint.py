@@ -47,14 +47,14 @@ def odeint(arguments: _OdeintArguments) -> State:
             tensors also a tree of the same structure. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
         method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
-            "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager", except for independent
-            samples with kvaerno3, kvaerno5 and trbdf2, and a func that neither draws random numbers nor changes
-            buffers. The tolerance holds for each step, and the errors add up: on the
-            problems of benchmarks/stiff.py to more than 10 tolerances with kvaerno3, and to hundreds with trbdf2, which
-            does not add its error estimate to the solution; kvaerno5 is more accurate at the same tolerance. Their
-            gradients are exact up to the tolerance of Newton's method, and second derivatives too. Third derivatives
-            are refused, in the backward pass that would make a graph of the second ones. gradient="adjoint" solves the
-            state backward, which stiffness makes unstable.
+            "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager", except for kvaerno3,
+            kvaerno5 and trbdf2 on states or samples of at most 32 components, which engine="compiled" takes, and a func
+            that neither draws random numbers nor changes buffers. The tolerance holds for each step, and the errors add
+            up: on the problems of benchmarks/stiff.py to more than 10 tolerances with kvaerno3, and to hundreds with
+            trbdf2, which does not add its error estimate to the solution; kvaerno5 is more accurate at the same
+            tolerance. Their gradients are exact up to the tolerance of Newton's method, and second derivatives too.
+            Third derivatives are refused, in the backward pass that would make a graph of the second ones.
+            gradient="adjoint" solves the state backward, which stiffness makes unstable.
             "auto" takes steps of dopri5 as long as the problem is not stiff, and steps of kvaerno5 where it is; what
             holds for implicit methods holds for it. It needs adaptive steps that all samples share. With
             jacobian="krylov" it does not change back. ``stats.n_accepted_of`` counts the steps of each.

@@ -1,29 +1,32 @@
 """Error against steps, evaluations, factorisations and time of implicit methods, on seven stiff problems and a batch.
 
 One CPU thread, float64. Errors are those of the published end values, in units of the tolerance (and, as ``error``,
-times rtol). The time is that of the second of two solves without gradient, or of the first if it takes long. SciPy does
-not count the evaluations of f for its Jacobians.
+times rtol). The time is that of the second of two solves without gradient, or of the first if it takes long. The last
+table tells which goals are met. SciPy does not count the evaluations of f for its Jacobians.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-import aca_ext
 from benchmarks.harness import Parts, Result, Settings, Table, first_line, new_figure, torch_threads
 from benchmarks.peers import jax_and_diffrax
 from benchmarks.stiff_batch import batch
 from benchmarks.stiff_comparison import JIT, NO_JIT, REFERENCE_TOLERANCES, at_equal_error
+from benchmarks.stiff_goals import goals
+from benchmarks.stiff_gradients import OWN_METHODS, gradients, solution_by, times_of
 from benchmarks.stiff_problems import E5, HIRES, OREGONATOR, POLLUTION, PROBLEMS, ROBERTSON, StiffFunction, StiffProblem
 
-OWN_METHODS = ("kvaerno5", "rodas5p", "kvaerno3", "trbdf2")
+COMPILED_METHODS = ("kvaerno5", "kvaerno3")
+MOST_COMPILED = 32  # components of a state that is solved in compiled code
 TOLERANCES = (1e-4, 1e-6, 1e-8)
 LONGEST_SOLVE = 8.0  # seconds; lower tolerances are then left out, and the whole ends within about ten minutes
+LONGEST_COMPILATION = 30.0
 QUICK = (ROBERTSON, OREGONATOR, HIRES, E5, POLLUTION)
 COLUMNS = {
     "solver": ("solver", ""),
@@ -35,13 +38,6 @@ COLUMNS = {
     "f": ("f_evals", "d"),
     "Jacobians": ("jacobians", "d"),
     "LU": ("factorizations", "d"),
-    "ms": ("ms", ".1f"),
-}
-GRADIENT_COLUMNS = {
-    "method": ("solver", ""),
-    "tolerance": ("tolerance", ".0e"),
-    "error of the gradient": ("error", ".1e"),
-    "steps": ("steps", "d"),
     "ms": ("ms", ".1f"),
 }
 
@@ -67,19 +63,28 @@ def run(settings: Settings) -> Parts:
         except ImportError as error:
             yield f"{first_line(error)}: left out."
     with torch_threads(1):
+        rows: dict[str, list[dict[str, Any]]] = {}
         for problem in QUICK if settings.quick else PROBLEMS:
-            yield from _work(problem, solvers, TOLERANCES[:1] if settings.quick else TOLERANCES)
+            for part in _work(problem, solvers, TOLERANCES[:1] if settings.quick else TOLERANCES):
+                if isinstance(part, Table):
+                    rows.setdefault(problem.name, []).extend(part.rows)
+                yield part
         for problem in (HIRES,) if settings.quick else (ROBERTSON, HIRES, POLLUTION):
-            yield from _gradients(problem, TOLERANCES[1:2] if settings.quick else TOLERANCES)
-        yield from batch(settings)
+            yield from gradients(problem, TOLERANCES[1:2] if settings.quick else TOLERANCES)
+        for part in batch(settings):
+            yield part
+            if isinstance(part, Table):
+                yield goals(rows, part.rows)
 
 
 def _work(problem: StiffProblem, solvers: dict[str, Solver], tolerances: tuple[float, ...]) -> Parts:
     table = Table(problem.name, COLUMNS)
     for name, prepare in solvers.items():
+        if name.endswith(", compiled") and len(problem.y0) > MOST_COMPILED:
+            continue
         for rtol in tolerances:
             try:
-                outcome, seconds = _timed(prepare(problem, rtol))
+                outcome, seconds = _timed(prepare(problem, rtol), compiles=name.endswith((", jit", ", compiled")))
             except Exception as error:  # a solver that fails is a result, too
                 yield f"{problem.name}, {name}, tolerance {rtol:g}: {type(error).__name__}: {first_line(error)}"
                 continue
@@ -104,38 +109,32 @@ def _error_and_steps(problem: StiffProblem, prepare: Solver, rtol: float) -> tup
     return problem.error(outcome.y_end, rtol), outcome.counts["steps"]
 
 
-def _timed(solve: Solve) -> tuple[Outcome, float]:
-    """A solve and its seconds: those of a second one, since the first may compile, unless the first takes too long."""
+def _timed(solve: Solve, compiles: bool) -> tuple[Outcome, float]:
+    """A solve and its seconds: those of a second one, unless the first takes long, and longer than it may compile."""
     for _ in range(2):
         start = time.perf_counter()
         outcome = solve()
         seconds = time.perf_counter() - start
-        if seconds > LONGEST_SOLVE:
+        if seconds > LONGEST_SOLVE + compiles * LONGEST_COMPILATION:
             break
     return outcome, seconds
 
 
 def _own() -> dict[str, Solver]:
-    def prepare(method: str, problem: StiffProblem, rtol: float) -> Solve:
-        func, y0, t = StiffFunction(problem), torch.tensor(problem.y0, dtype=torch.float64), _times(problem)
+    def prepare(method: str, engine: str, problem: StiffProblem, rtol: float) -> Solve:
+        func, y0, t = StiffFunction(problem), torch.tensor(problem.y0, dtype=torch.float64), times_of(problem)
 
-        def solve() -> Outcome:
+        def run() -> Outcome:
             with torch.no_grad():
-                return _outcome(_solve(func, y0, t, problem, method, rtol))
+                solution = solution_by(func, y0, t, problem, method, rtol, engine)
+            if engine == "compiled" and solution.stats.compiled != "solve":
+                raise ArithmeticError(solution.stats.reason)
+            return _outcome(solution)
 
-        return solve
+        return run
 
-    return {f"aca_ext {name}": partial(prepare, name) for name in OWN_METHODS}
-
-
-def _times(problem: StiffProblem) -> torch.Tensor:
-    return torch.tensor([0.0, problem.t_end], dtype=torch.float64)
-
-
-def _solve(func: Any, y0: torch.Tensor, t: torch.Tensor, problem: StiffProblem, method: str, rtol: float) -> Any:
-    # The Brusselator would get Krylov iterations, which are far slower there: they have no preconditioner.
-    options = {} if problem.bandwidth is None else {"jacobian": "dense"}
-    return aca_ext.solve(func, y0, t, rtol=rtol, atol=problem.atol(rtol), method=method, options=options)
+    compiled = {f"aca_ext {name}, compiled": partial(prepare, name, "compiled") for name in COMPILED_METHODS}
+    return {f"aca_ext {name}": partial(prepare, name, "eager") for name in OWN_METHODS} | compiled
 
 
 def _outcome(solution: Any) -> Outcome:
@@ -209,50 +208,6 @@ def _diffrax() -> dict[str, Solver]:
         NO_JIT: partial(prepare, False, "Kvaerno5"),
         "diffrax Kvaerno3, jit": partial(prepare, True, "Kvaerno3"),
     }
-
-
-def _gradients(problem: StiffProblem, tolerances: tuple[float, ...]) -> Parts:
-    title = f"{problem.name}: gradient of sum(y / end) by the logarithms of the rates, against finite differences"
-    table = Table(title, GRADIENT_COLUMNS)
-    exact = _finite_differences(problem)
-    for method in OWN_METHODS:
-        for rtol in tolerances if method == "kvaerno5" else tolerances[:2]:
-            start = time.perf_counter()
-            try:
-                found, steps = _gradient(problem, method, rtol)
-            except Exception as error:
-                yield f"{problem.name}, gradient by {method}: {type(error).__name__}: {first_line(error)}"
-                break
-            ms = 1e3 * (time.perf_counter() - start)
-            error_of = float(np.abs(found - exact).max() / np.abs(exact).max())
-            table.rows.append({"solver": method, "tolerance": rtol, "error": error_of, "ms": ms, "steps": steps})
-    yield table
-
-
-def _gradient(problem: StiffProblem, method: str, rtol: float) -> tuple[np.ndarray, int]:
-    func, y0 = StiffFunction(problem), torch.tensor(problem.y0, dtype=torch.float64)
-    solution = _solve(func, y0, _times(problem), problem, method, rtol)
-    loss = (solution.y[-1] / torch.tensor(problem.end, dtype=torch.float64)).sum()
-    (gradient,) = torch.autograd.grad(loss, func.p)
-    return (gradient * func.p).detach().numpy(), solution.stats.n_accepted
-
-
-def _finite_differences(problem: StiffProblem, step: float = 1e-3) -> np.ndarray:
-    """Central differences of order 4, of SciPy's Radau at a tight tolerance: correct to about 1e-8."""
-    from scipy.integrate import solve_ivp
-
-    def loss(index: int, change: float) -> float:
-        p = tuple(rate * (1 + change) if i == index else rate for i, rate in enumerate(problem.parameters))
-        slope, rtol = replace(problem, parameters=p).for_numpy(), 1e-10
-        span, y0 = (0.0, problem.t_end), np.array(problem.y0)
-        found = solve_ivp(slope, span, y0, method="Radau", rtol=rtol, atol=1e-4 * problem.atol(rtol))
-        return float(np.sum(found.y[:, -1] / np.array(problem.end)))
-
-    def derivative(index: int) -> float:
-        near, far = (loss(index, h) - loss(index, -h) for h in (step, 2 * step))
-        return (8 * near - far) / (12 * step)
-
-    return np.array([derivative(i) for i in range(len(problem.parameters))])
 
 
 def draw(result: Result):

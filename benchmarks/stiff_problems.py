@@ -62,7 +62,10 @@ class StiffFunction(nn.Module):
         self.p = nn.Parameter(torch.tensor(problem.parameters, dtype=torch.float64))
         self.names = [f"constant_{i}" for i in range(len(problem.constants))]
         for name, constant in zip(self.names, problem.constants, strict=True):
-            self.register_buffer(name, torch.from_numpy(constant))
+            if constant.dtype.kind == "i":  # an index; lanes take constant ones alone
+                setattr(self, name, constant.tolist())
+            else:
+                self.register_buffer(name, torch.from_numpy(constant))
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return self.slope(t, y, self.p, torch, *(getattr(self, name) for name in self.names))

@@ -15,6 +15,7 @@ import aca_ext
 from benchmarks import stiff
 from benchmarks.harness import Result, Settings, Table
 from benchmarks.stiff_comparison import steps_at
+from benchmarks.stiff_goals import goals
 from benchmarks.stiff_problems import (
     BRUSSELATOR,
     E5,
@@ -152,18 +153,38 @@ def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
         for part in stiff.run(Settings(quick=True)):
             (result.tables if isinstance(part, Table) else result.notes).append(part)
     assert not [note for note in result.notes if "aca_ext" in note or "gradient" in note]
-    work, comparison, gradients, batch = result.tables
+    work, comparison, gradients, batch, reached = result.tables
     errors = {row["solver"]: row["error"] / row["tolerance"] for row in work.rows}
-    assert {f"aca_ext {name}" for name in stiff.OWN_METHODS} | {"SciPy Radau", "SciPy BDF"} <= set(errors)
+    own = {f"aca_ext {name}" for name in (*stiff.OWN_METHODS, *(f"{x}, compiled" for x in stiff.COMPILED_METHODS))}
+    assert own | {"SciPy Radau", "SciPy BDF"} <= set(errors)
+    assert errors["aca_ext kvaerno5, compiled"] == pytest.approx(errors["aca_ext kvaerno5"], rel=1e-6)
     assert max(errors.values()) < 10
     assert errors == {row["solver"]: row["in_tolerances"] for row in work.rows}
-    assert {row["solver"] for row in comparison.rows} == {f"aca_ext {name}" for name in stiff.OWN_METHODS}
+    assert {row["solver"] for row in comparison.rows} == own
     steps = {row["solver"]: row["steps"] for row in work.rows}
     assert all(row["steps"] == steps[row["solver"]] for row in comparison.rows)
     assert any("step_ratio" in row for row in comparison.rows)
     assert {row["solver"]: row["error"] < 1e-2 for row in gradients.rows} == dict.fromkeys(stiff.OWN_METHODS, True)
     assert any("aca_ext" in str(row) for row in batch.rows)
+    worst = {(row["solver"], row["goal"]): row for row in reached.rows}
+    of_errors = worst["kvaerno5", "error at the end, in tolerances"]
+    assert of_errors["worst"] == errors["aca_ext kvaerno5"]
+    assert (of_errors["met"], of_errors["at"]) == ("1 of 1", "Pollution, 1e-04")
     assert len(stiff.draw(result).axes) == 2
+
+
+def test_goals_name_the_worst_and_count_those_that_are_met() -> None:
+    rows = [{"solver": "aca_ext kvaerno5", "tolerance": 1e-4, "in_tolerances": x} for x in (3.0, 12.0)]
+    rows.append({"solver": "aca_ext kvaerno5, compiled", "tolerance": 1e-4, "of_jit": 1.0})
+    lanes, peer = "aca_ext kvaerno5, lanes, 1e-06", "diffrax Kvaerno5, vmap, jit, 1e-06"
+    of_batch = [{"solver": lanes, "seconds": 0.4}, {"solver": peer, "seconds": 1.0}]
+    table = goals({"A": rows[:1], "B": rows[1:]}, of_batch)
+    found = [(row["solver"], row["worst"], row["at"], row["met"]) for row in table.rows]
+    assert found == [
+        ("kvaerno5", 12.0, "B, 1e-04", "1 of 2"),
+        ("kvaerno5, compiled", 1.0, "B, 1e-04", "1 of 1"),
+        ("kvaerno5, lanes", 0.4, "Robertson, 1e-06", "1 of 1"),
+    ]
 
 
 def test_steps_at_an_error_are_interpolated() -> None:

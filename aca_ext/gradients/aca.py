@@ -29,6 +29,7 @@ from aca_ext.kernels.pool import pool_for
 from aca_ext.numerics.adams import Adams
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord, checkpoints_for, rows
 from aca_ext.solver.loop import Solver
+from aca_ext.solver.one_step import slope_at_end
 from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
 from aca_ext.solver.runge_kutta import Coefficients, interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
@@ -192,16 +193,17 @@ def differentiable_backward(
     y, outputs = start, {0: start}
     segments, dtype = problem.tolerance.segments, forward.autocast.dtype
     check = ReplayCheck(y0.detach(), segments, len(steps), dtype, replay.held, restarts=False)
-    distance = distances([0, *(n for n in states if n > 0)])
+    distance, k_before = distances([0, *(n for n in states if n > 0)]), None
     with replay.repeating():
         for n, s in enumerate(steps):
             replay.begin_step(s.random_states)
             made = method_of_step(n)
             times = stage_times(made.scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
-            trial = made.step(times, y, s.h)
+            y_next = states[n + 1].to(y0.device) if n + 1 in states else None
+            trial = made.repeat(times, y, s.h, k_before, y_next)
+            k_before = None if s.t_next in problem.jumps else slope_at_end(made.scheme, trial)
             end = trial.y1
-            if n + 1 in states:
-                y_next = states[n + 1].to(y0.device)
+            if y_next is not None:
                 compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance[n + 1]), y, y_next)
                 end = made.repeated_end(compare, y, y_next, trial)
             for i, theta in s.outputs:

@@ -62,6 +62,7 @@ class _Steps:
         self._short = advancing_method_of(problem, replay, ops) if problem.newton is None else self._whole
         self.repeated_end = self._whole.repeated_end
         self._h = np.zeros(ops.n_rows)
+        self._k_before: Tensor | None = None
         self._t = record.rest_times[self._places]
 
     def rested(self, y: Tensor) -> Tensor:
@@ -69,11 +70,25 @@ class _Steps:
         is_moved = self._places != np.arange(len(self._places))
         return self._ops.admit(y[index_of(self._places, y)]) if is_moved.any() else y
 
-    def take(self, s: AcceptedRows, y: Tensor) -> tuple[Trial, Tensor]:
-        """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it."""
+    def begin(self, y: Tensor) -> None:
+        """Evaluates func at the starts, for steps in order that each begin with the last slope of the one before."""
+        if self._problem.newton is not None and self._whole.scheme.fsal:
+            times = self._problem.start_time(y.detach())
+            self._k_before = self._replay(times[index_of(self._places, y)], y)
+
+    def take(self, s: AcceptedRows, y: Tensor, y_next: Tensor) -> tuple[Trial, Tensor]:
+        """Repeats a step; returns it with its step sizes, which are zero for samples that did not accept it.
+
+        Args:
+            y_next: its end in the forward pass.
+        """
         method = self._whole if (s.outputs.theta != 1.0).any() else self._short
         times, h = self._begin(s, method)
-        return method.step(times, y, h), h
+        trial = method.repeat(times, y, h, self._k_before, y_next)
+        if self._k_before is not None:
+            rows = index_of(s.rows, y)
+            self._k_before = self._ops.admit(self._k_before.index_copy(0, rows, trial.k[-1][rows]))
+        return trial, h
 
     def pull_back(
         self, s: AcceptedRows, y: Tensor, at_end: Tensor, grad_ys: Tensor, compare: Compare, y_next: Tensor
@@ -217,10 +232,10 @@ def differentiable_backward(
     check = _check_for(forward, y0.detach(), replay, restarts=False)
     expected = y.detach()
     with replay.repeating():
+        steps.begin(y)
         for n, (s, end) in enumerate(zip(_steps(forward), ends, strict=True)):
-            trial, h = steps.take(s, y)
-            rows = index_of(s.rows, y0)
-            at_end = _with_rows(expected, rows, end)
+            at_end = _with_rows(expected, index_of(s.rows, y0), end)
+            trial, h = steps.take(s, y, at_end)
             compare = partial(check.compare, ReplayedStep(n, s.t, s.h, rows=s.rows), y, at_end)
             trial.y1 = steps.repeated_end(compare, y, at_end, trial)
             outputs += outputs_of_step(s.outputs, task.problem.tableau, y, h, trial)

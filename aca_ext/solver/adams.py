@@ -104,6 +104,9 @@ class AdamsSteps:
     def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
         return slope_at_end(self.scheme, trial)
 
+    def repeat(self, times: Times, y: Tensor, h: float, k_before: Tensor | None, y_next: Tensor | None) -> Trial:
+        return self.step(times, y, h)
+
     def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
         compare(trial.y1, trial.k)
         return trial.y1

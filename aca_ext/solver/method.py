@@ -66,6 +66,14 @@ class Steps(Protocol):
 class RepeatedSteps(Steps, Protocol):
     """Steps that repeat those of a forward pass."""
 
+    def repeat(
+        self, times: Sequence[Number], y: Tensor, h: Number, k_before: Tensor | None, y_next: Tensor | None
+    ) -> Trial:
+        """Makes a step of the forward pass again, which ended there at ``y_next`` if that is known.
+
+        ``k_before`` is the last slope of the step before; None if it is not the first one of this step.
+        """
+
     def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
         """The end of a repeated step with its graph, after a comparison with its end in the forward pass."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ class OneStepMethod:
     """A one-step method; see ``solver.method.Steps``."""
 
     scheme: Any
+    step: Any
     compiled: Any | None = None
     memory: Any = None
 
@@ -23,6 +25,12 @@ class OneStepMethod:
 
     def finish(self) -> None:
         pass
+
+    def repeat(
+        self, times: Sequence[Number], y: Tensor, h: Number, k_before: Tensor | None, y_next: Tensor | None
+    ) -> Trial:
+        trial: Trial = self.step(times, y, h)
+        return trial
 
     def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
         compare(trial.y1, trial.k)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.kernels.fused import TorchOperations
+from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.rows import is_all, largest
 
 # Compares the end of a replayed step and its slopes with those of the forward pass.
@@ -62,6 +63,24 @@ def _is_near(ops: TorchOperations, y: Tensor, y_next: Tensor, y1: Tensor, tolera
         return is_all(ops.error_norm(difference, None, 0.0, y, y_next) <= _NEAR * tolerance)
     allowed = _ROUNDING * torch.finfo(y.dtype).eps * largest((y, y_next), ops)
     return bool((difference.abs() <= allowed).all())
+
+
+def cotangent_of_slope(
+    ops: TorchOperations,
+    a: Sequence[Sequence[float]],
+    i: int,
+    h: Number,
+    outputs: Sequence[tuple[Sequence[float], Tensor]],
+    pulled: dict[int, Tensor],
+    inside: Inside | None,
+) -> Tensor | None:
+    """The cotangent of slope i from the outputs and from later stages; None if nothing depends on it."""
+    terms = [(w[i], g) for w, g in outputs if w[i] != 0]
+    terms += [] if inside is None else [(1.0, inside[1][i])]
+    terms += [(a[j][i], v) for j, v in pulled.items() if a[j][i] != 0]
+    if not terms:
+        return None
+    return ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
 
 
 def cotangent_of_start(

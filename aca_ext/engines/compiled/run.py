@@ -13,22 +13,21 @@ from torch import Tensor
 from aca_ext.engines.compiled.backend import Captured, TraceError
 from aca_ext.engines.compiled.inputs import addresses_of, changed_input_error, contents_of
 from aca_ext.engines.compiled.plans import Plan, Specification
+from aca_ext.engines.compiled.repeated import CHANGED_FUNC, gradients_with_graph
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.step_graphs import Layout
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.compiled.verification import MismatchError, inputs_by_kind
+from aca_ext.engines.compiled.verification import MismatchError
 from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
-from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
+from aca_ext.gradients.passes import Gradients, with_graph
 from aca_ext.kernels.extension import compiled_loop
 from aca_ext.problem.problem import Problem
 from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
 from aca_ext.solver.failures import NO_TOLERANCE, failure_of
 from aca_ext.solver.runge_kutta import scheme_of
 from aca_ext.solver.stats import Stats
-from aca_ext.vector_field.field import AutocastState
 
 # The time with which func is traced; it requires grad, since func may differentiate with respect to it.
 _CPU = torch.device("cpu")
@@ -238,15 +237,9 @@ class _Run:
     ) -> Gradients:
         """Computes the gradients by the eager engine, over the same accepted steps."""
         self.check_func()
-        task, inputs = self.task(), self._completed(inputs)
-        of_params, of_args = inputs_by_kind(task.field.args, self.inputs)
-        forward = ForwardPass(task, self.record, self.stats, AutocastState(self.y0.device.type), len(of_params))
-        given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
-        grad_y0, *found = differentiable_backward(forward, grad_ys, self.y0 if y0 is None else y0, {}, given)
-        grads: list[Tensor | None] = [None] * len(inputs)
-        for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
-            if i is not None:
-                grads[i] = grad
+        of_solve = self.task(), self.record, self.stats, self.inputs
+        start, inputs = self.y0 if y0 is None else y0, self._completed(inputs)
+        grad_y0, *grads = gradients_with_graph(*of_solve, grad_ys, start, {}, inputs)
         return grad_y0, *self._of_learnt(grads)
 
     def prepare_backward(self, states: Blocks) -> None:
@@ -271,11 +264,7 @@ class _Run:
             one is other or (captured.lifted and one.dim() == 0 and torch.equal(one, other))
             for one, other in zip(used, self.used, strict=True)
         ):
-            raise ReplayError(
-                "func has changed since the forward pass: it depends on other tensors, numbers or modules now. With "
-                "create_graph=True the backward pass evaluates it again. Change it after the backward pass, or use "
-                'gradient="direct", which does not replay.'
-            )
+            raise ReplayError(CHANGED_FUNC)
         contents = contents_of(self.captured, used, addresses_of(used))
         if contents != self._before:
             raise self._changed(used, contents)

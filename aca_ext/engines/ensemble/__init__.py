@@ -1,1 +1,1 @@
-"""engine="compiled" for independent samples: func as code on lanes of SIMD vectors, a sample in each lane."""
+"""engine="compiled" for samples and stiff problems: func as code on lanes of SIMD vectors, a sample in each lane."""

@@ -95,7 +95,7 @@ class Arithmetic:
             raise MixesError(target)
         found = np.moveaxis(self.numbers(x.elements), dim, 0).copy()
         for i in range(1, len(found)):
-            found[i] = self.code.map(operation, found[i - 1], found[i])
+            found[i, ...] = self.code.map(operation, found[i - 1, ...], found[i, ...])
         return Computed(np.moveaxis(found, 0, dim), x.axis)
 
     def largest(self, rows: Numbers, sign: int) -> Numbers:

@@ -1,4 +1,4 @@
-"""engine="compiled", which runs independent samples in SIMD lanes and other solves as ``CompiledEngine`` does.
+"""engine="compiled": independent samples, and implicit methods, in SIMD lanes; other solves as ``CompiledEngine`` does.
 
 This file is imported with the package; run.py, which brings in torch's compiler, with the first solve.
 """
@@ -45,7 +45,7 @@ class EnsembleEngine(CompiledEngine):
 
     def obstacle(self, request: Request) -> str | None:
         problem = request.problem
-        takes_implicit = request.is_batch and problem.y0.is_cpu and is_for_lanes(problem)
+        takes_implicit = problem.y0.is_cpu and is_for_lanes(problem)
         return obstacle_to_compiling(problem, self._takes_gpu and request.is_batch, takes_implicit)
 
     def solve(self, request: Request) -> Result:
@@ -55,7 +55,7 @@ class EnsembleEngine(CompiledEngine):
             CompileError: no engine can solve with this func.
             NotInstalledError: a progress bar is asked for, and tqdm is missing.
         """
-        if not request.is_batch:
+        if not _takes_lanes(request):
             return super().solve(request)
         if is_on_gpu(request.problem):
             return _solve_on_gpu(request)
@@ -64,8 +64,12 @@ class EnsembleEngine(CompiledEngine):
 
 def solve_as_before(request: Request) -> Result:
     """``EnsembleEngine.solve`` for settings with which compiled code has solved, so that they are no obstacle to it."""
-    programs = (lambda: _lanes(request)) if request.is_batch else programs_of_common_steps
+    programs = (lambda: _lanes(request)) if _takes_lanes(request) else programs_of_common_steps
     return solve_by(programs, request, AUTOCAST if torch.is_autocast_enabled("cpu") else None)
+
+
+def _takes_lanes(request: Request) -> bool:
+    return request.is_batch or request.problem.newton is not None
 
 
 def is_for_lanes(problem: Problem) -> bool:
@@ -95,26 +99,34 @@ def _solve_on_gpu(request: Request) -> Result:
 
 
 def _obstacle_to_lanes(request: Request) -> str | None:
-    others = request._replace(progress=False, checkpoints=None)  # which lanes have, too
+    others = request._replace(progress=False, checkpoints=None) if request.is_batch else request  # which lanes have
     obstacle = obstacle_to_programs(others, takes_batches=True)
     return _obstacle_to_implicit_lanes(request) if obstacle is None else obstacle
 
 
 def _obstacle_to_implicit_lanes(request: Request) -> str | None:
-    newton, y0 = request.problem.newton, request.problem.y0
+    problem = request.problem
+    newton, y0 = problem.newton, problem.y0
     if newton is None:
         return None
+    if not problem.adaptive:
+        return f"The steps run in Python because those of {problem.tableau.name!r} are fixed."
     if request.checkpoints is not None:
-        return f"Method {request.problem.tableau.name!r} has no checkpoints in lanes, where steps share Jacobians."
-    if callable(newton.jacobian):
-        return "The steps run in Python because option jacobian is a function; lanes make the Jacobian of func."
-    if len(y0) and y0[0].numel() > _MOST_COMPONENTS:
-        return f"A sample has {y0[0].numel()} components; implicit methods run in lanes for at most {_MOST_COMPONENTS}."
+        return f"Method {problem.tableau.name!r} has no checkpoints in lanes, where steps share Jacobians."
+    if callable(newton.jacobian) or newton.jacobian == "krylov":
+        given = "a function" if callable(newton.jacobian) else "'krylov'"
+        return f"The steps run in Python because option jacobian is {given}; lanes make the Jacobian of func."
+    size = y0[:1].numel() if request.is_batch else y0.numel()
+    if size > _MOST_COMPONENTS:
+        what = "A sample" if request.is_batch else "The state"
+        return f"{what} has {size} components; implicit methods run in lanes for at most {_MOST_COMPONENTS}."
     return None
 
 
 def _lanes(request: Request) -> Callable[..., Result]:
     """The solver of lanes, with a bar if one is asked for."""
+    if not request.is_batch:
+        return _solve_single()
 
     def solve(*problem: Any) -> Result:
         with samples_bar(len(request.problem.y0)) if request.progress else nullcontext() as finished:
@@ -126,5 +138,12 @@ def _lanes(request: Request) -> Callable[..., Result]:
 @cache
 def _solve() -> Callable[..., Result]:
     from aca_ext.engines.ensemble.run import solve  # brings in the compiler, which takes seconds
+
+    return solve
+
+
+@cache
+def _solve_single() -> Callable[..., Result]:
+    from aca_ext.engines.ensemble.single import solve
 
     return solve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,18 +128,15 @@ class Interpreter:
             return moved(node.target, (args[0], args[1], index), {}, self._resolver)  # type: ignore[arg-type]
         rule = RULES.get(packet)
         if rule is None:
-            raise CompileError(
-                f'func needs the operation {node.target}, which engine="compiled" does not have for independent '
-                f"samples. {HINT}"
-            )
+            raise CompileError(f"func needs the operation {node.target}, which compiled lanes do not have. {HINT}")
         return rule(self._arithmetic, node.target, *args, **kwargs)
 
     def _check_dtypes(self, node: fx.Node) -> None:
         for example in pytree.tree_leaves(self._examples[node]):
             if isinstance(example, Tensor) and example.dtype not in (self._dtype, torch.bool):
                 raise CompileError(
-                    f"func computes {example.dtype} from a state of {self._dtype} ({node.target}); with option "
-                    f'batch="independent" compiled code has one dtype. {HINT}'
+                    f"func computes {example.dtype} from a state of {self._dtype} ({node.target}); compiled "
+                    f"lanes have one dtype. {HINT}"
                 )
 
     def _constant_index(self, index: Any, node: fx.Node) -> Tensor | None:
@@ -167,9 +165,10 @@ def time_and_state(code: Code, batch: int, t: Tensor, parts: Sequence[Tensor]) -
     found = [Computed(elements_of(code.t, 0, 1).reshape([1] * t.dim()), axis)]
     start = 0
     for part in parts:
-        shape = part.shape[1:]
-        found.append(Computed(elements_of(code.y, start, shape.numel()).reshape([1, *shape]), axis))
-        start += shape.numel()
+        shape = part.shape if axis is None else (1, *part.shape[1:])  # a single one need not be in a batch
+        size = math.prod(shape)
+        found.append(Computed(elements_of(code.y, start, size).reshape(shape), axis))
+        start += size
     return found
 
 

@@ -69,7 +69,7 @@ def solve(
         n_steps, n_accepted, n_rejected = torch.zeros(3, len(y0), dtype=torch.int64, device="cpu").unbind()
         stats = BatchStats(n_steps, n_accepted, n_rejected, backend="compiled")
         return Result(torch.stack([y0, *padding]), BatchRecord(len(y0)), stats)
-    run = _Run(problem, params, task, checkpoints if isinstance(checkpoints, int) else 0)
+    run = Run(problem, params, task, checkpoints if isinstance(checkpoints, int) else 0)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (y0, run.p, run.w)):
         keep = Keep.CHECKPOINTS if isinstance(checkpoints, int) else Keep.STATES
         ys = run.forward(keep, finished)
@@ -79,7 +79,7 @@ def solve(
     return Result(ys, run, run.stats)
 
 
-class _Run:
+class Run:
     """One solve: its library, its numbers, its record."""
 
     def __init__(
@@ -167,8 +167,9 @@ class _Run:
         self._newton_counts = torch.zeros(n, NEWTON_WORDS, dtype=torch.int64, device="cpu")
         task.newton_counts = self._newton_counts.data_ptr()
         if keep is not Keep.NOTHING:
-            self._held.append(torch.zeros_like(self.y0))
-            task.ends = self._held[-1].data_ptr()
+            self._ends = torch.zeros_like(self.y0)
+            self._held.append(self._ends)
+            task.ends = self._ends.data_ptr()
 
     def _rows(self) -> Tensor:
         """Memory for the states of all samples at all times."""
@@ -218,30 +219,32 @@ class _Run:
 
     def _failure(self, row: int, others: int) -> SolveError:
         """The error of a sample that failed."""
-        problem, stats = self.problem, self.stats
-        failure = int(self._counted[row, 2])
+        problem = self.problem
+        kind, message, numbers = self._fault(row)
+        reason = message or reason_of(kind, problem.max_num_steps, problem.last_times[row])
+        return kind(
+            f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
+            f"stopped: {reason}",
+            **numbers,
+            sample=row,
+        )
+
+    def _fault(self, row: int) -> tuple[type[SolveError], str | None, dict[str, Any]]:
+        """The kind of failure of a sample, the reason if it is not that of the kind, and the numbers of the error."""
+        n_steps, n_accepted, failure = self._counted[row, :3].tolist()
         t, h, ratio = self._counted[row, 3:6].view(torch.float64).tolist()
-        kind, message = _KINDS[failure], None
+        message = None
         if failure in (_OF_STATE, _OF_SLOPE):
             what = "the state is NaN or infinite at" if failure == _OF_STATE else "func returned NaN or infinity at"
-            message = fault_of_start(problem.y0[row]) or f"{what} t={t:.17g}; look at func there."
+            message = fault_of_start(self.problem.y0[row]) or f"{what} t={t:.17g}; look at func there."
         elif failure == _OF_TOLERANCE:
             message = NO_TOLERANCE
         elif failure == _OF_NEWTON:
             size, residual = self._newton_counts[row, 3:].view(torch.float64).tolist()
             message = unsolved(size, residual, "times the tolerance")
-        reason = message or reason_of(kind, problem.max_num_steps, problem.last_times[row])
-        return kind(
-            f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
-            f"stopped: {reason}",
-            t=t,
-            h=h or math.nan,  # 0: none was chosen yet
-            error_ratio=ratio,
-            n_accepted=int(stats.n_accepted[row]),
-            n_rejected=int(stats.n_rejected[row]),
-            n_f_evals=stats.n_f_evals,
-            sample=row,
-        )
+        numbers = {"t": t, "h": h or math.nan, "error_ratio": ratio}  # h is 0 if none was chosen yet
+        counts = {"n_accepted": n_accepted, "n_rejected": n_steps - n_accepted, "n_f_evals": self.stats.n_f_evals}
+        return _KINDS[failure], message, numbers | counts
 
     def states(self) -> Tensor:
         """A tensor that owns the recorded states; autograd frees them with it."""
@@ -279,7 +282,7 @@ class _Run:
 class _Backward:
     """Back through the recorded steps of all samples."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
 
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:

@@ -113,8 +113,8 @@ def _refuse_modes(captured: Captured) -> None:
         is_off = "grad_enabled" in str(node.target) and False in node.args
         if is_off or "inference_mode" in str(node.target):
             raise CompileError(
-                f"func switches gradients off in a part of it (torch.no_grad), which compiled code for independent "
-                f"samples does not follow; use x.detach(). {HINT}"
+                f"func switches gradients off in a part of it (torch.no_grad), which compiled lanes do not "
+                f"follow; use x.detach(). {HINT}"
             )
 
 

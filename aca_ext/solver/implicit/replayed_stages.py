@@ -95,3 +95,9 @@ def _residual(
     ]
     sums = combined(h, tuple(zip(*group.a, strict=True)), v)
     return [r_i + s - x for r_i, s, x in zip(r, sums, found, strict=True)]
+
+
+def predicted(ops: TorchOperations, predictor: Sequence[tuple[int, float]], states: dict[int, Tensor]) -> Tensor:
+    """The value of the polynomial through known states of a step: see ``Group.predictors``."""
+    found, weights = [states[i] for i, _ in predictor], tuple(w for _, w in predictor)
+    return found[0] if len(found) == 1 else ops.weighted_sum(None, 1.0, found, weights)

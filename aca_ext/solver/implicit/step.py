@@ -25,7 +25,7 @@ from aca_ext.kernels.extension import own_result
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.newton import Newton
-from aca_ext.solver.implicit.replayed_stages import ReplayedStage, pulled_states, transposed_solution
+from aca_ext.solver.implicit.replayed_stages import ReplayedStage, predicted, pulled_states, transposed_solution
 from aca_ext.solver.implicit.rows import combined, constant, is_any, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, Solution
@@ -36,6 +36,7 @@ from aca_ext.solver.transposed_step import (
     Compare,
     Inside,
     compare_implicit_end,
+    cotangent_of_slope,
     cotangent_of_start,
     repeated_implicit_end,
 )
@@ -68,23 +69,35 @@ class ImplicitMethod(OneStepMethod):
         self._newton = Newton(f, ops, jacobian, None if repeats else tolerance, counts)
 
     def step(
-        self, times: Sequence[Number], y: Tensor, h: Number, k_first: Tensor | None = None, out: Tensor | None = None
+        self,
+        times: Sequence[Number],
+        y: Tensor,
+        h: Number,
+        k_first: Tensor | None = None,
+        out: Tensor | None = None,
+        y_next: Tensor | None = None,
     ) -> Trial:
-        """Advances ``y`` by h, as ``runge_kutta.step`` does; where Newton's method fails, the error is infinite."""
+        """Advances ``y`` by h, as ``runge_kutta.step`` does; where Newton's method fails, the error is infinite.
+
+        ``y_next`` is the end of the step if that is known.
+        """
         scheme, ops, newton = self.scheme, self._ops, self._newton
         t, size = ops.scalars(times), constant(h)
         k: list[Tensor] = []
         first = self._first_slope(t, y) if k_first is None else k_first
+        states = None if y_next is None else {-1: y.detach(), len(scheme.a): y_next}  # as in Group.predictors
         newton.begin_step(times[0], t[0], y, size)
         for group in scheme.groups:
             if group.a is None:
                 i = group.stages.start
                 k.append(first if i == 0 else self._f(t[i], self._base(i, y, h, k)))
-                continue
-            found = self._solved(group, t, y, size, k, first)
-            if not is_any(newton.live):
-                return self._with_failures(Trial(y, [first], None), y)
-            k += self._with_graph(group, t, y, h, k, found) if torch.is_grad_enabled() else found
+            else:
+                found = self._solved(group, t, y, size, k, first, states)
+                if not is_any(newton.live):
+                    return self._with_failures(Trial(y, [first], None), y)
+                k += self._with_graph(group, t, y, h, k, found) if torch.is_grad_enabled() else found
+            if states is not None:
+                states |= {i: self._base(i, y, h, k).detach() for i in group.stages}
         if scheme.error is None:
             return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
         y1, error = ops.solution_and_error(y, h, k, scheme.solution, scheme.error, out)
@@ -133,7 +146,7 @@ class ImplicitMethod(OneStepMethod):
         compare_implicit_end(ops, compare, y, y_next, y1, k, self._tolerance)
         pulled: dict[int, Tensor] = {}  # v_i of the stages whose slope depends on y
         for group in reversed(self.scheme.groups):
-            r = [self._cotangent(i, h, outputs, pulled, inside) for i in group.stages]
+            r = [cotangent_of_slope(ops, self.scheme.a, i, h, outputs, pulled, inside) for i in group.stages]
             if all(x is None for x in r):
                 continue
             of_group = [stages[i] for i in group.stages]
@@ -158,6 +171,12 @@ class ImplicitMethod(OneStepMethod):
         """The norm of the Jacobian that Newton's method has used last, for states in units of ``scale``."""
         known = self._newton.linearisation
         return math.inf if known is None else self._jacobian.norm(known, scale)
+
+    def repeat(
+        self, times: Sequence[Number], y: Tensor, h: Number, k_before: Tensor | None, y_next: Tensor | None
+    ) -> Trial:
+        # f(y) in place of k_before would multiply errors of the iterations, and their derivatives, by the stiffness.
+        return self.step(times, y, h, k_before, y_next=y_next)
 
     def repeated_end(self, compare: Compare, y: Tensor, y_next: Tensor, trial: Trial) -> Tensor:
         return repeated_implicit_end(self._ops, compare, y, y_next, trial.y1, trial.k, self._tolerance)
@@ -200,7 +219,7 @@ class ImplicitMethod(OneStepMethod):
             base = [self._base(i, y.detach(), h, known) for i in stages]
             at = t[stages.start : stages.stop]
             if known_states is not None:
-                start = [self._predicted(p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
+                start = [predicted(self._ops, p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
                 found = newton.solve(group, at, base, start)
             elif known and self._tolerance is not None:
                 start = combined(h, group.a, known[-1:] * len(stages))
@@ -211,10 +230,6 @@ class ImplicitMethod(OneStepMethod):
         if self._repeats and is_any(newton.failed):
             raise ReplayError(f"the backward pass did not repeat the forward pass: {newton.failures().popitem()[1]}")
         return found
-
-    def _predicted(self, predictor: Sequence[tuple[int, float]], known_states: dict[int, Tensor]) -> Tensor:
-        states, weights = [known_states[i] for i, _ in predictor], tuple(w for _, w in predictor)
-        return states[0] if len(states) == 1 else self._ops.weighted_sum(None, 1.0, states, weights)
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]
@@ -277,23 +292,6 @@ class ImplicitMethod(OneStepMethod):
         if self._jacobian.outlives_graph:
             self._newton.adopt(group, system)
         return at
-
-    def _cotangent(
-        self,
-        i: int,
-        h: Number,
-        outputs: Sequence[tuple[Sequence[float], Tensor]],
-        pulled: dict[int, Tensor],
-        inside: Inside | None,
-    ) -> Tensor | None:
-        """The cotangent of slope i from the outputs and from later groups; None if nothing depends on it."""
-        a = self.scheme.a
-        terms = [(w[i], g) for w, g in outputs if w[i] != 0]
-        terms += [] if inside is None else [(1.0, inside[1][i])]
-        terms += [(a[j][i], v) for j, v in pulled.items() if a[j][i] != 0]
-        if not terms:
-            return None
-        return self._ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
 
     def _linearised(self, t: Sequence[Tensor], states: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Any]:
         return [self._jacobian.of_graph(*x) for x in zip(t, states, slopes, strict=True)]

@@ -1,0 +1,49 @@
+"""Second derivatives of a compiled solve: the eager engine repeats its accepted steps with an autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from aca_ext.engines.compiled.verification import inputs_by_kind
+from aca_ext.gradients.aca import differentiable_backward
+from aca_ext.gradients.base import Task
+from aca_ext.gradients.passes import ForwardPass
+from aca_ext.solver.checkpoints import StepRecord
+from aca_ext.solver.stats import Stats
+from aca_ext.vector_field.field import AutocastState
+
+CHANGED_FUNC = (
+    "func has changed since the forward pass: it depends on other tensors, numbers or modules now. With "
+    "create_graph=True the backward pass evaluates it again. Change it after the backward pass, or use "
+    'gradient="direct", which does not replay.'
+)
+
+
+def gradients_with_graph(
+    task: Task,
+    record: StepRecord,
+    stats: Stats,
+    used: Sequence[Tensor],
+    grad_ys: Tensor,
+    y0: Tensor,
+    states: Mapping[int, Tensor],
+    inputs: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of y0 and of ``inputs``, with an autograd graph.
+
+    Args:
+        task: a new task of the eager engine.
+        used: the tensors on which func depends; ``inputs`` are these, as autograd has saved them.
+        states: states of the solve by their numbers; the repeated ones are compared with them.
+    """
+    of_params, of_args = inputs_by_kind(task.field.args, used)
+    forward = ForwardPass(task, record, stats, AutocastState(y0.device.type), len(of_params))
+    given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
+    grad_y0, *found = differentiable_backward(forward, grad_ys, y0, states, given)
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
+        if i is not None:
+            grads[i] = grad
+    return [grad_y0, *grads]

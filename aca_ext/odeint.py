@@ -50,9 +50,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager", except for kvaerno3,
             kvaerno5 and trbdf2 on states or samples of at most 32 components, which engine="compiled" takes, and a func
             that neither draws random numbers nor changes buffers. The tolerance holds for each step, and the errors add
-            up: on the problems of benchmarks/stiff.py to more than 10 tolerances with kvaerno3, and to hundreds with
-            trbdf2, which does not add its error estimate to the solution; kvaerno5 is more accurate at the same
-            tolerance. Their gradients are exact up to the tolerance of Newton's method, and second derivatives too.
+            up: on the problems of benchmarks/stiff.py to less than 10 tolerances, but to hundreds with trbdf2, which
+            does not add its error estimate to the solution. Their gradients are exact up to the tolerance of Newton's method, and second derivatives too.
             Third derivatives are refused, in the backward pass that would make a graph of the second ones.
             gradient="adjoint" solves the state backward, which stiffness makes unstable.
             "auto" takes steps of dopri5 as long as the problem is not stiff, and steps of kvaerno5 where it is; what
@@ -64,7 +63,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``min_step``: steps below it raise StepSizeError; default 0.
             * ``max_step``: upper limit of the step size; default none.
             * ``max_num_steps``: trial steps before StepLimitError; default 100 000.
-            * ``safety``: factor on the predicted step size; default 0.9, or 0.8 for implicit Runge-Kutta methods.
+            * ``safety``: factor on the predicted step size; default 0.9, 0.65 for kvaerno3, 0.8 for other implicit
+              Runge-Kutta methods.
             * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2.
             * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
             * ``step_t``: times that a step must end at.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.engines.compiled.backend import copy_of
 from aca_ext.engines.compiled.inductor import Program, run_program
 from aca_ext.engines.compiled.step_graphs import Layout
 from aca_ext.errors import CompileError
@@ -89,7 +90,7 @@ class Verification:
         for point in self._points():
             cotangents = self._cotangents(point, inside)
             expected, moved = (self._transposed(p, cotangents) for p in (point, _moved(point)))
-            found.append(Trial(point, [x.detach().clone() for x in self.inputs], cotangents, expected, moved))
+            found.append(Trial(point, [copy_of(x) for x in self.inputs], cotangents, expected, moved))
         return found
 
     def _points(self) -> Iterator[Point]:

@@ -17,7 +17,7 @@ from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.step_graphs import Layout
 from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.compiled.verification import MismatchError, inputs_by_kind
+from aca_ext.engines.compiled.verification import MismatchError, inputs_by_kind, sums_by_input
 from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Result, Task
@@ -243,11 +243,8 @@ class _Run:
         forward = ForwardPass(task, self.record, self.stats, AutocastState(self.y0.device.type), len(of_params))
         given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
         grad_y0, *found = differentiable_backward(forward, grad_ys, self.y0 if y0 is None else y0, {}, given)
-        grads: list[Tensor | None] = [None] * len(inputs)
-        for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
-            if i is not None:
-                grads[i] = grad
-        return grad_y0, *self._of_learnt(grads)
+        grads = sums_by_input(of_params, of_args, found)
+        return grad_y0, *self._of_learnt([grads.get(i) for i in range(len(inputs))])
 
     def prepare_backward(self, states: Blocks) -> None:
         """Records data for the backward pass: checksums and gradients of inputs, and the addresses of ``states``."""

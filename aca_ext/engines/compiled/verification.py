@@ -179,10 +179,7 @@ class Verification:
                 _Traced(replay), ops, layout.scheme, p.times, p.y, p.h, [(layout.scheme.solution, g)],
                 inside=(inside[0], inside[1:]) if inside else None,
             )  # fmt: skip
-        grads: dict[int, Tensor] = {}
-        for i, grad in zip([*of_params, *(i for _, i in of_args)], replay.grads, strict=True):
-            if i is not None and grad is not None:
-                grads[i] = grad
+        grads = sums_by_input(of_params, of_args, replay.grads)
         wanted = [i for i, w in enumerate(self.wants_gradient) if w]
         return [g_y, *(grads[i].detach() if i in grads else torch.zeros_like(self.inputs[i]) for i in wanted)]
 
@@ -263,6 +260,17 @@ def inputs_by_kind(args: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[list[
     of_args = [(x, index.get(id(x))) for x in args if isinstance(x, Tensor) and x.requires_grad]
     taken = {i for _, i in of_args}
     return [i for i, x in enumerate(inputs) if x.requires_grad and i not in taken], of_args
+
+
+def sums_by_input(
+    of_params: Sequence[int], of_args: Sequence[tuple[Tensor, int | None]], grads: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
+    """Gradients by index of input, from those of ``inputs_by_kind``; a tensor given as several args has one of each."""
+    found: dict[int, Tensor] = {}
+    for i, grad in zip([*of_params, *(i for _, i in of_args)], grads, strict=True):
+        if i is not None and grad is not None:
+            found[i] = found[i] + grad if i in found else grad
+    return found
 
 
 def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: Sequence[float]) -> bool:

@@ -175,3 +175,17 @@ def test_inputs_with_gaps_in_memory_are_read_where_they_lie(way: None, requires_
         with torch.no_grad():
             column.copy_(torch.tensor(values))
     torch.testing.assert_close(solved("compiled"), solved("eager"), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_tensor_given_as_several_args_has_the_sum_of_their_gradients(way: None, create_graph: bool) -> None:
+    def solved(engine: str) -> list[Tensor]:
+        y0 = sample(3).requires_grad_()
+        solution = solve(
+            lambda t, y, p, q: B * q.square() - p * y, y0, OUTPUTS, args=(B, B), engine=engine, rtol=1e-4, atol=1e-5
+        )
+        assert engine == "eager" or solution.stats.compiled == "solve", solution.stats.reason
+        found = torch.autograd.grad(solution.y.square().sum(), [y0, B], create_graph=create_graph)
+        return [solution.y.detach(), *(x.detach() for x in found)]
+
+    torch.testing.assert_close(solved("compiled"), solved("eager"), rtol=1e-9, atol=1e-12)

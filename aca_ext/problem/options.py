@@ -26,7 +26,7 @@ FIXED_OPTIONS = ("step_size", "grid_constructor", "n_steps")
 _ALL_FIXED_OPTIONS = (*FIXED_OPTIONS, "interp", "perturb")
 _ADAMS_OPTIONS = ("max_order", "max_iters")
 # Halves the errors of kvaerno5 on the Oregonator with fewer evaluations than 0.9: a third fewer steps are rejected, and
-# a rejected step takes as many iterations as an accepted one. With 0.65, kvaerno3 ends within 10 tolerances on six stiff
+# a rejected step takes as many iterations as an accepted one. With 0.65, kvaerno3 ends within 10 tolerances on six
 # problems, and it costs as much at equal error.
 _IMPLICIT_SAFETY, _SAFETY_OF_KVAERNO3 = 0.8, 0.65
 _CONTROLLER_OPTIONS = (

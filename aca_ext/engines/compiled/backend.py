@@ -210,6 +210,11 @@ def _like(x: Tensor, device: torch.device) -> Tensor:
             f"func depends on a {type(x).__name__} of layout {x.layout} on {x.device}; only plain, dense tensors on "
             f"the state's device ({device}) are supported. {HINT}"
         )
+    return copy_of(x)
+
+
+def copy_of(x: Tensor) -> Tensor:
+    """A copy of a plain tensor with the same strides, so also with the gaps in memory that ``clone`` would close."""
     copy, span = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device), (span_of(x),)
     with torch.no_grad():
         copy.as_strided(span, (1,)).copy_(x.detach().as_strided(span, (1,), x.storage_offset()))

@@ -93,7 +93,7 @@ class ComposedSteps:
         return self._recipe(record, [layout.scalars(), *states, *(torch.zeros_like(x) for x in wanted)])
 
     def _recipe(self, record: Callable[..., None], inputs: Sequence[Tensor]) -> Recipe:
-        inputs = [*inputs, *(x.clone() for x in self._captured.inputs)]
+        inputs = [*inputs, *self._captured.inputs]
 
         def calls() -> list[Call]:
             recorder = Recorder()

@@ -66,8 +66,8 @@ def transposed_graphs(captured: Captured, layout: Layout) -> Transposed:
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     """``x`` with the strides of an ``empty_like(like)``."""
-    result = torch.empty_like(like)
-    return x if x.stride() == result.stride() else result.copy_(x)
+    stride = torch.empty_like(like).stride()
+    return x if x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
 
 
 def _parts(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:

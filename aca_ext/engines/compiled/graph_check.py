@@ -15,7 +15,7 @@ from torch import Tensor
 from aca_ext.engines.base import Request
 from aca_ext.engines.compiled.compiled_graph import CompiledGraph, UnsuitableError
 from aca_ext.engines.compiled.undisturbed import unchanged
-from aca_ext.engines.compiled.verification import Point, check_close, inputs_by_kind
+from aca_ext.engines.compiled.verification import Point, check_close, inputs_by_kind, sums_by_input
 from aca_ext.errors import CompileError
 from aca_ext.gradients.base import Task
 from aca_ext.vector_field.field import AutocastState
@@ -129,7 +129,7 @@ class _Comparison:
         with replay.repeating():
             k = replay(t, y)
             pulled = replay.pull_back(y, k, torch.empty_like(y).copy_(g)) if k.requires_grad else None
-        of_inputs = dict(zip([*of_params, *(i for _, i in of_args)], replay.grads, strict=True))
+        of_inputs = sums_by_input(of_params, of_args, replay.grads)
         wanted = [(x, of_inputs.get(i)) for i, x in enumerate(self._inputs) if x.requires_grad]
         found = [(y, pulled), *wanted]
         return [k.detach(), *(torch.zeros_like(x).detach() if grad is None else grad.detach() for x, grad in found)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from aca_ext.engines.compiled.verification import inputs_by_kind
+from aca_ext.engines.compiled.verification import inputs_by_kind, sums_by_input
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Task
 from aca_ext.gradients.passes import ForwardPass
@@ -42,8 +42,5 @@ def gradients_with_graph(
     forward = ForwardPass(task, record, stats, AutocastState(y0.device.type), len(of_params))
     given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
     grad_y0, *found = differentiable_backward(forward, grad_ys, y0, states, given)
-    grads: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip([*of_params, *(i for _, i in of_args)], found, strict=True):
-        if i is not None:
-            grads[i] = grad
-    return [grad_y0, *grads]
+    grads = sums_by_input(of_params, of_args, found)
+    return [grad_y0, *(grads.get(i) for i in range(len(inputs)))]

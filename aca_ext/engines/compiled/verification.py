@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aca_ext.engines.compiled.backend import copy_of
 from aca_ext.engines.compiled.inductor import Program, run_program
 from aca_ext.engines.compiled.step_graphs import Layout
 from aca_ext.errors import CompileError
@@ -89,7 +90,7 @@ class Verification:
         for point in self._points():
             cotangents = self._cotangents(point, inside)
             expected, moved = (self._transposed(p, cotangents) for p in (point, _moved(point)))
-            found.append(Trial(point, [x.detach().clone() for x in self.inputs], cotangents, expected, moved))
+            found.append(Trial(point, [copy_of(x) for x in self.inputs], cotangents, expected, moved))
         return found
 
     def _points(self) -> Iterator[Point]:
@@ -178,10 +179,7 @@ class Verification:
                 _Traced(replay), ops, layout.scheme, p.times, p.y, p.h, [(layout.scheme.solution, g)],
                 inside=(inside[0], inside[1:]) if inside else None,
             )  # fmt: skip
-        grads: dict[int, Tensor] = {}
-        for i, grad in zip([*of_params, *(i for _, i in of_args)], replay.grads, strict=True):
-            if i is not None and grad is not None:
-                grads[i] = grad
+        grads = sums_by_input(of_params, of_args, replay.grads)
         wanted = [i for i, w in enumerate(self.wants_gradient) if w]
         return [g_y, *(grads[i].detach() if i in grads else torch.zeros_like(self.inputs[i]) for i in wanted)]
 
@@ -262,6 +260,17 @@ def inputs_by_kind(args: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[list[
     of_args = [(x, index.get(id(x))) for x in args if isinstance(x, Tensor) and x.requires_grad]
     taken = {i for _, i in of_args}
     return [i for i, x in enumerate(inputs) if x.requires_grad and i not in taken], of_args
+
+
+def sums_by_input(
+    of_params: Sequence[int], of_args: Sequence[tuple[Tensor, int | None]], grads: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
+    """Gradients by index of input, from those of ``inputs_by_kind``; a tensor given as several args has one of each."""
+    found: dict[int, Tensor] = {}
+    for i, grad in zip([*of_params, *(i for _, i in of_args)], grads, strict=True):
+        if i is not None and grad is not None:
+            found[i] = found[i] + grad if i in found else grad
+    return found
 
 
 def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: Sequence[float]) -> bool:

@@ -153,3 +153,39 @@ class TestComposedSteps:
         layout = Layout(like, Packing.of(like), scheme_of(METHODS["dopri5"], True), Tolerance(1e-3, 1e-3, [0, size]))
         captured: Any = None
         assert [type(steps) for steps in plans.ways_of_compiling(captured, layout)] == kinds
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_inputs_with_gaps_in_memory_are_read_where_they_lie(way: None, requires_grad: bool) -> None:
+    table = torch.zeros(3, 2, dtype=torch.float64)  # a column has gaps, but where all is zero none shows
+    column = table[:, 1].requires_grad_(requires_grad)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return column * torch.cos(t) - y * B
+
+    def solved(engine: str) -> list[Tensor]:
+        y0 = sample(3).requires_grad_()
+        solution = solve(func, y0, OUTPUTS, engine=engine, rtol=1e-4, atol=1e-5)
+        assert engine == "eager" or solution.stats.compiled == "solve", solution.stats.reason
+        wanted = [y0, B, *([column] if requires_grad else [])]
+        return [solution.y.detach(), *torch.autograd.grad(solution.y.square().sum(), wanted)]
+
+    for values in (0.0, 1.0, 2.0), (3.0, -1.0, 0.5):
+        torch.testing.assert_close(solved("compiled"), solved("eager"), rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            column.copy_(torch.tensor(values))
+    torch.testing.assert_close(solved("compiled"), solved("eager"), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_tensor_given_as_several_args_has_the_sum_of_their_gradients(way: None, create_graph: bool) -> None:
+    def solved(engine: str) -> list[Tensor]:
+        y0 = sample(3).requires_grad_()
+        solution = solve(
+            lambda t, y, p, q: B * q.square() - p * y, y0, OUTPUTS, args=(B, B), engine=engine, rtol=1e-4, atol=1e-5
+        )
+        assert engine == "eager" or solution.stats.compiled == "solve", solution.stats.reason
+        found = torch.autograd.grad(solution.y.square().sum(), [y0, B], create_graph=create_graph)
+        return [solution.y.detach(), *(x.detach() for x in found)]
+
+    torch.testing.assert_close(solved("compiled"), solved("eager"), rtol=1e-9, atol=1e-12)

@@ -50,10 +50,11 @@ def odeint(arguments: _OdeintArguments) -> State:
             "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager", except for kvaerno3,
             kvaerno5 and trbdf2 on states or samples of at most 32 components, which engine="compiled" takes, and a func
             that neither draws random numbers nor changes buffers. The tolerance holds for each step, and the errors add
-            up: on the problems of benchmarks/stiff.py to less than 10 tolerances, but to hundreds with trbdf2, which
-            does not add its error estimate to the solution. Their gradients are exact up to the tolerance of Newton's
-            method, and second derivatives too. Third derivatives are refused, in the backward pass that would make a
-            graph of the second ones. gradient="adjoint" solves the state backward, which stiffness makes unstable.
+            up: on the problems of benchmarks/stiff.py to less than 10 tolerances with kvaerno5 and kvaerno3, but to
+            thousands with trbdf2, which does not add its error estimate to the solution, and with rodas5p on one of
+            them. Their gradients are exact up to the tolerance of Newton's method, and second derivatives too. Third
+            derivatives are refused, in the backward pass that would make a graph of the second ones. gradient="adjoint"
+            solves the state backward, which stiffness makes unstable.
             "auto" takes steps of dopri5 as long as the problem is not stiff, and steps of kvaerno5 where it is; what
             holds for implicit methods holds for it. It needs adaptive steps that all samples share. With
             jacobian="krylov" it does not change back. ``stats.n_accepted_of`` counts the steps of each.

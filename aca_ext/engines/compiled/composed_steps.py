@@ -143,7 +143,7 @@ class _Replay:
         self._transposed, self._recorder, self._inputs = transposed, recorder, inputs
         self._saved: dict[int, tuple[Tensor, Sequence[Tensor]]] = {}  # by address of the slope: time, for the pull
         self.grads: dict[int, list[Tensor]] = {}
-        self._pulled: list[_Pulled] = []
+        self._pulled: list[_Pulled] = []  # held, so that ``own_result`` copies them by ``clone``
         self.fastest = self
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:

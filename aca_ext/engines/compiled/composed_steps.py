@@ -46,7 +46,7 @@ class ComposedSteps:
         def record(recorder: Recorder, scalars: Tensor, y: Tensor, k: Tensor, *inputs: Tensor) -> None:
             self._evaluation(recorder, scalars[0], y, k, *inputs)
 
-        return self._recipe(record, [layout.scalars(), layout.state(), layout.state()])
+        return self._recipe(record, [layout.scalars(), layout.state(), layout.state()], inlines=True)
 
     def step(self) -> Recipe:
         layout, scheme, s = self._layout, self._layout.scheme, self._layout.stages
@@ -70,7 +70,9 @@ class ComposedSteps:
 
         sums = torch.zeros(len(layout.tolerance.sizes), dtype=torch.float64, device="cpu")
         states = [layout.state() for _ in range(s + 2)]
-        return self._recipe(record, [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors])
+        return self._recipe(
+            record, [layout.scalars(), *states[:3], sums, *states[3:], *layout.tolerance_tensors], inlines=True
+        )
 
     def transpose(self, *, inside: bool) -> Recipe:
         layout, scheme, s = self._layout, self._layout.scheme, self._layout.stages
@@ -90,9 +92,9 @@ class ComposedSteps:
                 recorder.calls.append(weighted_sums([(grads[i], grads[i], [1.0] * len(parts))], 1.0, parts))
 
         states = [layout.state() for _ in range(3 + n_inside)]
-        return self._recipe(record, [layout.scalars(), *states, *(torch.zeros_like(x) for x in wanted)])
+        return self._recipe(record, [layout.scalars(), *states, *(torch.zeros_like(x) for x in wanted)], inlines=False)
 
-    def _recipe(self, record: Callable[..., None], inputs: Sequence[Tensor]) -> Recipe:
+    def _recipe(self, record: Callable[..., None], inputs: Sequence[Tensor], *, inlines: bool) -> Recipe:
         inputs = [*inputs, *self._captured.inputs]
 
         def calls() -> list[Call]:
@@ -100,7 +102,7 @@ class ComposedSteps:
             record(recorder, *inputs)
             return recorder.calls
 
-        return Recipe(calls, inputs, len(self._captured.inputs))
+        return Recipe(calls, inputs, len(self._captured.inputs), inlines)
 
 
 class _Compiled:

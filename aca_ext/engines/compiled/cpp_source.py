@@ -15,7 +15,7 @@ from aca_ext.errors import CompileError
 C_TYPES = {torch.float32: "float", torch.float64: "double"}
 _ALIGNMENT = 64
 _MAX_CONSTANT_BYTES = 1 << 16
-_KERNEL = "__attribute__((noinline)) static void"  # copies in each stage would take the compiler twice the time
+_KERNEL = {True: "static void", False: "__attribute__((noinline)) static void"}  # by whether it may be inlined
 _END_OF_PRODUCTS = "}  // namespace aca"  # in matmul.h
 
 
@@ -36,13 +36,13 @@ class Source:
     """C++ source of one or more programs."""
 
     def __init__(self) -> None:
-        self._kernels: dict[str, str] = {}
+        self._kernels: dict[tuple[str, bool], str] = {}  # by source, and whether it may be inlined
         self._constants: list[str] = []
         self._programs: list[str] = []
         self._count = 0
 
-    def add(self, calls: Sequence[Call], inputs: Sequence[Tensor], constant: int) -> None:
-        """Adds a program whose last ``constant`` inputs do not change between runs."""
+    def add(self, calls: Sequence[Call], inputs: Sequence[Tensor], constant: int, *, inlines: bool) -> None:
+        """Adds a program whose last ``constant`` inputs do not change between runs, and which may inline kernels."""
         places, workspace_bytes, constants = _places(calls, inputs)
         for storage in constants:
             name = f"constant_{len(self._constants)}"
@@ -58,7 +58,7 @@ class Source:
                 for x in call.operands
             ]
             if call.source:
-                name = self._kernels.setdefault(call.source, f"kernel_{len(self._kernels)}")
+                name = self._kernels.setdefault((call.source, inlines), f"kernel_{len(self._kernels)}")
                 operands = ", ".join(f"({kind})({place})" for kind, place in zip(call.types, at, strict=True))
                 body.append(f"{name}({operands});")
             else:
@@ -73,11 +73,11 @@ class Source:
     def text(self) -> str:
         kernels: list[str] = []
         headers: dict[str, None] = {}
-        for source, name in self._kernels.items():
+        for (source, inlines), name in self._kernels.items():
             lines = source.splitlines()
             headers.update((line, None) for line in lines if line.startswith("#include"))
             code = "\n".join(line for line in lines if not line.startswith("#include"))
-            kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"{_KERNEL} {name}(", code))
+            kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"{_KERNEL[inlines]} {name}(", code))
         count = _number("programs", self._count)
         own = [_header(name) for name in ("matmul.h", "sums.h")]
         return "\n".join([*headers, *own, *self._constants, *kernels, *self._programs, count, ""])

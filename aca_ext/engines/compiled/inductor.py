@@ -35,11 +35,14 @@ class Recipe(NamedTuple):
         record: returns the calls that the program makes, on the memory of ``inputs`` and on new memory.
         inputs: example inputs, which share no memory.
         constant: number of inputs at the end that do not change between runs.
+        inlines: kernels may be copied to where they are called, which makes short programs faster, and long ones slow
+            to compile.
     """
 
     record: Callable[[], list[Call]]
     inputs: Sequence[Tensor]
     constant: int
+    inlines: bool
 
 
 _HAS_OWN_VECTORS = "CPU_CAPABILITY_AVX512"  # the definition among the flags of the compiler
@@ -135,7 +138,7 @@ def _untested_instructions() -> Iterator[None]:
 def _source(recipes: Sequence[Recipe]) -> str:
     source = Source()
     for recipe in recipes:
-        source.add(recipe.record(), recipe.inputs, recipe.constant)
+        source.add(recipe.record(), recipe.inputs, recipe.constant, inlines=recipe.inlines)
     return source.text()
 
 
@@ -276,7 +279,7 @@ def whole_program(graph: fx.GraphModule, inputs: Sequence[Tensor], constant: int
         recorder.run(wrapper_of(graph, inputs), inputs)
         return recorder.calls
 
-    return Recipe(record, inputs, constant)
+    return Recipe(record, inputs, constant, inlines=False)
 
 
 def wrapper_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Wrapper:

@@ -11,13 +11,15 @@ from torch import Tensor
 from aca_ext.kernels.extension import running_sums
 
 _NONE = type(None)
+COARSE = (torch.float16, torch.bfloat16)  # many terms in these would lose most digits, so float32 holds their sums
 
 
 class GradientSums:
     """Adds the gradients of one evaluation after another to their totals.
 
     Attributes:
-        totals: one for each input, None until its first term; updated in place.
+        totals: one for each input, None until its first term; updated in place. Autograd rounds those of coarse
+            inputs to their dtype.
     """
 
     def __init__(self, totals: list[Tensor | None]) -> None:
@@ -39,7 +41,8 @@ class GradientSums:
                 continue
             total = self.totals[i]
             if total is None:
-                self.totals[i] = grad.clone()  # autograd may return the same tensor again, so sums need a copy
+                # autograd may return the same tensor again, so sums need a copy
+                self.totals[i] = grad.float() if grad.dtype in COARSE else grad.clone()
             else:
                 totals.append(total)
                 terms.append(grad)

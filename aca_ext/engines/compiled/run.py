@@ -28,6 +28,7 @@ from aca_ext.solver.checkpoints import AcceptedStep, Blocks, StepRecord
 from aca_ext.solver.failures import NO_TOLERANCE, failure_of
 from aca_ext.solver.runge_kutta import scheme_of
 from aca_ext.solver.stats import Stats
+from aca_ext.vector_field.gradient_sums import COARSE
 
 # The time with which func is traced; it requires grad, since func may differentiate with respect to it.
 _CPU = torch.device("cpu")
@@ -91,6 +92,7 @@ class _Run:
             raise CompileError(captured.obstacles["program"])
         found: Specification | None = captured.solves.get(problem.settings)
         if found is None:
+            self._refuse_coarse_sums(captured)
             if len(captured.solves) >= _MAX_SPECIFICATIONS:
                 del captured.solves[next(iter(captured.solves))]
             plan = self._plan(captured, start)
@@ -103,6 +105,14 @@ class _Run:
                 specialise(problem.func)  # func may need its numbers as numbers: retry with them as constants
                 return self._find()
         return found
+
+    def _refuse_coarse_sums(self, captured: Captured) -> None:
+        coarse = {x.dtype for x, w in zip(self.used, captured.wants_gradient, strict=True) if w and x.dtype in COARSE}
+        if coarse:
+            captured.obstacles["program"] = (
+                f"The steps run in Python because gradients of {coarse.pop()} are summed in float32."
+            )
+            raise CompileError(captured.obstacles["program"])
 
     def _evaluate_once(self) -> None:
         """Evaluates func once, without side effects, so that its own errors are raised."""

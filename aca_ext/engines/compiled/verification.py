@@ -219,15 +219,16 @@ def check_close(
 ) -> None:
     """Raises MismatchError if the results differ by more than rounding in func explains.
 
-    ``dtype`` is that of func's coarsest arithmetic, by default that of the state.
+    ``dtype`` is that of func's coarsest arithmetic, by default that of the state. Gradients of coarser inputs are
+    rounded to their dtype.
     """
-    dtype = dtype or point.y.dtype
-    rounding = _ROUNDING.get(dtype, _ROUNDING_OF_OTHERS * torch.finfo(dtype).eps)
+    rounding = _rounding_of(dtype or point.y.dtype)
     if not all(torch.isfinite(x).all() for x in expected):
         return
     sizes = [_largest(x) for x in expected]
     # A gradient that is zero up to rounding is measured relative to the largest one.
-    allowed = [rounding * max(size, 0.01 * max(sizes)) for size in sizes]
+    floors = [max(size, 0.01 * max(sizes)) for size in sizes]
+    allowed = [max(rounding, _rounding_of(x.dtype)) * floor for x, floor in zip(expected, floors, strict=True)]
     if _are_close(found, expected, allowed):
         return
     # func may amplify rounding: measure the effect of a state that differs in its last bits.
@@ -237,6 +238,10 @@ def check_close(
             f"the {what} that torch's compiler made of func differs from that of func. Either func returns different "
             'values for the same time and state, or the compiler translates it wrongly. Use engine="eager".'
         )
+
+
+def _rounding_of(dtype: torch.dtype) -> float:
+    return _ROUNDING.get(dtype, _ROUNDING_OF_OTHERS * torch.finfo(dtype).eps)
 
 
 def _largest(x: Tensor) -> float:

@@ -391,6 +391,17 @@ def _plain(x: Any) -> Any:
     return {key: _plain(value) for key, value in x.items()} if isinstance(x, dict) else x
 
 
+    def test_where_gradients_of_few_digits_are_summed(self) -> None:
+        """Sums in the dtype of such an input, as a program makes them, would lose most digits."""
+        w = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+        found = {}
+        for engine in ("eager", "compiled"):
+            solution = steps(lambda t, y, w: torch.tanh(y @ w.to(y.dtype)) - y, sample(4, 3), engine, args=(w,))
+            found[engine] = torch.autograd.grad(solution.y.sum(), w)[0]
+        assert "summed in float32" in solution.stats.reason
+        assert relative_error(found["compiled"], found["eager"]) < torch.finfo(w.dtype).eps
+
+
 class TestRefusals:
     def test_of_gradients_that_differ_from_those_of_func(
         self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch

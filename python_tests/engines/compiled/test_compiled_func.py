@@ -381,16 +381,6 @@ class TestUncompiled:
         assert relative_error(solution.y[-1], sample(3) * 0.75**4) < 1e-12
         assert list(empty_cache.iterdir()) == []  # other processes do not find it
 
-
-def _plain(x: Any) -> Any:
-    """Tensors and arrays as lists, which can be compared."""
-    if isinstance(x, (Tensor, np.ndarray)):
-        return x.tolist()
-    if isinstance(x, (list, tuple)):
-        return [_plain(part) for part in x]
-    return {key: _plain(value) for key, value in x.items()} if isinstance(x, dict) else x
-
-
     def test_where_gradients_of_few_digits_are_summed(self) -> None:
         """Sums in the dtype of such an input, as a program makes them, would lose most digits."""
         w = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
@@ -400,6 +390,15 @@ def _plain(x: Any) -> Any:
             found[engine] = torch.autograd.grad(solution.y.sum(), w)[0]
         assert "summed in float32" in solution.stats.reason
         assert relative_error(found["compiled"], found["eager"]) < torch.finfo(w.dtype).eps
+
+
+def _plain(x: Any) -> Any:
+    """Tensors and arrays as lists, which can be compared."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        return x.tolist()
+    if isinstance(x, (list, tuple)):
+        return [_plain(part) for part in x]
+    return {key: _plain(value) for key, value in x.items()} if isinstance(x, dict) else x
 
 
 class TestRefusals:

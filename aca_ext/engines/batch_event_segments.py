@@ -15,9 +15,9 @@ from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.dispatch import run
-from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, At, Since, after_reset, moved
+from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, NO_SIGN, Since, after_reset, moved
 from aca_ext.errors import EventError, TimeError
-from aca_ext.problem.events import Event
+from aca_ext.problem.events import At, Event
 from aca_ext.problem.sample_times import checked_sample_times, counts_of
 from aca_ext.problem.state import State
 from aca_ext.problem.trees import leaves_of, like, map_leaves
@@ -247,9 +247,7 @@ def to_batch_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tenso
     without = (solution.ended_by < 0).nonzero().flatten().tolist()
     if without:
         others = f" (and of {len(without) - 1} more)" if len(without) > 1 else ""
-        raise EventError(
-            f"event_fn changed no sign for sample {without[0]}{others} up to its last time. Give a later last time."
-        )
+        raise EventError(f"event_fn changed no sign for sample {without[0]}{others} up to its last time. {NO_SIGN}")
     (found,) = solution.events
     return found.t, map_leaves(lambda y, at_event: torch.stack([y[0], at_event]), solution.y, found.y)
 

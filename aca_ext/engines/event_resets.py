@@ -15,6 +15,10 @@ from aca_ext.problem.state import Packing, State
 from aca_ext.problem.trees import leaves_of, map_leaves
 from aca_ext.progress import Step
 
+NO_SIGN = (
+    "Give a later last time, or return a number that changes its sign at the event: a condition such as y < 0 does "
+    "not, and neither does a zero at the start."
+)
 MAX_RESETS = 10_000
 LAST_BIT = 2.0**-52
 
@@ -76,16 +80,6 @@ def _towards_sides(time: Tensor, since: Tensor, start: Tensor, jumps: Tensor) ->
     beside = torch.where(side == 0, at, torch.nextafter(at, side * math.inf))
     rounding = 2 * torch.finfo(time.dtype).eps * (at.abs() + since.abs() + start.to(time).abs())
     return torch.where((time - at).abs() <= rounding, beside - time, 0.0).sum()
-
-
-class At:
-    """An event function as a function of the time since ``start``."""
-
-    def __init__(self, fn: Callable[[Tensor, Any], Tensor], start: Tensor) -> None:
-        self.fn, self.start = fn, start
-
-    def __call__(self, t: Tensor, y: Any) -> Tensor:
-        return self.fn(self.start.to(t).reshape(t.shape) + t, y)
 
 
 def moved(step: Step, start: Any) -> Step:

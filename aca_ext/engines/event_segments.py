@@ -12,10 +12,10 @@ from torch import Tensor
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.batch_event_segments import solve_batch_with_events, to_batch_event
 from aca_ext.engines.dispatch import run
-from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, At, Since, after_reset, in_absolute_time, moved
+from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, NO_SIGN, Since, after_reset, in_absolute_time, moved
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, SolveError, TimeError
 from aca_ext.problem.batch import is_independent
-from aca_ext.problem.events import Event
+from aca_ext.problem.events import At, Event
 from aca_ext.problem.state import State
 from aca_ext.problem.times import times_of
 from aca_ext.problem.transforms import is_transformed
@@ -156,6 +156,6 @@ def to_event(arguments: Arguments, event_fn: Callable[[Tensor, Any], Tensor]) ->
     until = torch.cat([start, torch.full_like(start, others[-1], requires_grad=False)])
     solution = solve_with_events(replace(arguments, t=until, events=(Event(event_fn, terminal=True),)))
     if solution.ended_by is None:
-        raise EventError(f"event_fn changed no sign up to t={others[-1]:.17g}. Give a later last time.")
+        raise EventError(f"event_fn changed no sign up to t={others[-1]:.17g}. {NO_SIGN}")
     (event,) = solution.events
     return event.t[0], map_leaves(lambda one, other: torch.cat([one[:1], other]), solution.y, event.y)

@@ -63,6 +63,24 @@ class Event:
         return self.terminal or self.reset is not None
 
 
+class At:
+    """An event function as a function of the time since ``start``, (1,) or one for each sample."""
+
+    def __init__(self, fn: Callable[[Tensor, Any], Tensor], start: Tensor) -> None:
+        self.fn, self.start = fn, start
+
+    def __call__(self, t: Tensor, y: Any) -> Tensor:
+        return self.fn(self.time(t), y)
+
+    def time(self, since: Tensor) -> Tensor:
+        return self.start.to(since).reshape(since.shape) + since
+
+
+def time_of(event: Event, t: Tensor) -> Tensor:
+    """The time that the user's event function is given at ``t``, without a graph."""
+    return event.fn.time(t).detach() if isinstance(event.fn, At) else t.detach()
+
+
 def refuse_terminal(caller: str, events: Sequence[object]) -> None:
     """Raises ArgumentValueError if an event may end a solve early and the caller returns the states alone."""
     for i, event in enumerate(events):

@@ -18,7 +18,7 @@ from aca_ext.numerics.switching import Switching
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.numerics.weights import Weights
 from aca_ext.problem.admission import check_readable
-from aca_ext.problem.arguments import lookup, number_in
+from aca_ext.problem.arguments import holds_grad, lookup, number_in
 from aca_ext.problem.newton import NEWTON_OPTIONS
 from aca_ext.problem.state import Packing
 
@@ -144,6 +144,15 @@ def _limited(method: Adams, max_order: int, max_iters: int) -> Adams:
     return method.with_limits(max_order, max_iters)
 
 
+def refuse_learnt_times(name: str, given: object) -> None:
+    """Raises OptionError if times of option ``name`` require grad, since it would be lost."""
+    if torch.is_grad_enabled() and holds_grad(given):
+        raise OptionError(
+            f"option {name} holds a tensor that requires grad, but times at which steps end have no gradient. Give "
+            "values.detach(). To learn the time T of a jump, use events=[Event(lambda t, y: t - T, reset=...)]."
+        )
+
+
 def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[float, ...]:
     """The times of option ``name`` that lie strictly inside the solve; times outside are ignored.
 
@@ -152,6 +161,7 @@ def inner_times(name: str, given: object, times: tuple[float, ...]) -> tuple[flo
     """
     if given is None:
         return ()
+    refuse_learnt_times(name, given)
     check_readable(f"option {name}", given, OptionError)
     try:
         inner = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach().reshape(-1).tolist()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from aca_ext.errors import OptionError
 from aca_ext.problem.admission import check_readable
+from aca_ext.problem.options import refuse_learnt_times
 
 STOP_OPTIONS = ("step_t", "jump_t")
 
@@ -39,6 +40,8 @@ def stops_of(options: Mapping[str, Any], starts: _Times, ends: _Times) -> Stops 
     Raises:
         OptionError: the times of an option are not finite, or are not those of as many samples.
     """
+    for name in STOP_OPTIONS:
+        refuse_learnt_times(name, options.get(name))
     found = {
         name: _rows("option " + name, options[name], len(starts)) for name in STOP_OPTIONS if _is_in(options, name)
     }

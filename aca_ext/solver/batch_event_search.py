@@ -15,8 +15,8 @@ from aca_ext.errors import EventError
 from aca_ext.kernels.fused import Array
 from aca_ext.numerics.root import bracketed_roots
 from aca_ext.problem.batch import RowPacking
-from aca_ext.problem.events import Event
-from aca_ext.solver.event_search import DEPARTURES, LAST_BIT, ON_SURFACE
+from aca_ext.problem.events import Event, time_of
+from aca_ext.solver.event_search import DEPARTURES, LAST_BIT, ON_SURFACE, check_real
 
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
@@ -149,9 +149,8 @@ def checked_values(values: object, event: int, n_rows: int) -> Tensor:
     Raises:
         EventError: it is no real tensor whose first dimension is the batch.
     """
-    if not isinstance(values, Tensor) or values.is_complex():
-        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise EventError(f"the function of event {event} returned {kind}; it must return a real tensor.")
+    check_real(values, event)
+    assert isinstance(values, Tensor)
     if values.dim() == 0 or len(values) != n_rows:
         raise EventError(
             f'the function of event {event} returned shape {tuple(values.shape)}; with batch="independent" it must '
@@ -196,7 +195,7 @@ def changes_along(
 
     rate = scale = np.zeros(len(rows))
     if of_t is not None:
-        rate, scale = total(of_t), total((of_t * t).abs())
+        rate, scale = total(of_t), total((of_t * time_of(event, t)).abs())
     if of_y is not None:
         scale = scale + total((of_y * y).abs())
         rate = rate if slope is None else rate + total(of_y * slope)

@@ -14,7 +14,7 @@ from torch import Tensor
 from aca_ext.errors import EventError
 from aca_ext.kernels.reference import Number
 from aca_ext.numerics.root import bracketed_root
-from aca_ext.problem.events import Event
+from aca_ext.problem.events import Event, time_of
 from aca_ext.problem.state import Packing
 
 Array = NDArray[np.float64]
@@ -131,13 +131,23 @@ class EventSearch:
     def _values(self, i: int, t: float, y: Tensor) -> Array:
         with torch.no_grad():
             values: Any = self._events[i].fn(self._scalar(t), self._packing.unpack(y.detach()))
-        if not isinstance(values, Tensor) or values.is_complex():
-            kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            raise EventError(f"the function of event {i} returned {kind}; it must return a real tensor.")
+        check_real(values, i)
         found = values.detach().reshape(-1).cpu().double().numpy().copy()
         if not np.isfinite(found).all():
             raise EventError(f"the function of event {i} returned NaN or infinity at t={t:.17g}; check it there.")
         return found
+
+
+def check_real(values: object, event: int) -> None:
+    """Raises EventError if the value of an event function is no tensor of real numbers."""
+    if isinstance(values, Tensor) and values.dtype == torch.bool:
+        raise EventError(
+            f"the function of event {event} returned a condition (torch.bool), which has no sign to change; return a "
+            "number that changes its sign there, such as y[0] for y[0] < 0."
+        )
+    if not isinstance(values, Tensor) or values.is_complex():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise EventError(f"the function of event {event} returned {kind}; it must return a real tensor.")
 
 
 def change_along(
@@ -155,7 +165,7 @@ def change_along(
         of_t, of_y = torch.autograd.grad(value, (t_leaf, y_leaf), allow_unused=True)
     rate = scale = 0.0
     if of_t is not None:
-        rate, scale = of_t.item(), (of_t * t).abs().item()
+        rate, scale = of_t.item(), (of_t * time_of(event, t)).abs().item()
     if of_y is not None:
         scale += (of_y * y).abs().sum().item()
         rate += 0.0 if slope is None else (of_y * slope).sum().item()

@@ -11,9 +11,10 @@ from torch import Tensor
 from aca_ext.errors import SolveError
 
 _OF_NEWTON = ("n_jacobians", "n_factorizations", "n_newton_iterations")
+_OF_ENGINES = ("compile_seconds", "compiled", "engine", "reason")
 
 
-@dataclass
+@dataclass(repr=False)
 class Stats:
     """Counts of one solve.
 
@@ -45,13 +46,25 @@ class Stats:
     backend: str = ""
     n_f_evals_backward: int | None = None
     compile_seconds: float = 0.0
-    compiled: str = field(default="", repr=False)
-    engine: str = field(default="", repr=False)
-    reason: str = field(default="", repr=False)
+    compiled: str = ""
+    engine: str = ""
+    reason: str = ""
     n_jacobians: int = 0
     n_factorizations: int = 0
     n_newton_iterations: int = 0
     n_accepted_of: dict[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Shows what every solve has, and of the rest what this one has."""
+        always = ("n_f_evals", "n_steps", "n_accepted", "n_rejected", "backend", "n_f_evals_backward")
+        parts = [f"{name}={getattr(self, name)!r}" for name in always]
+        return f"Stats({', '.join([*parts, *_shown(self, *_OF_ENGINES, *_OF_NEWTON, 'n_accepted_of')])})"
+
+
+def _shown(stats: object, *names: str) -> list[str]:
+    values = {name: getattr(stats, name) for name in names}
+    shown = {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items() if value}
+    return [f"{name}={value!r}" for name, value in shown.items()]
 
 
 def sum_of(one: Any, other: Any) -> Stats:
@@ -115,8 +128,8 @@ class BatchStats:
         for name in ("n_steps", "n_accepted", "n_rejected"):
             count = getattr(self, name)
             parts.append(f"{name}={int(count.min())}..{int(count.max())}" if len(count) else f"{name}=none")
-        parts += [f"{name}={getattr(self, name)}" for name in _OF_NEWTON if getattr(self, name)]
         parts += [f"backend={self.backend!r}", f"n_f_evals_backward={self.n_f_evals_backward}"]
+        parts += _shown(self, *_OF_NEWTON, *_OF_ENGINES)
         if self.failures:
             parts.append(f"failures of samples {', '.join(str(error.sample) for error in self.failures[:10])}")
         return f"BatchStats of {len(self.n_steps)} samples({', '.join(parts)})"

@@ -83,7 +83,8 @@ class TestChoice:
         first, _, third = (solve(func, sample(3), TIMES, **TOLERANCES, engine="auto") for _ in range(3))
         assert first.stats.reason == "solve 1 of 2 before func is compiled"
         assert third.stats.reason == ""
-        assert "reason" not in repr(first)
+        assert "engine='eager', reason='solve 1 of 2 before func is compiled'" in repr(first)
+        assert "reason" not in repr(third)
 
     def test_new_times_tolerances_and_values_are_no_new_kind(self, compiler: Compiler) -> None:
         func = Decay()

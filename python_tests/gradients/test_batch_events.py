@@ -349,6 +349,8 @@ def test_what_is_refused() -> None:
     event = Event(lambda t, y: y - 0.5)
     with pytest.raises(ArgumentValueError, match="on_failure"):
         solve(lambda t, y: -y, y0, [0.0, 1.0], events=[event], options=INDEPENDENT | {"on_failure": "nan"})
+    with pytest.raises(EventError, match="returned a condition"):
+        solve(lambda t, y: -y, y0, [0.0, 1.0], events=[Event(lambda t, y: y < 0.5)], options=INDEPENDENT)
 
 
 @pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")

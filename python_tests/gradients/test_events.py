@@ -340,6 +340,7 @@ def test_an_event_without_a_derivative_has_no_gradient() -> None:
         (Event(lambda t, y: 1.0), "returned float"),
         (Event(lambda t, y: y * float("nan")), "NaN or infinity"),
         (Event(lambda t, y: 1j * y), "complex128"),
+        (Event(lambda t, y: y < 0.5), "returned a condition"),
         (Event(lambda t, y: y - 0.5, reset=lambda t, y: y[0]), "returned shape"),
         (Event(lambda t, y: y - 0.5, reset=lambda t, y: 1.0), "no state"),
     ],
@@ -347,6 +348,29 @@ def test_an_event_without_a_derivative_has_no_gradient() -> None:
 def test_functions_that_return_nonsense(event: Event, message: str) -> None:
     with pytest.raises(EventError, match=message):
         solve(lambda t, y: -y, torch.ones(1, dtype=DTYPE), [0.0, 3.0], events=[event])
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": "independent"}])
+@pytest.mark.parametrize(
+    ("func", "start", "settings"),
+    [
+        (lambda t, y: 0 * y, 0.0, {"max_step": 0.3}),
+        (lambda t, y: -y, 0.0, {"first_step": 1e-8, "max_step": 0.3}),
+        (lambda t, y: -1e6 * y, 1000.0, {"method": "kvaerno5", "max_step": 0.3}),
+    ],
+    ids=["constant", "small first step", "stiff"],
+)
+def test_resets_at_times_go_on_from_times_that_are_rounded(
+    func: Any, start: float, settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """The next segment starts at a rounded zero of the function, which is no second occurrence."""
+    method = {"method": settings["method"]} if "method" in settings else {}
+    given = {name: value for name, value in settings.items() if name != "method"} | options
+    dose = Event(lambda t, y: torch.cos(math.pi * t), direction=-1, reset=lambda t, y: y + 1)
+    y0 = torch.zeros(2, 1, dtype=DTYPE)
+    solution = solve(func, y0, [start, start + 5.0], events=[dose], options=given, **method)
+    expected = torch.tensor([0.5, 2.5, 4.5], dtype=DTYPE) + start
+    torch.testing.assert_close(solution.events[0].t, expected if not options else expected.expand(2, 3))
 
 
 def test_chattering_is_an_error() -> None:

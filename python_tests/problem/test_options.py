@@ -121,6 +121,17 @@ class TestOptions:
         with pytest.raises(errors.UnknownNameError):
             self.solve(max_steps=1.0)
 
+    @pytest.mark.parametrize("batch", [{}, {"batch": "independent"}])
+    @pytest.mark.parametrize("name", ["step_t", "jump_t"])
+    def test_times_of_steps_that_are_learnt_are_refused(self, name: str, batch: dict[str, str]) -> None:
+        jump = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        y0 = torch.ones(2, 1, dtype=torch.float64)
+        how: dict[str, Any] = {"engine": "compiled"} if batch else {}
+        with pytest.raises(errors.OptionError, match=f"option {name} holds a tensor that requires grad"):
+            aca_ext.odeint(lambda t, y: -y, y0, [0.0, 1.0], options={name: [jump], **batch}, **how)
+        with torch.no_grad():
+            aca_ext.odeint(lambda t, y: -y, y0, [0.0, 1.0], options={name: jump[None]})
+
     def test_options_are_not_changed(self) -> None:
         options = {"first_step": 0.1, "max_step": 1.0}
         aca_ext.odeint(decay, torch.ones(2), self.T, options=options)

@@ -49,7 +49,10 @@ def solve(request: Request, reason: str) -> Result:
     except UnusableFuncError:
         raise
     except CompileError as error:
-        return solve_uncompiled(request, f"{reason} And evaluations of func are not compiled: {shortened(error)}")
+        seconds = time.perf_counter() - start
+        result = solve_uncompiled(request, f"{reason} And evaluations of func are not compiled: {shortened(error)}")
+        result.stats.compile_seconds += seconds
+        return result
     seconds = time.perf_counter() - start if is_new else 0.0
     problem = replace(request.problem, func=evaluation, args=inputs)
     callback = None if request.callback is None else _Watched(request.callback, request.problem, evaluation)

@@ -21,4 +21,4 @@ def solve_uncompiled(request: Request, reason: str) -> Result:
 
 def shortened(error: CompileError) -> str:
     """The first line of an error without its advice to use the eager engine, which is followed."""
-    return re.sub(r' Use engine="eager"[^.]*\.', "", str(error)).partition("\n")[0]
+    return re.sub(r' Use engine="eager".*?\.(?= |$)', "", str(error)).partition("\n")[0]

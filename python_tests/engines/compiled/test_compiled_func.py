@@ -308,7 +308,7 @@ CAUSES = {
     "mean replaced": "func.mean",
     "mean used": "func.mean",
     "norm": "in place",
-    "dropout": "random numbers",
+    "dropout": "and a replay could not repeat them. And evaluations of func are not compiled",
     "hessian": "func.last",
     "branch": "cannot be traced as one graph",
     "operation": "operation",

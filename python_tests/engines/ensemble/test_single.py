@@ -170,6 +170,20 @@ class TestGradients:
         assert torch.equal(named[names.index("net.weight")], found[names.index("net.weight")])
         assert all(x is None for x, name in zip(named, names, strict=True) if name != "net.weight")
 
+    @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+    def test_with_a_tolerance_near_rounding(self, dtype: torch.dtype, rtol: float) -> None:
+        """Newton's method ends at rounding there, and so far may the repeated steps be from the forward pass."""
+
+        def func(t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+            return -50 * k * (y - torch.cos(t)) * (1 + y * y)
+
+        found = []
+        for engine in ("compiled", "eager"):
+            k = torch.tensor([1.0, 2.0, 3.0], dtype=dtype, requires_grad=True)
+            y = solve(engine, func, torch.ones(3, dtype=dtype), [0.0, 0.5], (k,), rtol=rtol, atol=1e-3 * rtol).y
+            found.append(torch.autograd.grad(y[-1].sum(), k)[0])
+        assert relative_error(*found) <= 1e3 * torch.finfo(dtype).eps / rtol**0.5
+
     def test_of_the_times(self) -> None:
         found = []
         for engine in ("compiled", "eager"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
-from aca_ext.solver.implicit.rows import is_all, largest
+from aca_ext.solver.implicit.rows import is_all, larger, largest
 
 # Compares the end of a replayed step and its slopes with those of the forward pass.
 Compare = Callable[[Tensor, Sequence[Tensor]], None]
@@ -60,7 +60,9 @@ def repeated_implicit_end(
 def _is_near(ops: TorchOperations, y: Tensor, y_next: Tensor, y1: Tensor, tolerance: float | None) -> bool:
     difference = ops.admit(y1 - y_next)
     if tolerance is not None:
-        return is_all(ops.error_norm(difference, None, 0.0, y, y_next) <= _NEAR * tolerance)
+        # Newton's method iterates to the tolerance, or to rounding where that is more.
+        wanted = larger(tolerance, 10 * torch.finfo(y.dtype).eps * ops.error_norm(y, None, 0.0, y, y))
+        return is_all(ops.error_norm(difference, None, 0.0, y, y_next) <= _NEAR * wanted)
     allowed = _ROUNDING * torch.finfo(y.dtype).eps * largest((y, y_next), ops)
     return bool((difference.abs() <= allowed).all())
 

@@ -70,7 +70,8 @@ class ImplicitReplay {
         V difference[n];
         for (int c = 0; c < n; ++c) difference[c] = y1[c] - expected[c];
         const R distance = norms<Field>(difference, at.y, expected, at.tolerance);
-        const M is_far = rounded<M>(at.live & ~(distance <= kNear * tolerance));
+        const R wanted = wanted_error<Field>(at.y, at.tolerance, tolerance);
+        const M is_far = rounded<M>(at.live & ~(distance <= kNear * wanted));
         fault_ = select(is_far & (fault_ == K(0)), K(other_end), fault_);
     }
 

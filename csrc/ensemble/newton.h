@@ -16,6 +16,14 @@ struct StagesOf {
     Q live;  // lanes that step
 };
 
+// The error of a stage to which the iterations go, in units of the tolerance of the solve: below rounding, changes mean
+// nothing.
+template <typename Field>
+R wanted_error(const V* y, const V* tolerance_of_elements, double tolerance) {
+    constexpr double eps = sizeof(T) == 8 ? 2.220446049250313e-16 : 1.1920928955078125e-07;
+    return larger(R{} + tolerance, 10 * eps * norms<Field>(y, y, y, tolerance_of_elements));
+}
+
 template <typename Field, typename Method>
 class Newton {
     static constexpr int n = Field::n, s = Method::stages;
@@ -84,9 +92,7 @@ class Newton {
         scale_ = rounded<V>(h_ * Method::gamma);
         live_ = at.live;
         failed_ = Q{};
-        constexpr double eps = sizeof(T) == 8 ? 2.220446049250313e-16 : 1.1920928955078125e-07;
-        const R rounding = 10 * eps * norms<Field>(at.y, at.y, at.y, at.tolerance);  // below this, changes are rounding
-        wanted_ = larger(R{} + tolerance, rounding);
+        wanted_ = wanted_error<Field>(at.y, at.tolerance, tolerance);
     }
 
     // Iterates from z = h·a·k; lanes in which that fails get a Jacobian at the start of the step and begin again.

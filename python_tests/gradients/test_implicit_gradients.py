@@ -359,3 +359,16 @@ class TestRodas5p:
         with torch.no_grad():
             ahead, back = (loss_of(odeint(func, y0, T, args=(rate * f,), **how)) for f in (1.001, 0.999))
         assert found.item() == pytest.approx(((ahead - back) / (0.002 * rate.detach())).item(), rel=1e-5)
+
+
+def test_float32_with_a_tolerance_near_rounding() -> None:
+    """Newton's method ends at rounding there, and so far may the repeated steps be from the forward pass."""
+    k = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return -50 * k * (y - torch.cos(t)) * (1 + y * y)
+
+    for method, rtol in (("kvaerno5", 1e-5), ("kvaerno3", 1e-4)):
+        y = odeint(func, torch.ones(3), [0.0, 0.5, 2.0], method=method, rtol=rtol, atol=1e-3 * rtol)
+        (grad,) = torch.autograd.grad(y.sum(), k)
+        assert torch.isfinite(grad).all()

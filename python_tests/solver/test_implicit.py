@@ -219,6 +219,14 @@ class TestJacobians:
         y = odeint(func, torch.ones(20, dtype=torch.float64), times(0, 1), method="kvaerno3")
         assert torch.isfinite(y).all()
 
+    @pytest.mark.parametrize("method", ADAPTIVE)
+    def test_of_a_func_that_does_not_use_the_state(self, method: str) -> None:
+        k = torch.arange(1.0, 4.0, dtype=torch.float64, requires_grad=True)
+        y = odeint(lambda t, y: k * torch.cos(t), torch.zeros(3, dtype=torch.float64), times(0, 2), method=method)
+        torch.testing.assert_close(y[-1].detach(), k.detach() * math.sin(2.0), rtol=1e-4, atol=0.0)
+        (grad,) = torch.autograd.grad(y[-1].sum(), k)
+        assert grad.tolist() == pytest.approx([math.sin(2.0)] * 3, rel=1e-4)
+
     def test_gmres_solves_to_rounding(self) -> None:
         matrix = torch.randn(60, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         matrix = torch.eye(60, dtype=torch.float64) + 0.05 * matrix

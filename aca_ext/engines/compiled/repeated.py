@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from aca_ext.engines.compiled.verification import inputs_by_kind, sums_by_input
+from aca_ext.errors import ReplayError
 from aca_ext.gradients.aca import differentiable_backward
 from aca_ext.gradients.base import Task
 from aca_ext.gradients.passes import ForwardPass
@@ -20,6 +22,11 @@ CHANGED_FUNC = (
     'gradient="direct", which does not replay.'
 )
 
+_CHANGED_START = (
+    "y0 has changed since the forward pass. With create_graph=True the backward pass starts from it again. Write to it "
+    "after the backward pass, or give a copy to the solve."
+)
+
 
 def gradients_with_graph(
     task: Task,
@@ -27,7 +34,7 @@ def gradients_with_graph(
     stats: Stats,
     used: Sequence[Tensor],
     grad_ys: Tensor,
-    y0: Tensor,
+    y0: Tensor | None,
     states: Mapping[int, Tensor],
     inputs: Sequence[Tensor],
 ) -> list[Tensor | None]:
@@ -36,11 +43,18 @@ def gradients_with_graph(
     Args:
         task: a new task of the eager engine.
         used: the tensors on which func depends; ``inputs`` are these, as autograd has saved them.
-        states: states of the solve by their numbers; the repeated ones are compared with them.
+        y0: the start, as autograd has saved it; None if it does not require grad.
+        states: states of the solve by their numbers, at least the first; the repeated ones are compared with them.
+
+    Raises:
+        ReplayError: y0 has changed since the forward pass.
     """
+    start = states[0] if y0 is None else y0
+    if not torch.equal(start, states[0]):  # a stiff solve may forget where it started
+        raise ReplayError(_CHANGED_START)
     of_params, of_args = inputs_by_kind(task.field.args, used)
-    forward = ForwardPass(task, record, stats, AutocastState(y0.device.type), len(of_params))
+    forward = ForwardPass(task, record, stats, AutocastState(start.device.type), len(of_params))
     given = [*(inputs[i] for i in of_params), *(x if i is None else inputs[i] for x, i in of_args)]
-    grad_y0, *found = differentiable_backward(forward, grad_ys, y0, states, given)
+    grad_y0, *found = differentiable_backward(forward, grad_ys, start, states, given)
     grads = sums_by_input(of_params, of_args, found)
     return [grad_y0, *(grads.get(i) for i in range(len(inputs)))]

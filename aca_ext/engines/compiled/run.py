@@ -181,7 +181,7 @@ class _Run:
     def gradients(self, grad_ys: Tensor, states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Gradients:
         # Hooks on saved tensors may have moved the states, but the loop has their old addresses.
         if [block.data_ptr() for block in states] != self._addresses_of_states or not self._has_transpose():
-            y0 = self.y0.detach().requires_grad_() if self.problem.y0.requires_grad else None
+            y0 = states[0][0].detach().requires_grad_() if self.problem.y0.requires_grad else None
             with torch.enable_grad():
                 found = self.differentiable_gradients(grad_ys, y0, states, inputs)
             return [None if g is None else g.detach() for g in found]
@@ -248,8 +248,8 @@ class _Run:
         """Computes the gradients by the eager engine, over the same accepted steps."""
         self.check_func()
         of_solve = self.task(), self.record, self.stats, self.inputs
-        start, inputs = self.y0 if y0 is None else y0, self._completed(inputs)
-        grad_y0, *grads = gradients_with_graph(*of_solve, grad_ys, start, {}, inputs)
+        held = {0: states[0][0]}
+        grad_y0, *grads = gradients_with_graph(*of_solve, grad_ys, y0, held, self._completed(inputs))
         return grad_y0, *self._of_learnt(grads)
 
     def prepare_backward(self, states: Blocks) -> None:

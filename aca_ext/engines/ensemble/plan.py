@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aca_ext.engines.compiled.backend import Captured
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
+from aca_ext.engines.compiled.verification import inputs_by_kind, sums_by_input
 from aca_ext.engines.ensemble.library import Library
 from aca_ext.engines.ensemble.source import source_of
 from aca_ext.engines.ensemble.thread_library import ThreadLibrary
@@ -17,6 +18,8 @@ from aca_ext.engines.ensemble.tracing import trace
 from aca_ext.errors import AcaError, CompileError
 from aca_ext.gradients.base import Task
 from aca_ext.problem.batch import BatchProblem
+from aca_ext.vector_field.field import AutocastState
+from aca_ext.vector_field.replay import Replay
 
 # Relative to the largest element: what rounding may do in code that is arranged differently.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-11}
@@ -119,17 +122,23 @@ def lanes_of(device: torch.device) -> str:
 def _of_func(
     task: Task, t: Tensor, y: Tensor, g: Tensor, inputs: Sequence[Tensor], with_gradient: bool
 ) -> list[Tensor]:
-    """func's slope, and where asked for the cotangents of y and of its inputs that require grad."""
-    with torch.enable_grad():
-        y = y.detach().requires_grad_()
-        k = task.field(t.detach().requires_grad_(), y)
-        if not with_gradient:
-            return [k.detach()]
-        wanted = [x for x in inputs if x.requires_grad]
-        if not k.requires_grad:
-            return [k, *(torch.zeros_like(x) for x in (y, *wanted))]
-        grads = torch.autograd.grad(k, (y, *wanted), g, allow_unused=True)
-        return [k.detach(), *_filled(grads, (y, *wanted))]
+    """func's slope, and where asked for the cotangents of y and of its inputs that require grad.
+
+    They end at the inputs: the history and the hooks of these belong to the graph outside of the solve.
+    """
+    t, y = t.detach().requires_grad_(), y.detach().requires_grad_()
+    if not with_gradient:
+        with torch.enable_grad():
+            return [task.field(t, y).detach()]
+    of_params, of_args = inputs_by_kind(task.field.args, inputs)
+    params, args = [inputs[i] for i in of_params], [x for x, _ in of_args]
+    replay = Replay(task.field, params, args, AutocastState(y.device.type))
+    with replay.repeating():
+        k = replay(t, y)
+        g_y = replay.pull_back(y, k, g) if k.requires_grad else None
+    grads = sums_by_input(of_params, of_args, replay.grads)
+    wanted = [(grads.get(i), x) for i, x in enumerate(inputs) if x.requires_grad]
+    return [k.detach(), *_filled([g_y, *(grad for grad, _ in wanted)], [y, *(x for _, x in wanted)])]
 
 
 def _finite(y: Tensor) -> Tensor:

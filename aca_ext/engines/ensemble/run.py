@@ -99,7 +99,7 @@ class Run:
         self._check(with_gradient=False)
         if is_new:
             self.stats.compile_seconds = time.perf_counter() - start
-        self.p, self.w = self._plan.gather(used)
+        self.p, self.w = self._gathered(used)
 
     def _find(self) -> tuple[Plan, list[Tensor], bool]:
         problem, y0 = self.problem, self.y0
@@ -126,6 +126,9 @@ class Run:
             return self._find()
         return plan, used, True
 
+    def _gathered(self, used: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self._plan.gather(used)
+
     def _evaluate_once(self) -> None:
         with unchanged(self.problem.func, self.problem.args):
             self._task().first_slope(self.y0)
@@ -139,8 +142,7 @@ class Run:
         Raises:
             SolveError: a sample could not reach its end; the message names it.
         """
-        problem, n = self.problem, len(self.y0)
-        ys = self._rows()
+        problem, n, ys = self.problem, len(self.y0), self._rows()
         if keep is not Keep.NOTHING:
             self._check(with_gradient=True)
         self._outcomes = torch.zeros(n, OUTCOME_WORDS, dtype=torch.int64, device=problem.y0.device)

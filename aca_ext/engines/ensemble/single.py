@@ -87,6 +87,12 @@ class _SingleRun(Run):
         super().__init__(batch, params, Request(batch, params=params).task, 0)
         self.counts.compile_seconds = self.stats.compile_seconds
 
+    def _gathered(self, used: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        # The history and the hooks of func's inputs belong to the graph outside of the solve.
+        cut = [x.detach().requires_grad_() if x.requires_grad else x for x in used]
+        self._leaves = [x for x in cut if x.requires_grad]
+        return super()._gathered(cut)
+
     def outputs(self) -> Tensor:
         """The states at the requested times, with an autograd graph to y0 and what func depends on."""
         y0 = self._single.y0
@@ -118,7 +124,7 @@ class _SingleRun(Run):
         pairs = [(x, g) for x, g in zip((self.p, self.w), grads, strict=True) if x.requires_grad]
         if pairs:
             read, of_read = zip(*pairs, strict=True)
-            found = torch.autograd.grad(read, self._learnt, of_read, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(read, self._leaves, of_read, retain_graph=True, allow_unused=True)
         return [grad_y0[0], *found]
 
     def differentiable_gradients(
@@ -126,11 +132,10 @@ class _SingleRun(Run):
     ) -> Gradients:
         """Computes the gradients by the eager engine, over the same accepted steps."""
         self._check_func()
-        start = self._single.y0.detach() if y0 is None else y0
         record = StepRecord(self._steps_with_outputs())
-        ends = {len(record.steps): self._ends[0]}
+        held = {0: self.y0[0], len(record.steps): self._ends[0]}
         task = self._task_of_single()
-        return gradients_with_graph(task, record, self.counts, self._learnt, grad_ys, start, ends, inputs)
+        return gradients_with_graph(task, record, self.counts, self._learnt, grad_ys, y0, held, inputs)
 
     def _steps_with_outputs(self) -> list[AcceptedStep]:
         steps = [(t, t_next - t, t_next) for t, t_next in self.bounds().tolist()]

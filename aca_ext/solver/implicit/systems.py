@@ -91,9 +91,10 @@ class Rowwise:
         if len(cotangents) == 0:
             return cotangents.new_zeros(0, *y.shape)
         if self._is_batched and len(cotangents) > _FEW:
-            how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
             try:
-                return torch.autograd.grad(k, y, cotangents, is_grads_batched=True, **how)[0].detach()
+                rows = torch.autograd.grad(k, y, cotangents, **how)[0]
+                return y.new_zeros(len(cotangents), *y.shape) if rows is None else rows.detach()
             except RuntimeError:  # an operation has no batched form, or a function of the user's is in the graph
                 self._is_batched = False
         found = [_run_backward((k,), (g,), True, False, (y,), True, False)[0] for g in cotangents.unbind()]

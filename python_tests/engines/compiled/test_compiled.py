@@ -27,6 +27,7 @@ from aca_ext.errors import (
     ArgumentValueError,
     CompileError,
     NonFiniteError,
+    ReplayError,
     SlopeError,
     StepLimitError,
     StepSizeError,
@@ -200,6 +201,18 @@ class TestGradients:
             found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), [y0, func.p]))
         for ours, theirs in zip(*found, strict=True):
             assert relative_error(ours, theirs) < 1e-9
+
+    def test_second_derivatives_start_where_the_solve_did(self) -> None:
+        func, y0 = shared(), sample(3)
+        y = odeint(func, y0, TIMES, **TOLERANCES, engine="compiled")
+        expected = torch.autograd.grad(y.square().sum(), func.p, create_graph=True)[0]
+        y0.add_(1.0)
+        assert torch.equal(torch.autograd.grad(y.square().sum(), func.p, create_graph=True)[0], expected)
+        y0.requires_grad_()
+        y = odeint(func, y0, TIMES, **TOLERANCES, engine="compiled")
+        y0.data.add_(1.0)
+        with pytest.raises(ReplayError, match="y0 has changed since the forward pass"):
+            torch.autograd.grad(y.square().sum(), func.p, create_graph=True)
 
     def test_only_of_named_params(self) -> None:
         func = shared()

@@ -170,6 +170,20 @@ class TestGradients:
         assert torch.equal(named[names.index("net.weight")], found[names.index("net.weight")])
         assert all(x is None for x, name in zip(named, names, strict=True) if name != "net.weight")
 
+    @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+    def test_with_a_tolerance_near_rounding(self, dtype: torch.dtype, rtol: float) -> None:
+        """Newton's method ends at rounding there, and so far may the repeated steps be from the forward pass."""
+
+        def func(t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+            return -50 * k * (y - torch.cos(t)) * (1 + y * y)
+
+        found = []
+        for engine in ("compiled", "eager"):
+            k = torch.tensor([1.0, 2.0, 3.0], dtype=dtype, requires_grad=True)
+            y = solve(engine, func, torch.ones(3, dtype=dtype), [0.0, 2.0], (k,), rtol=rtol, atol=1e-3 * rtol).y
+            found.append(torch.autograd.grad(y[-1].sum(), k)[0])
+        assert relative_error(*found) <= 1e3 * torch.finfo(dtype).eps / rtol**0.5
+
     def test_of_the_times(self) -> None:
         found = []
         for engine in ("compiled", "eager"):
@@ -196,6 +210,42 @@ class TestGradients:
         torch.autograd.grad(y.sum(), p, retain_graph=True)  # the numbers of the forward pass
         with pytest.raises(errors.ReplayError, match="func has changed since the forward pass"):
             torch.autograd.grad(y.sum(), p, create_graph=True)
+
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_of_inputs_with_a_history_and_hooks(self, create_graph: bool) -> None:
+        """Arg k is computed from w, which func uses too."""
+        found, calls = [], []
+        for engine in ("compiled", "eager"):
+            w, y0 = sample(2).requires_grad_(), sample(2, seed=1)
+            w.register_hook(lambda g: (calls.append(1), 2 * g)[1])
+            k = torch.exp(w)
+            k.register_hook(lambda g: 3 * g)
+            solution = solve(engine, lambda t, y, k, w=w: w * torch.sin(t) - 20 * k * y, y0, T[:2], (k,))
+            assert solution.stats.compiled == ("solve" if engine == "compiled" else "")
+            grads = torch.autograd.grad(weighted(solution.y), (w, k), retain_graph=True, create_graph=create_graph)
+            found.append(grads)
+        assert len(calls) == 2
+        for one, other in zip(*found, strict=True):
+            assert relative_error(one, other) <= 1e-8
+
+    def test_second_ones_notice_a_changed_start(self) -> None:
+        """Where the solve forgets it, the end does not tell."""
+
+        def func(t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+            return -50 * k * (y - torch.cos(t))
+
+        t, k = T[[0, 2]], torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        for is_learnt in (True, False):
+            y0 = sample(2).requires_grad_(is_learnt)
+            y = solve("compiled", func, y0, t, args=(k,)).y
+            expected = torch.autograd.grad(y.square().sum(), k, retain_graph=True)[0]
+            y0.data.add_(0.5)
+            if is_learnt:
+                with pytest.raises(errors.ReplayError, match="y0 has changed since the forward pass"):
+                    torch.autograd.grad(y.square().sum(), k, create_graph=True)
+            else:
+                found = torch.autograd.grad(y.square().sum(), k, create_graph=True)[0]
+                assert relative_error(found, expected) <= 1e-8
 
     def test_a_changed_input_is_an_error(self) -> None:
         y0, p = inputs()

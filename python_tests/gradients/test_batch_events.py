@@ -352,6 +352,7 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
+@pytest.mark.usefixtures("no_evaluations")
 def test_lanes_leave_events_to_the_eager_loop() -> None:
     event = Event(lambda t, y: y - 0.5)
     y0 = torch.ones(2, 1, dtype=DTYPE)

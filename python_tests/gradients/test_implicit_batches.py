@@ -52,9 +52,11 @@ def worst(found: Any, expected: Any) -> float:
 @pytest.mark.parametrize("gradient", ["aca", "direct"])
 def test_are_those_of_each_sample_alone(method: str, gradient: str) -> None:
     func, y0, rate = start()
-    together = odeint(func, y0, T, method=method, args=(rate,), options=INDEPENDENT, gradient=gradient, **HOW)
-    found = torch.autograd.grad(loss_of(together), (y0, func.p, rate))
     how = HOW | {"gradient": gradient}
+    if (method, gradient) == ("rodas5p", "direct"):
+        how |= {"rtol": 1e-2, "atol": 1e-5}  # few steps, since the graph of each has second derivatives of func
+    together = odeint(func, y0, T, method=method, args=(rate,), options=INDEPENDENT, **how)
+    found = torch.autograd.grad(loss_of(together), (y0, func.p, rate))
     alone = [odeint(func, y0[i : i + 1], T, method=method, args=(rate[i : i + 1],), **how) for i in range(3)]
     expected = torch.autograd.grad(loss_of(torch.cat(alone, 1)), (y0, func.p, rate))
     assert worst(found, expected) < 1e-9

@@ -92,7 +92,8 @@ def _measure(call: Call, interface: str, theirs: Any, settings: Settings) -> dic
 
 def _calls(settings: Settings) -> list[Call]:
     torch.manual_seed(0)
-    return [*_demo(), _latent(), _flow(1.0 if settings.quick else 10.0), _ball(), _contact(), _images()]
+    trajectories, length, images = (50, 0.1, 2) if settings.quick else (1000, 10.0, 16)
+    return [*_demo(), _latent(trajectories), _flow(length), _ball(), _contact(), _images(images)]
 
 
 class Spiral(nn.Module):
@@ -125,9 +126,9 @@ class Latent(nn.Module):
         return self.net(y)
 
 
-def _latent() -> Call:
+def _latent(n: int) -> Call:
     """latent_ode: many trajectories at 100 times."""
-    func, z0, t = Latent(), torch.randn(1000, 4, requires_grad=True), torch.linspace(0, 2, 100)
+    func, z0, t = Latent(), torch.randn(n, 4, requires_grad=True), torch.linspace(0, 2, 100)
     return Call("latent ODE", func, lambda of, how: [getattr(of, how)(func, z0, t)], wanted=(z0,))
 
 
@@ -230,8 +231,8 @@ class Block(nn.Module):
         return self.norms[2](y)
 
 
-def _images() -> Call:
+def _images(n: int) -> Call:
     """odenet_mnist: one block of a network for images."""
-    func, x, t = Block(), torch.randn(16, 64, 6, 6, requires_grad=True), torch.tensor([0.0, 1.0])
+    func, x, t = Block(), torch.randn(n, 64, 6, 6, requires_grad=True), torch.tensor([0.0, 1.0])
     how = {"rtol": 1e-3, "atol": 1e-3}
     return Call("images", func, lambda of, name: [getattr(of, name)(func, x, t, **how)[1]], wanted=(x,))

@@ -150,7 +150,7 @@ class Training:
 
 
 def run(settings: Settings) -> Parts:
-    n_iterations, n, width, seeds = (3, 32, 8, (0,)) if settings.quick else (60, 512, 64, (0, 1))
+    n_iterations, n, width, seeds = (2, 32, 8, (0,)) if settings.quick else (60, 512, 64, (0, 1))
     if find_spec("torchdiffeq") is None:
         yield "torchdiffeq is not installed, so it is left out."
     test = circles(2 * n, torch.Generator().manual_seed(1))

@@ -75,17 +75,20 @@ def interleave(
 ) -> Timings:
     """Times the cases in turn, in rounds, for about ``seconds``, so that a slow phase of the machine hits all alike."""
     samples: dict[str, list[float]] = {name: [] for name in cases}
-    shortest = 0.0 if settings.quick else SHORTEST_SAMPLE
     with torch_threads(threads):
-        repeats, round_seconds = {}, 0.0
+        repeats, round_seconds = dict.fromkeys(cases, 1), 0.0
         for name, call in cases.items():
             call()  # the first call may compile
-            repeats[name] = 1
-            while (sample := repeats[name] * _time(call, repeats[name], settings.device)) < shortest:
+            if settings.quick:
+                samples[name].append(_time(call, 1, settings.device))
+                continue
+            while (sample := repeats[name] * _time(call, repeats[name], settings.device)) < SHORTEST_SAMPLE:
                 repeats[name] *= 2
             round_seconds += sample
+        if settings.quick:
+            return Timings(samples)
         rounds = min(max(int(seconds / round_seconds), FEWEST_ROUNDS), MOST_ROUNDS)
-        for _ in range(1 if settings.quick else rounds):
+        for _ in range(rounds):
             for name, call in cases.items():
                 samples[name].append(_time(call, repeats[name], settings.device))
     return Timings(samples)

@@ -18,8 +18,8 @@ from benchmarks.harness import Parts, Settings, Table, first_line
 from benchmarks.peers import jax_and_diffrax
 from benchmarks.stiff_problems import ROBERTSON, StiffProblem
 
-COUNT, QUICK_COUNT = 1000, 20
-N_SINGLE, N_CHECKED = 10, 5
+# Problems of the batch, those that are solved one by one, and those whose errors are measured.
+COUNTS, QUICK_COUNTS = (1000, 10, 5), (6, 2, 2)
 RTOL, OTHERS = 1e-6, (1e-4, 1e-5)
 PROBLEM = replace(ROBERTSON, t_end=1e5)
 COLUMNS = {
@@ -54,12 +54,12 @@ class BatchSolver:
 
 
 def batch(settings: Settings) -> Parts:
-    count = QUICK_COUNT if settings.quick else COUNT
+    count, n_single, n_checked = QUICK_COUNTS if settings.quick else COUNTS
     rates = np.tile(np.array(PROBLEM.parameters), (count, 1))
     rates[:, 0] *= np.logspace(-2, 1, count)
     # Spread over the batch, so that those solved one by one stand for all of them.
-    checked = np.linspace(0, count - 1, N_CHECKED).astype(int)
-    singles = np.linspace(0, count - 1, N_SINGLE).astype(int)
+    checked = np.linspace(0, count - 1, n_checked).astype(int)
+    singles = np.linspace(0, count - 1, n_single).astype(int)
     table = Table(f"{count} Robertson problems with first rates over three decades, to t = {PROBLEM.t_end:g}", COLUMNS)
     exact = np.stack([_reference(p) for p in rates[checked]])
     solvers = _own()

@@ -145,7 +145,6 @@ def test_errors_at_the_end_are_within_ten_tolerances(problem: StiffProblem, meth
 
 def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stiff, "QUICK", (POLLUTION,))
-    monkeypatch.setattr(stiff, "HIRES", replace(HIRES, t_end=0.1))
     monkeypatch.setitem(sys.modules, "diffrax", None)  # left out: it takes long to compile
     result = Result()
     with warnings.catch_warnings():

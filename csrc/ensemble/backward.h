@@ -91,7 +91,7 @@ class Backward {
                 by_sample_[i][l] = so_far ? so_far[next_ * Field::n_by_sample + i] : 0;
             }
             if (lane_[l].entry) {
-                if constexpr (Method::is_implicit) load_end(l);
+                if constexpr (Method::is_implicit) replay_.begin(task_, next_, l);
                 next_ += share_.stride;
                 return true;
             }
@@ -99,16 +99,6 @@ class Backward {
         }
         lane_[l].entry = nullptr;
         return false;
-    }
-
-    // Loads the end of the last step and the tolerance, by which repeated steps are judged.
-    ACA_HD void load_end(int l) {
-        for (int c = 0; c < n; ++c) {
-            const int64_t i = next_ * n + c;
-            y_next_[c][l] = task_.ends[i];
-            tolerance_[c][l] = task_.rtol_each ? task_.rtol_each[i] : T(task_.rtol);
-            tolerance_[n + c][l] = task_.atol_each ? task_.atol_each[i] : T(task_.atol);
-        }
     }
 
     ACA_HD const T* cotangent(int64_t output, int64_t sample) const {
@@ -196,31 +186,19 @@ class Backward {
 
     // The stages of the step solved again, and their transposes; lanes without outputs inside have zeros for them.
     ACA_HD void transpose_implicit() {
-        const V step = rounded<V>(h_);
-        typename Method::template Replay<Field>::Stages at{{}, h_, y_, p_, tolerance_, task_.shared, h_ != 0};
+        typename Method::template Replay<Field>::Stages at{{}, h_, y_, p_, replay_.tolerance(), task_.shared, h_ != 0};
         for_each<s>([&](auto i) {
             constexpr double c = Method::c[i];
             at.time[i] = c == 0 ? start_ : c == 1 ? end_ : rounded<V>(control::stage_time(c, t_, h_, t_next_));
         });
-        replay_.solve(at, y_next_, stages_, k_);
-        replay_.compare(at, stages_[s - 1], y_next_, task_.newton_tolerance);
-        for_each<s>([&](auto reversed) {
-            constexpr int i = s - 1 - decltype(reversed)::value;
-            V r[n], g[n];
-            for (int c = 0; c < n; ++c) {
-                const auto later = [&](int j) { return pulled_[j][c]; };
-                const V of_outputs = fma(K(Method::b[i]), g_[c], slopes_[i][c]);
-                r[c] = step * (of_outputs + Sum::template of<typename Sum::template Later<i, s>>(later));
-            }
-            replay_.transpose(i, r, g);
-            Field::pull(at.time[i], stages_[i], p_, task_.shared, g, pulled_[i], by_sample_, shared_);
-            if constexpr (i > 0) replay_.pull(r, g, pulled_[i]);
-        });
+        replay_.solve(at, stages_, k_);
+        replay_.compare(at, stages_[s - 1], task_.newton_tolerance);
+        replay_.transpose(at, stages_, g_, slopes_, pulled_, by_sample_, shared_);
         for (int c = 0; c < n; ++c) {
             g_[c] += inside_[c];
             for (int i = s - 1; i >= 0; --i) g_[c] += pulled_[i][c];
-            y_next_[c] = y_[c];
         }
+        replay_.leave(y_);
         for (int l = 0; l < kLanes; ++l) {
             if (!lane_[l].entry) continue;
             lane_[l].n_slopes += replay_.evaluations(l);
@@ -304,8 +282,6 @@ class Backward {
     M is_inside_{};
     V y_[n], p_[n_by_sample]{}, g_[n]{}, inside_[n]{}, slopes_[s][n]{}, by_sample_[n_by_sample]{}, shared_[n_shared];
     V stages_[s][n], k_[s][n], pulled_[s][n];  // of the step at hand
-    // Of implicit methods: the state at the end of the step in the forward pass, and the tolerance there.
-    V y_next_[Method::is_implicit ? n : 1]{}, tolerance_[Method::is_implicit ? 2 * n : 1]{};
     typename Method::template Replay<Field> replay_;
 };
 

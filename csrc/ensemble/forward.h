@@ -168,11 +168,11 @@ class Forward {
         if (!round_) write_outputs(verdict.due);
         if (entries_) each_lane(all & ~some, [&](int l) { keep(l, false); });
         each_lane(some, [&](int l) { accept(l); });
-        each_lane(verdict.hopeless, [&](int l) { reject(l); });
+        each_lane(verdict.hopeless, [&](int l) { fail_if_hopeless(l); });
     }
 
     // Fails where no smaller step can help.
-    ACA_HD void reject(int l) {
+    ACA_HD void fail_if_hopeless(int l) {
         Lane& lane = lane_[l];
         lane.ratio = controls_.ratio.each[l];
         if (control::is_finite(lane.ratio)) {

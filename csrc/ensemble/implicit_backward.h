@@ -24,9 +24,21 @@ class ImplicitReplay {
   public:
     using Stages = StagesOf<s>;
 
-    // Solves the stages of a step that ended at `y1` in the forward pass: their states and slopes. As in the eager
-    // engine, the iterations start from the polynomial through the known states, that end among them.
-    void solve(const Stages& at, const V* y1, V (*states)[n], V (*k)[n]) {
+    // Loads the end of a sample's last step and its tolerance, by which repeated steps are judged.
+    void begin(const Task& task, int64_t sample, int l) {
+        for (int c = 0; c < n; ++c) {
+            const int64_t i = sample * n + c;
+            y_next_[c][l] = task.ends[i];
+            tolerance_[c][l] = task.rtol_each ? task.rtol_each[i] : T(task.rtol);
+            tolerance_[n + c][l] = task.atol_each ? task.atol_each[i] : T(task.atol);
+        }
+    }
+
+    const V* tolerance() const { return tolerance_; }
+
+    // Solves the stages of a step: their states and slopes. As in the eager engine, the iterations start from the
+    // polynomial through the known states, among them the end of the step in the forward pass.
+    void solve(const Stages& at, V (*states)[n], V (*k)[n]) {
         const V step = rounded<V>(at.h);
         inverse_ = rounded<V>(chosen(at.h == 0, R{}, (1 / at.h) * (1 / Method::gamma)));
         scale_ = rounded<V>(at.h * Method::gamma);
@@ -41,7 +53,7 @@ class ImplicitReplay {
                 for (int c = 0; c < n; ++c) {
                     const auto slope = [&](int j) { return k[j][c]; };
                     base[c] = fma(step, Sum::template of<typename Sum::template Stage<i>>(slope), at.y[c]);
-                    z[c] = predicted<i>(at.y, y1, states, c) - base[c];
+                    z[c] = predicted<i>(at.y, y_next_, states, c) - base[c];
                 }
                 solve_stage(at, at.time[i], base, z, factors_[i - 1]);
                 for (int c = 0; c < n; ++c) {
@@ -53,26 +65,41 @@ class ImplicitReplay {
         });
     }
 
-    // The cotangent g of the slope of a stage, from the sum r of those that depend on it.
-    void transpose(int stage, const V* r, V* g) const {
-        for (int c = 0; c < n; ++c) g[c] = r[c];
-        if (stage > 0) factors_[stage].solve_transposed(g);
-    }
-
-    // The cotangent of the state of an implicit stage. The product with the Jacobian would multiply the rounding errors
-    // of g by the stiffness.
-    void pull(const V* r, const V* g, V* pulled) const {
-        for (int c = 0; c < n; ++c) pulled[c] = inverse_ * (g[c] - r[c]);
-    }
-
     // Compares the end of the step with that in the forward pass.
-    void compare(const Stages& at, const V* y1, const V* expected, double tolerance) {
+    void compare(const Stages& at, const V* y1, double tolerance) {
         V difference[n];
-        for (int c = 0; c < n; ++c) difference[c] = y1[c] - expected[c];
-        const R distance = norms<Field>(difference, at.y, expected, at.tolerance);
+        for (int c = 0; c < n; ++c) difference[c] = y1[c] - y_next_[c];
+        const R distance = norms<Field>(difference, at.y, y_next_, at.tolerance);
         const R wanted = wanted_error<Field>(at.y, at.tolerance, tolerance);
         const M is_far = rounded<M>(at.live & ~(distance <= kNear * wanted));
         fault_ = select(is_far & (fault_ == K(0)), K(other_end), fault_);
+    }
+
+    // The cotangents `pulled` of the stages' states, from that of the end of the step and, for outputs inside it, those
+    // of the slopes. Lanes without outputs inside have zeros for these.
+    void transpose(const Stages& at, const V (*states)[n], const V* of_end, const V (*of_slopes)[n], V (*pulled)[n],
+                   V* by_sample, V* shared) const {
+        const V step = rounded<V>(at.h);
+        for_each<s>([&](auto reversed) {
+            constexpr int i = s - 1 - decltype(reversed)::value;
+            V r[n], g[n];
+            for (int c = 0; c < n; ++c) {
+                const auto later = [&](int j) { return pulled[j][c]; };
+                const V of_outputs = fma(K(Method::b[i]), of_end[c], of_slopes[i][c]);
+                r[c] = step * (of_outputs + Sum::template of<typename Sum::template Later<i, s>>(later));
+                g[c] = r[c];
+            }
+            if constexpr (i > 0) factors_[i].solve_transposed(g);
+            Field::pull(at.time[i], states[i], at.p, at.shared, g, pulled[i], by_sample, shared);
+            if constexpr (i > 0) {  // the product with the Jacobian would multiply g's rounding errors by the stiffness
+                for (int c = 0; c < n; ++c) pulled[i][c] = inverse_ * (g[c] - r[c]);
+            }
+        });
+    }
+
+    // Goes on to the step before, which ended at `y`.
+    void leave(const V* y) {
+        for (int c = 0; c < n; ++c) y_next_[c] = y[c];
     }
 
     int64_t fault(int l) const { return int64_t(fault_[l]); }
@@ -155,6 +182,7 @@ class ImplicitReplay {
         largest = top_change / top_after;
     }
 
+    V y_next_[n]{}, tolerance_[2 * n]{};  // at the end of the step in the forward pass
     V scale_{}, inverse_{}, fault_{}, evaluations_{};
     Factors<n> factors_[s], own_;
 };

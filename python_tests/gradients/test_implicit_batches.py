@@ -52,9 +52,11 @@ def worst(found: Any, expected: Any) -> float:
 @pytest.mark.parametrize("gradient", ["aca", "direct"])
 def test_are_those_of_each_sample_alone(method: str, gradient: str) -> None:
     func, y0, rate = start()
-    together = odeint(func, y0, T, method=method, args=(rate,), options=INDEPENDENT, gradient=gradient, **HOW)
-    found = torch.autograd.grad(loss_of(together), (y0, func.p, rate))
     how = HOW | {"gradient": gradient}
+    if (method, gradient) == ("rodas5p", "direct"):
+        how |= {"rtol": 1e-2, "atol": 1e-5}  # few steps, since the graph of each has second derivatives of func
+    together = odeint(func, y0, T, method=method, args=(rate,), options=INDEPENDENT, **how)
+    found = torch.autograd.grad(loss_of(together), (y0, func.p, rate))
     alone = [odeint(func, y0[i : i + 1], T, method=method, args=(rate[i : i + 1],), **how) for i in range(3)]
     expected = torch.autograd.grad(loss_of(torch.cat(alone, 1)), (y0, func.p, rate))
     assert worst(found, expected) < 1e-9
@@ -136,14 +138,15 @@ def test_of_a_matrix_near_the_derivative_are_those_of_func() -> None:
 @pytest.mark.parametrize("method", ["dopri5", "kvaerno3", "rodas5p"])
 def test_do_not_depend_on_the_layout_of_the_state(method: str) -> None:
     """Also where samples end early and func no longer sees them."""
-    rates = torch.linspace(0.5, 20, 48, dtype=torch.float64).view(2, 2, 3, 4)
+    rates = torch.linspace(0.5, 20, 24, dtype=torch.float64).view(2, 2, 3, 2)
     y0 = 1 + rates.sin().square()
     t = torch.tensor([[0, 0.02, 0.2], [0, 1e-3, 2e-3]], dtype=torch.float64)
     found = []
     for state in (y0, y0.to(memory_format=torch.channels_last)):
         leaf, of_rates = state.clone().requires_grad_(), rates.clone().requires_grad_()
         options = INDEPENDENT | {"compact": True}
-        ys = odeint(lambda t, y, r: -r * y * y, leaf, t, method=method, args=(of_rates,), options=options)
+        how: dict[str, Any] = {"method": method, "options": options, "rtol": 1e-5, "atol": 1e-7}
+        ys = odeint(lambda t, y, r: -r * y * y, leaf, t, args=(of_rates,), **how)
         exact = 1 / (1 / y0 + rates * t[:, 2].view(2, 1, 1, 1))
         torch.testing.assert_close(ys[-1], exact, rtol=1e-3, atol=1e-3)
         found.append(torch.autograd.grad((ys * rates).sum(), (leaf, of_rates)))

@@ -68,7 +68,9 @@ def reference(
         k = torch.zeros(len(c), n, dtype=torch.float64)
         with torch.no_grad():
             for _ in range(30):
-                k = newton(k)
+                before, k = k, newton(k)
+                if torch.allclose(k, before, rtol=1e-10, atol=0):  # convergence is quadratic, and two more follow
+                    break
         k = newton(newton(k))
         while len(outputs) < len(times) and times[len(outputs)] <= t_next:
             theta = (times[len(outputs)] - t) / (t_next - t)
@@ -301,10 +303,10 @@ class TestAdaptiveSteps:
         ys = odeint(func, y0, T, method="kvaerno5", args=(rate,), rtol=1e-6, atol=1e-10)
         (first,) = torch.autograd.grad(loss_of(ys), rate, create_graph=True)
         (second,) = torch.autograd.grad(first, rate)
-        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-9, "atol": 1e-13}
+        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-7, "atol": 1e-11}
         ends = [(rate.detach() * f).requires_grad_() for f in (1.01, 0.99)]
         slopes = [torch.autograd.grad(loss_of(odeint(func, y0, T, args=(x,), **how)), x)[0] for x in ends]
-        assert second.item() == pytest.approx(((slopes[0] - slopes[1]) / (0.02 * rate.detach())).item(), rel=0.01)
+        assert second.item() == pytest.approx(((slopes[0] - slopes[1]) / (0.02 * rate.detach())).item(), rel=0.003)
 
     @pytest.mark.parametrize("independent", [False, True])
     @pytest.mark.parametrize("method", ["kvaerno3", "kvaerno5", "trbdf2"])

@@ -60,12 +60,12 @@ class TestOfSamples:
         y0 = spread()
         solution = dense(y0, t, **KINDS[kind])
         inside = t[:, :1] + (t[:, -1:] - t[:, :1]) * torch.tensor([0.93, 0.0, 0.171, 1.0, 0.17]) if t.dim() == 2 else T
-        for values in (solution, solution.derivative):
+        each = [alone(y0, t, i, **KINDS[kind]) for i in range(4)]
+        for values, of_each in ((solution, each), (solution.derivative, [one.derivative for one in each])):
             found = values(inside)
             assert found.shape == (inside.shape[-1], 4, 3)
-            for i in range(4):
-                one = alone(y0, t, i, **KINDS[kind])
-                other = (one if values is solution else one.derivative)(inside[i : i + 1] if t.dim() == 2 else inside)
+            for i, of_one in enumerate(of_each):
+                other = of_one(inside[i : i + 1] if t.dim() == 2 else inside)
                 assert relative_error(found[:, i : i + 1].detach(), other.detach()) <= 1e-11
 
     def test_gradients_are_those_of_requested_times(self, kind: str, t: Tensor) -> None:

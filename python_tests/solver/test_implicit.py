@@ -189,7 +189,7 @@ class TestJacobians:
     @pytest.mark.parametrize("jacobian", ["block", "krylov"])
     def test_give_the_same_solution(self, jacobian: str) -> None:
         y0 = torch.stack([Y0, torch.tensor([0.9, 0.0, 0.1], dtype=torch.float64)])
-        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-6, "atol": 1e-10}
+        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-4, "atol": 1e-10}
         one = odeint(self.func, y0, times(0, 10), options={"newton_tol": 1e-6}, **how)
         other = odeint(self.func, y0, times(0, 10), options={"jacobian": jacobian, "newton_tol": 1e-6}, **how)
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-13)

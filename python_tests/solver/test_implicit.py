@@ -14,6 +14,7 @@ from aca_ext import odeint, solve
 from aca_ext.errors import ArgumentValueError, CompileError, OptionError, SolveError, StepSizeError, UnknownNameError
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.solver.implicit.krylov import gmres
+from aca_ext.solver.implicit.rosenbrock import _Start
 from aca_ext.solver.implicit.scheme import implicit_scheme_of
 
 METHODS: dict[str, Any] = {**IMPLICIT_METHODS, **ROSENBROCK_METHODS}
@@ -102,6 +103,25 @@ class TestStarts:
             last = group.stages.start - 1
             monkeypatch.setitem(vars(group), "starts", (((last, scheme.a[last + 1][last + 1]),),))
         assert counted < 0.95 * iterations()
+
+
+class TestRosenbrock:
+    def test_products_with_the_jacobian_are_differentiable_and_search_no_graph_before_the_step(self) -> None:
+        before = times(0.5, 1.5).requires_grad_()
+        joint = (before * times(2.0, 1.0)).view(1, 2)
+        start = _Start(joint, joint[:, :1].sin() * joint[:, 1:])  # f(y, t) = t·sin(y) at y = 1, t = 1.5
+        direction = times(3.0, 0.25).view(1, 2)
+        y, t = torch.ones(()).double(), 1.5
+        expected = 3 * t * y.cos() + 0.25 * y.sin()
+        for _ in range(2):
+            product = start.product(direction)
+            assert product.item() == pytest.approx(expected.item(), rel=1e-14)
+        (found,) = torch.autograd.grad(product.sum(), before)
+        by_y, by_t = -3 * t * y.sin() + 0.25 * y.cos(), 3 * y.cos()
+        torch.testing.assert_close(found, torch.stack([2 * by_y, by_t]), rtol=1e-14, atol=0)
+        # A backward pass stops at inputs that come later in the graph than all of this.
+        assert start._pulled[0].grad_fn is not None
+        assert start._pulled[0].grad_fn.next_functions[0][0] is start.k.grad_fn
 
 
 class TestStiffProblems:

@@ -64,9 +64,10 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``min_step``: steps below it raise StepSizeError; default 0.
             * ``max_step``: upper limit of the step size; default none.
             * ``max_num_steps``: trial steps before StepLimitError; default 100 000.
-            * ``safety``: factor on the predicted step size; default 0.9, 0.65 for kvaerno3, 0.8 for other implicit
-              Runge-Kutta methods.
-            * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2.
+            * ``safety``: factor on the predicted step size; default 0.9, 0.85 for kvaerno5, 0.65 for kvaerno3, 0.8 for
+              other implicit Runge-Kutta methods.
+            * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2 (0.5 for
+              implicit Runge-Kutta methods).
             * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
             * ``step_t``: times that a step must end at.
             * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples

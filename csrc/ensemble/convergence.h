@@ -24,7 +24,7 @@ inline R roots(R x) {
 
 class Convergence {
     static constexpr int kMostIterations = 10;
-    static constexpr double kFast = 0.05, kLowestRate = 0.1, kLargestAtFirst = 3, kInfinite = 1e300;
+    static constexpr double kFast = 0.02, kLowestRate = 0.1, kLargestAtFirst = 3, kInfinite = 1e300;
 
   public:
     Convergence(Q rows, R wanted, R known, Q was_slow)

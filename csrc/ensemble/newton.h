@@ -32,6 +32,10 @@ class Newton {
     struct Error {
         static constexpr double weight(int j) { return Method::error[j]; }
     };
+    template <int i>
+    struct Start {
+        static constexpr double weight(int j) { return Method::starts[i][j]; }
+    };
 
   public:
     using Stages = StagesOf<s>;
@@ -59,7 +63,7 @@ class Newton {
                 for (int c = 0; c < n; ++c) {
                     const auto slope = [&](int j) { return k[j][c]; };
                     base[c] = fma(step, Sum::template of<typename Sum::template Stage<i>>(slope), at.y[c]);
-                    z[c] = scale_ * k[i - 1][c];
+                    z[c] = step * Sum::template of<Start<i>>(slope);
                 }
                 solve(at, at.time[i], base, z);
                 for (int c = 0; c < n; ++c) k[i][c] = inverse * z[c];
@@ -95,7 +99,7 @@ class Newton {
         wanted_ = wanted_error<Field>(at.y, at.tolerance, tolerance);
     }
 
-    // Iterates from z = h·a·k; lanes in which that fails get a Jacobian at the start of the step and begin again.
+    // Iterates from z; lanes in which that fails get a Jacobian at the start of the step and begin again.
     void solve(const Stages& at, V time, const V* base, V* z) {
         const Q rows = live_;
         V start[n];

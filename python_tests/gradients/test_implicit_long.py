@@ -52,3 +52,15 @@ def test_repeated_steps_are_those_of_the_forward_pass(method: str, rtol: float, 
     assert relative_error(first, exponents.sum(0)) <= 1e-3
     second = torch.stack([torch.autograd.grad(x, logarithms, retain_graph=True)[0] for x in first])
     assert relative_error(second, exponents.T @ exponents) <= 1e-3
+
+
+def test_second_derivatives_with_checkpoints() -> None:
+    """The steps between checkpoints are made again before they are repeated with a graph."""
+    logarithms = RATES.log().requires_grad_()
+    call = {"method": "kvaerno5", "rtol": 1e-3, "atol": 1e-9 * ATOL, "checkpoints": 8}
+    end = odeint(robertson, START, [0.0, 1e11], args=(logarithms,), **call)[-1]
+    (first,) = torch.autograd.grad((end / end.detach()).sum(), logarithms, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), logarithms)
+    exponents = torch.tensor([[-2.0, 2.0, -1.0], [-1.0, 1.0, -1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert relative_error(first, exponents.sum(0)) <= 1e-3
+    assert relative_error(second, exponents.sum(1) @ exponents) <= 1e-3

@@ -14,6 +14,8 @@ from aca_ext import odeint, solve
 from aca_ext.errors import ArgumentValueError, CompileError, OptionError, SolveError, StepSizeError, UnknownNameError
 from aca_ext.numerics.implicit_tableaus import IMPLICIT_METHODS, ROSENBROCK_METHODS
 from aca_ext.solver.implicit.krylov import gmres
+from aca_ext.solver.implicit.rosenbrock import _Start
+from aca_ext.solver.implicit.scheme import implicit_scheme_of
 
 METHODS: dict[str, Any] = {**IMPLICIT_METHODS, **ROSENBROCK_METHODS}
 ADAPTIVE = [name for name, tableau in METHODS.items() if tableau.adaptive]
@@ -74,6 +76,54 @@ class TestOrder:
         assert math.log2(error(8) / error(16)) > min(tableau.order, tableau.dense_order + 1) - 0.4
 
 
+class TestStarts:
+    @pytest.mark.parametrize("method", ["kvaerno5", "kvaerno3", "trbdf2"])
+    def test_continue_the_polynomial_through_earlier_slopes(self, method: str) -> None:
+        """Exact for slopes of degree 0, 1 and 2 at stages that have one, two and three nodes before them."""
+        scheme = implicit_scheme_of(METHODS[method], estimate_error=True)
+        of_stage = {i: dict(group.starts[0]) for group in scheme.groups if group.a for i in group.stages}
+        assert set(of_stage) == set(range(1, len(scheme.a)))
+        for i, weights in of_stage.items():
+            assert max(weights) < i
+            for degree in range(min(i, 3) if method == "kvaerno5" else 1):
+                found = sum(w * scheme.c[j] ** degree for j, w in weights.items())
+                assert found == pytest.approx(scheme.a[i][i] * scheme.c[i] ** degree, rel=1e-12)
+
+    @pytest.mark.parametrize("method", ["kvaerno5", "trbdf2"])
+    def test_save_iterations(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Iterations that start from the last slope alone take more."""
+
+        def iterations() -> int:
+            found = solve(logistic, ONE, times(0, 3), method=method, rtol=1e-8, atol=1e-8)
+            return int(found.stats.n_newton_iterations)
+
+        counted = iterations()
+        scheme = implicit_scheme_of(METHODS[method], True)  # cached by its arguments as they are given
+        for group in scheme.groups[1:]:
+            last = group.stages.start - 1
+            monkeypatch.setitem(vars(group), "starts", (((last, scheme.a[last + 1][last + 1]),),))
+        assert counted < 0.95 * iterations()
+
+
+class TestRosenbrock:
+    def test_products_with_the_jacobian_are_differentiable_and_search_no_graph_before_the_step(self) -> None:
+        before = times(0.5, 1.5).requires_grad_()
+        joint = (before * times(2.0, 1.0)).view(1, 2)
+        start = _Start(joint, joint[:, :1].sin() * joint[:, 1:])  # f(y, t) = t·sin(y) at y = 1, t = 1.5
+        direction = times(3.0, 0.25).view(1, 2)
+        y, t = torch.ones(()).double(), 1.5
+        expected = 3 * t * y.cos() + 0.25 * y.sin()
+        for _ in range(2):
+            product = start.product(direction)
+            assert product.item() == pytest.approx(expected.item(), rel=1e-14)
+        (found,) = torch.autograd.grad(product.sum(), before)
+        by_y, by_t = -3 * t * y.sin() + 0.25 * y.cos(), 3 * y.cos()
+        torch.testing.assert_close(found, torch.stack([2 * by_y, by_t]), rtol=1e-14, atol=0)
+        # A backward pass stops at inputs that come later in the graph than all of this.
+        assert start._pulled[0].grad_fn is not None
+        assert start._pulled[0].grad_fn.next_functions[0][0] is start.k.grad_fn
+
+
 class TestStiffProblems:
     @pytest.mark.parametrize("method", ADAPTIVE)
     def test_robertson(self, method: str) -> None:
@@ -87,6 +137,19 @@ class TestStiffProblems:
             return
         assert 0 < solution.stats.n_jacobians < solution.stats.n_accepted
         assert solution.stats.n_newton_iterations < solution.stats.n_f_evals < 30 * solution.stats.n_steps
+
+    def test_step_whose_iterations_fail_is_halved(self) -> None:
+        """The Oregonator, where most rejected steps are such; by a fifth, more steps would be taken."""
+
+        def oregonator(t: Tensor, y: Tensor) -> Tensor:
+            a, b, c = y.unbind()
+            return torch.stack([77.27 * (b + a * (1 - 8.375e-6 * a - b)), (c - (1 + a) * b) / 77.27, 0.161 * (a - c)])
+
+        def steps(**options: float) -> int:
+            how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-3, "atol": 1e-9, "options": options}
+            return int(solve(oregonator, times(1, 2, 3), times(0, 30), **how).stats.n_accepted)
+
+        assert steps() == steps(dfactor=0.5) < 0.8 * steps(dfactor=0.2)
 
     @pytest.mark.parametrize("method", ADAPTIVE)
     def test_van_der_pol(self, method: str) -> None:

@@ -13,7 +13,7 @@ from aca_ext.errors import CompileError
 from aca_ext.numerics.implicit import ImplicitTableau
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.numerics.weights import Weights
-from aca_ext.solver.implicit.scheme import ImplicitScheme, implicit_scheme_of
+from aca_ext.solver.implicit.scheme import implicit_scheme_of
 
 _INLINE_BELOW = 400  # lines; longer functions are compiled once and called
 _MAX_LINES, _MAX_NUMBERS = 20_000, 8192  # compilers take minutes for more, and the numbers lie on the stack
@@ -124,20 +124,21 @@ def _implicit_method(tableau: ImplicitTableau) -> list[str]:
         f"static constexpr bool filter_error = {str(tableau.filter_error).lower()};",
         f"static constexpr double gamma = {float(tableau.diagonal)!r};",
         # Weights of the states of all stages, of the end of the step, and of its start.
-        f"static constexpr double predictors[][{len(scheme.a) + 2}] = {{{', '.join(map(_row, _predictors(scheme)))}}};",
+        *_by_stage("predictors", len(scheme.a) + 2, [w for group in scheme.groups for w in group.predictors]),
+        *_by_stage("starts", len(scheme.a), [w for group in scheme.groups for w in group.starts]),
         "template <typename F> using Iterations = Newton<F, Method>;",
         "template <typename F> using Replay = ImplicitReplay<F, Method>;",
         "};",
     ]
 
 
-def _predictors(scheme: ImplicitScheme) -> list[list[float]]:
-    rows = [[0.0] * (len(scheme.a) + 2) for _ in scheme.a]
-    for group in scheme.groups:
-        for i, predictor in zip(group.stages, group.predictors, strict=False):  # explicit stages have none
-            for number, weight in predictor:
-                rows[i][number] = weight
-    return rows
+def _by_stage(name: str, size: int, weights: Sequence[Sequence[tuple[int, float]]]) -> list[str]:
+    """A matrix of weights, whose first row is that of the explicit stage, which has none."""
+    rows = [[0.0] * size for _ in (0, *weights)]
+    for row, of_stage in zip(rows[1:], weights, strict=True):
+        for number, weight in of_stage:
+            row[number] = weight
+    return [f"static constexpr double {name}[][{size}] = {{{', '.join(map(_row, rows))}}};"]
 
 
 def _weights(tableau: Weights, fsal: bool, c: _Row, b: _Row, error: _Row, a: Sequence[_Row]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from aca_ext.solver.implicit.rows import Mask, Numbers, is_any, larger, other_than, where
 
 MOST_ITERATIONS = 10
-_FAST = 0.05  # contraction above which the Jacobian is evaluated again for the next step
+_FAST = 0.02  # contraction above which the Jacobian is evaluated again for the next step
 # Lowest rate that counts: the first iterations converge faster than the components that an old Jacobian leaves.
 _LOWEST_RATE = 0.1
 _LARGEST_AT_FIRST = 3.0  # contraction of the second change that may still be one of a convergent iteration

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from aca_ext.solver.transposed_step import (
 )
 
 _CORRECTIONS = 2  # as in ``step``
+_NESTED: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, as tableaus are
@@ -215,9 +216,7 @@ class RosenbrockMethod(OneStepMethod):
         total = torch.zeros((), dtype=start.k.dtype, device=start.k.device)
         size = in_dtype_of(start.k, h.view(-1, 1) if isinstance(h, Tensor) else h)
         for i, m in cotangents.items():
-            (row,) = torch.autograd.grad(
-                start.k, start.joint, m, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            (row,) = torch.autograd.grad(start.k, start.joint, m, **_NESTED)
             total = total + (size * row * self._direction(k[i], self.scheme.d[i])).sum()
             total = total + (start.k * m).sum() if i == 0 else total
         if not total.requires_grad:
@@ -226,7 +225,7 @@ class RosenbrockMethod(OneStepMethod):
         return None if v is None else self._ops.admit(v[:, :-1].reshape(start.k.shape), PULLED)
 
 
-@dataclass(slots=True)
+@dataclass
 class _Start:
     """f at the start of a step: state and time in one matrix, a row for each row of the state, and the slope there."""
 
@@ -235,11 +234,19 @@ class _Start:
 
     def product(self, direction: Tensor) -> Tensor:
         """∂f/∂(y, t) times ``direction``, differentiable, by two nested backward passes."""
-        if not self.k.requires_grad:
-            return torch.zeros_like(self.k)
-        how: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
-        cotangent = torch.zeros_like(self.k, requires_grad=True)
-        (row,) = torch.autograd.grad(self.k, self.joint, cotangent, **how)
+        cotangent, row = self._pulled
         if not row.requires_grad:
             return torch.zeros_like(self.k)
-        return torch.autograd.grad(row, cotangent, direction, **how)[0]
+        return torch.autograd.grad(row, cotangent, direction, **_NESTED)[0]
+
+    @cached_property
+    def _pulled(self) -> tuple[Tensor, Tensor]:
+        """A cotangent of the slope, and its product with ∂f/∂(y, t): the inner pass, which all products share.
+
+        The cotangent is zero, in a graph that leads to ``k``. A backward pass searches nothing behind its inputs; from
+        a cotangent without a graph, it would search that of ``joint``, back to the start of the solve.
+        """
+        if not self.k.requires_grad:
+            return torch.zeros_like(self.k), torch.zeros_like(self.joint)
+        cotangent = self.k.masked_fill(torch.ones_like(self.k, dtype=torch.bool), 0.0)
+        return cotangent, torch.autograd.grad(self.k, self.joint, cotangent, **_NESTED)[0]

@@ -13,6 +13,8 @@ from aca_ext.numerics.implicit import ImplicitTableau
 
 Matrix = tuple[tuple[float, ...], ...]
 _NEAREST = 0.05  # distance of the nodes of a predictor: the weights grow with its inverse
+# Slopes from which an iteration starts. With four or more, kvaerno5 takes as many iterations on stiff problems.
+_MOST_SLOPES = 3
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,15 @@ class Group:
         inverse: inverse of ``a``.
         predictors: for each stage, weights of earlier states, by which the polynomial through them gives its state. A
             state is counted by its stage, the end of the step by the number of all stages, and the start by -1.
+        starts: for each stage i, weights w_j of earlier slopes k_j, by which h·Σ_j w_j·k_j is near h·Σ_m a_im·k_m: the
+            polynomial through the slopes nearest in time gives those of the group.
     """
 
     stages: range
     a: Matrix | None = None
     inverse: Matrix = ()
     predictors: tuple[tuple[tuple[int, float], ...], ...] = ()
+    starts: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, as tableaus are
@@ -98,7 +103,28 @@ def _group(stages: range, a: Matrix, c: Sequence[float]) -> Group:
         if all(abs(node - other) > _NEAREST for other in nodes):
             nodes[node] = j
     predictors = tuple(tuple(_interpolation(nodes, c[i])) for i in stages)
-    return Group(stages, block, tuple(tuple(row) for row in inverse.tolist()), predictors)
+    return Group(stages, block, tuple(tuple(row) for row in inverse.tolist()), predictors, _starts(stages, block, c))
+
+
+def _starts(stages: range, block: Matrix, c: Sequence[float]) -> tuple[tuple[tuple[int, float], ...], ...]:
+    slopes = [dict(_interpolation(_nearest(c[: stages.start], c[m]), c[m])) for m in stages]
+    starts = []
+    for row in block:
+        weights: dict[int, float] = {}
+        for weight, slope in zip(row, slopes, strict=True):
+            for j, w in slope.items():
+                weights[j] = weights.get(j, 0.0) + weight * w
+        starts.append(tuple(weights.items()))
+    return tuple(starts)
+
+
+def _nearest(earlier: Sequence[float], x: float) -> dict[float, int]:
+    """The nodes nearest to ``x`` with their stages; of equal nodes the last."""
+    nodes: dict[float, int] = {}
+    for j in sorted(range(len(earlier)), key=lambda j: (abs(earlier[j] - x), -j)):
+        if len(nodes) < _MOST_SLOPES and all(abs(earlier[j] - other) > _NEAREST for other in nodes):
+            nodes[earlier[j]] = j
+    return nodes
 
 
 def _interpolation(nodes: dict[float, int], x: float) -> Iterator[tuple[int, float]]:

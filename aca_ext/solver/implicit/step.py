@@ -26,7 +26,7 @@ from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.newton import Newton
 from aca_ext.solver.implicit.replayed_stages import ReplayedStage, predicted, pulled_states, transposed_solution
-from aca_ext.solver.implicit.rows import combined, constant, is_any, spread
+from aca_ext.solver.implicit.rows import constant, is_any, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, Solution
 from aca_ext.solver.one_step import OneStepMethod
@@ -190,8 +190,11 @@ class ImplicitMethod(OneStepMethod):
 
     def _base(self, i: int, y: Tensor, h: Number, k: Sequence[Tensor]) -> Tensor:
         """The state of stage i without the slopes that are not yet in ``k``."""
-        known = [(w, x) for w, x in zip(self.scheme.a[i], k, strict=False) if w != 0]
-        return self._ops.weighted_sum(y, h, [x for _, x in known], tuple(w for w, _ in known)) if known else y
+        known = [(j, w) for j, w in enumerate(self.scheme.a[i][: len(k)]) if w != 0]
+        return self._sum(y, h, k, known) if known else y
+
+    def _sum(self, y: Tensor | None, h: Number, k: Sequence[Tensor], weights: Sequence[tuple[int, float]]) -> Tensor:
+        return self._ops.weighted_sum(y, h, [k[j] for j, _ in weights], tuple(w for _, w in weights))
 
     def _solved(
         self,
@@ -205,10 +208,10 @@ class ImplicitMethod(OneStepMethod):
     ) -> list[Tensor]:
         """The slopes of a group of stages, without a graph; ``_newton`` tells the rows that failed.
 
-        The iterations start from the slope before the group, which is near where the error is controlled. Large fixed
-        steps start from the state, since the slope may lead to another solution of the equations; ``first``, the slope
-        at the start of the step, then saves their first evaluations of func. A replay starts from the polynomial
-        through ``known_states``, the end of the step among them: see ``Group.predictors``.
+        The iterations start from earlier slopes, which are near where the error is controlled: see ``Group.starts``.
+        Large fixed steps start from the state, since the slopes may lead to another solution of the equations;
+        ``first``, the slope at the start of the step, then saves their first evaluations of func. A replay starts from
+        the polynomial through ``known_states``, the end of the step among them: see ``Group.predictors``.
         """
         stages, newton = group.stages, self._newton
         assert group.a is not None
@@ -222,7 +225,7 @@ class ImplicitMethod(OneStepMethod):
                 start = [predicted(self._ops, p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
                 found = newton.solve(group, at, base, start)
             elif known and self._tolerance is not None:
-                start = combined(h, group.a, known[-1:] * len(stages))
+                start = [self._sum(None, h, known, weights) for weights in group.starts]
                 found = newton.solve(group, at, base, start)
             else:
                 start = [y.detach() - x for x in base]

@@ -69,9 +69,9 @@ def odeint(arguments: _OdeintArguments) -> State:
             * ``ifactor``, ``dfactor``: largest growth and shrinkage between two steps; default 10 and 0.2.
             * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
             * ``step_t``: times that a step must end at.
-            * ``jump_t``: times at which func is discontinuous; steps end there and start anew. They have no gradient. With
-              independent samples and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a
-              sample has fewer.
+            * ``jump_t``: times at which func is discontinuous; steps end there and start anew. They have no gradient.
+              With independent samples and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN
+              where a sample has fewer.
             * ``jacobian``: of implicit methods and "auto": "dense" (default for up to 2048 elements: a matrix by
               autograd), "block" (one matrix per sample along the first dimension of y0; samples must not depend on one
               another), "krylov" (default for larger states: GMRES with products by autograd), or a function of

@@ -213,7 +213,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             ToleranceError, OptionError and UnknownNameError).
         aca_ext.errors.SlopeError: func returned something that is not a derivative of the state.
         aca_ext.errors.EventError: an event function or a reset returned something unusable, or event_fn has no event.
-        aca_ext.errors.CompileError, GraphError: engine="compiled" or "graph" cannot take func or an argument.
+        aca_ext.errors.CompileError: engine="compiled" cannot take an argument, or func joins independent samples.
+        aca_ext.errors.GraphError: engine="graph" cannot take func or an argument.
         aca_ext.errors.SolveError: the end could not be reached (NonFiniteError, StepSizeError, StepLimitError).
         aca_ext.errors.ReplayError: in the backward pass, if func did not repeat its forward pass.
 

@@ -72,7 +72,10 @@ class ReplayError(AcaError, RuntimeError):
 
 
 class CompileError(AcaError, RuntimeError):
-    """``func`` that ``engine="compiled"`` cannot compile, or an argument that it does not support."""
+    """Argument that ``engine="compiled"`` does not support, or ``func`` that joins samples declared independent.
+
+    A ``func`` that merely cannot be compiled is no error: the eager engine solves with it, and ``stats.reason`` tells.
+    """
 
 
 class GraphError(AcaError, RuntimeError):

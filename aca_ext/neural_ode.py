@@ -17,7 +17,7 @@ from aca_ext.problem.arguments import lookup
 from aca_ext.problem.events import refuse_terminal
 from aca_ext.problem.options import option_names, refuse_dense, refuse_to_stop
 from aca_ext.problem.state import State, tensors_in
-from aca_ext.problem.suggestions import meant_by
+from aca_ext.problem.suggestions import option_meant_by
 from aca_ext.problem.times import times_of
 from aca_ext.problem.transforms import is_transformed
 from aca_ext.problem.trees import map_leaves
@@ -132,8 +132,8 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     refuse_dense("NeuralODE", settings.get("dense"))
     allowed = [argument.name for argument in fields(Arguments) if argument.kw_only and argument.name != "args"]
     for name in settings:
-        option = None if name in allowed else meant_by(name, option_names())
-        if option is not None and meant_by(name, allowed) is None:
+        option = None if name in allowed else option_meant_by(name, option_names(), allowed)
+        if option is not None:
             raise UnknownNameError(f"unknown setting {name!r} of NeuralODE; did you mean options={{{option!r}: ...}}?")
         lookup("setting of NeuralODE", name, allowed)
 

@@ -70,8 +70,9 @@ def odeint(arguments: _OdeintArguments) -> State:
               implicit Runge-Kutta methods).
             * ``pcoeff``, ``icoeff``, ``dcoeff``: coefficients of the PID controller; default 0, 1, 0.
             * ``step_t``: times that a step must end at.
-            * ``jump_t``: times at which func is discontinuous; steps end there and start anew. With independent samples
-              and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN where a sample has fewer.
+            * ``jump_t``: times at which func is discontinuous; steps end there and start anew. They have no gradient.
+              With independent samples and engine="compiled", ``step_t`` and ``jump_t`` may be (batch, S), with NaN
+              where a sample has fewer.
             * ``jacobian``: of implicit methods and "auto": "dense" (default for up to 2048 elements: a matrix by
               autograd), "block" (one matrix per sample along the first dimension of y0; samples must not depend on one
               another), "krylov" (default for larger states: GMRES with products by autograd), or a function of
@@ -213,7 +214,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             ToleranceError, OptionError and UnknownNameError).
         aca_ext.errors.SlopeError: func returned something that is not a derivative of the state.
         aca_ext.errors.EventError: an event function or a reset returned something unusable, or event_fn has no event.
-        aca_ext.errors.CompileError, GraphError: engine="compiled" or "graph" cannot take func or an argument.
+        aca_ext.errors.CompileError: engine="compiled" cannot take an argument, or func joins independent samples.
+        aca_ext.errors.GraphError: engine="graph" cannot take func or an argument.
         aca_ext.errors.SolveError: the end could not be reached (NonFiniteError, StepSizeError, StepLimitError).
         aca_ext.errors.ReplayError: in the backward pass, if func did not repeat its forward pass.
 

@@ -12,8 +12,11 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from aca_ext.errors import ArgumentTypeError
 from aca_ext.problem.arguments import ProblemArguments
 from aca_ext.problem.events import Event
+from aca_ext.problem.options import option_names
+from aca_ext.problem.suggestions import meant_by, option_meant_by
 from aca_ext.progress import Callback
 
 _P = ParamSpec("_P")
@@ -61,7 +64,7 @@ def takes(arguments: Callable[_P, _A]) -> Callable[[Callable[[_A], _R]], Callabl
             try:
                 given = arguments(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(_as_of(function.__name__, str(error))) from None
+                raise _error_of_call(function.__name__, str(error), arguments) from None
             return function(given)
 
         call.__name__ = call.__qualname__ = function.__name__  # torch.compile shows this name in errors
@@ -85,3 +88,15 @@ def _as_of(name: str, message: str) -> str:
     """Python's message about the arguments of a constructor, reworded for the function ``name``."""
     without_self = re.sub(r"\d+(?= positional| were given)", lambda count: str(int(count[0]) - 1), message)
     return re.sub(r"^\S*__init__\(\)", f"{name}()", without_self)
+
+
+def _error_of_call(name: str, message: str, arguments: Callable[..., Arguments]) -> TypeError:
+    """The error of a call of the function ``name`` whose ``arguments`` Python refused with a message."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    if unknown is None:
+        return TypeError(_as_of(name, message))
+    known = list(inspect.signature(arguments).parameters)
+    option = option_meant_by(unknown[1], option_names(), known)
+    meant = f"options={{{option!r}: ...}}" if option is not None else meant_by(unknown[1], known)
+    hint = "" if meant is None else f"; did you mean {meant}?"
+    return ArgumentTypeError(f"{name}() got an unexpected keyword argument {unknown[1]!r}{hint}")

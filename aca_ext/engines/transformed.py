@@ -145,7 +145,8 @@ def _problem_without_values(arguments: Arguments, packing: Packing, y: Tensor) -
     if type(problem.tableau) is not Tableau:
         raise ArgumentValueError(
             f"method {problem.tableau.name!r} is not available inside a function transform (torch.func, forward_ad). "
-            "Use an explicit Runge-Kutta method, such as dopri5."
+            "Use an explicit Runge-Kutta method, such as dopri5, or torch.autograd.functional.jacobian and hessian, "
+            "which take any method."
         )
     if isinstance(problem, BatchProblem) and problem.is_ragged:
         raise ArgumentValueError(

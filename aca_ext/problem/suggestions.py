@@ -60,6 +60,14 @@ def meant_by(name: object, allowed: Iterable[str]) -> str | None:
     return spelled[close[0]] if close else None
 
 
+def option_meant_by(name: str, options: Iterable[str], arguments: Iterable[str]) -> str | None:
+    """The option that an unknown argument is, or resembles if it resembles no argument; None if there is none."""
+    options = list(options)
+    if name in options:
+        return name
+    return meant_by(name, options) if meant_by(name, arguments) is None else None
+
+
 def is_implicit(name: object) -> bool:
     """Tells whether ``name`` looks like a method for stiff problems."""
     return any(part in _plain(str(name)) for part in _IMPLICIT)

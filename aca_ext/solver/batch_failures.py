@@ -15,7 +15,7 @@ from aca_ext.kernels.extension import STATUSES
 from aca_ext.kernels.fused import Array
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.solver.batch_record import Mask
-from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of
+from aca_ext.solver.failures import NO_TOLERANCE, default_reason, fault_of_start
 from aca_ext.vector_field.field import VectorField
 
 RUNNING, DONE, STEP_LIMIT, STEP_SIZE, NOT_FINITE = map(
@@ -113,7 +113,7 @@ class SampleFailures:
         self, row: int, others: int, kind: type[SolveError], reason: Callable[[int], str] | None, ratio: Array | None
     ) -> SolveError:
         control, problem = self._control, self._problem
-        why = reason(row) if reason is not None else reason_of(kind, problem.max_num_steps, problem.last_times[row])
+        why = reason(row) if reason is not None else default_reason(problem, kind, problem.last_times[row])
         return kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
             f"stopped: {why}",

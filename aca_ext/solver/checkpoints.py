@@ -140,6 +140,11 @@ class ThinnedCheckpoints(Checkpoints):
     a dispensable state: one that a later state of a higher level follows. If there is none, it replaces the newest
     state and gets a level one above it. No step is then recomputed more often than if the number N of steps had been
     known beforehand: at most r times for N ≤ C(capacity + r, r).
+
+    Example with capacity 4, and levels after a colon; state 0 is never replaced. The states 0, 1:0, 2:0, 3:0 are kept.
+    State 4 finds none that is dispensable, so it replaces state 3 and gets level 1: 0, 1:0, 2:0, 4:1. Now a higher
+    level follows states 1 and 2. State 5 replaces state 1, and state 6 replaces state 2: 0, 4:1, 5:0, 6:0. State 7
+    finds none again and replaces state 6: 0, 4:1, 5:0, 7:1.
     """
 
     def __init__(self, y0: Tensor, capacity: int) -> None:

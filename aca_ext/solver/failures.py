@@ -17,6 +17,8 @@ from aca_ext.vector_field.field import VectorField
 NOT_FINITE_ON_GRID = "the solution on the fixed grid is NaN or infinite at its end. Use smaller steps, or look at func."
 NO_TOLERANCE = "rtol and atol are both zero in an element that has an error. Make one of them positive there."
 
+_GROWTH = 1e6  # of a state from its start, or from 1, that suggests a solution without bound
+
 
 def unsolved(size: float, residual: float, unit: str) -> str:
     """The message where Newton's method failed, in a step of a given size and with a last change in a given unit."""
@@ -41,7 +43,7 @@ def failure_of(
     """
     if kind is NonFiniteError:
         message = fault_of_start(problem.y0) or message
-    reason = message or reason_of(kind, problem.max_num_steps, problem.times[-1])
+    reason = message or default_reason(problem, kind, problem.times[-1])
     if problem.newton is None and kind in (StepLimitError, StepSizeError) and message is None:
         reason += " " + (advice() or 'If the problem is stiff, use method="auto" or "kvaerno5".')
     return kind(f"The solve with {problem.tableau.name} stopped: {reason}", **numbers)
@@ -96,14 +98,45 @@ def fault_of_start(y0: Tensor) -> str | None:
     return f"y0 holds {kind} ({int(wrong.sum())} of {y0.numel()} elements are not finite). Clean the initial state."
 
 
-def reason_of(kind: type[SolveError], max_num_steps: int, end: float) -> str:
+def default_reason(problem: Problem, kind: type[SolveError], end: float) -> str:
+    """``reason_of`` with the settings of a problem; a tolerance below rounding is named first."""
+    min_step = 0.0 if problem.controller is None else problem.controller.min_step
+    is_of_steps = kind in (StepLimitError, StepSizeError)
+    return (fault_of_tolerance(problem) if is_of_steps else "") + reason_of(kind, problem.max_num_steps, end, min_step)
+
+
+def fault_of_tolerance(problem: Problem) -> str:
+    """A sentence about a tolerance far below what the dtype of the state resolves; "" if there is none."""
+    y0, tolerance = problem.y0.detach(), problem.tolerance
+    eps = torch.finfo(y0.dtype).eps
+    rtol, atol = (torch.as_tensor(x, device=y0.device) for x in (tolerance.rtol, tolerance.atol))
+    is_too_fine = (rtol < 0.1 * eps) & (atol < 0.1 * eps * y0.abs())  # the default, 1e-7, works in float32
+    if not problem.adaptive or not is_too_fine.any():
+        return ""
+    dtype = str(y0.dtype).removeprefix("torch.")
+    other = "" if y0.dtype == torch.float64 else ", or use float64"
+    return f"rtol={float(rtol.min()):.3g} asks for more than {dtype} resolves ({eps:.2g}). Raise rtol{other}. Also, "
+
+
+def growth_advice(problem: Problem, y: Tensor, t: float) -> str | None:
+    """Advice for a solve that stopped at ``y`` because the solution grows without bound; None if it did not grow."""
+    before, after = (float(x.detach().abs().max()) if x.numel() else 0.0 for x in (problem.y0, y))
+    if not after > _GROWTH * max(before, 1.0):
+        return None
+    return (
+        f"The largest element of the state has grown from {before:.3g} to {after:.3g}, so the solution is perhaps "
+        f"infinite near t={t:.6g}."
+    )
+
+
+def reason_of(kind: type[SolveError], max_num_steps: int, end: float, min_step: float = 0.0) -> str:
     """The reason for an error of this kind in a solve to t = ``end``, with advice."""
+    lower = "lower min_step, " if min_step > 0 else ""
     return {
         StepLimitError: f"the {max_num_steps} trial steps of option max_num_steps did not reach t={end:.17g}. Raise "
         "max_num_steps, loosen rtol or atol, or look for blow-up.",
         StepSizeError: "the step became too small: the problem is stiff here, has a singularity or a jump, or the "
-        "tolerance is below rounding. Loosen rtol or atol, use float64, lower "
-        "min_step, or end the solve earlier.",
+        f"tolerance is below rounding. Loosen rtol or atol, use float64, {lower}or end the solve earlier.",
         NonFiniteError: "func or the solution is NaN or infinite beyond this time, however small the step: a "
         "blow-up, or an operation outside its domain. End the solve earlier or look at func there.",
     }[kind]

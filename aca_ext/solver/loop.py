@@ -24,7 +24,7 @@ from aca_ext.problem.resumption import SolverState
 from aca_ext.solver.callback import report
 from aca_ext.solver.checkpoints import AcceptedStep, Checkpoints, StepRecord
 from aca_ext.solver.event_search import STEPS_BEFORE
-from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, check_finite, failure_at, is_finite
+from aca_ext.solver.failures import NO_TOLERANCE, NOT_FINITE_ON_GRID, check_finite, failure_at, growth_advice, is_finite
 from aca_ext.solver.first_step import first_step
 from aca_ext.solver.method import steps_of
 from aca_ext.solver.runge_kutta import Trial, error_norm, interpolate, stage_times
@@ -189,8 +189,14 @@ class Solver:
             self._stop(control, y)
         else:
             kind: type[SolveError] = StepLimitError if status == "step_limit" else StepSizeError
-            advice = partial(stiffness_advice, problem, self.field, self.ops, self._steps, control, y.detach(), self._k)
-            raise failure_at(problem, self.field, control, kind, advice=advice)
+            raise failure_at(problem, self.field, control, kind, advice=partial(self._advice, control, y.detach()))
+
+    def _advice(self, control: AnyStepControl, y: Tensor) -> str | None:
+        """Advice for a solve that stopped at ``y``; None if nothing special is known."""
+        growth = growth_advice(self.problem, y, as_float(control.t))
+        if growth is not None:
+            return growth
+        return stiffness_advice(self.problem, self.field, self.ops, self._steps, control, y, self._k)
 
     def _stop(self, control: AnyStepControl, y: Tensor) -> None:
         """Appends the state reached as a last output, if a step was accepted, and records the solver's state."""

@@ -29,7 +29,7 @@ from aca_ext.numerics.tableau import Tableau
 from aca_ext.solver.transposed_step import Compare, Inside, cotangent_of_start
 from aca_ext.vector_field.slope_function import ReplayFunction, SlopeFunction
 
-PULLED = "the gradient that a backward pass inside func returned"
+PULLED = "the gradient that a backward pass inside func returned"  # names v_i in errors of ``ops.admit``
 
 Weights = tuple[tuple[int, ...], tuple[float, ...]]  # indices of the slopes with non-zero weight, and the weights
 
@@ -65,7 +65,8 @@ class Scheme:
         a: all coefficients of the stages, zeros included.
         stages: the non-zero entries of each row of ``a``.
         solution: all of the weights b, zeros included.
-        indices: slopes that the solution or the error needs, without the slope at the solution.
+        indices: slopes that the solution or the error needs, without the slope at the solution: (0, 2, 3, 4, 5) of
+            dopri5, whose second slope has weight 0 in both, and whose seventh is that at the solution.
         b: weights of these slopes in the solution.
         error: weights of these slopes in the error; None if the error is not estimated.
         error_last: weight in the error of the slope at the solution; 0 unless ``fsal``.
@@ -282,7 +283,7 @@ def step_vjp(
             (b(theta), g). Only stages that an output needs are evaluated.
         compare: receives the end of the step and its slopes, if all slopes of the solution are evaluated. The C++ code
             on the CPU calls it only if the end differs from ``y_next`` in a bit.
-        inside: sums over further outputs.
+        inside: further outputs, dense ones inside the step, already summed: see ``Inside``.
     """
     count = 1 + max(i for w, _ in outputs for i, w_i in enumerate(w) if w_i != 0)
     if inside is not None:
@@ -311,8 +312,8 @@ def step_vjp(
         if not terms or not k_i.requires_grad:
             continue
         grad_k = ops.weighted_sum(None, h, [x for _, x in terms], tuple(w for w, _ in terms))
-        v = own_result(f.pull_back, y_i, k_i, grad_k)
+        v = own_result(f.pull_back, y_i, k_i, grad_k)  # a copy if func keeps the tensor and may overwrite it
         if v is not None:
-            pulled[i] = ops.admit(v, PULLED)
+            pulled[i] = ops.admit(v, PULLED)  # in the layout that the kernels read
 
     return cotangent_of_start(ops, outputs, pulled.values(), inside, out)

@@ -27,7 +27,10 @@ _RANDOM = (
 
 
 _PADDED = "the requested times are padded with NaN. Solve samples with equally many times together."
-_NOT_EXPLICIT = "is an implicit or multistep method. Use an explicit Runge-Kutta method, such as dopri5."
+_NOT_EXPLICIT = (
+    "is an implicit or multistep method. Use an explicit Runge-Kutta method, such as dopri5. For derivatives, "
+    "torch.autograd and torch.autograd.functional take any method."
+)
 
 
 class KnownSteps(NamedTuple):

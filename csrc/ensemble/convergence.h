@@ -1,4 +1,5 @@
-// Convergence of simplified Newton iterations in lanes: the twin of aca_ext.solver.implicit.convergence in C++.
+// Convergence of simplified Newton iterations in lanes: the twin of aca_ext.solver.implicit.convergence in C++, where
+// the constants have their reasons. R and Q as in newton.h.
 #pragma once
 #include "ensemble/linear.h"
 

@@ -1,5 +1,8 @@
 // Newton's method in lanes, for the stages of a diagonally implicit method: the twin of aca_ext.solver.implicit.newton,
 // to whose tolerance it iterates. Each lane has its own matrix, iterations and failures.
+//
+// Types, each with an entry for every lane: V numbers of func's type T, M truths about them; R doubles, Q truths about
+// them and counts (vectors.h, linear.h). A truth is -1 or 0, so that `count -= truth` counts the lanes where it holds.
 #pragma once
 #include "ensemble/convergence.h"
 #include "ensemble/task.h"
@@ -165,7 +168,8 @@ class Newton {
     Q live_{}, failed_{};
     Q is_current_{};  // the Jacobian belongs to the start of this step
     Q is_stale_{};    // the matrix belongs to another step size or Jacobian
-    Q lacks_jacobian_{}, is_slow_{};
+    Q lacks_jacobian_{};
+    Q is_slow_{};  // the last iterations converged slowly, so that the next step takes a new Jacobian
     R rate_{}, wanted_{}, h_{}, residual_{};
     Q n_jacobians_{}, n_factorizations_{}, n_iterations_{};
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import fields
@@ -64,6 +65,25 @@ class TestCalls:
     def test_with_an_unknown_argument(self, name: str) -> None:
         with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'rtoll'"):
             call(PUBLIC[name], rtoll=1e-3)
+
+    @pytest.mark.parametrize(
+        ("wrong", "meant"),
+        [
+            ({"step_size": 0.1}, "options={'step_size': ...}"),
+            ({"batch": "independent"}, "options={'batch': ...}"),
+            ({"norm": max}, "options={'norm': ...}"),
+            ({"maxsteps": 9}, "options={'max_num_steps': ...}"),
+            ({"tol": 1e-3}, "rtol"),
+            ({"solver": "rk4"}, "method"),
+        ],
+    )
+    def test_with_an_unknown_argument_names_the_one_that_is_meant(
+        self, name: str, wrong: dict[str, Any], meant: str
+    ) -> None:
+        with pytest.raises(aca_ext.errors.ArgumentTypeError, match=rf"; did you mean {re.escape(meant)}\?$"):
+            call(PUBLIC[name], **wrong)
+        with pytest.raises(aca_ext.errors.ArgumentTypeError, match=r"argument 'xyzzyq'$"):
+            call(PUBLIC[name], xyzzyq=1)
 
     def test_with_too_many_positions(self, name: str) -> None:
         with pytest.raises(TypeError, match=rf"^{name}\(\) takes 3 positional arguments but 4 were given$"):

@@ -571,3 +571,30 @@ def test_bad_settings_of_the_adjoint(settings: dict[str, Any], kind: type[Except
     with pytest.raises(kind, match=next(iter(settings.values())) if kind is errors.UnknownNameError and
                        isinstance(next(iter(settings.values())), str) else "."):  # fmt: skip
         aca_ext.odeint(decay, y0, T, gradient="adjoint", **settings)[-1].sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": "independent"}])
+def test_a_tolerance_below_rounding_is_named_before_other_causes(options: dict[str, Any]) -> None:
+    options = {"max_num_steps": 20, **options}
+    y0 = torch.ones(2, 2)
+
+    def message(dtype: torch.dtype, **tolerances: Any) -> str:
+        with pytest.raises(errors.StepLimitError) as raised:
+            aca_ext.odeint(lambda t, y: torch.cos(20 * t) * y, y0.to(dtype), [0.0, 90.0], options=options, **tolerances)
+        return str(raised.value)
+
+    assert "stopped: rtol=1e-12 asks for more than float32 resolves" in message(torch.float32, rtol=1e-12, atol=1e-12)
+    assert "or use float64. Also, the 20 trial" in message(torch.float32, rtol=torch.tensor([1e-12, 1e-3]), atol=1e-12)
+    for tolerances in ({}, {"rtol": 1e-12, "atol": 1e-4}):  # the defaults; a tolerance that atol bounds
+        assert "stopped: the 20 trial steps" in message(torch.float32, **tolerances)
+    assert "stopped: the 20 trial steps" in message(torch.float64, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_that_is_too_small_because_the_solution_grows_without_bound() -> None:
+    y0 = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(errors.StepSizeError, match=r"has grown from 1 to .*perhaps infinite near t=1\.") as raised:
+        aca_ext.odeint(lambda t, y: y * y, y0, [0.0, 2.0])
+    assert "lower min_step" not in str(raised.value)
+    with pytest.raises(errors.StepSizeError, match="lower min_step") as raised:
+        aca_ext.odeint(lambda t, y: y * y, y0, [0.0, 2.0], options={"min_step": 1e-3})
+    assert "has grown" not in str(raised.value)

@@ -121,7 +121,8 @@ def obstacle_to_compiling(problem: Problem, takes_gpu: bool = False, takes_impli
     """Reason why nothing of the problem can be compiled; None if something can."""
     y0 = problem.y0
     if problem.newton is not None and not takes_implicit:  # the Jacobian differentiates func
-        return f'engine="compiled" does not support the given method ({problem.tableau.name!r}). {_HINT}'
+        others = " Of the methods for stiff problems it takes kvaerno3, kvaerno5 and trbdf2." if y0.is_cpu else ""
+        return f'engine="compiled" does not support the given method ({problem.tableau.name!r}). {_HINT}{others}'
     if _TORCH < _OLDEST_TORCH:
         return (
             f'engine="compiled" needs torch {".".join(map(str, _OLDEST_TORCH))} or newer; this is torch '

@@ -38,9 +38,14 @@ def load(source: str) -> Any:
 @cache
 def _command() -> tuple[str, ...]:
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompileError(f'{error}. Install a C++ compiler, or use engine="eager".') from error
     define = ("-DACA_SLEEF",) if _vector_functions() else ()
-    return (get_cpp_compiler(), *_FLAGS, *define, f"-I{headers()}")
+    return (compiler, *_FLAGS, *define, f"-I{headers()}")
 
 
 # By width in bytes and size of a number, how the names of torch's functions of vectors (SLEEF) tell the kind of vector.

@@ -15,7 +15,7 @@ from aca_ext.engines.ensemble.values import HINT, Computed
 from aca_ext.errors import CompileError
 
 aten = torch.ops.aten
-# x.detach() in graphs; that of torch would be taken out of them.
+# x.detach() in graphs, which stops gradients; torch's own would be taken out of them.
 _ours = torch.library.Library("aca_ext", "DEF")
 _ours.define("held(Tensor x) -> Tensor")
 _ours.impl("held", torch.clone, "CompositeExplicitAutograd")

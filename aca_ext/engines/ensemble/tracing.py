@@ -1,4 +1,10 @@
-"""func traced on the whole batch, and what its graph makes of one sample."""
+"""func traced on the whole batch, and what its graph makes of one sample.
+
+A node of the graph is one of two kinds. "Computed" ones depend on time or state and become code. "Given" ones do not,
+such as a product of two parameters: they are computed once per solve, by PyTorch, and the code reads their numbers. The
+"constants" among them depend on no input of func, so their values at the tracing remain valid. An input is "learnt" if
+it requires grad. A number is "picked" if those of the samples do not lie at one distance from another in their tensor.
+"""
 
 from __future__ import annotations
 

@@ -374,6 +374,21 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no-such-compiler cannot be run" in stats.reason
 
 
+@pytest.mark.usefixtures("no_evaluations")
+def test_without_a_compiler_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    from aca_ext.engines.ensemble import build
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    monkeypatch.setattr(build, "_command", build._command.__wrapped__)  # without its cache
+    stats = aca_ext.solve(lambda t, y: -1.2346 * y, start(2), T, options=INDEPENDENT, engine="compiled").stats
+    assert "No working C++ compiler" in stats.reason
+
+
 def test_numbers_that_change_compile_once_more_at_most() -> None:
     seconds = []
     for rate in (0.5, 0.6, 0.7, 0.8):

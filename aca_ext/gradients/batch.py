@@ -11,7 +11,7 @@ from torch import Tensor
 from aca_ext.errors import ArgumentValueError, OptionError
 from aca_ext.gradients.base import Result, Task
 from aca_ext.gradients.batch_replay import differentiable_backward, replay_backward
-from aca_ext.gradients.dependencies import FirstEvaluation, first_slope_with_graph
+from aca_ext.gradients.dependencies import FirstEvaluation, first_slope_with_graph, first_slope_without_graph
 from aca_ext.gradients.passes import ForwardPass, Gradients, with_graph
 from aca_ext.kernels.fused import row_operations_for
 from aca_ext.problem.batch import BatchProblem
@@ -60,8 +60,7 @@ def _check_stops(task: Task) -> None:
 def solve_without_graph(task: Task) -> Result:
     _check_stops(task)
     with torch.no_grad():
-        y0 = task.problem.y0.detach()
-        return _forward(task, task.first_slope(y0), keep_states=False)[0]
+        return _forward(task, first_slope_without_graph(task), keep_states=False)[0]
 
 
 def _forward(task: Task, k0: Tensor | None, keep_states: bool) -> tuple[Result, list[Tensor]]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from aca_ext.errors import AcaError, ArgumentTypeError
+from aca_ext.errors import AcaError, ArgumentTypeError, ArgumentValueError
 from aca_ext.gradients.base import Task
 from aca_ext.kernels.extension import known_tensors
 from aca_ext.kernels.references import OF_A_VARIABLE, is_held
+from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.state import tensors_in
 from aca_ext.vector_field.kept import Keepsake, is_lost, keepsakes_of, settle_late
 
@@ -59,6 +60,7 @@ class FirstEvaluation:
             self._made = [x for x in leaves if watch.has_made(x) or task.field.has_put(x)]
             self.params += [x for x in leaves if not any(x is made for made in self._made)]
             self.leaves = range(n_captured, len(self.params))
+        refuse_mixed_samples(task, y, k)
         self.k = k = None if k is None else k.detach()
         self._look_at_holdings(task, {id(x) for x in (*self.params, *args)})
         if not is_traced:
@@ -127,12 +129,49 @@ class FirstEvaluation:
         return [x for x in (self._task.problem.y0, *self.params, *self.found, *args) if x.requires_grad]
 
 
+def first_slope_without_graph(task: Task) -> Tensor | None:
+    """f(t0, y0) for a solve without gradients."""
+    y = task.problem.y0.detach()
+    if not isinstance(task.problem, BatchProblem) or torch.is_inference_mode_enabled() or y.is_inference():
+        return task.first_slope(y)
+    k = _differentiable(task, y, None)
+    refuse_mixed_samples(task, y, k)
+    return None if k is None else k.detach()
+
+
 def first_slope_with_graph(task: Task) -> Tensor | None:
     """f(t0, y0) with its autograd graph; also records in ``task.field`` whether func calls autograd."""
-    watch = _watch_for(task.field.func, ())
-    k = task.first_slope(task.problem.y0, watch)
+    watch, y0 = _watch_for(task.field.func, ()), task.problem.y0
+    k = task.first_slope(y0, watch)
+    if y0.requires_grad:
+        refuse_mixed_samples(task, y0, k)
+    elif isinstance(task.problem, BatchProblem) and k is not None:
+        with task.field.aside():
+            y = y0.detach().requires_grad_()
+            refuse_mixed_samples(task, y, task.field(task.problem.start_time(y), y))
     task.field.calls_autograd = _needs_graph_inside(task, watch)
     return k
+
+
+def refuse_mixed_samples(task: Task, y: Tensor, k: Tensor | None) -> None:
+    """Raises ArgumentValueError if the slopes of some independent samples depend on the states of others.
+
+    A func that joins all samples is found by the slopes of every other sample.
+    """
+    if not isinstance(task.problem, BatchProblem) or len(y) < 2 or task.field.moving_buffers:  # refused in batch.py
+        return
+    if k is None or not k.requires_grad or not y.requires_grad:
+        return
+    with torch.enable_grad():
+        slopes = k[::2]
+        (found,) = torch.autograd.grad(slopes, y, torch.ones_like(slopes), retain_graph=True, allow_unused=True)
+    effect = None if found is None else found[1::2]
+    if effect is not None and bool((torch.isfinite(effect) & (effect != 0)).any()):
+        raise ArgumentValueError(
+            "func makes samples depend on one another: slopes of some depend on states of others, as with y.mean(0) or "
+            'batch statistics. Option batch="independent" does not allow that, since each sample has its own time and '
+            "steps. Leave the option out, or compute the slope of a sample from that sample alone."
+        )
 
 
 def _needs_graph_inside(task: Task, watch: Any) -> bool:

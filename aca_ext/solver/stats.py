@@ -35,7 +35,7 @@ class Stats:
         reason: with engine="compiled" or "auto", the reason why it was not the whole solve; else "".
         n_jacobians: Jacobians of func that the forward pass of an implicit method evaluated.
         n_factorizations: matrices that it factorised.
-        n_newton_iterations: iterations of Newton's method, each with one evaluation of func per stage.
+        n_newton_iterations: iterations of Newton's method; each evaluates func once, for one stage.
         n_accepted_of: with method="auto", accepted steps of each of its methods, by name; else empty.
     """
 

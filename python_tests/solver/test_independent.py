@@ -297,6 +297,23 @@ class TestGradients:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("has_graph", [True, False])
+    @pytest.mark.parametrize("gradient", ["aca", "direct"])
+    @pytest.mark.parametrize("is_learnt", [True, False])
+    def test_samples_that_depend_on_one_another(self, gradient: str, is_learnt: bool, has_graph: bool) -> None:
+        layer, y0 = nn.Linear(3, 3).double(), sample(4, 3).requires_grad_(is_learnt)
+        with torch.set_grad_enabled(has_graph), pytest.raises(errors.ArgumentValueError, match="depend on one another"):
+            aca_ext.odeint(lambda t, y: layer(y) + y.mean(0), y0, T, gradient=gradient, options=INDEPENDENT)
+
+    def test_the_look_at_dependences_has_no_side_effects(self) -> None:
+        func, y0 = Mlp(), sample(4, 3)
+        for gradient in ("aca", "direct"):
+            found = aca_ext.solve(func, y0, T, gradient=gradient, options=INDEPENDENT)
+            with torch.no_grad():
+                other = aca_ext.solve(func, y0, T, options=INDEPENDENT)
+            assert not other.y.requires_grad
+            assert torch.equal(found.y, other.y)
+
     @pytest.mark.parametrize(
         ("settings", "error", "match"),
         [

@@ -24,7 +24,7 @@ from aca_ext.gradients.passes import Gradients, with_graph
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import Policy
-from aca_ext.solver.failures import NO_TOLERANCE, fault_of_start, reason_of, unsolved
+from aca_ext.solver.failures import NO_TOLERANCE, default_reason, fault_of_start, unsolved
 from aca_ext.solver.stats import BatchStats
 
 _KINDS: tuple[type[SolveError], ...] = (
@@ -223,7 +223,7 @@ class Run:
         """The error of a sample that failed."""
         problem = self.problem
         kind, message, numbers = self._fault(row)
-        reason = message or reason_of(kind, problem.max_num_steps, problem.last_times[row])
+        reason = message or default_reason(problem, kind, problem.last_times[row])
         return kind(
             f"The solve of sample {row}{f' (and {others} more)' if others else ''} with {problem.tableau.name} "
             f"stopped: {reason}",

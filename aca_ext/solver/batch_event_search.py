@@ -16,7 +16,7 @@ from aca_ext.kernels.fused import Array
 from aca_ext.numerics.root import bracketed_roots
 from aca_ext.problem.batch import RowPacking
 from aca_ext.problem.events import Event, time_of
-from aca_ext.solver.event_search import DEPARTURES, LAST_BIT, ON_SURFACE, check_real
+from aca_ext.solver.event_search import DEPARTURES, LAST_BIT, OF_TIME, ON_SURFACE, check_real
 
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
@@ -55,9 +55,9 @@ class RowEventSearch:
             for j in range(values.shape[1]):
                 element = np.full_like(everyone, j)
                 rate, scale = changes_along(event, everyone, element, self._times(t), y, slope, self._packing)
-                rounding = eps * (scale + np.abs(rate) * reach)
+                rounding = eps * (scale + np.abs(rate * reach))
                 is_zero = np.abs(values[:, j]) <= ON_SURFACE * rounding
-                signs[:, j] = np.where(is_zero, np.sign(rate), signs[:, j])
+                signs[:, j] = np.where(is_zero, np.sign(rate * reach), signs[:, j])
             self._signs.append(signs)
 
     def within(
@@ -195,7 +195,7 @@ def changes_along(
 
     rate = scale = np.zeros(len(rows))
     if of_t is not None:
-        rate, scale = total(of_t), total((of_t * time_of(event, t)).abs())
+        rate, scale = total(of_t), OF_TIME * total((of_t * time_of(event, t)).abs())
     if of_y is not None:
         scale = scale + total((of_y * y).abs())
         rate = rate if slope is None else rate + total(of_y * slope)

@@ -31,8 +31,8 @@ class BatchEvents:
 
     def start(self, t: Array, y: Tensor, slope: Tensor | None, h: Array, rows: Mask) -> None:
         """Computes the signs of the event functions at the start; ``h`` are the sizes of the first steps."""
-        length = np.abs(self._problem.last_times - t)
-        reach = np.minimum(length, np.maximum(np.abs(t), STEPS_BEFORE * h))
+        length = self._problem.last_times - t
+        reach = np.sign(length) * np.minimum(np.abs(length), np.maximum(np.abs(t), STEPS_BEFORE * h))
         self._search.start(t, y.detach(), slope, reach, rows)
 
     def find(self, rows: Mask, t: Array, t_next: Array, y: Tensor, h: Tensor, trial: Trial) -> tuple[OutputRows, Array]:

@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 
 LAST_BIT = 2.0**-52  # of a position in a step
 ON_SURFACE = 64.0  # roundings of its terms within which the value of an event function counts as zero
+OF_TIME = 8.0 / ON_SURFACE  # a time is rounded fewer times than a state, and another event may lie close behind it
 STEPS_BEFORE = 16.0  # the step before a start on a surface, in first steps after it
 # Positions shortly after a start on the surface, where the side is looked up, and behind which the next change lies.
 DEPARTURES = (2.0**-5, 2.0**-10, 2.0**-20, 2.0**-30, 2.0**-40)
@@ -73,16 +74,16 @@ class EventSearch:
         """Computes the signs at the start of a solve; ``slope`` is dy/dt there.
 
         At a zero of an event function, up to rounding, the sign is that of the side to which the solution goes.
-        ``reach`` is the time over which rounding may have moved the start off the zero.
+        ``reach`` is the time over which rounding may have moved the start off the zero, negative backward in time.
         """
         for i, event in enumerate(self._events):
             values = self._values(i, t, y)
             signs = np.sign(values)
             for j in range(len(values)):
                 rate, scale = change_along(event, j, self._scalar(t), y, slope, self._packing)
-                rounding = torch.finfo(y.dtype).eps * (scale + abs(rate) * reach)
+                rounding = torch.finfo(y.dtype).eps * (scale + abs(rate * reach))
                 if abs(values[j]) <= ON_SURFACE * rounding:
-                    signs[j] = np.sign(rate)
+                    signs[j] = np.sign(rate * reach)
             self._signs.append(signs)
 
     def within(self, t: float, t_next: float, state_at: Callable[[float], Tensor]) -> tuple[list[Found], float]:
@@ -155,6 +156,8 @@ def change_along(
 ) -> tuple[float, float]:
     """Derivative of an event function along a solution with this slope, and the size of the function's terms.
 
+    In the size, terms of the time count less: see ``OF_TIME``.
+
     Both are 0 for a function that has no gradient with respect to t and y.
     """
     with torch.enable_grad():
@@ -165,7 +168,7 @@ def change_along(
         of_t, of_y = torch.autograd.grad(value, (t_leaf, y_leaf), allow_unused=True)
     rate = scale = 0.0
     if of_t is not None:
-        rate, scale = of_t.item(), (of_t * time_of(event, t)).abs().item()
+        rate, scale = of_t.item(), OF_TIME * (of_t * time_of(event, t)).abs().item()
     if of_y is not None:
         scale += (of_y * y).abs().sum().item()
         rate += 0.0 if slope is None else (of_y * slope).sum().item()

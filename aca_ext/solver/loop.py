@@ -123,12 +123,12 @@ class Solver:
             control.h = torch.tensor(control.h, dtype=torch.float64, device="cpu")
 
     def _reach(self, control: AnyStepControl) -> float:
-        """The time over which rounding may have moved a start off the surface of an event.
+        """The time over which rounding may have moved a start off the surface of an event, negative backward in time.
 
         Not the whole length of the solve, which is without limit where the first event is looked for.
         """
         h = as_float(control.h) if self.problem.adaptive else abs(self.problem.step_ends[0] - control.t)
-        return min(self.problem.length, max(abs(as_float(control.t)), STEPS_BEFORE * h))
+        return control.sign * min(self.problem.length, max(abs(as_float(control.t)), STEPS_BEFORE * h))
 
     def _run(self, control: AnyStepControl, y: Tensor) -> Tensor:
         """Steps until the solve ends or stops; returns the state reached."""

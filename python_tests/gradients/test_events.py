@@ -430,3 +430,34 @@ def test_errors_after_a_reset_tell_the_time_of_the_solve() -> None:
     with pytest.raises(NonFiniteError, match="count from the reset at t=1") as caught:
         solve(func, y0, [0.0, 3.0], events=[event])
     assert caught.value.t == pytest.approx(1.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": "independent"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_resets_at_close_times_all_act(is_backward: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Backward in time too, and where the times differ by few roundings: none is missed, and none acts twice."""
+    first = 100.0
+    second = first + 16 * 100 * torch.finfo(dtype).eps
+    doses = [Event(lambda t, y, at=at: (t - at).flatten(), reset=lambda t, y: y + 1) for at in (first, second)]
+    y0 = torch.zeros(1, 1, dtype=dtype)
+    times = torch.tensor([99.0, 101.0], dtype=DTYPE)
+    times = times.flip(0) if is_backward else times
+    solution = solve(lambda t, y: 0 * y, y0, times, events=doses, options=options or None)
+    assert solution.y[-1].item() == 2
+    for record, at in zip(solution.events, (first, second), strict=True):
+        assert record.t.item() == pytest.approx(at, rel=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": "independent"}])
+def test_bouncing_ball_backward_in_time(options: dict[str, Any]) -> None:
+    """Resets that leave the state on the surface; the same motion as forward in time."""
+
+    def fall(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([y[:, 1], torch.full_like(y[:, 1], -G)], 1)
+
+    bounce = Event(lambda t, y: y[:, 0], reset=lambda t, y: torch.stack([0 * y[:, 0], -0.8 * y[:, 1]], 1))
+    y0 = torch.tensor([[10.0, 0.0]], dtype=DTYPE)
+    forward, backward = (solve(fall, y0, [0.0, end], events=[bounce], options=options or None) for end in (6.0, -6.0))
+    assert forward.events[0].t.numel() == 3
+    torch.testing.assert_close(backward.events[0].t, -forward.events[0].t)

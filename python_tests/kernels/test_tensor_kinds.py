@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import aca_ext
-from aca_ext.errors import AcaError, ArgumentValueError, ArgumentTypeError, TimeError
+from aca_ext.errors import AcaError, ArgumentTypeError, ArgumentValueError, TimeError
 
 T = [0.0, 0.3, 1.0]
 LOOSE = {"rtol": 1e-2, "atol": 1e-2}

@@ -152,7 +152,7 @@ def _draw(settings: Settings, images: Images, results: Results):
         axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-        axes.legend(fontsize=7)
+    over_time.legend(fontsize=7, handlelength=4)  # of both: beside the curves, there is no room in the other
     over_epochs.xaxis.get_major_locator().set_params(integer=True)
     for axes, solvers, label in ((steps, FIXED_STEPS, "step"), (tolerances, TOLERANCES, "tolerance")):
         for n, (method, values) in enumerate(solvers.items()):

@@ -13,8 +13,8 @@ iteration, since the adjoint starts a new solve at every point; --full takes all
 At the default size, the paper's order ACA ≤ naive ≤ adjoint is that of some runs and not of others. The three methods
 start from equal weights and get equal batches, so they differ by their gradients alone. That makes a few percent, about
 as much as another seed: noisy batches hide the small gradient errors of naive and adjoint. Also, the latent ODE is not
-trained to the end; the RNNs, which learn sooner, are better when more points are shown. ``hopper_schedule`` trains it to
-the end.
+trained to the end; the RNNs, which learn sooner, are better when more points are shown. ``hopper_schedule`` trains it
+to the end.
 """
 
 from collections.abc import Callable

@@ -305,6 +305,15 @@ class TestRefusals:
         with torch.set_grad_enabled(has_graph), pytest.raises(errors.ArgumentValueError, match="depend on one another"):
             aca_ext.odeint(lambda t, y: layer(y) + y.mean(0), y0, T, gradient=gradient, options=INDEPENDENT)
 
+    def test_a_func_without_a_derivative_is_not_refused(self) -> None:
+        class Halved(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, y: Tensor) -> Tensor:
+                return -y / 2
+
+        y = aca_ext.odeint(lambda t, y: Halved.apply(y), sample(4, 3), T, options=INDEPENDENT)
+        torch.testing.assert_close(y[-1], sample(4, 3) * math.exp(-1.5), rtol=1e-5, atol=1e-7)
+
     def test_the_look_at_dependences_has_no_side_effects(self) -> None:
         func, y0 = Mlp(), sample(4, 3)
         for gradient in ("aca", "direct"):

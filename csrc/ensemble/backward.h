@@ -55,13 +55,10 @@ class Backward {
             const bool is_inside = add_outputs(due);
             if constexpr (Method::is_implicit) {
                 transpose_implicit();
-                forget_inside();
-            } else if (is_inside) {
-                transpose<true>();
-                forget_inside();
             } else {
-                transpose<false>();
+                transpose(is_inside);
             }
+            if (is_inside) forget_inside();
             for (int l = 0; l < kLanes; ++l)
                 if (lane_[l].entry && !(lane_[l].entry = lane_[l].entry->previous)) {
                     finish(l);
@@ -207,14 +204,14 @@ class Backward {
         }
     }
 
-    template <bool inside>
-    ACA_HD void transpose() {
-        constexpr int count = inside ? s : needed;
+    // Outputs inside steps may need the last stages.
+    ACA_HD void transpose(bool is_inside) {
         const V step = rounded<V>(h_);
         V time[s];
         auto &y = stages_, &k = k_, &pulled = pulled_;
-        for_each<count>([&](auto i) {
+        for_each<s>([&](auto i) {
             constexpr double at = Method::c[i];
+            if (i >= needed && !is_inside) return;
             time[i] = at == 0 ? start_ : at == 1 ? end_ : rounded<V>(control::stage_time(at, t_, h_, t_next_));
             for (int c = 0; c < n; ++c) {
                 if constexpr (i == 0) {
@@ -228,23 +225,27 @@ class Backward {
                 time[i] = select(is_inside_, time[i], time[0]);
                 for (int c = 0; c < n; ++c) y[i][c] = select(is_inside_, y[i][c], y_[c]);
             }
-            if constexpr (i < count - 1) Field::slope(time[i], y[i], p_, task_.shared, k[i]);
+            if (i < needed - 1 || (i < s - 1 && is_inside)) Field::slope(time[i], y[i], p_, task_.shared, k[i]);
         });
-        for_each<count>([&](auto reversed) {
-            constexpr int i = count - 1 - decltype(reversed)::value;
+        for_each<s>([&](auto reversed) {
+            constexpr int i = s - 1 - decltype(reversed)::value;
             constexpr double b = Method::b[i];
+            if (i >= needed && !is_inside) {
+                for (int c = 0; c < n; ++c) pulled[i][c] = K(0);
+                return;
+            }
             V(&g)[n] = k_[i];  // which was needed for the later stages alone
             for (int c = 0; c < n; ++c) {
                 V sum = b != 0 ? K(b) * g_[c] : K(0);
-                if constexpr (inside) sum += slopes_[i][c];
-                sum += Sum::template of<typename Sum::template Later<i, count>>([&](int j) { return pulled[j][c]; });
+                sum += slopes_[i][c];
+                sum += Sum::template of<typename Sum::template Later<i, s>>([&](int j) { return pulled[j][c]; });
                 g[c] = step * sum;
             }
             Field::pull(time[i], y[i], p_, task_.shared, g, pulled[i], by_sample_, shared_);
         });
         for (int c = 0; c < n; ++c) {
-            if constexpr (inside) g_[c] += inside_[c];
-            for (int i = count - 1; i >= 0; --i) g_[c] += pulled[i][c];
+            g_[c] += inside_[c];
+            for (int i = s - 1; i >= 0; --i) g_[c] += pulled[i][c];
         }
     }
 

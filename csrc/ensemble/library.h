@@ -7,6 +7,20 @@
 
 namespace aca {
 
+// An object on the heap, since it may be large; <memory> would take a tenth of the time of a compilation.
+template <typename Object>
+class Own {
+  public:
+    template <typename... Arguments>
+    explicit Own(Arguments&&... arguments) : object_(new Object(arguments...)) {}
+    Own(const Own&) = delete;
+    ~Own() { delete object_; }
+    Object* operator->() const { return object_; }
+
+  private:
+    Object* const object_;
+};
+
 // Runs f on chunks `first` to `last` of the batch, on so many threads; false where memory ran out.
 template <typename F>
 bool for_each_chunk(int64_t first, int64_t last, int64_t n_samples, int threads, F f) {
@@ -28,7 +42,7 @@ template <typename Field, typename Method>
 struct Library {
     static bool forward(const Task& task, Record& record, int64_t first, int64_t last, int threads) {
         return for_each_chunk(first, last, task.n_samples, threads, [&](const Share& share) {
-            const auto solve = std::make_unique<Forward<Field, Method, Record>>(task, record);
+            const Own<Forward<Field, Method, Record>> solve(task, record);
             solve->run(share);
         });
     }
@@ -36,7 +50,7 @@ struct Library {
     static bool backward(const Task& task, const Record& record, const Cotangents& to, int64_t first, int64_t last,
                          int threads) {
         return for_each_chunk(first, last, task.n_samples, threads, [&](const Share& share) {
-            const auto transpose = std::make_unique<Backward<Field, Method, Record>>(task, to);
+            const Own<Backward<Field, Method, Record>> transpose(task, to);
             int64_t n_slopes[kChunk] = {};
             if (record.keep != Keep::checkpoints) {
                 transpose->run(share, record, Round(), n_slopes);
@@ -44,14 +58,14 @@ struct Library {
             }
             for (Round round{&record, 0}; has_samples(round, share); ++round.number) {
                 Record part(share.first, share.end - share.first, share.number, 1, Keep::states);
-                std::make_unique<Forward<Field, Method, Record>>(task, part, round, n_slopes)->run(share);
+                Own<Forward<Field, Method, Record>>(task, part, round, n_slopes)->run(share);
                 transpose->run(share, part, round, n_slopes);
             }
         });
     }
 
     static void evaluate(const Operands& operands) {
-        std::make_unique<Evaluation<Field>>(operands)->run(Share{0, 0, operands.n_samples, 1});
+        Own<Evaluation<Field>>(operands)->run(Share{0, 0, operands.n_samples, 1});
     }
 
   private:

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <utility>
 #include <vector>
@@ -21,13 +20,19 @@ struct Entry {
 // Memory that one thread takes piece by piece. It fills a cache line, which it shares with no other thread.
 class alignas(64) Block {
   public:
+    Block() = default;
+    Block(const Block&) = delete;
+    ~Block() {
+        for (char* part : parts_) delete[] part;
+    }
+
     void* add(size_t bytes) {
         bytes = (bytes + sizeof(double) - 1) / sizeof(double) * sizeof(double);
         if (left_ < bytes) {
             size_t size = kBytes << (parts_.size() < 6 ? parts_.size() : 6);  // small batches stay small
             if (size < bytes) size = bytes;
-            parts_.emplace_back(new char[size]);
-            next_ = parts_.back().get();
+            parts_.push_back(nullptr);
+            parts_.back() = next_ = new char[size];
             left_ = size;
         }
         left_ -= bytes;
@@ -36,7 +41,7 @@ class alignas(64) Block {
 
   private:
     static constexpr size_t kBytes = 1 << 14;
-    std::vector<std::unique_ptr<char[]>> parts_;
+    std::vector<char*> parts_;
     char* next_ = nullptr;
     size_t left_ = 0;
 };

@@ -47,14 +47,14 @@ def odeint(arguments: _OdeintArguments) -> State:
             tensors also a tree of the same structure. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.
         method: a key of ``aca_ext.METHODS`` (explicit methods) or ``aca_ext.IMPLICIT_METHODS`` (for stiff problems:
-            "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need engine="eager", except for kvaerno3,
-            kvaerno5 and trbdf2 on states or samples of at most 32 components, which engine="compiled" takes, and a func
-            that neither draws random numbers nor changes buffers. The tolerance holds for each step, and the errors add
-            up: on the problems of benchmarks/stiff.py to less than 10 tolerances with kvaerno5 and kvaerno3, but to
-            thousands with trbdf2, which does not add its error estimate to the solution, and with rodas5p on one of
-            them. Their gradients are exact up to the tolerance of Newton's method, and second derivatives too. Third
-            derivatives are refused, in the backward pass that would make a graph of the second ones. gradient="adjoint"
-            solves the state backward, which stiffness makes unstable.
+            "radau5", "kvaerno5"), or "rodas5p"; default "dopri5". Implicit methods need a func that neither draws
+            random numbers nor changes buffers, and engine="eager", except for kvaerno3, kvaerno5 and trbdf2 on states
+            or samples of at most 32 components, which engine="compiled" takes. The tolerance holds for each step, and
+            the errors add up: on the problems of benchmarks/stiff.py to less than 10 tolerances with radau5, kvaerno5
+            and kvaerno3, but to thousands with trbdf2, which does not add its error estimate to the solution, and with
+            rodas5p on one of them. Their gradients are exact up to the tolerance of Newton's method, and second
+            derivatives too. Third derivatives are refused, in the backward pass that would make a graph of the second
+            ones. gradient="adjoint" solves the state backward, which stiffness makes unstable.
             "auto" takes steps of dopri5 as long as the problem is not stiff, and steps of kvaerno5 where it is; what
             holds for implicit methods holds for it. It needs adaptive steps that all samples share. With
             jacobian="krylov" it does not change back. ``stats.n_accepted_of`` counts the steps of each.
@@ -83,7 +83,8 @@ def odeint(arguments: _OdeintArguments) -> State:
               near the inverse of 1 - c·J, where J is the derivative of func by y. It must use operations of torch: the
               backward pass transposes it by autograd. The gradient does not depend on it.
             * ``newton_tol``: error of implicit stages in units of rtol and atol, which limits the accuracy of the
-              gradient; default 0.001, or 30·rtol if that is less (at least 1e-7). Fixed steps iterate until rounding.
+              gradient; default 0.001, or 30·rtol if that is less (at least 1e-7); 0.01 for radau5. Fixed steps
+              iterate until rounding.
             * ``norm``: function of a tensor like the state that returns the error norm; default the RMS norm, for a
               tree the largest RMS norm of its tensors.
             * ``on_min_step``: "raise" (default), or "accept": a step of min_step is accepted whatever its error.

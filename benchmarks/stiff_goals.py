@@ -20,6 +20,7 @@ _EAGER = "time / diffrax's Kvaerno5 without jit", "of_no_jit", 1.0
 _COMPILED = "time / diffrax's Kvaerno5 under jit", "of_jit", 1.5
 _GOALS = {
     "aca_ext kvaerno5": (_ERROR, _STEPS, _EAGER),
+    "aca_ext radau5": (_ERROR, _STEPS, _EAGER),
     "aca_ext rodas5p": (_ERROR, _STEPS),
     "aca_ext kvaerno3": (_ERROR, _STEPS),
     "aca_ext trbdf2": (_ERROR, _STEPS),

@@ -11,7 +11,7 @@ import aca_ext
 from benchmarks.harness import Parts, Table, first_line
 from benchmarks.stiff_problems import StiffFunction, StiffProblem
 
-OWN_METHODS = ("kvaerno5", "rodas5p", "kvaerno3", "trbdf2")
+OWN_METHODS = ("kvaerno5", "radau5", "rodas5p", "kvaerno3", "trbdf2")
 GRADIENT_COLUMNS = {
     "method": ("solver", ""),
     "tolerance": ("tolerance", ".0e"),

@@ -133,7 +133,9 @@ def test_gradient_by_a_rate(problem: StiffProblem, t_end: float, index: int) -> 
     assert gradient[index].item() == pytest.approx(np.sign(exact).sum(), rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize(("method", "rtol"), [("kvaerno5", 1e-4), ("kvaerno5", 1e-6), ("kvaerno3", 1e-4)])
+@pytest.mark.parametrize(
+    ("method", "rtol"), [("radau5", 1e-4), ("kvaerno5", 1e-4), ("kvaerno5", 1e-6), ("kvaerno3", 1e-4)]
+)
 @pytest.mark.parametrize("problem", [OREGONATOR, HIRES], ids=lambda problem: problem.name)
 def test_errors_at_the_end_are_within_ten_tolerances(problem: StiffProblem, method: str, rtol: float) -> None:
     func, y0 = StiffFunction(problem), torch.tensor(problem.y0, dtype=torch.float64)
@@ -141,6 +143,15 @@ def test_errors_at_the_end_are_within_ten_tolerances(problem: StiffProblem, meth
     with torch.no_grad():
         y_end = aca_ext.odeint(func, y0, times, rtol=rtol, atol=problem.atol(rtol), method=method)[-1]
     assert problem.error(y_end.numpy(), rtol) <= 10 * rtol
+
+
+def test_radau5_takes_about_the_steps_of_scipys_radau() -> None:
+    y0, times = torch.tensor(HIRES.y0, dtype=torch.float64), torch.tensor([0.0, HIRES.t_end], dtype=torch.float64)
+    how: dict[str, Any] = {"rtol": 1e-5, "atol": HIRES.atol(1e-5)}
+    with torch.no_grad():
+        found = aca_ext.solve(StiffFunction(HIRES), y0, times, method="radau5", **how)
+    peer = integrate.solve_ivp(HIRES.for_numpy(), (0.0, HIRES.t_end), np.array(HIRES.y0), method="Radau", **how)
+    assert found.stats.n_accepted == pytest.approx(len(peer.t) - 1, rel=0.25)
 
 
 def test_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ class ImplicitTableau(Weights):
     Attributes:
         c: s nodes.
         a: s rows of s entries.
-        filter_error: the raw error estimate grows without bound with the stiffness, so it must be multiplied by
-            ``(I - h a_ss J)^-1``, which the Newton iteration has factorised, as the authors of the method do. That
-            weakens the estimate where the stiffness is moderate: with trbdf2 on the problem HIRES the error at the end
-            is 2 to 3 times larger, at 90 % of the steps.
+        error_filter: the raw error estimate grows without bound with the stiffness, so it must be multiplied by
+            ``(I - h error_filter J)^-1``, as the authors of the method do; None for any other method. That weakens the
+            estimate where the stiffness is moderate: with trbdf2 on the problem HIRES the error at the end is 2 to 3
+            times larger, at 90 % of the steps.
 
     Raises:
         ValueError: the parts do not fit together: a shape, an order, or a sum that every consistent method must have.
@@ -33,7 +33,7 @@ class ImplicitTableau(Weights):
 
     c: Row
     a: Matrix
-    filter_error: bool = False
+    error_filter: Fraction | None = None
 
     def __post_init__(self) -> None:
         s = len(self.c)
@@ -46,8 +46,8 @@ class ImplicitTableau(Weights):
                 raise self._invalid(f"row {i} of a sums to c_{i} = {node}", row_sum(row))
         self._check_weight_sums()
         self._check_dense_sums()
-        if self.filter_error and self.error is None:
-            raise self._invalid("filter_error is False for a method without an error estimate", self.filter_error)
+        if self.error_filter is not None and self.error is None:
+            raise self._invalid("error_filter is None for a method without an error estimate", self.error_filter)
 
     @property
     def diagonally_implicit(self) -> bool:

@@ -39,7 +39,7 @@ def _one_step(
     b: Row | None = None,
     b_hat: Row | None = None,
     embedded_order: int | None = None,
-    filter_error: bool = False,
+    error_filter: Fraction | None = None,
 ) -> ImplicitTableau:
     """Builds an entry: nodes are row sums, and b is the last row of ``a`` unless given.
 
@@ -58,7 +58,7 @@ def _one_step(
         dense=None if b_hat is None else hermite_rows(b),
         dense_order=None if b_hat is None else min(order, 3),
         source=source,
-        filter_error=filter_error,
+        error_filter=error_filter,
     )
 
 
@@ -78,7 +78,7 @@ def _trbdf2() -> ImplicitTableau:
         "Hosea & Shampine, Appl. Numer. Math. 20 (1996), with its estimate of order 3; dense: cubic Hermite",
         b_hat=_row((1 - w) / 3, (1 + 3 * w) / 3, gamma / 3),
         embedded_order=3,
-        filter_error=True,
+        error_filter=gamma,
     )
 
 
@@ -163,6 +163,26 @@ def _radau_iia5() -> ImplicitTableau:
         _row((16 - r) / 36, (16 + r) / 36, Fraction(1, 9)),
     )
     return _one_step("radauIIA5", 5, a, "Radau IIA: Hairer & Wanner, Solving ODEs II, table IV.5.6")
+
+
+def _radau5() -> ImplicitTableau:
+    """radauIIA5 with Hairer's error estimate, for which the slope at the start of the step is a stage."""
+    stages = _radau_iia5().a
+    # The root of x^3 - 3/5 x^2 + 3/20 x - 1/60, the real eigenvalue of the matrix of these stages, to 40 decimals.
+    gamma = Fraction("0.2748888295956773677478286035994147792945")
+    r = 7 * _root(6)
+    of_stages = _row((-13 - r) / 3, (-13 + r) / 3, Fraction(-1, 3))  # weights of the states less the start
+    of_slopes = (sum(weight * row[j] for weight, row in zip(of_stages, stages, strict=True)) for j in range(3))
+    a = (_row(0, 0, 0, 0), *(_row(0, *row) for row in stages))
+    return _one_step(
+        "radau5",
+        5,
+        a,
+        "Radau IIA: Hairer & Wanner, Solving ODEs II, table IV.5.6, estimate: IV.8, eq. (8.19); dense: cubic Hermite",
+        b_hat=tuple(b + gamma * e for b, e in zip(a[-1], (1, *of_slopes), strict=True)),
+        embedded_order=3,
+        error_filter=gamma,
+    )
 
 
 _RODAS5P_INTERPOLATION = (
@@ -253,6 +273,7 @@ _ENTRIES = (
     _gl6(),
     _kvaerno3(),
     _kvaerno5(),
+    _radau5(),
 )
 
 # Implicit methods by the name that ``odeint`` takes as ``method``. Those of fixed steps have the names and coefficients

@@ -21,6 +21,8 @@ _LARGEST_DENSE = 2048  # elements of a state whose Jacobian is a matrix by defau
 # The errors of stages add up over the steps, whose number grows as the tolerance falls. With these defaults the error
 # of kvaerno5 at the end of the Oregonator stays below 10 tolerances for rtol from 1e-3 to 1e-8.
 _LARGEST_TOLERANCE, _LOWEST_TOLERANCE, _TOLERANCE_BY_RTOL = 1e-3, 1e-7, 30.0
+# The error estimate of radau5, of order 3, asks for steps whose error is far below the tolerance.
+_TOLERANCE_OF = {"radau5": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,16 @@ def newton_options_of(
     if preconditioner is not None:
         _check_preconditioner(preconditioner, jacobian)
     tolerance = given.get("newton_tol")
-    number = _tolerance_for(rtol) if tolerance is None else number_in(tolerance)
+    number = _tolerance_for(tableau, rtol) if tolerance is None else number_in(tolerance)
     if number is None or not 0 < number < 1:
         raise OptionError(f"option newton_tol is {tolerance!r}; it must be a number above 0 and below 1.")
     return NewtonOptions(jacobian, number, preconditioner)
 
 
-def _tolerance_for(rtol: float | Tensor) -> float:
+def _tolerance_for(tableau: Weights, rtol: float | Tensor) -> float:
     """The default of option newton_tol."""
+    if tableau.name in _TOLERANCE_OF:
+        return _TOLERANCE_OF[tableau.name]
     if isinstance(rtol, Tensor):
         rtol = float(rtol.min()) if rtol.numel() else 0.0
     return min(_LARGEST_TOLERANCE, max(_LOWEST_TOLERANCE, _TOLERANCE_BY_RTOL * rtol))

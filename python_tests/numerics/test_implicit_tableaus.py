@@ -29,6 +29,7 @@ CLAIMED = {
     "gl6": (6, None, None),
     "kvaerno3": (3, 2, 3),
     "kvaerno5": (5, 4, 3),
+    "radau5": (5, 3, 3),
     "rodas5p": (5, 4, 4),
 }
 # Residuals are below 1e-39, or zero without roots. The coefficients of kvaerno5 have 17 decimals, and its largest
@@ -53,11 +54,12 @@ AT_INFINITY = {
     "gl6": (-1.0, None),
     "kvaerno3": (0.0, -0.956),
     "kvaerno5": (0.0, -0.748),
+    "radau5": (0.0, float("inf")),
     "rodas5p": (0.0, 0.0),
 }
 STIFFLY_ACCURATE = set(IMPLICIT_METHODS) - {"implicit_midpoint", "gl4", "gl6"}
-EXPLICIT_FIRST_STAGE = {"trapezoid", "trbdf2", "kvaerno3", "kvaerno5"}
-COUPLED_STAGES = {"radauIIA3", "radauIIA5", "gl4", "gl6"}
+EXPLICIT_FIRST_STAGE = {"trapezoid", "trbdf2", "kvaerno3", "kvaerno5", "radau5"}
+COUPLED_STAGES = {"radauIIA3", "radauIIA5", "gl4", "gl6", "radau5"}
 
 ALL: dict[str, ImplicitTableau | RosenbrockTableau] = {**IMPLICIT_METHODS, **ROSENBROCK_METHODS}
 RODAS5P = ROSENBROCK_METHODS["rodas5p"]
@@ -126,7 +128,7 @@ def test_order_is_exactly_the_claimed_one(name: str, what: str) -> None:
 @every
 @pytest.mark.parametrize("what", ["b", "b_hat"])
 def test_stability_on_the_left_half_plane(name: str, what: str) -> None:
-    """A-stability of all solutions, except that the raw embedded one of trbdf2 is to be filtered."""
+    """A-stability of all solutions, except that the raw embedded ones of trbdf2 and radau5 are to be filtered."""
     limit = AT_INFINITY[name][what == "b_hat"]
     if limit is None:
         return
@@ -134,7 +136,7 @@ def test_stability_on_the_left_half_plane(name: str, what: str) -> None:
     assert r.at_infinity == pytest.approx(limit, abs=1e-3 if limit else 0)
     assert all(pole.real > 1e-3 for pole in r.poles)
     is_stable = all(coefficient >= -precision(name) for coefficient in r.damping())
-    assert is_stable == ((name, what) != ("trbdf2", "b_hat"))
+    assert is_stable == (limit != float("inf"))
 
 
 @every
@@ -163,10 +165,31 @@ def test_stability_function_agrees_with_a_step_for_the_test_equation(name: str) 
 def test_filter_is_asked_for_where_the_raw_estimate_is_unbounded(name: str) -> None:
     method = ALL[name]
     unbounded = AT_INFINITY[name][1] == float("inf")
-    assert getattr(method, "filter_error", False) == unbounded
-    if unbounded:  # the filter 1 / (1 - z a_ss) divides the numerator's degree by one
+    assert (getattr(method, "error_filter", None) is not None) == unbounded
+    if unbounded:  # the filter 1 / (1 - z error_filter) makes up for one degree
         r = stability(name, "b_hat")
         assert len(r.numerator) == len(r.denominator) + 1
+
+
+def test_filter_of_trbdf2_is_the_matrix_of_newtons_method() -> None:
+    assert IMPLICIT_METHODS["trbdf2"].error_filter == IMPLICIT_METHODS["trbdf2"].diagonal
+
+
+def test_filter_of_radau5_is_the_real_eigenvalue_of_its_stages() -> None:
+    method = IMPLICIT_METHODS["radau5"]
+    x = method.error_filter
+    assert x is not None
+    assert method.error is not None
+    eigenvalues = np.linalg.eigvals(np.array(method.a, dtype=float)[1:, 1:])
+    assert float(x) == pytest.approx(next(e.real for e in eigenvalues if abs(e.imag) < 1e-9), abs=1e-12)
+    assert abs(x**3 - Fraction(3, 5) * x**2 + Fraction(3, 20) * x - Fraction(1, 60)) < ROOTS
+    assert method.error[0] == -x
+
+
+def test_radau5_makes_the_steps_of_radau_iia5() -> None:
+    adaptive, fixed = IMPLICIT_METHODS["radau5"], IMPLICIT_METHODS["radauIIA5"]
+    assert adaptive.b[1:] == fixed.b
+    assert tuple(row[1:] for row in adaptive.a[1:]) == fixed.a
 
 
 @runge_kutta
@@ -207,7 +230,7 @@ def test_rosenbrock_matrices_are_the_inverse_ones() -> None:
         assert product == [Fraction(i == j) for j in range(s)]
 
 
-@pytest.mark.parametrize("name", ["trbdf2", "kvaerno3", "kvaerno5"])
+@pytest.mark.parametrize("name", ["trbdf2", "kvaerno3", "kvaerno5", "radau5"])
 def test_dense_output_joins_the_steps(name: str) -> None:
     """b(1) = b makes the output continuous, b'(0) = e_1 and b'(1) = e_s (slope of the new state) smooth."""
     method = IMPLICIT_METHODS[name]
@@ -307,7 +330,7 @@ GOOD = {"name": "new", "order": 1, "c": (Fraction(1),), "a": ((Fraction(1),),), 
         ({"a": ((Fraction(1), Fraction(0)),)}, "an entry for each node"),
         ({"c": (Fraction(1, 2),)}, "row 1 of a sums to c_1 = 1/2; given 1"),
         ({"b": (Fraction(1, 2),)}, "b sums to 1; given 1/2"),
-        ({"filter_error": True}, "filter_error is False for a method without an error estimate"),
+        ({"error_filter": Fraction(1)}, "error_filter is None for a method without an error estimate"),
         ({"order": 0}, "order is at least 1; given 0"),
     ],
 )

@@ -105,6 +105,15 @@ class TestStarts:
         assert counted < 0.95 * iterations()
 
 
+@pytest.mark.parametrize(("method", "tolerance"), [("radau5", 1e-2), ("kvaerno5", 30 * 1e-6), ("trbdf2", 30 * 1e-6)])
+def test_default_tolerance_of_newtons_method(method: str, tolerance: float) -> None:
+    def iterations(**options: float) -> int:
+        found = solve(logistic, ONE, times(0, 3), method=method, rtol=1e-6, atol=1e-6, options=options)
+        return int(found.stats.n_newton_iterations)
+
+    assert iterations() == iterations(newton_tol=tolerance) != iterations(newton_tol=tolerance / 100)
+
+
 class TestRosenbrock:
     def test_products_with_the_jacobian_are_differentiable_and_search_no_graph_before_the_step(self) -> None:
         before = times(0.5, 1.5).requires_grad_()

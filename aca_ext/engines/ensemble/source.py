@@ -121,7 +121,7 @@ def _implicit_method(tableau: ImplicitTableau) -> list[str]:
         "struct Method {",
         *_weights(tableau, scheme.fsal, scheme.c, scheme.solution, scheme.error, scheme.a),
         "static constexpr bool is_implicit = true;",
-        f"static constexpr bool filter_error = {str(tableau.filter_error).lower()};",
+        f"static constexpr bool filter_error = {str(tableau.error_filter is not None).lower()};",
         f"static constexpr double gamma = {float(tableau.diagonal)!r};",
         # Weights of the states of all stages, of the end of the step, and of its start.
         *_by_stage("predictors", len(scheme.a) + 2, [w for group in scheme.groups for w in group.predictors]),

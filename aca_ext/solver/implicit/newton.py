@@ -42,7 +42,7 @@ from aca_ext.solver.implicit.rows import (
     spread,
     where,
 )
-from aca_ext.solver.implicit.scheme import Group
+from aca_ext.solver.implicit.scheme import Group, Matrix
 from aca_ext.solver.implicit.systems import Jacobian, System
 from aca_ext.solver.stats import BatchStats, Stats
 from aca_ext.vector_field.slope_function import SlopeFunction
@@ -150,9 +150,13 @@ class Newton:
         self.live, self.failed = solved, self.failed | (rows & other_than(solved))
         return [self._ops.admit(k) for k in combined(inverse(self._h), group.inverse, z)]
 
-    def filtered(self, group: Group, error: Tensor) -> Tensor:
-        """(I - h·a·J)⁻¹·error, an estimate that does not grow with the stiffness, for a group of one stage."""
-        return self._ops.admit(self._system_for(group, self.live).solve([error])[0])
+    def filtered(self, a: Matrix, error: Tensor) -> Tensor:
+        """(I - h·a·J)⁻¹·error, an estimate that does not grow with the stiffness; ``a`` has one element."""
+        system = self._system
+        if system is None or self._a != a or is_any(self._is_stale & self.live):
+            self._counts.n_factorizations += count(self.live)
+            system = self._jacobian.system([self._linearisation], a, self._h)
+        return self._ops.admit(system.solve([error])[0])
 
     def _ahead(self, rows: Mask, group: Group, z: list[Tensor], slope: Tensor) -> list[Tensor]:
         """The iterate after ``z`` if all slopes there are ``slope``; ``z`` itself in rows where that is not finite."""

@@ -48,6 +48,7 @@ class ImplicitScheme:
         c: nodes; where no stage is at the start of the step, one more that is.
         solution: the weights b.
         error: weights of the error; None if it is not estimated.
+        error_filter: the matrix of one element with ``ImplicitTableau.error_filter``, or None.
     """
 
     tableau: ImplicitTableau
@@ -57,6 +58,7 @@ class ImplicitScheme:
     a: Matrix
     solution: tuple[float, ...]
     error: tuple[float, ...] | None
+    error_filter: Matrix | None
     groups: tuple[Group, ...]
     error_last: float = 0.0  # as in ``runge_kutta.Scheme``: the error of a step includes all of its slopes
 
@@ -75,6 +77,7 @@ def implicit_scheme_of(tableau: ImplicitTableau, estimate_error: bool) -> Implic
         a=a,
         solution=tuple(float(x) for x in tableau.b),
         error=tuple(float(x) for x in tableau.error) if tableau.error is not None and estimate_error else None,
+        error_filter=None if tableau.error_filter is None else ((float(tableau.error_filter),),),
         groups=_groups(a, c),
     )
 

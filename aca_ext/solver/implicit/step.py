@@ -101,14 +101,14 @@ class ImplicitMethod(OneStepMethod):
         if scheme.error is None:
             return Trial(ops.weighted_sum(y, h, k, scheme.solution, out), k, None)
         y1, error = ops.solution_and_error(y, h, k, scheme.solution, scheme.error, out)
-        if scheme.tableau.filter_error:
+        if scheme.error_filter is not None:
             if size is not h:
                 raise ArgumentValueError(
                     f'gradient="naive" does not differentiate the filtered error estimate of {scheme.tableau.name!r}. '
                     'Use gradient="aca" or "direct", or another method.'
                 )
             with torch.no_grad():
-                error = newton.filtered(scheme.groups[-1], error.detach())
+                error = newton.filtered(scheme.error_filter, error.detach())
         trial = Trial(y1, k, error)
         return self._with_failures(trial, y) if is_any(newton.failed) else trial
 

@@ -399,3 +399,18 @@ class StageSystem:
     def correct(
         self, slopes: Sequence[int], z: Sequence[int], next: Sequence[int], change: Sequence[int], /
     ) -> None: ...
+
+class StageIterations:
+    def __init__(
+        self, on: Target, n: int, like: Tensor, allocate: Callable[[], Sequence[Tensor]], norm: tuple[Any, ...], /
+    ) -> None: ...
+    def iterate(
+        self,
+        system: StageSystem,
+        f: Callable[[Tensor, Tensor], Tensor],
+        t: Sequence[Tensor],
+        base: Sequence[Tensor],
+        z: Sequence[Tensor],
+        y: Tensor | None,
+        /,
+    ) -> tuple[list[Tensor], Any]: ...

@@ -19,7 +19,7 @@ from aca_ext import _C
 from aca_ext.kernels.autograd import DifferentiableOperations
 from aca_ext.kernels.extension import controller_for
 from aca_ext.kernels.layout import aligned_rows, empty_rows, rows_like, scalars
-from aca_ext.kernels.operations import Array, Floats, RowOperations, Tensors, TorchOperations
+from aca_ext.kernels.operations import Array, Floats, RowOperations, Slope, Tensors, TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.kernels.small_systems import SmallSystem, is_small
 from aca_ext.problem.admission import is_plain
@@ -73,6 +73,7 @@ class KernelOperations(TorchOperations):
         self._itemsize = like.element_size()
         self._sums = torch.empty(len(tolerance.sizes), dtype=torch.float64, device=device)
         self.steppers: dict[Any, _C.Stepper] = {}  # cache, by scheme
+        self._iterations: _C.StageIterations | None = None
         if device.type == "cuda":
             self._workspace = torch.zeros(_C.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
             self._on = target_for(like, self._workspace)
@@ -152,18 +153,30 @@ class KernelOperations(TorchOperations):
             return None
         return SmallSystem(self._on, self.like, self.admit, jacobians, a, h)
 
+    def newton_iteration(
+        self, system: Any, f: Slope, t: Tensors, base: Tensors, z: Tensors, y: Tensor | None
+    ) -> tuple[list[Tensor], Any] | None:
+        if self.row_shape or self.tolerance.norm is not None or not isinstance(system, SmallSystem):
+            return None
+        if self._iterations is None:
+            self._iterations = _C.StageIterations(self._on, self._n, self.like, self._blocks(), self._norm())
+        return self._iterations.iterate(system.compiled, f, t, base, z, y)
+
+    def _blocks(self) -> _RowBlocks:
+        return _RowBlocks(self.like, _SHARED_BYTES // max(1, self._n * self._itemsize))
+
+    def _norm(self) -> tuple[Any, ...]:
+        """The norm of the tolerance, which is none of the user's, for C++."""
+        return (self.tolerance.segments, self._sums, *self._tolerances)
+
     def stepper(self, c: Any, rows: Any, solution: Any, fsal: bool) -> _C.Stepper:
         """The C++ object for a whole step, its transpose, or many steps per call.
 
         The arguments are parts of a ``runge_kutta.Scheme``; see ``runge_kutta.compiled_stepper``.
         """
-        like, tolerance, stages = self.like, self.tolerance, len(c)
-        states = _RowBlocks(like, _SHARED_BYTES // max(1, self._n * self._itemsize))
-        times = partial(scalars, max(stages, 2), like)
-        norm = None
-        if tolerance.norm is None:
-            norm = (tolerance.segments, self._sums, *self._tolerances)
-        return _C.Stepper(self._on, self._n, c, rows, solution, fsal, states, times, norm)
+        times = partial(scalars, max(len(c), 2), self.like)
+        norm = self._norm() if self.tolerance.norm is None else None
+        return _C.Stepper(self._on, self._n, c, rows, solution, fsal, self._blocks(), times, norm)
 
     def compiled_specification(self, problem: Any, slope: Any, step: Any) -> _C.CompiledSpecification:
         """The description of a ``Problem`` for the C++ loop over the compiled programs ``slope`` and ``step``."""

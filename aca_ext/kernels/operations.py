@@ -5,7 +5,7 @@ The fused kernels extend these classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from aca_ext.problem.tolerance import Tolerance
 Array = NDArray[np.float64]
 Tensors = Sequence[Tensor]
 Floats = Sequence[float]
+Slope = Callable[[Tensor, Tensor], Tensor]
 
 
 class TorchOperations:
@@ -101,6 +102,16 @@ class TorchOperations:
 
     def small_system(self, jacobians: Tensors, a: Sequence[Floats], h: Number) -> Any:
         """A ``SmallSystem`` of the stages of an implicit step; None if torch solves it in less time."""
+        return None
+
+    def newton_iteration(
+        self, system: Any, f: Slope, t: Tensors, base: Tensors, z: Tensors, y: Tensor | None
+    ) -> tuple[list[Tensor], Any] | None:
+        """An iteration of Newton's method from ``z``, with f at the states base + z: the next z and its change's size.
+
+        The size is the largest of all stages: by ``error_norm`` with the scale of ``y`` and the states or, for a y of
+        None, by ``relative_changes``. Returns None if the caller has to put the iteration together from its parts.
+        """
         return None
 
     @staticmethod

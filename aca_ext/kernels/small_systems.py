@@ -22,6 +22,9 @@ class SmallSystem:
         admit: returns a tensor in that layout.
         jacobians: the matrices J_i, (blocks, m, m) for each stage.
         h: a number, or a tensor with one for each block.
+
+    Attributes:
+        compiled: its C++ counterpart.
     """
 
     def __init__(
@@ -38,18 +41,18 @@ class SmallSystem:
         matrices = [j.to(like.dtype).contiguous() for j in jacobians]
         sizes = h.to(torch.float64).contiguous() if isinstance(h, Tensor) else None
         number, address = (h, 0) if sizes is None else (0.0, sizes.data_ptr())
-        self._system = _C.StageSystem(on, blocks, m, [j.data_ptr() for j in matrices], a, number, address)
+        self.compiled = _C.StageSystem(on, blocks, m, [j.data_ptr() for j in matrices], a, number, address)
 
     def solve(self, r: Sequence[Tensor], transposed: bool = False) -> list[Tensor]:
         r = [self._admit(x) for x in r]
         found = [torch.empty_like(self._like) for _ in r]
-        self._system.solve([x.data_ptr() for x in r], [x.data_ptr() for x in found], transposed)
+        self.compiled.solve([x.data_ptr() for x in r], [x.data_ptr() for x in found], transposed)
         return found
 
     def correct(self, slopes: Sequence[Tensor], z: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         slopes, z = [self._admit(k) for k in slopes], [self._admit(x) for x in z]
         corrected, change = ([torch.empty_like(self._like) for _ in z] for _ in range(2))
-        self._system.correct(*([x.data_ptr() for x in part] for part in (slopes, z, corrected, change)))
+        self.compiled.correct(*([x.data_ptr() for x in part] for part in (slopes, z, corrected, change)))
         return corrected, change
 
 

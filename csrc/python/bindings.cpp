@@ -14,6 +14,7 @@
 #include "python/leaves.h"
 #include "python/modules.h"
 #include "python/running_sums.h"
+#include "python/stage_iterations.h"
 #include "python/stage_system.h"
 #include "python/step_runs.h"
 #include "python/stepper.h"
@@ -172,16 +173,14 @@ void squared_error_ratio_rows(const BoundTarget& on, int64_t count, py::handle b
 std::vector<double> relative_changes_of_rows(const BoundTarget& on, int64_t count, int64_t length, uintptr_t change,
                                              uintptr_t state) {
     check_memory(count * length, {change, state});
+    const uintptr_t pitch = uintptr_t(length) * (on.target.dtype == DType::f32 ? 4 : 8);
     std::vector<double> sizes;
-    const auto add = [&](auto zero, int64_t row) {
-        using T = decltype(zero);
-        const auto at = [&](uintptr_t address) { return reinterpret_cast<const T*>(address) + row * length; };
-        const RelativeChanges found = relative_changes(length, at(change), at(state));
-        sizes.insert(sizes.end(), {found.of_element, found.of_largest});
-    };
     run(count * length, [&] {
-        for (int64_t row = 0; row < count; ++row)
-            on.target.dtype == DType::f32 ? add(float{}, row) : add(double{}, row);
+        for (uintptr_t row = 0; row < uintptr_t(count); ++row) {
+            const uintptr_t offset = row * pitch;
+            const RelativeChanges found = relative_changes_at(on.target.dtype, length, change + offset, state + offset);
+            sizes.insert(sizes.end(), {found.of_element, found.of_largest});
+        }
     });
     return sizes;
 }
@@ -325,6 +324,9 @@ PYBIND11_MODULE(_C, m) {
                       double, uintptr_t>())
         .def("solve", &StageSystem::solve)
         .def("correct", &StageSystem::correct);
+    py::class_<StageIterations>(m, "StageIterations")
+        .def(py::init<const BoundTarget&, int64_t, const py::object&, const py::object&, const py::tuple&>())
+        .def("iterate", &StageIterations::iterate);
     bind_compiled(m);
     bind_control(m);
 }

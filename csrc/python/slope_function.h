@@ -119,4 +119,18 @@ class Slope {
     bool versioned_;
 };
 
+// f(t, y), with its address. `slope` is f itself if that is a Slope, else null; `y_address` is that of y.
+inline Slope::Result slope_at(const py::object& f, Slope* slope, PyObject* t, PyObject* y, uintptr_t y_address) {
+    static const Attribute requires_grad{"requires_grad"};
+    if (slope) {
+        Slope::Result k = slope->evaluate(t, y, y_address);
+        if (k.address == 0) k.address = address_of(k.tensor);
+        return k;
+    }
+    PyObject* const operands[] = {t, y};
+    const auto k = Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr));
+    // Not held: a callable that is no Slope ends in Slope's operator(), which copies results that func holds.
+    return {k, address_of(k), requires_grad.of(k.ptr()).ptr() == Py_True, false};
+}
+
 }  // namespace aca

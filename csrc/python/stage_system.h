@@ -44,6 +44,8 @@ class StageSystem {
         with_factors([&](auto factors, int64_t b) { factorise(factors, jacobians, b); });
     }
 
+    int64_t n_elements() const { return blocks_ * m_; }
+
     // out = K⁻¹·r, or K⁻ᵀ·r; lists have an entry for each stage.
     void solve(const Addresses& r, const Addresses& out, bool transposed) {
         check(r);
@@ -172,6 +174,14 @@ RelativeChanges relative_changes(int64_t n, const T* change, const T* state) {
             ratio = std::max(ratio, std::abs(change[i]) / std::max(size, lowest));
         }
     return {double(ratio), double(largest_change / largest_after)};
+}
+
+inline RelativeChanges relative_changes_at(DType dtype, int64_t n, uintptr_t change, uintptr_t state) {
+    const auto of = [&](auto zero) {
+        using T = decltype(zero);
+        return relative_changes(n, reinterpret_cast<const T*>(change), reinterpret_cast<const T*>(state));
+    };
+    return dtype == DType::f32 ? of(float{}) : of(double{});
 }
 
 }  // namespace aca

@@ -62,17 +62,9 @@ class StepSums {
 
     // f at the time number `i` of those written last.
     Slope::Result call(const py::object& f, Slope* slope, size_t i, const py::object& y, uintptr_t y_address) const {
-        static const Attribute requires_grad{"requires_grad"};
-        const py::object t = times_[i];
-        if (slope) {
-            Slope::Result k = slope->evaluate(t.ptr(), y.ptr(), y_address);
-            if (k.address == 0) k.address = memory_of(k.tensor);
-            return k;
-        }
-        PyObject* const operands[] = {t.ptr(), y.ptr()};
-        const auto k = Attribute::owned(PyObject_Vectorcall(f.ptr(), operands, 2, nullptr));
-        // Not held: a callable that is no Slope ends in Slope's operator(), which copies results that func holds.
-        return {k, memory_of(k), requires_grad.of(k.ptr()).ptr() == Py_True, false};
+        Slope::Result k = slope_at(f, slope, times_[i].ptr(), y.ptr(), y_address);
+        check_memory(k.address);
+        return k;
     }
 
     // y + h·Σ_j weight_j·k_j

@@ -5,11 +5,13 @@
 
 #include <cmath>
 #include <cstddef>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "control/step_control.h"
+#include "python/error_norm.h"
 #include "python/step_sums.h"
 
 namespace aca {
@@ -17,8 +19,7 @@ namespace aca {
 class Stepper {
   public:
     // `c` and `rows`, (indices, weights), have an entry per stage. `solution` is (indices, b, error weights or None,
-    // error weight of the last slope). `states` and `times` allocate for StepSums. `norm` is None, or (bounds of the
-    // segments, tensor of a double for each, rtol, atol, rtol_each, atol_each).
+    // error weight of the last slope). `states` and `times` allocate for StepSums. `norm` is None, or as for ErrorNorm.
     Stepper(const BoundTarget& on, int64_t n, std::vector<double> c, const py::tuple& rows, const py::tuple& solution,
             bool fsal, py::object states, py::object times, const py::object& norm)
         : sums(on, n, rows, solution, std::move(states), std::move(times)), c_(std::move(c)), fsal_(fsal) {
@@ -27,7 +28,7 @@ class Stepper {
         if (!estimates_error_) return;
         error_ = solution[2].cast<std::vector<double>>();
         error_last_ = solution[3].cast<double>();
-        if (!norm.is_none()) read_norm(norm.cast<py::tuple>());
+        if (!norm.is_none()) norm_.emplace(on, n, norm.cast<py::tuple>());
     }
 
     size_t n_stages() const { return sums.rows.size(); }
@@ -114,36 +115,10 @@ class Stepper {
     StepSums sums;
 
   private:
-    bool computes_norm() const { return !bounds_.empty(); }
+    bool computes_norm() const { return norm_.has_value(); }
 
-    // The norm of (partial + w·k) / (atol + rtol·max(|y0|, |y1|)): the largest RMS over the segments, NaN where any is.
-    double norm(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, uintptr_t y1) {
-        const BoundTarget& on = sums.on;
-        const ErrorRatio ratio{partial, k, w, y0, y1, rtol_, atol_, rtol_each_, atol_each_};
-        const int segments = int(bounds_.size()) - 1;
-        run(sums.n,
-            [&] { on.backend->squared_error_ratio(on.target, segments, bounds_.data(), squares_address_, ratio); });
-        const auto* squares = reinterpret_cast<const double*>(squares_address_);
-        std::vector<double> copied;
-        if (on.backend != &cpu_backend()) {
-            static const Attribute tolist{"tolist"};
-            copied = tolist.call(squares_.ptr()).cast<std::vector<double>>();
-            squares = copied.data();
-        }
-        return control::norm_of_sums(squares, sizes_.data(), segments);
-    }
-
-    void read_norm(const py::tuple& norm) {
-        bounds_ = norm[0].cast<std::vector<int64_t>>();
-        for (size_t s = 1; s < bounds_.size(); ++s)
-            if (bounds_[s - 1] < 0 || bounds_[s] < bounds_[s - 1] || bounds_[s] > sums.n)
-                throw std::invalid_argument("bounds must not decrease, and end within the state");
-        for (size_t s = 1; s < bounds_.size(); ++s) sizes_.push_back(bounds_[s] - bounds_[s - 1]);
-        squares_ = norm[1];
-        squares_address_ = address_of(squares_);
-        if (squares_address_ < kLowestAddress && bounds_.size() > 1) refuse_without_memory();
-        rtol_ = norm[2].cast<double>(), atol_ = norm[3].cast<double>();
-        rtol_each_ = norm[4].cast<uintptr_t>(), atol_each_ = norm[5].cast<uintptr_t>();
+    double norm(uintptr_t partial, uintptr_t k, double w, uintptr_t y0, uintptr_t y1) const {
+        return (*norm_)(partial, k, w, y0, y1);
     }
 
     Row slope_of(const py::object& f, Slope* slope, size_t i, const py::object& y, uintptr_t y_address) {
@@ -157,10 +132,7 @@ class Stepper {
     std::vector<double> error_;
     double error_last_ = 0;
     py::object error_estimate_;
-    std::vector<int64_t> bounds_, sizes_;  // of the segments; empty: this stepper does not compute the norm
-    py::object squares_;                   // the sum of each segment
-    uintptr_t squares_address_ = 0, rtol_each_ = 0, atol_each_ = 0;
-    double rtol_ = 0, atol_ = 0;
+    std::optional<ErrorNorm> norm_;
 };
 
 }  // namespace aca

@@ -181,8 +181,7 @@ class Newton:
         course = Convergence(rows, larger(self._tolerance, rounding), self._rate, self._is_slow)
         while is_any(course.active):
             active = course.active
-            new, change, states = self._iteration(active, group, t, base, z)
-            size = reduce(larger, (ops.error_norm(d, None, 0.0, y, s) for d, s in zip(change, states, strict=True)))
+            new, size = self._iteration(active, group, t, base, z, y)
             self._residual = where(active, size, self._residual)
             z = chosen(course.judge(size), new, z)
         self._rate, self._is_slow = course.rate, course.is_slow
@@ -209,9 +208,7 @@ class Newton:
                 break
             if always_anew:
                 self._linearise_iterate(rows, group, t, base, z)
-            new, change, states = self._iteration(active, group, t, base, z)
-            sizes = [self._ops.relative_changes(*pair) for pair in zip(change, states, strict=True)]
-            size, largest = (reduce(larger, part) for part in zip(*sizes, strict=True))
+            new, (size, largest) = self._iteration(active, group, t, base, z)
             self._residual = where(active, largest, self._residual)
             is_fast = size <= _SLOW * before
             # A fast iteration leaves at most a tenth of its change.
@@ -223,14 +220,27 @@ class Newton:
         return z, solved
 
     def _iteration(
-        self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The next z, its change, and the states at which f was evaluated."""
+        self,
+        rows: Mask,
+        group: Group,
+        t: Sequence[Tensor],
+        base: Sequence[Tensor],
+        z: list[Tensor],
+        y: Tensor | None = None,
+    ) -> tuple[list[Tensor], Any]:
+        """The next z, and the size of its change: see ``TorchOperations.newton_iteration``."""
         self._counts.n_newton_iterations += count(rows)
-        states = [self._ops.admit(b + d) for b, d in zip(base, z, strict=True)]
-        slopes = [self._f(*at) for at in zip(t, states, strict=True)]
-        corrected, change = self._system_for(group, rows).correct(slopes, z)
-        return corrected, [self._ops.admit(d) for d in change], states
+        ops, system = self._ops, self._system_for(group, rows)
+        found = ops.newton_iteration(system, self._f, t, base, z, y)
+        if found is not None:
+            return found
+        states = [ops.admit(b + d) for b, d in zip(base, z, strict=True)]
+        new, change = system.correct([self._f(*at) for at in zip(t, states, strict=True)], z)
+        pairs = [(ops.admit(d), state) for d, state in zip(change, states, strict=True)]
+        if y is not None:
+            return new, reduce(larger, (ops.error_norm(d, None, 0.0, y, state) for d, state in pairs))
+        sizes = [ops.relative_changes(d, state) for d, state in pairs]
+        return new, tuple(reduce(larger, part) for part in zip(*sizes, strict=True))
 
     def _linearise_iterate(
         self, rows: Mask, group: Group, t: Sequence[Tensor], base: Sequence[Tensor], z: Sequence[Tensor]

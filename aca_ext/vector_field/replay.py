@@ -22,7 +22,7 @@ from aca_ext.vector_field.substitution import Substitution
 # torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its validation of the arguments, which
 # takes longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph,
 # inputs, allow_unreachable, accumulate_grad.
-_run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
+run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 _FEW = 16
 
@@ -172,7 +172,7 @@ class Replay:
             self.check(slopes, y)
         try:
             targets = y, *self._targets, *self._origins
-            v, *grads = _run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
+            v, *grads = run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise ReplayError(

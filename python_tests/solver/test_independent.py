@@ -323,6 +323,27 @@ class TestRefusals:
             assert not other.y.requires_grad
             assert torch.equal(found.y, other.y)
 
+    @pytest.mark.parametrize("gradient", ["aca", "direct"])
+    def test_the_look_at_dependences_calls_no_hook_of_the_initial_state(self, gradient: str) -> None:
+        seen: list[Tensor] = []
+        y0 = sample(4, 3).requires_grad_()
+        y0.register_hook(seen.append)
+        y = aca_ext.odeint(Mlp(), y0, T, gradient=gradient, options=INDEPENDENT)
+        assert not seen
+        y[-1].sum().backward()
+        assert len(seen) == 1
+        assert torch.equal(seen[0], y0.grad)
+
+    @pytest.mark.parametrize("has_graph", [True, False])
+    def test_samples_that_come_to_depend_on_one_another(self, has_graph: bool) -> None:
+        gate, y0 = nn.Parameter(torch.zeros(())), sample(4, 3)
+        with torch.set_grad_enabled(has_graph):
+            aca_ext.odeint(gated := lambda t, y: -y + gate * y.mean(0), y0, T, options=INDEPENDENT)
+            with torch.no_grad():
+                gate.fill_(0.1)
+            with pytest.raises(errors.ArgumentValueError, match="depend on one another"):
+                aca_ext.odeint(gated, y0, T, options=INDEPENDENT)
+
     @pytest.mark.parametrize(
         ("settings", "error", "match"),
         [

@@ -286,6 +286,22 @@ class TestGradients:
         sol.y.detach().zero_()
         assert torch.equal(one, torch.autograd.grad(weighted(sol.y), y0)[0])
 
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_of_a_named_tensor_reach_it_through_what_was_made_of_it_before(self, create_graph: bool) -> None:
+        leaf, y0 = sample(3).requires_grad_(), sample(4, 3)
+        found: list[Tensor] = []
+        for gradient in ("aca", "direct"):
+            named = 2 * leaf
+            rate = named.exp()
+            settings: dict[str, Any] = {"gradient": gradient, "options": INDEPENDENT}
+            y = aca_ext.odeint(lambda t, y, r=rate, w=named: w - r * y, y0, T, params=[named], **settings)
+            found += torch.autograd.grad(y[-1].square().sum(), named, create_graph=create_graph)
+            if create_graph:
+                found += torch.autograd.grad(found[-1].square().sum(), leaf)
+        half = len(found) // 2
+        for one, other in zip(found[:half], found[half:], strict=True):
+            assert relative_error(one, other) <= 1e-12
+
     @pytest.mark.parametrize("gradient", ["naive", "adjoint"])
     def test_other_gradients_are_refused(self, gradient: str) -> None:
         with pytest.raises(errors.ArgumentValueError, match="one of aca, direct"):

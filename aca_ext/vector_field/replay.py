@@ -92,7 +92,12 @@ class Replay:
         self._targets = self.inputs[: len(self._wanted)]
         self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
         self._is_checked = is_checked
-        self._known = known_tensors(self._targets) if is_checked and not is_complete else None
+        # Code that torch functions do not see, such as an autograd.Function, uses the original of a cut tensor.
+        pairs = zip((*params, *found), (*cut_params, *cut_found), strict=True)
+        self._cut_leaves = {id(_variable(p)) for p, c in pairs if p is not c and p.is_leaf}
+        has_cut = any(p is not c for p, c in zip(params, cut_params, strict=True))
+        is_walked = is_checked and (has_cut or not is_complete)
+        self._known = known_tensors(self._targets) if is_walked or self._cut_leaves else None
         self._put_back: list[Callable[[], None]] = []
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
@@ -255,7 +260,13 @@ class Replay:
                 if i not in self._wanted:
                     self._wanted.append(i)
                     self._targets.append(self.inputs[i])
-            elif not self.field.has_put(leaf):
+            elif id(leaf) in self._cut_leaves:
+                raise ReplayError(
+                    f"func uses a parameter of shape {tuple(leaf.shape)}, which has hooks or a graph outside, in an "
+                    "autograd.Function or in other code that a replay cannot see, so that its gradient would be lost. "
+                    'Give that code 1 * parameter, or use gradient="direct".'
+                )
+            elif self._is_checked and not self.field.has_put(leaf):
                 raise ReplayError(
                     f"func depends on a tensor of shape {tuple(leaf.shape)} and {leaf.dtype} that requires grad and "
                     "was not found before the solve, so that its gradient would be lost. Name it, with what else "

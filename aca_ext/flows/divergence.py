@@ -39,8 +39,7 @@ def with_divergence(
     """Augments dy/dt = func(t, y, \\*args) by the log-density of y, whose rate of change is -div func.
 
     The result is a module to solve with: its state is ``field.start(y)``, a tuple of y, the change of log-density since
-    the start, and one more tensor for each penalty. Make one field and use it for all solves, so that
-    ``engine="compiled"`` traces it once.
+    the start, and one more tensor for each penalty.
 
     Args:
         func: callable or nn.Module (t, y, \\*args) that returns dy/dt, like y, a tensor or a tree of tensors, of which
@@ -104,6 +103,15 @@ class DivergenceField(nn.Module):
     def enables_grad_itself(self) -> bool:
         """Tells the solver that calls of autograd inside need no graph from outside."""
         return self.mode != "forward"
+
+    @property
+    def shares_cache_with(self) -> Callable[..., State]:
+        """The func whose compiled code serves this field too, so that ``log_prob(func, ...)`` compiles once.
+
+        Guards tell the code of one field from that of another. A partial, for example, has no entry of its own.
+        """
+        has_entry = isinstance(self.func, nn.Module) or hasattr(self.func, "__code__")
+        return self.func if has_entry else self
 
     def start(self, y: State) -> tuple[Any, ...]:
         """The initial state (y, change of log-density, \\*penalties); all but y are zeros of the batch's shape.

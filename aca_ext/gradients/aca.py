@@ -33,6 +33,7 @@ from aca_ext.solver.one_step import slope_at_end
 from aca_ext.solver.reversed_states import brought_to, distances, reversed_states
 from aca_ext.solver.runge_kutta import Coefficients, interpolate, stage_times
 from aca_ext.solver.slope_checkpoints import SlopeCheckpoints
+from aca_ext.vector_field.replay import Replay
 from aca_ext.vector_field.replay_check import ReplayCheck, ReplayedStep
 
 
@@ -212,16 +213,22 @@ def differentiable_backward(
             y = end
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
-    wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
     ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
-    replay.check_all(ys, start)
-    with gate.closed():
-        found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    grad_y0, *grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
-    replay.grads = replay.with_origins([*grads, *found])
+    grad_y0 = transposed(ys, grad_ys, start, replay, gate)
     with replay.repeating():
         replay.check_reached(forward.leaves, problem.start_time(y0), y0)
     return grad_y0, *replay.grads
+
+
+def transposed(ys: Tensor, grad_ys: Tensor, start: Tensor, replay: Replay, gate: Gate) -> Tensor | None:
+    """The gradient of ``start`` from the graph of the outputs; those of the inputs become the replay's ``grads``."""
+    wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
+    replay.check_all(ys, start)
+    with gate.closed():
+        found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
+    grad_start, *grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    replay.grads = replay.with_origins([*grads, *found])
+    return grad_start
 
 
 class Gate:

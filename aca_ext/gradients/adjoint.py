@@ -164,6 +164,7 @@ def _parts_of(state: tuple[Tensor, ...], packing: Packing, inputs: Sequence[Tens
 
 
 def _flat(x: Tensor) -> Tensor:
+    x = x.to_dense()  # such as the gradient of an embedding with sparse=True; others stay as they are
     return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(-1)
 
 
@@ -174,5 +175,6 @@ def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         if x.is_complex():
             # A copy: view_as_complex needs an even storage offset, and a part may begin at an odd one.
             part = torch.view_as_complex(part.to(x.real.dtype, copy=True).view(*x.shape, 2))
-        result.append(part.to(x.dtype).view(x.shape))
+        part = part.to(x.dtype).view(x.shape)
+        result.append(part if x.layout is torch.strided else part.to_sparse(layout=x.layout))
     return result

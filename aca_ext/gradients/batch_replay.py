@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aca_ext.errors import ReplayError
-from aca_ext.gradients.aca import Gate
+from aca_ext.gradients.aca import Gate, transposed
 from aca_ext.gradients.base import Task
 from aca_ext.gradients.passes import ForwardPass, Gradients
 from aca_ext.kernels.fused import Array, RowOperations, row_operations_for
@@ -245,11 +245,7 @@ def differentiable_backward(
     check.finish()
     forward.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, _record(forward).is_missing.shape, y0)
-    wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
-    replay.check_all(ys, start)
-    with gate.closed():
-        found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
-    grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
+    grad_y0 = transposed(ys, grad_ys, start, replay, gate)
     with replay.repeating():
         replay.check_reached(forward.leaves, task.problem.start_time(y0), y0)
     return _without_failures(forward, [grad_y0, *replay.grads], replay.inputs)

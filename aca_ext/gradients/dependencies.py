@@ -143,6 +143,8 @@ def first_slope_without_graph(task: Task) -> Tensor | None:
 def first_slope_with_graph(task: Task) -> Tensor | None:
     """f(t0, y0) with its autograd graph; also records in ``task.field`` whether func calls autograd."""
     watch, y0 = _watch_for(task.field.func, ()), task.problem.y0
+    if isinstance(task.problem, BatchProblem) and y0.requires_grad:
+        y0 = y0.view_as(y0)  # the look at dependences ends at the view, where hooks of y0 do not see it
     k = task.first_slope(y0, watch)
     if y0.requires_grad:
         refuse_mixed_samples(task, y0, k)

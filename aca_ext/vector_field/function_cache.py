@@ -14,7 +14,10 @@ _MAX_OWNERS = 64  # beyond these, the oldest entry is dropped
 
 
 class PerOwner(Generic[_T]):
-    """One object per module, or per code object of a function, so that a lambda defined anew finds its entry."""
+    """One object per module, or per code object of a function, so that a lambda defined anew finds its entry.
+
+    A module that is made anew around a func names it by ``shares_cache_with``.
+    """
 
     def __init__(self, make: Callable[[], _T]) -> None:
         self._make = make
@@ -45,6 +48,7 @@ class PerOwner(Generic[_T]):
 
 
 def _owner_of(func: Any) -> Any:
+    func = getattr(func, "shares_cache_with", func)
     if isinstance(func, nn.Module):
         return func
     func = getattr(func, "__func__", func)

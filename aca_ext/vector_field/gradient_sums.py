@@ -50,3 +50,33 @@ class GradientSums:
             torch._foreach_add_(totals, terms)
         if self._running is None and totals and indices is None and _NONE not in map(type, self.totals):
             self._running = running_sums(self.totals)
+
+
+class WideSum:
+    """The sum, in float32, of the gradients that a coarse input receives from the evaluations of one graph.
+
+    Attributes:
+        total: tensor whose gradient is that sum.
+        of: the input, and the tensor that stands for it in func.
+    """
+
+    def __init__(self, x: Tensor, standin: Tensor, cut: Tensor) -> None:
+        self.of, self.total = (x, standin), cut.float()
+
+    def for_evaluation(self) -> Tensor:
+        """The input for one evaluation."""
+        found: Tensor = _Addend.apply(self.total, self.of[1].detach())
+        return found
+
+
+class _Addend(torch.autograd.Function):
+    """The second operand, in the memory that it has; the gradient is that of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if g is None else g.float(), None

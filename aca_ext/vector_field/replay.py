@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from aca_ext.errors import ArgumentTypeError, ReplayError
 from aca_ext.kernels.extension import known_tensors
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
-from aca_ext.vector_field.gradient_sums import GradientSums
+from aca_ext.vector_field.gradient_sums import COARSE, GradientSums, WideSum
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.slope_function import SlopeFunction
@@ -22,7 +22,7 @@ from aca_ext.vector_field.substitution import Substitution
 # torch.autograd.grad(tensors, inputs, grad_tensors, allow_unused=True) without its validation of the arguments, which
 # takes longer than the backward pass of a small layer. Arguments: tensors, grad_tensors, keep_graph, create_graph,
 # inputs, allow_unreachable, accumulate_grad.
-_run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
+run_backward: Callable[..., tuple[Any, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 _FEW = 16
 
@@ -92,7 +92,12 @@ class Replay:
         self._targets = self.inputs[: len(self._wanted)]
         self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
         self._is_checked = is_checked
-        self._known = known_tensors(self._targets) if is_checked and not is_complete else None
+        # Code that torch functions do not see, such as an autograd.Function, uses the original of a cut tensor.
+        pairs = zip((*params, *found), (*cut_params, *cut_found), strict=True)
+        self._cut_leaves = {id(_variable(p)) for p, c in pairs if p is not c and p.is_leaf}
+        has_cut = any(p is not c for p, c in zip(params, cut_params, strict=True))
+        is_walked = is_checked and (has_cut or not is_complete)
+        self._known = known_tensors(self._targets) if is_walked or self._cut_leaves else None
         self._put_back: list[Callable[[], None]] = []
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
@@ -101,6 +106,11 @@ class Replay:
         originals = [*params, *(a for a in field.args if _has_grad(a)), *found]
         self._originals = originals
         self._substitutes = {id(x): c for x, c in zip(originals, self.inputs, strict=True) if x is not c}
+        self._wide: list[WideSum] = []
+        if is_one_graph and not holds_script(field.func):
+            named = zip(originals, self.inputs, strict=True)
+            self._wide = [WideSum(x, c, cut(x)) for x, c in named if x.dtype in COARSE and x.requires_grad]
+            self.origins += [(i, w.total) for w in self._wide for i, c in enumerate(self.inputs) if c is w.of[1]]
         self._overwritten: list[Tensor] = []
         self._makes_late_tensors = False
         if self.field.environment is not None:
@@ -113,7 +123,7 @@ class Replay:
         """Restores the conditions of the forward pass; afterwards everything but func's counters is as before."""
         field, environment = self.field, self.field.environment
         self._put_back = [kept.snapshot() for kept in field.kept]
-        is_plain = not self._substitutes and not self._overwritten
+        is_plain = not self._substitutes and not self._wide and not self._overwritten
         operands = nullcontext() if is_plain else Substitution(self._substitutes, self._overwritten)
         surroundings = nullcontext() if environment is None else environment.restored()
         buffers = field.buffer_values()
@@ -148,7 +158,7 @@ class Replay:
     @property
     def fastest(self) -> SlopeFunction:
         """The callable that evaluates the next stage with the least overhead."""
-        return self if self.field.draws_random_numbers or self._makes_late_tensors else self.field.fastest
+        return self if self.field.draws_random_numbers or self._makes_late_tensors or self._wide else self.field.fastest
 
     def begin_step(self, random_states: Sequence[RandomState] | None) -> None:
         """Sets the states of the random generators for each stage of the next step."""
@@ -161,6 +171,9 @@ class Replay:
         if self._random_states is not None:
             self.field.set_random_state(self._random_states[self._stage])
         self._stage += 1
+        for wide in self._wide:
+            addend = wide.for_evaluation()
+            self._substitutes.update((id(x), addend) for x in wide.of)
         if self._makes_late_tensors:
             assert self.field.environment is not None
             self.field.environment.begin_evaluation()
@@ -172,7 +185,7 @@ class Replay:
             self.check(slopes, y)
         try:
             targets = y, *self._targets, *self._origins
-            v, *grads = _run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
+            v, *grads = run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise ReplayError(
@@ -216,7 +229,8 @@ class Replay:
     def check_all(self, outputs: Tensor, start: Tensor) -> None:
         """As ``check``, for the graph of a whole solve from ``start``."""
         if self._known is not None:
-            self._known.add(start)
+            for x in (start, *(wide.total for wide in self._wide)):
+                self._known.add(x)
             self.check(outputs)
 
     def check(self, slopes: Tensor | tuple[Tensor, ...], y: Tensor | None = None) -> None:
@@ -246,7 +260,13 @@ class Replay:
                 if i not in self._wanted:
                     self._wanted.append(i)
                     self._targets.append(self.inputs[i])
-            elif not self.field.has_put(leaf):
+            elif id(leaf) in self._cut_leaves:
+                raise ReplayError(
+                    f"func uses a parameter of shape {tuple(leaf.shape)}, which has hooks or a graph outside, in an "
+                    "autograd.Function or in other code that a replay cannot see, so that its gradient would be lost. "
+                    'Give that code 1 * parameter, or use gradient="direct".'
+                )
+            elif self._is_checked and not self.field.has_put(leaf):
                 raise ReplayError(
                     f"func depends on a tensor of shape {tuple(leaf.shape)} and {leaf.dtype} that requires grad and "
                     "was not found before the solve, so that its gradient would be lost. Name it, with what else "

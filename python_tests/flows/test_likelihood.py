@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -329,3 +331,48 @@ def test_func_whose_arguments_are_swapped() -> None:
 
     with pytest.raises(ArgumentTypeError, match="time first"):
         flows.log_prob(func, torch.zeros(3, 2, dtype=DTYPE), (0.0, 1.0), standard())
+
+
+def compilations(func: Callable[..., Any], n: int = 3, **settings: Any) -> int:
+    """Number of likelihoods that compiled something, of ``n`` with the gradients of the eager engine."""
+    x, found = torch.randn(4, 2, dtype=DTYPE), []
+    for _ in range(n):
+        both = [flows.likelihood(func, x, (0.0, 1.0), standard(), engine=e, **settings) for e in ("eager", "compiled")]
+        assert both[1].stats.compiled == "solve", both[1].stats.reason
+        values = [(one.log_prob, *torch.autograd.grad(one.log_prob.sum(), list(weights_of(func)))) for one in both]
+        for eager, compiled in zip(*values, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-9)
+        found.append(both[1].stats.compile_seconds > 0)
+    return sum(found)
+
+
+def weights_of(func: Any) -> Any:
+    module = func.func if isinstance(func, flows.DivergenceField) else func
+    return module.parameters() if isinstance(module, nn.Module) else [module.__closure__[0].cell_contents]
+
+
+class TestCompiledLikelihoods:
+    def test_compile_once(self) -> None:
+        assert compilations(Linear()) == 1
+
+    def test_of_a_function_defined_anew_compile_once(self) -> None:
+        def flow(rate: float) -> Callable[..., Tensor]:
+            a = torch.full((2,), rate, dtype=DTYPE, requires_grad=True)
+            return lambda t, y: torch.sin(a * y)
+
+        assert [compilations(flow(rate), n=1) for rate in (0.3, 0.5, 0.7)] == [1, 0, 0]
+
+    def test_of_different_fields_around_one_func_are_those_of_each(self) -> None:
+        func, x = Linear(), torch.randn(2, 2, dtype=DTYPE)
+        for penalties, mode in (((), None), (("kinetic_energy",), None), (("jacobian_norm",), None), ((), "forward")):
+            compilations(flows.with_divergence(func, penalties=penalties, mode=mode), n=1)
+        of_both = [flows.sample(func, x, (0.0, 1.0), engine=engine) for engine in ("eager", "compiled")]
+        torch.testing.assert_close(*of_both, rtol=1e-9, atol=1e-9)
+
+    def test_do_not_keep_func(self) -> None:
+        func = Linear()
+        compilations(func, n=1)
+        gone = weakref.ref(func)
+        del func
+        gc.collect()
+        assert gone() is None

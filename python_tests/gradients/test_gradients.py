@@ -10,7 +10,7 @@ import pytest
 import torch
 from autograd_reference import relative_error, solve_over
 from problems import LOOSE, RUNGE_KUTTA, CoupledMlp, DrivenMlp, Mlp, sample
-from torch import Tensor
+from torch import Tensor, nn
 
 import aca_ext
 from aca_ext import errors
@@ -162,6 +162,33 @@ def test_complex_state(gradient: str) -> None:
     found, expected = (torch.autograd.grad(y.abs().square().sum() + y[1].real.sum(), [y0, w]) for y in (sol.y, truth))
     for grad, exact in zip(found, expected, strict=True):
         assert relative_error(torch.view_as_real(grad), torch.view_as_real(exact)) <= 1e-12
+
+
+@pytest.mark.parametrize("method", ["dopri5", "kvaerno3"])
+@pytest.mark.parametrize("gradient", aca_ext.GRADIENTS)
+def test_an_embedding_with_sparse_gradients(gradient: str, method: str) -> None:
+    layer, table, y0, t = Mlp(), sample(5, 3, seed=4), sample(2, 3), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = []
+    for is_sparse in (True, False):
+        embedding = nn.Embedding.from_pretrained(table, freeze=False, sparse=is_sparse)
+        rates = lambda t, y, rows=embedding: layer(t, y) * rows(torch.tensor([3, 1]))  # noqa: E731
+        aca_ext.odeint(rates, y0, t, method=method, gradient=gradient).square().sum().backward()
+        assert embedding.weight.grad is not None
+        found.append(embedding.weight.grad.to_dense())
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse C")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_adjoint_gradients_of_sparse_parameters_are_sparse(layout: torch.layout) -> None:
+    weights = (torch.eye(3) + torch.diag(torch.ones(2), 1)).double()
+    y0, t = sample(3, 2), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = []
+    for w in (weights.to_sparse(layout=layout).requires_grad_(), weights.requires_grad_()):
+        y = aca_ext.odeint(lambda t, y, w=w: -w @ y, y0, t, gradient="adjoint")
+        found += torch.autograd.grad(y.square().sum(), w)
+    assert found[0].layout == layout
+    assert relative_error(found[0].to_dense(), found[1]) <= 1e-12
 
 
 @pytest.mark.parametrize("gradient", ["naive", "adjoint"])

@@ -286,6 +286,22 @@ class TestGradients:
         sol.y.detach().zero_()
         assert torch.equal(one, torch.autograd.grad(weighted(sol.y), y0)[0])
 
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_of_a_named_tensor_reach_it_through_what_was_made_of_it_before(self, create_graph: bool) -> None:
+        leaf, y0 = sample(3).requires_grad_(), sample(4, 3)
+        found: list[Tensor] = []
+        for gradient in ("aca", "direct"):
+            named = 2 * leaf
+            rate = named.exp()
+            settings: dict[str, Any] = {"gradient": gradient, "options": INDEPENDENT}
+            y = aca_ext.odeint(lambda t, y, r=rate, w=named: w - r * y, y0, T, params=[named], **settings)
+            found += torch.autograd.grad(y[-1].square().sum(), named, create_graph=create_graph)
+            if create_graph:
+                found += torch.autograd.grad(found[-1].square().sum(), leaf)
+        half = len(found) // 2
+        for one, other in zip(found[:half], found[half:], strict=True):
+            assert relative_error(one, other) <= 1e-12
+
     @pytest.mark.parametrize("gradient", ["naive", "adjoint"])
     def test_other_gradients_are_refused(self, gradient: str) -> None:
         with pytest.raises(errors.ArgumentValueError, match="one of aca, direct"):
@@ -322,6 +338,27 @@ class TestRefusals:
                 other = aca_ext.solve(func, y0, T, options=INDEPENDENT)
             assert not other.y.requires_grad
             assert torch.equal(found.y, other.y)
+
+    @pytest.mark.parametrize("gradient", ["aca", "direct"])
+    def test_the_look_at_dependences_calls_no_hook_of_the_initial_state(self, gradient: str) -> None:
+        seen: list[Tensor] = []
+        y0 = sample(4, 3).requires_grad_()
+        y0.register_hook(seen.append)
+        y = aca_ext.odeint(Mlp(), y0, T, gradient=gradient, options=INDEPENDENT)
+        assert not seen
+        y[-1].sum().backward()
+        assert len(seen) == 1
+        assert torch.equal(seen[0], y0.grad)
+
+    @pytest.mark.parametrize("has_graph", [True, False])
+    def test_samples_that_come_to_depend_on_one_another(self, has_graph: bool) -> None:
+        gate, y0 = nn.Parameter(torch.zeros(())), sample(4, 3)
+        with torch.set_grad_enabled(has_graph):
+            aca_ext.odeint(gated := lambda t, y: -y + gate * y.mean(0), y0, T, options=INDEPENDENT)
+            with torch.no_grad():
+                gate.fill_(0.1)
+            with pytest.raises(errors.ArgumentValueError, match="depend on one another"):
+                aca_ext.odeint(gated, y0, T, options=INDEPENDENT)
 
     @pytest.mark.parametrize(
         ("settings", "error", "match"),

@@ -195,3 +195,48 @@ def test_replay_meets_bitwise_the_states_of_the_forward_pass(method: str) -> Non
     assert func.seen
     for time, state in func.seen:
         assert (time, tuple(state.flatten().tolist())) in met
+
+
+class Times(torch.autograd.Function):
+    """A product whose operands no TorchFunctionMode sees."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, w)
+        return y * w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        y, w = ctx.saved_tensors
+        return g * w, (g * y).sum(0)
+
+
+class TestCustomFunctions:
+    """An autograd.Function of the user, which uses the original of a tensor that a replay replaces."""
+
+    @staticmethod
+    def gradient(kind: str, gradient: str, factor: float | None = None, is_named: bool = False) -> Tensor:
+        leaf = sample(3).requires_grad_()
+        w = 2 * leaf if kind == "computed" else leaf
+        if kind == "hooked":
+            w.register_hook(lambda g: g)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return torch.tanh(Times.apply(y, w if factor is None else factor * w)) + 0.1 * w
+
+        params = [w] if is_named else None
+        y = aca_ext.odeint(func, sample(4, 3), torch.tensor([0.0, 1.0]), gradient=gradient, params=params)
+        return torch.autograd.grad(y[-1].square().sum(), leaf)[0]
+
+    @pytest.mark.parametrize(("kind", "is_named"), [("hooked", False), ("hooked", True), ("computed", False)])
+    def test_are_refused_where_a_gradient_would_be_lost(self, kind: str, is_named: bool) -> None:
+        with pytest.raises(errors.ReplayError, match="gradient would be lost"):
+            self.gradient(kind, "aca", is_named=is_named)
+
+    @pytest.mark.parametrize(
+        ("kind", "factor", "is_named"),
+        [("plain", None, False), ("hooked", 1.0, False), ("hooked", 1.0, True), ("computed", None, True)],
+    )
+    def test_receive_their_gradient(self, kind: str, factor: float | None, is_named: bool) -> None:
+        found, expected = (self.gradient(kind, gradient, factor, is_named) for gradient in ("aca", "direct"))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -150,7 +150,8 @@ def _finite(y: Tensor) -> Tensor:
 
 
 def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, like, strict=True)]
+    """The gradients as dense tensors, zeros in place of None."""
+    return [torch.zeros_like(x) if grad is None else grad.to_dense() for grad, x in zip(grads, like, strict=True)]
 
 
 def _largest(x: Tensor) -> float:

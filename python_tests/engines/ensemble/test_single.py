@@ -157,6 +157,12 @@ class TestGradients:
                 expected = (8 * near - far) / (12 * moved[i])
                 assert grad[i].item() == pytest.approx(expected.item(), rel=1e-6)
 
+    def test_of_an_embedding_with_sparse_gradients(self) -> None:
+        rows = nn.Embedding(5, 3, sparse=True, dtype=torch.float64)
+        lane, eager = both(lambda t, y: -y * rows(torch.tensor(2)).exp(), sample(3), T[:3])
+        found, expected = (torch.autograd.grad(weighted(one.y), rows.weight)[0].to_dense() for one in (lane, eager))
+        assert relative_error(found, expected) <= 1e-9
+
     def test_of_parameters_and_of_those_that_are_named(self) -> None:
         func, y0 = Decay(), sample(3)
         names = [name for name, _ in func.named_parameters()]

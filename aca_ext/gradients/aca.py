@@ -167,7 +167,7 @@ def _replay_backward(
         check.finish()
         if g is not None:
             replay.begin_step(steps[0].random_states)
-            replay.check_reached(forward.leaves, problem.start_time(y0), y0)
+            replay.check_end(forward.leaves, problem.start_time(y0), y0)
     forward.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
@@ -211,7 +211,6 @@ def differentiable_backward(
                 outputs[i] = interpolate(ops, made.scheme.tableau, y, s.h, trial.k, theta) if inside else end
             y = end
     check.finish()
-    forward.stats.n_f_evals_backward = replay.n_evals
     wanted = [*(x for x in (start, *replay.inputs) if x.requires_grad), *(p for _, p in replay.origins)]
     ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     replay.check_all(ys, start)
@@ -220,7 +219,8 @@ def differentiable_backward(
     grad_y0, *grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
     replay.grads = replay.with_origins([*grads, *found])
     with replay.repeating():
-        replay.check_reached(forward.leaves, problem.start_time(y0), y0)
+        replay.check_end(forward.leaves, problem.start_time(y0), y0)
+    forward.stats.n_f_evals_backward = replay.n_evals
     return grad_y0, *replay.grads
 
 

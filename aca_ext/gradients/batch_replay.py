@@ -161,7 +161,7 @@ def replay_backward(
         check.finish()
         if accepted:
             start = task.problem.y0.detach()
-            replay.check_reached(forward.leaves, task.problem.start_time(start), start)
+            replay.check_end(forward.leaves, task.problem.start_time(start), start)
     forward.stats.n_f_evals_backward = replay.n_evals
     return _without_failures(forward, [g + grad_ys[0], *replay.grads], replay.inputs)
 
@@ -243,7 +243,6 @@ def differentiable_backward(
             y = ops.admit(y.index_copy(0, go_on, trial.y1[go_on]))
             expected = _with_rows(expected, go_on, at_end[go_on])
     check.finish()
-    forward.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, _record(forward).is_missing.shape, y0)
     wanted = [x for x in (start, *replay.inputs) if x.requires_grad]
     replay.check_all(ys, start)
@@ -251,5 +250,6 @@ def differentiable_backward(
         found = iter(torch.autograd.grad(ys, wanted, grad_ys, create_graph=True, allow_unused=True))
     grad_y0, *replay.grads = [next(found) if x.requires_grad else None for x in (start, *replay.inputs)]
     with replay.repeating():
-        replay.check_reached(forward.leaves, task.problem.start_time(y0), y0)
+        replay.check_end(forward.leaves, task.problem.start_time(y0), y0)
+    forward.stats.n_f_evals_backward = replay.n_evals
     return _without_failures(forward, [grad_y0, *replay.grads], replay.inputs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.dispatch import run
-from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, NO_SIGN, Since, after_reset, moved
+from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, NO_SIGN, Since, after_reset, moved, options_since
 from aca_ext.errors import EventError, TimeError
 from aca_ext.problem.events import At, Event
 from aca_ext.problem.sample_times import checked_sample_times, counts_of
@@ -192,6 +192,7 @@ class _Segments:
             y0=like(arguments.y0, y),
             t=torch.cat([torch.zeros(self._n, 1, dtype=torch.float64, device="cpu"), since], 1),
             args=(start, *arguments.args),
+            options=options_since(arguments.options),
             events=tuple(replace(event, fn=At(event.fn, start)) for event in arguments.events),
             callback=None if callback is None else lambda step: callback(moved(step, at)),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,21 @@ class Since:
         if self.jumps is not None:
             time = time + _towards_sides(time.detach(), t.detach(), start.detach(), self.jumps)
         return self.func(time, y, *args)
+
+
+def options_since(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a segment after a reset: their functions get the time as func does, and not the start."""
+    found = dict(options or {})
+    jacobian, preconditioner = found.get("jacobian"), found.get("preconditioner")
+    if callable(jacobian):
+        found["jacobian"] = Since(jacobian)
+    if callable(preconditioner):
+
+        def since(t: Tensor, y: Any, c: Any, start: Tensor, *args: Any) -> Any:
+            return preconditioner(start.to(t).reshape(t.shape) + t, y, c, *args)
+
+        found["preconditioner"] = since
+    return found
 
 
 def _towards_sides(time: Tensor, since: Tensor, start: Tensor, jumps: Tensor) -> Tensor:

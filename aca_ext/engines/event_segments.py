@@ -12,7 +12,16 @@ from torch import Tensor
 from aca_ext.engines.arguments import Arguments
 from aca_ext.engines.batch_event_segments import solve_batch_with_events, to_batch_event
 from aca_ext.engines.dispatch import run
-from aca_ext.engines.event_resets import LAST_BIT, MAX_RESETS, NO_SIGN, Since, after_reset, in_absolute_time, moved
+from aca_ext.engines.event_resets import (
+    LAST_BIT,
+    MAX_RESETS,
+    NO_SIGN,
+    Since,
+    after_reset,
+    in_absolute_time,
+    moved,
+    options_since,
+)
 from aca_ext.errors import ArgumentTypeError, ArgumentValueError, EventError, OptionError, SolveError, TimeError
 from aca_ext.problem.batch import is_independent
 from aca_ext.problem.events import At, Event
@@ -106,7 +115,7 @@ def _segment(arguments: Arguments, events: tuple[Event, ...], start: Tensor, y: 
         sign * LAST_BIT * max(1.0, abs(start.item())) * torch.arange(1, n_left + 1, dtype=torch.float64, device="cpu")
     )
     since = torch.where(sign * since < sign * least, least, since)
-    options = dict(arguments.options or {})
+    options = options_since(arguments.options)
     for name in _TIMES:
         if options.get(name) is not None:
             options[name] = torch.as_tensor(options[name], dtype=torch.float64, device="cpu") - start.detach()

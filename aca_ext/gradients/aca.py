@@ -168,7 +168,7 @@ def _replay_backward(
         check.finish()
         if g is not None:
             replay.begin_step(steps[0].random_states)
-            replay.check_reached(forward.leaves, problem.start_time(y0), y0)
+            replay.check_end(forward.leaves, problem.start_time(y0), y0)
     forward.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
@@ -212,11 +212,11 @@ def differentiable_backward(
                 outputs[i] = interpolate(ops, made.scheme.tableau, y, s.h, trial.k, theta) if inside else end
             y = end
     check.finish()
-    forward.stats.n_f_evals_backward = replay.n_evals
     ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     grad_y0 = transposed(ys, grad_ys, start, replay, gate)
     with replay.repeating():
-        replay.check_reached(forward.leaves, problem.start_time(y0), y0)
+        replay.check_end(forward.leaves, problem.start_time(y0), y0)
+    forward.stats.n_f_evals_backward = replay.n_evals
     return grad_y0, *replay.grads
 
 

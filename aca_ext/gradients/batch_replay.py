@@ -161,7 +161,7 @@ def replay_backward(
         check.finish()
         if accepted:
             start = task.problem.y0.detach()
-            replay.check_reached(forward.leaves, task.problem.start_time(start), start)
+            replay.check_end(forward.leaves, task.problem.start_time(start), start)
     forward.stats.n_f_evals_backward = replay.n_evals
     return _without_failures(forward, [g + grad_ys[0], *replay.grads], replay.inputs)
 
@@ -243,9 +243,9 @@ def differentiable_backward(
             y = ops.admit(y.index_copy(0, go_on, trial.y1[go_on]))
             expected = _with_rows(expected, go_on, at_end[go_on])
     check.finish()
-    forward.stats.n_f_evals_backward = replay.n_evals
     ys = assemble(outputs, _record(forward).is_missing.shape, y0)
     grad_y0 = transposed(ys, grad_ys, start, replay, gate)
     with replay.repeating():
-        replay.check_reached(forward.leaves, task.problem.start_time(y0), y0)
+        replay.check_end(forward.leaves, task.problem.start_time(y0), y0)
+    forward.stats.n_f_evals_backward = replay.n_evals
     return _without_failures(forward, [grad_y0, *replay.grads], replay.inputs)

@@ -91,6 +91,11 @@ class Environment:
         """Tells whether evaluations changed anything."""
         return bool(self._set_once or self._records)
 
+    @property
+    def may_remember(self) -> bool:
+        """Tells whether evaluations left anything behind that a later one may read."""
+        return self.has_own_state or bool(self._own_tensors)
+
     def _is_record(self, change: Change) -> bool:
         """Tells whether func goes on writing to a place, or to every entry of the container there."""
         x = change.before

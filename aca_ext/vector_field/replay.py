@@ -15,6 +15,7 @@ from aca_ext.kernels.extension import known_tensors
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.gradient_sums import COARSE, GradientSums, WideSum
 from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
+from aca_ext.vector_field.memory_check import refuse_memory
 from aca_ext.vector_field.module_buffers import holds_script
 from aca_ext.vector_field.slope_function import SlopeFunction
 from aca_ext.vector_field.substitution import Substitution
@@ -274,12 +275,31 @@ class Replay:
                 )
             known.add(leaf)
 
-    def check_reached(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
-        """Checks that every input on which the first slope depended received a gradient.
+    def check_end(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
+        """The last checks of a replay, at the start of the solve, whose slope depended on the inputs ``indices``.
 
         Raises:
-            ReplayError: func no longer depends on one, so that its gradient would be wrong.
+            ReplayError: a derivative of func depends on earlier evaluations, or an input on which the first slope
+                depended received no gradient.
         """
+        environment = self.field.environment
+        if environment is not None and environment.may_remember:
+            refuse_memory(self.derivatives(t, y), self.derivatives(t, y))
+        self._check_reached(indices, t, y)
+
+    def derivatives(self, t: Tensor, y: Tensor) -> Sequence[Tensor | None]:
+        """Gradients of the first stage of the step for a fixed cotangent: of y and of the inputs."""
+        self._stage = 0
+        y = y.detach().requires_grad_()
+        k = self(t, y)
+        if not k.requires_grad:
+            return ()
+        cotangent = torch.linspace(1, 2, k.numel(), device=k.device).to(k.dtype).view(k.shape)
+        wanted = [x for x in (y, *self.inputs) if x.requires_grad]
+        with torch._C.DisableTorchFunction():  # otherwise the substitutes would take the place of inputs
+            return torch.autograd.grad(k, wanted, cotangent, retain_graph=True, allow_unused=True)
+
+    def _check_reached(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
         missing = [i for i in indices if self.grads[i] is None]
         if not self._is_checked or not missing:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -461,3 +462,53 @@ def test_bouncing_ball_backward_in_time(options: dict[str, Any]) -> None:
     forward, backward = (solve(fall, y0, [0.0, end], events=[bounce], options=options or None) for end in (6.0, -6.0))
     assert forward.events[0].t.numel() == 3
     torch.testing.assert_close(backward.events[0].t, -forward.events[0].t)
+
+
+def stiff_towards_cosine(t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+    return -k * (y - torch.cos(t))
+
+
+seen: list[float] = []  # times that the functions in options got
+
+
+def its_jacobian(t: Tensor, y: Tensor, k: Tensor) -> Tensor:
+    seen.append(float(t.max()))
+    identity = torch.eye(2, dtype=torch.float64) * -k
+    return identity if y.dim() == 1 else identity.expand(len(y), 2, 2)
+
+
+def its_inverse(t: Tensor, y: Tensor, c: float, k: Tensor) -> Callable[[Tensor], Tensor]:
+    seen.append(float(t))
+    return lambda v: v / (1 + c * k.detach())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jacobian": its_jacobian},
+        {"jacobian": its_jacobian, "batch": "independent"},
+        {"jacobian": "krylov", "preconditioner": its_inverse},
+    ],
+    ids=["jacobian", "jacobians of samples", "preconditioner"],
+)
+def test_functions_in_options_get_the_time_and_arguments_of_func(options: dict[str, Any]) -> None:
+    """After a reset, too, where the solve counts time from the reset."""
+    y0 = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    y0 = y0.expand(3, 2).clone() if "batch" in options else y0
+
+    def up(t: Tensor, y: Tensor) -> Tensor:
+        seen.clear()
+        return y + 1
+
+    reset = Event(lambda t, y: t - 1.3 + 0 * y[..., 0], reset=up)
+    found = []
+    for given in (options, {name: value for name, value in options.items() if name == "batch"}):
+        k = torch.tensor(1000.0, dtype=torch.float64, requires_grad=True)
+        how: dict[str, Any] = {"method": "kvaerno5", "rtol": 1e-6, "atol": 1e-8, "options": given}
+        solution = solve(stiff_towards_cosine, y0, [0.0, 1.0, 1.32], args=(k,), events=[reset], **how)
+        (gradient,) = torch.autograd.grad(solution.y[-1].sum(), k)
+        found.append((solution.y[-1].detach(), gradient, solution.stats.n_f_evals, min(seen, default=None)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-9)
+    assert found[0][2] < 1.5 * found[1][2]
+    assert found[0][3] == pytest.approx(1.3, abs=1e-9)

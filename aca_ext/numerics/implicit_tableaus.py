@@ -6,13 +6,14 @@ the published ones, of about 16 digits. The tests prove the order and the stabil
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from math import isqrt
 
 from aca_ext.numerics.implicit import ImplicitTableau, Matrix, RosenbrockTableau
 from aca_ext.numerics.tableau import parse_row
-from aca_ext.numerics.weights import Row, hermite_rows, row_sum
+from aca_ext.numerics.weights import Row, hermite_rows, integrated_rows, row_sum
 
 Entry = Fraction | int
 
@@ -174,15 +175,17 @@ def _radau5() -> ImplicitTableau:
     of_stages = _row((-13 - r) / 3, (-13 + r) / 3, Fraction(-1, 3))  # weights of the states less the start
     of_slopes = (sum(weight * row[j] for weight, row in zip(of_stages, stages, strict=True)) for j in range(3))
     a = (_row(0, 0, 0, 0), *(_row(0, *row) for row in stages))
-    return _one_step(
+    method = _one_step(
         "radau5",
         5,
         a,
-        "Radau IIA: Hairer & Wanner, Solving ODEs II, table IV.5.6, estimate: IV.8, eq. (8.19); dense: cubic Hermite",
+        "Radau IIA: Hairer & Wanner, Solving ODEs II, table IV.5.6, estimate: IV.8, eq. (8.19); dense: all slopes",
         b_hat=tuple(b + gamma * e for b, e in zip(a[-1], (1, *of_slopes), strict=True)),
         embedded_order=3,
         error_filter=gamma,
     )
+    # As the stages are of order 3, the polynomial through all four slopes gives the state to order 4.
+    return replace(method, dense=integrated_rows(method.c), dense_order=4)
 
 
 _RODAS5P_INTERPOLATION = (

@@ -27,6 +27,19 @@ def hermite_rows(b: Row) -> tuple[Row, ...]:
     return tuple(map(tuple, rows))
 
 
+def integrated_rows(c: Row) -> tuple[Row, ...]:
+    """Dense output whose slope is the polynomial through the slopes at the nodes ``c``, all of which differ."""
+    rows = []
+    for node in c:
+        powers = [Fraction(1)]  # of the polynomial that is 1 at this node and 0 at the others, lowest first
+        for other in c:
+            if other != node:
+                shifted, same = [Fraction(0), *powers], [*powers, Fraction(0)]
+                powers = [(x - other * y) / (node - other) for x, y in zip(shifted, same, strict=True)]
+        rows.append(tuple(p / i for i, p in enumerate(powers, start=1)))
+    return tuple(rows)
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)  # compared by identity: each method has one tableau
 class Weights:
     """Solution, error and dense weights of a method with s stages.

@@ -166,10 +166,10 @@ def _replay_backward(
                 compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance.get(n + 1, 1)), y, y_next)
                 g = replayed.pull_back(n, row, outputs, compare, y_next)
         check.finish()
+        forward.stats.n_f_evals_backward = replay.n_evals
         if g is not None:
             replay.begin_step(steps[0].random_states)
             replay.check_end(forward.leaves, problem.start_time(y0), y0)
-    forward.stats.n_f_evals_backward = replay.n_evals
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
 
@@ -214,9 +214,9 @@ def differentiable_backward(
     check.finish()
     ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     grad_y0 = transposed(ys, grad_ys, start, replay, gate)
+    forward.stats.n_f_evals_backward = replay.n_evals
     with replay.repeating():
         replay.check_end(forward.leaves, problem.start_time(y0), y0)
-    forward.stats.n_f_evals_backward = replay.n_evals
     return grad_y0, *replay.grads
 
 

@@ -159,10 +159,10 @@ def replay_backward(
             pulled = steps.pull_back(s, y, at_end, grad_ys, compare, y_next)
             g = _with_rows(g, rows, pulled[rows])
         check.finish()
+        forward.stats.n_f_evals_backward = replay.n_evals
         if accepted:
             start = task.problem.y0.detach()
             replay.check_end(forward.leaves, task.problem.start_time(start), start)
-    forward.stats.n_f_evals_backward = replay.n_evals
     return _without_failures(forward, [g + grad_ys[0], *replay.grads], replay.inputs)
 
 
@@ -245,7 +245,7 @@ def differentiable_backward(
     check.finish()
     ys = assemble(outputs, _record(forward).is_missing.shape, y0)
     grad_y0 = transposed(ys, grad_ys, start, replay, gate)
+    forward.stats.n_f_evals_backward = replay.n_evals
     with replay.repeating():
         replay.check_end(forward.leaves, task.problem.start_time(y0), y0)
-    forward.stats.n_f_evals_backward = replay.n_evals
     return _without_failures(forward, [grad_y0, *replay.grads], replay.inputs)

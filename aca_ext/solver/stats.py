@@ -26,7 +26,8 @@ class Stats:
         n_rejected: trial steps whose error was too large.
         backend: implementation of the arithmetic: "cpu" or "cuda" (fused kernels), "reference" (plain PyTorch),
             "compiled" or "graph" (the engine of that name).
-        n_f_evals_backward: evaluations of func in the backward pass; None until it has run.
+        n_f_evals_backward: evaluations of func in the backward pass, but for those of its checks; None until it has
+            run.
         compile_seconds: seconds that engine="compiled" spent on tracing and compiling, or engine="graph" on capturing;
             0 if an earlier solve of this process did both. With code from the cache on disk, only tracing remains.
         compiled: with engine="compiled" or "auto", the part that ran in compiled code: "solve" (all of it),

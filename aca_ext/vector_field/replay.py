@@ -288,14 +288,14 @@ class Replay:
         self._check_reached(indices, t, y)
 
     def derivatives(self, t: Tensor, y: Tensor) -> Sequence[Tensor | None]:
-        """Gradients of the first stage of the step for a fixed cotangent: of y and of the inputs."""
+        """Gradients of the first stage of the step for a fixed cotangent: of y, the inputs and the origins."""
         self._stage = 0
         y = y.detach().requires_grad_()
         k = self(t, y)
+        wanted = [x for x in (y, *self.inputs, *(p for _, p in self.origins)) if x.requires_grad]
         if not k.requires_grad:
-            return ()
+            return [None] * len(wanted)
         cotangent = torch.linspace(1, 2, k.numel(), device=k.device).to(k.dtype).view(k.shape)
-        wanted = [x for x in (y, *self.inputs) if x.requires_grad]
         with torch._C.DisableTorchFunction():  # otherwise the substitutes would take the place of inputs
             return torch.autograd.grad(k, wanted, cotangent, retain_graph=True, allow_unused=True)
 

@@ -21,8 +21,8 @@ INDEPENDENT: dict[str, Any] = {"options": {"batch": "independent"}, "rtol": 1e-3
 Func = Callable[[Tensor, Tensor], Tensor]
 
 
-def gate() -> Tensor:
-    return torch.zeros((), dtype=torch.float64, requires_grad=True)
+def gate(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.zeros((), dtype=dtype, requires_grad=True)
 
 
 def running_mean(factor: Tensor) -> Func:
@@ -53,11 +53,24 @@ def test_memory_behind_a_factor_of_zero_is_refused(make: Callable[[Tensor], Func
         loss.backward()
 
 
-def test_memory_is_refused_in_second_derivatives() -> None:
-    factor = gate()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_memory_is_refused_in_second_derivatives(dtype: torch.dtype) -> None:
+    factor = gate(dtype)
     loss = odeint(running_mean(factor), Y0, T, **FIXED)[-1].sum()
     with pytest.raises(ReplayError, match="different derivatives"):
         torch.autograd.grad(loss, factor, create_graph=True)
+
+
+def test_a_derivative_that_only_some_evaluations_have_is_refused() -> None:
+    factor, count = gate(), [0]
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        count[0] += 1
+        return -y.detach() + (factor * y if count[0] % 2 else 0)
+
+    loss = odeint(func, Y0, T, **FIXED)[-1].sum()
+    with pytest.raises(ReplayError, match="different derivatives"):
+        loss.backward()
 
 
 def test_spectral_norm_before_a_layer_of_zeros_is_refused() -> None:

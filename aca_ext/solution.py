@@ -136,7 +136,8 @@ class Solution:
         """Continues the solve to the requested times that were not reached, and then to further times.
 
         The solver keeps its step size and first slope. It takes the same steps, bit for bit, as a solve without the
-        stop, and the gradient is exact for all of them. A complete solve can be resumed too: its steps are those of a
+        stop, and the gradient is exact for all of them. Newton's method begins anew: steps of implicit methods may
+        differ by its tolerance. A complete solve can be resumed too: its steps are those of a
         solve that had to land on its last time (option ``step_t``).
 
         Args:

@@ -42,6 +42,7 @@ from aca_ext.solver.transposed_step import (
 )
 from aca_ext.vector_field.slope_function import SlopeFunction
 
+_FARTHEST = 3.0  # longest continuation of a step, in its lengths
 _CORRECTIONS = 2  # Newton corrections with a graph: each makes one more order of derivatives exact
 
 
@@ -66,6 +67,8 @@ class ImplicitMethod(OneStepMethod):
     ) -> None:
         self.scheme: ImplicitScheme = scheme
         self._f, self._ops, self._jacobian, self._tolerance, self._repeats = f, ops, jacobian, tolerance, repeats
+        self._is_continued = tolerance is not None and any(len(group.stages) > 1 for group in scheme.groups)
+        self._last: tuple[float, Sequence[Tensor]] | None = None  # size and slopes of the step before, if continued
         self._newton = Newton(f, ops, jacobian, None if repeats else tolerance, counts)
 
     def step(
@@ -84,6 +87,8 @@ class ImplicitMethod(OneStepMethod):
         scheme, ops, newton = self.scheme, self._ops, self._newton
         t, size = ops.scalars(times), constant(h)
         k: list[Tensor] = []
+        if k_first is None:  # the first step, or one at a jump of func
+            self._last = None
         first = self._first_slope(t, y) if k_first is None else k_first
         states = None if y_next is None else {-1: y.detach(), len(scheme.a): y_next}  # as in Group.predictors
         newton.begin_step(times[0], t[0], y, size)
@@ -164,6 +169,12 @@ class ImplicitMethod(OneStepMethod):
             pulled |= v
         return cotangent_of_start(ops, outputs, pulled.values(), inside)
 
+    def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
+        size = constant(h)
+        if self._is_continued and isinstance(size, float):  # and not one for each row
+            self._last = size, [k.detach() for k in trial.k]
+        return super().accept(y, h, trial)
+
     def forget_jacobian(self) -> None:
         self._newton.forget()
 
@@ -208,10 +219,11 @@ class ImplicitMethod(OneStepMethod):
     ) -> list[Tensor]:
         """The slopes of a group of stages, without a graph; ``_newton`` tells the rows that failed.
 
-        The iterations start from earlier slopes, which are near where the error is controlled: see ``Group.starts``.
-        Large fixed steps start from the state, since the slopes may lead to another solution of the equations;
-        ``first``, the slope at the start of the step, then saves their first evaluations of func. A replay starts from
-        the polynomial through ``known_states``, the end of the step among them: see ``Group.predictors``.
+        The iterations start from the step before, or from earlier slopes of this step (``Group.starts``): where the
+        error is controlled, these are near. Large fixed steps start from the state, since slopes may lead to another
+        solution of the equations; ``first``, the slope at the start of the step, then saves their first evaluations of
+        func. A replay starts from the polynomial through ``known_states``, the end of the step among them: see
+        ``Group.predictors``.
         """
         stages, newton = group.stages, self._newton
         assert group.a is not None
@@ -225,13 +237,30 @@ class ImplicitMethod(OneStepMethod):
                 start = [predicted(self._ops, p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
                 found = newton.solve(group, at, base, start)
             elif known and self._tolerance is not None:
-                start = [self._sum(None, h, known, weights) for weights in group.starts]
+                start = self._continued(group, h) or [self._sum(None, h, known, weights) for weights in group.starts]
                 found = newton.solve(group, at, base, start)
             else:
                 start = [y.detach() - x for x in base]
                 found = newton.solve(group, at, base, start, first.detach())
         if self._repeats and is_any(newton.failed):
             raise ReplayError(f"the backward pass did not repeat the forward pass: {newton.failures().popitem()[1]}")
+        return found
+
+    def _continued(self, group: Group, h: Number) -> list[Tensor] | None:
+        """Stage states on the dense output of the step before, continued beyond its end, without their base.
+
+        None if there is no such step, or for single stages, which earlier slopes of their own step predict as well.
+        Source: Hairer & Wanner, Solving ODEs II, IV.8 (starting values).
+        """
+        if self._last is None or len(group.stages) == 1 or not isinstance(h, float):
+            return None
+        (size, slopes), weights_at = self._last, self.scheme.tableau.dense_weights
+        if h / size > _FARTHEST:
+            return None
+        end, found = weights_at(1.0), []
+        for i in group.stages:
+            weights = tuple(w - e for w, e in zip(weights_at(1.0 + self.scheme.c[i] * h / size), end, strict=True))
+            found.append(self._ops.weighted_sum(None, size, slopes, weights))
         return found
 
     def _with_graph(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aca_ext.errors import AcaError
 from aca_ext.gradients.base import AdjointOptions, Gradient, Result, Task
-from aca_ext.gradients.requested_times import with_time_gradient
+from aca_ext.gradients.requested_times import with_gradient_by_grid, with_gradient_by_slopes
 from aca_ext.kernels.fused import TorchOperations
 from aca_ext.numerics.adams import Adams
 from aca_ext.problem.batch import BatchProblem
@@ -49,6 +49,13 @@ class Request(NamedTuple):
         """True if every sample has its own steps."""
         return isinstance(self.problem, BatchProblem)
 
+    @property
+    def moves_grid(self) -> bool:
+        """True if the gradient of t is that of fixed steps whose sizes follow from t."""
+        problem = self.problem
+        is_discrete = self.gradient != "adjoint" and not isinstance(problem.tableau, Adams)
+        return self.learnt is not None and problem.grid is not None and len(problem.grid) > 1 and is_discrete
+
     def task(self) -> Task:
         """A task for a gradient method, with a new field that has counted no evaluation."""
         return Task(self.problem, _field(self.problem), self.params, self.adjoint, self.checkpoints, self.keeps_ends)
@@ -76,18 +83,20 @@ def _field(problem: Problem) -> VectorField:
     return VectorField(problem.func, problem.args, problem.packing, ops)
 
 
-def solve_with(method: Gradient, task: Task, learnt: Tensor | None) -> Result:
-    """Solves by a gradient method that calls func itself.
+def solve_with(method: Gradient, request: Request) -> Result:
+    """Solves a request by a gradient method that calls func itself.
 
     Raises:
         ArgumentTypeError: func does not accept the arguments that it is called with.
     """
+    task = request.task()
     if torch.is_grad_enabled():
         task.field.prepare_replay()
     try:
-        if learnt is not None:
-            return with_time_gradient(task, t=learnt, method_of_gradient=method)
-        return method(task)
+        if request.learnt is None:
+            return method(task)
+        of_times = with_gradient_by_grid if request.moves_grid else with_gradient_by_slopes
+        return of_times(task, request.learnt, method)
     except TypeError:
         task.field.check_signature()
         raise
@@ -116,6 +125,8 @@ def argument_for_eager(request: Request, takes_batches: bool) -> str | None:
     problem, is_batch = request.problem, request.is_batch and not takes_batches
     if problem.newton is not None and not takes_batches:
         return f"method ({problem.tableau.name!r})"
+    if request.moves_grid:
+        return "t, which requires grad, with fixed steps"
     if problem.stops_at_limit or problem.accepts_min_step or problem.interp is not None or is_batch:
         return "options"
     return "options" if problem.grid is not None and problem.jumps else None

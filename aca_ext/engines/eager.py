@@ -35,7 +35,7 @@ class EagerEngine:
             if on_step is not None:
                 request = request._replace(problem=replace(problem, on_step=on_step))
             try:
-                return solve_with(method_for(request), request.task(), request.learnt)
+                return solve_with(method_for(request), request)
             except (RuntimeError, ValueError) as error:
                 if request.is_batch:
                     _explain_times_of_samples(error)

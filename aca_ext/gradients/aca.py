@@ -159,7 +159,7 @@ def _replay_backward(
             scheme = replayed.scheme(n)
             outputs: list[tuple[Sequence[float], Tensor]] = [] if g is None else [(scheme.solution, g)]
             outputs += [(_weights(scheme, theta), ops.admit(grad_ys[i])) for i, theta in s.outputs]
-            replay.begin_step(s.random_states)
+            replay.begin_step(n, s.random_states)
             if outputs:
                 assert row_next is not None
                 y, y_next = replayed.state(row), replayed.state(row_next)
@@ -168,7 +168,7 @@ def _replay_backward(
         check.finish()
         forward.stats.n_f_evals_backward = replay.n_evals
         if g is not None:
-            replay.begin_step(steps[0].random_states)
+            replay.begin_step(0, steps[0].random_states)
             replay.check_end(forward.leaves, problem.start_time(y0), y0)
     grad_y0 = grad_ys[0] if g is None else g + grad_ys[0]
     return grad_y0, *replay.grads
@@ -197,12 +197,13 @@ def differentiable_backward(
     distance, k_before = distances([0, *(n for n in states if n > 0)]), None
     with replay.repeating():
         for n, s in enumerate(steps):
-            replay.begin_step(s.random_states)
+            replay.begin_step(n, s.random_states)
             made = method_of_step(n)
             times = stage_times(made.scheme, s.t, s.h, s.t_next, problem.jumps, y0.dtype)
             y_next = states[n + 1].to(y0.device) if n + 1 in states else None
             trial = made.repeat(times, y, s.h, k_before, y_next)
-            k_before = None if s.t_next in problem.jumps else slope_at_end(made.scheme, trial)
+            is_reused = replay.field.reuses_slopes and s.t_next not in problem.jumps
+            k_before = slope_at_end(made.scheme, trial) if is_reused else None
             end = trial.y1
             if y_next is not None:
                 compare = partial(check.compare, ReplayedStep(n, s.t, s.h, distance[n + 1]), y, y_next)
@@ -215,8 +216,10 @@ def differentiable_backward(
     ys = stack_rows([outputs[i] for i in sorted(outputs)], y0)
     grad_y0 = transposed(ys, grad_ys, start, replay, gate)
     forward.stats.n_f_evals_backward = replay.n_evals
-    with replay.repeating():
-        replay.check_end(forward.leaves, problem.start_time(y0), y0)
+    if steps:
+        with replay.repeating():
+            replay.begin_step(0, steps[0].random_states)
+            replay.check_end(forward.leaves, problem.start_time(y0), y0)
     return grad_y0, *replay.grads
 
 

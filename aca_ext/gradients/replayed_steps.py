@@ -68,7 +68,7 @@ class _OneStep:
 
     def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
         s, method = self._record.steps[n], self._advancing[self._record.part_of(n)]
-        self._replay.begin_step(s.random_states)
+        self._replay.begin_step(n, s.random_states)
         times = stage_times(method.scheme, s.t, s.h, s.t_next, self._problem.jumps, row.dtype)
         with torch.no_grad():
             return method.step(times, row, s.h, None, out).y1
@@ -101,7 +101,7 @@ class _Adams:
 
     def advance(self, n: int, row: Tensor, out: Tensor) -> Tensor:
         s, replay, ops = self._steps[n], self._replay, self._ops
-        replay.begin_step(s.random_states)
+        replay.begin_step(n, s.random_states)
         times = self._times(n, row.dtype)
         with torch.no_grad():
             slopes = [replay(ops.scalars(times[:1])[0], row[0]).detach(), *row[1:].unbind(0)]

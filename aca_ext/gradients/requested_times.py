@@ -1,8 +1,13 @@
-"""Gradient with respect to the requested times, for every gradient method."""
+"""Gradient with respect to the requested times, for every gradient method.
+
+With adaptive steps it is the slope of the solution at each time. With fixed steps it is that of the discrete solution:
+the steps between requested times change their sizes with these.
+"""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,11 +17,15 @@ from torch import Tensor
 
 from aca_ext.gradients.base import Result, Task
 from aca_ext.kernels.layout import stack_rows
+from aca_ext.kernels.reference import as_float
+from aca_ext.problem.moving_nodes import shifts_of_nodes
 from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord
+from aca_ext.vector_field.field import VectorField
+from aca_ext.vector_field.grid_field import GridField
 
 
-def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
+def with_gradient_by_slopes(task: Task, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
     """The solve with an autograd graph to every element of t; first and second derivatives are right.
 
     Each output takes one more step of the midpoint rule, of length t - t.detach(). The length is zero, so the output
@@ -27,15 +36,7 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
     like = problem.y0
     times = problem.spread_times(t)
     now = times.detach()
-
-    def move(time: Tensor, y: Tensor, delta: Tensor) -> Tensor:
-        slope: list[Tensor] = []
-        with field.aside():
-            k = field(time + delta / 2, field.admit(_Midpoint.apply(y, delta, slope)))
-        slope.append(k.detach())
-        return y + delta * k
-
-    start = move(times[0], like, now[0] - times[0])
+    start = _moved(field, times[0], like, now[0] - times[0])
     result = method_of_gradient(replace(task, problem=replace(problem, y0=start)))
     solved = field.n_evals
     record, padding, n_events = result.record, problem.padding(), 0
@@ -49,15 +50,66 @@ def with_time_gradient(task: Task, *, t: Tensor, method_of_gradient: Callable[[T
 
     def moved_to(i: int) -> Tensor:
         if padding is None:
-            return move(now[i], result.ys[i], times[i] - now[i])
+            return _moved(field, now[i], result.ys[i], times[i] - now[i])
         # Missing outputs are NaN. Zero times NaN would spoil the gradients that all samples share.
         safe = torch.where(padding[i], like.detach(), result.ys[i])
         delta = (times[i] - now[i]).masked_fill(padding[i], 0.0)
-        return move(torch.where(padding[i], now[0], now[i]), safe, delta).masked_fill(padding[i], math.nan)
+        return _moved(field, torch.where(padding[i], now[0], now[i]), safe, delta).masked_fill(padding[i], math.nan)
 
     moved = [moved_to(i) for i in range(1, n_reached)]
     result.stats.n_f_evals += field.n_evals - solved
     return replace(result, ys=stack_rows([like, *moved, *result.ys[n_reached:].unbind(0)], like))
+
+
+def with_gradient_by_grid(task: Task, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
+    """The solve with an autograd graph to every element of t through the sizes of its fixed steps.
+
+    States inside a step (option interp, events) lie at times of their own. As the step becomes longer they move with
+    it, and from there to their time, along the slope as above; those of events along the dense output.
+    """
+    problem, like, grid = task.problem, task.problem.y0, task.problem.grid
+    assert grid is not None
+    shifts = (t - t.detach()).to(like)
+    lands = problem.interp is None
+    of_nodes = shifts_of_nodes(grid, problem.times, shifts, problem.nodes_follow, lands)
+    field = GridField.of(task.field, grid, of_nodes)
+    result = method_of_gradient(replace(task, field=field))
+    solved, record = field.n_evals, result.record
+    assert isinstance(record, StepRecord)
+    if lands and not record.events:
+        return result
+    field.begin_step(None)
+    events = {one.row: one for one in record.events}
+    sign = 1.0 if problem.times[-1] >= problem.times[0] else -1.0
+    ends = [sign * node for node in grid]
+
+    def with_step(time: float) -> Tensor:
+        """How far the state that lies at ``time`` moves with its step."""
+        n = min(bisect_right(ends, sign * time), len(ends) - 1) - 1
+        start, end = grid[n], grid[n + 1]
+        share = (time - start) / (end - start)
+        return (1.0 - share) * of_nodes[n] + share * of_nodes[n + 1]
+
+    def moved(i: int, y: Tensor) -> Tensor:
+        if i in events:
+            return y - with_step(as_float(events[i].t)) * events[i].derivative
+        if lands or i in (0, len(shifts) - 1):
+            return y
+        time = problem.times[i]
+        return _moved(field, torch.full_like(shifts[i], time, requires_grad=False), y, shifts[i] - with_step(time))
+
+    ys = [moved(i, y) for i, y in enumerate(result.ys.unbind(0))]
+    result.stats.n_f_evals += field.n_evals - solved
+    return replace(result, ys=stack_rows(ys, like))
+
+
+def _moved(field: VectorField, time: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+    """The state ``y`` at ``time``, moved along the slope there by ``delta``, which is zero and has a graph."""
+    slope: list[Tensor] = []
+    with field.aside():
+        k = field(time + delta / 2, field.admit(_Midpoint.apply(y, delta, slope)))
+    slope.append(k.detach())
+    return y + delta * k
 
 
 class _Midpoint(torch.autograd.Function):

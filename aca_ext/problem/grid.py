@@ -12,6 +12,7 @@ import torch
 
 from aca_ext.errors import OptionError, TimeError
 from aca_ext.problem.arguments import number_in
+from aca_ext.problem.moving_nodes import NodesFollow
 from aca_ext.problem.options import FIXED_OPTIONS, Options
 from aca_ext.problem.state import State
 from aca_ext.problem.times import resolution_of, times_of
@@ -45,6 +46,13 @@ def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], reso
     for start, end in pairwise(times if lands or len(times) == 1 else (times[0], times[-1])):
         nodes += _nodes_between(start, end, step, rounding, resolution_of(step_size) / 2)
     return tuple(nodes) if lands else _moved_to_times(nodes, times, rounding)
+
+
+def followed_by_nodes(given: Options) -> NodesFollow:
+    """How the nodes between requested times move with these."""
+    if given.get("step_size") is not None:
+        return NodesFollow.TIME_BEFORE
+    return NodesFollow.NOTHING if given.get("n_steps") is None else NodesFollow.BOTH_ENDS
 
 
 def _moved_to_times(nodes: Sequence[float], times: Sequence[float], rounding: float) -> tuple[float, ...]:

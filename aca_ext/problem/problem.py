@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aca_ext.numerics.controller import Controller
 from aca_ext.problem.events import Event
+from aca_ext.problem.moving_nodes import NodesFollow
 from aca_ext.problem.newton import NewtonOptions
 from aca_ext.problem.resumption import SolverState
 from aca_ext.problem.state import Packing, State
@@ -40,6 +41,7 @@ class Problem:
         times: requested times, strictly monotonic; the first is the start.
         controller: controller of adaptive steps; None for fixed steps.
         grid: nodes of fixed steps, which include ``times`` unless ``interp`` is given; None for adaptive steps.
+        nodes_follow: how nodes between requested times move with these, for the gradient of t.
         stops: times inside the solve at which an adaptive step must end (options step_t and jump_t), sorted.
         jumps: the stops at which func jumps (option jump_t); the slope is evaluated again there. Of a perturbed
             fixed grid, all of its nodes.
@@ -72,6 +74,7 @@ class Problem:
     callback_stops: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
+    nodes_follow: NodesFollow = NodesFollow.NOTHING
     newton: NewtonOptions | None = None
     resolution: float = 0.0
     resumed: SolverState | None = None

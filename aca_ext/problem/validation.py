@@ -16,7 +16,7 @@ from aca_ext.numerics.methods import ALIASES, METHODS
 from aca_ext.numerics.switching import AUTO
 from aca_ext.problem.admission import is_readable
 from aca_ext.problem.arguments import ProblemArguments, holds_grad, lookup
-from aca_ext.problem.grid import grid_of
+from aca_ext.problem.grid import followed_by_nodes, grid_of
 from aca_ext.problem.newton import newton_options_of
 from aca_ext.problem.options import (
     FIXED_OPTIONS,
@@ -167,6 +167,7 @@ def checked_problem(given: ProblemArguments) -> Problem:
         stops_at_limit=stops_at_limit(options.get("on_step_limit")),
         accepts_min_step=accepts_min_step(options.get("on_min_step")),
         interp=interp,
+        nodes_follow=followed_by_nodes(options),
         newton=newton,
         resolution=resolution,
     )

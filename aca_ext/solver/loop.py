@@ -136,6 +136,7 @@ class Solver:
             control.propose()
             if control.status != "running":
                 break
+            self.field.begin_step(len(self.record.steps))
             t, h, t_next, buffers = control.t, control.h_trial, control.t_next, self.field.buffer_values()
             trial = self._try(t, y, h, t_next)
             is_adaptive = self.problem.adaptive
@@ -261,7 +262,8 @@ class Solver:
         if self._checkpoints is not None:
             self._checkpoints.accept()
         k_next = self._steps.accept(y, h, trial)
-        self._k = None if t_next in self.problem.jumps else k_next
+        is_reused = self.field.reuses_slopes and t_next not in self.problem.jumps
+        self._k = k_next if is_reused else None
         self._first_random_state = random_states[-1] if self._k is not None and random_states else None
 
     def _reject(self, trial: Trial, buffers: list[Tensor] | None) -> None:

@@ -63,7 +63,7 @@ def adjoint_with_scipy(
     )
     learnt = call.t if call.t.requires_grad else None
     request = Request(problem, "adjoint", learnt, checked_params(params), adjoint=backward)
-    result = solve_with(partial(adjoint.solve, forward=forward), request.task(), learnt)
+    result = solve_with(partial(adjoint.solve, forward=forward), request)
     return problem.packing.unpack_rows(result.ys)
 
 

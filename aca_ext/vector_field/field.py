@@ -51,10 +51,13 @@ class VectorField:
         moving_buffers: buffers of func's modules that the first evaluation changed.
         calls_autograd: func differentiates by itself, so it is evaluated with gradients enabled and a state that
             requires grad.
+        reuses_slopes: the slope at the end of a step may serve as the first one of the next step, with its graph.
         holdings: tensors, modules and generators that func holds; None if no backward pass can follow.
         environment: state that func reads, as in the forward pass; None if no backward pass can follow.
         kept: tensors that func keeps from its evaluations; replays leave them unchanged.
     """
+
+    reuses_slopes = True
 
     def __init__(self, func: Func, args: Sequence[Any], packing: Packing, ops: TorchOperations) -> None:
         self.func, self.args, self.packing = func, tuple(args), packing
@@ -70,7 +73,7 @@ class VectorField:
         self._generators: list[torch.Generator] = []
         self._ops = ops
         self._device = ops.like.device
-        self._call = checked_slope_function(func, self.args, packing, ops)
+        self._call = checked_slope_function(func, self.args_of_func, packing, ops)
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         if self.draws_random_numbers:
@@ -99,8 +102,16 @@ class VectorField:
         other: VectorField = object.__new__(type(self))  # copy.copy takes four times as long
         vars(other).update(vars(self))
         other.args = tuple(args)
-        other._call = checked_slope_function(other.func, other.args, other.packing, other._ops)
+        other._call = checked_slope_function(other.func, other.args_of_func, other.packing, other._ops)
         return other
+
+    @property
+    def args_of_func(self) -> tuple[Any, ...]:
+        """Those of the args that func receives."""
+        return self.args
+
+    def begin_step(self, n: int | None) -> None:
+        """Tells that the next evaluations belong to accepted step ``n``; None if they belong to no step."""
 
     @property
     def _roots(self) -> tuple[Any, ...]:
@@ -113,9 +124,9 @@ class VectorField:
         except (TypeError, ValueError):
             return  # compiled code may have no signature
         try:
-            signature.bind(None, None, *self.args)
+            signature.bind(None, None, *self.args_of_func)
         except TypeError as mismatch:
-            given = f" and {len(self.args)} of args" if self.args else ""
+            given = f" and {len(self.args_of_func)} of args" if self.args_of_func else ""
             raise ArgumentTypeError(
                 f"func takes {signature}, but is called as func(t, y, *args) with t, y{given}: {mismatch}. Let func "
                 "take both t and y, used or not, and pass whatever else it takes by args=(...)."

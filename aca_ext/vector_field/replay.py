@@ -161,8 +161,9 @@ class Replay:
         """The callable that evaluates the next stage with the least overhead."""
         return self if self.field.draws_random_numbers or self._makes_late_tensors or self._wide else self.field.fastest
 
-    def begin_step(self, random_states: Sequence[RandomState] | None) -> None:
-        """Sets the states of the random generators for each stage of the next step."""
+    def begin_step(self, n: int | None, random_states: Sequence[RandomState] | None = None) -> None:
+        """Sets the number of the next step, and the states of the random generators for each of its stages."""
+        self.field.begin_step(n)
         self._random_states, self._stage = random_states, 0
         for put_back in self._put_back:  # otherwise func would keep the graphs of all steps
             put_back()

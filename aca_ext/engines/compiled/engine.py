@@ -17,7 +17,7 @@ from aca_ext.engines.base import Request, argument_for_eager
 from aca_ext.engines.compiled.uncompiled import shortened, solve_uncompiled
 from aca_ext.errors import CompileError
 from aca_ext.gradients.base import Result, Task
-from aca_ext.gradients.requested_times import with_time_gradient
+from aca_ext.gradients.requested_times import with_gradient_by_slopes
 from aca_ext.numerics.tableau import Tableau
 from aca_ext.problem.batch import BatchProblem
 from aca_ext.problem.problem import Problem
@@ -114,7 +114,7 @@ def by_programs(solve: Callable[..., Result], request: Request) -> Result:
         result.stats.n_f_evals += n_evals
         return result
 
-    return with_time_gradient(request.task(), t=request.learnt, method_of_gradient=solve_task)
+    return with_gradient_by_slopes(request.task(), request.learnt, solve_task)
 
 
 def obstacle_to_compiling(problem: Problem, takes_gpu: bool = False, takes_implicit: bool = False) -> str | None:

@@ -56,7 +56,7 @@ class GraphEngine:
         """
         # With a single time there is no step to capture.
         method = _solve_task if len(request.problem.times) > 1 else method_for(request)
-        return solve_with(method, request.task(), request.learnt)
+        return solve_with(method, request)
 
 
 def _solve_task(task: Task) -> Result:

@@ -9,6 +9,7 @@ from problems import CoupledMlp, LotkaVolterra, Mlp, sample
 from torch import nn
 
 import aca_ext
+from aca_ext import torchdiffeq as drop_in
 
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 
@@ -89,3 +90,14 @@ class TestTorchdiffeq:
             odeint(Mlp(), sample(2, 3), t, rtol=1e-9, atol=1e-9).square().sum().backward()
             found.append(t.grad)
         assert relative_error(*found) <= 1e-6
+
+    @pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4"])
+    def test_times_of_fixed_steps_receive_the_same_gradient(self, method: str) -> None:
+        torchdiffeq = pytest.importorskip("torchdiffeq")
+        found = []
+        for odeint in (aca_ext.odeint, drop_in.odeint, torchdiffeq.odeint):
+            t = torch.tensor([0.0, 0.5, 0.8, 1.5], dtype=torch.float64, requires_grad=True)
+            odeint(Mlp(), sample(2, 3), t, method=method).square().sum().backward()
+            found.append(t.grad)
+        assert relative_error(found[0], found[2]) <= 1e-12
+        assert relative_error(found[1], found[2]) <= 1e-12

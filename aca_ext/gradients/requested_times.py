@@ -7,7 +7,6 @@ the steps between requested times change their sizes with these.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from aca_ext.gradients.base import Result, Task
 from aca_ext.kernels.layout import stack_rows
 from aca_ext.kernels.reference import as_float
-from aca_ext.problem.moving_nodes import shifts_of_nodes
+from aca_ext.problem.moving_nodes import MovingNodes, NodesFollow
 from aca_ext.solver.batch_record import BatchRecord
 from aca_ext.solver.checkpoints import StepRecord
 from aca_ext.vector_field.field import VectorField
@@ -64,15 +63,15 @@ def with_gradient_by_slopes(task: Task, t: Tensor, method_of_gradient: Callable[
 def with_gradient_by_grid(task: Task, t: Tensor, method_of_gradient: Callable[[Task], Result]) -> Result:
     """The solve with an autograd graph to every element of t through the sizes of its fixed steps.
 
-    States inside a step (option interp, events) lie at times of their own. As the step becomes longer they move with
-    it, and from there to their time, along the slope as above; those of events along the dense output.
+    States inside a step (option interp, events) keep their position in it when it moves. From there they move to their
+    time: along the slope, as above, or at an event along the dense output.
     """
-    problem, like, grid = task.problem, task.problem.y0, task.problem.grid
-    assert grid is not None
+    problem, like = task.problem, task.problem.y0
+    assert problem.grid is not None
+    lands = problem.interp is None or problem.nodes_follow is NodesFollow.TIMES
+    grid = MovingNodes(problem.grid, problem.times, problem.nodes_follow, lands)
     shifts = (t - t.detach()).to(like)
-    lands = problem.interp is None
-    of_nodes = shifts_of_nodes(grid, problem.times, shifts, problem.nodes_follow, lands)
-    field = GridField.of(task.field, grid, of_nodes)
+    field = GridField.of(task.field, grid, shifts)
     result = method_of_gradient(replace(task, field=field))
     solved, record = field.n_evals, result.record
     assert isinstance(record, StepRecord)
@@ -80,23 +79,15 @@ def with_gradient_by_grid(task: Task, t: Tensor, method_of_gradient: Callable[[T
         return result
     field.begin_step(None)
     events = {one.row: one for one in record.events}
-    sign = 1.0 if problem.times[-1] >= problem.times[0] else -1.0
-    ends = [sign * node for node in grid]
-
-    def with_step(time: float) -> Tensor:
-        """How far the state that lies at ``time`` moves with its step."""
-        n = min(bisect_right(ends, sign * time), len(ends) - 1) - 1
-        start, end = grid[n], grid[n + 1]
-        share = (time - start) / (end - start)
-        return (1.0 - share) * of_nodes[n] + share * of_nodes[n + 1]
 
     def moved(i: int, y: Tensor) -> Tensor:
         if i in events:
-            return y - with_step(as_float(events[i].t)) * events[i].derivative
+            return y - grid.shift_with_step(as_float(events[i].t), shifts) * events[i].derivative
         if lands or i in (0, len(shifts) - 1):
             return y
         time = problem.times[i]
-        return _moved(field, torch.full_like(shifts[i], time, requires_grad=False), y, shifts[i] - with_step(time))
+        delta = shifts[i] - grid.shift_with_step(time, shifts)
+        return _moved(field, torch.full_like(delta, time, requires_grad=False), y, delta)
 
     ys = [moved(i, y) for i, y in enumerate(result.ys.unbind(0))]
     result.stats.n_f_evals += field.n_evals - solved

@@ -50,9 +50,11 @@ def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], reso
 
 def followed_by_nodes(given: Options) -> NodesFollow:
     """How the nodes between requested times move with these."""
-    if given.get("step_size") is not None:
-        return NodesFollow.TIME_BEFORE
-    return NodesFollow.NOTHING if given.get("n_steps") is None else NodesFollow.BOTH_ENDS
+    if given.get("grid_constructor") is not None:
+        return NodesFollow.NOTHING
+    if given.get("n_steps") is not None:
+        return NodesFollow.BOTH_ENDS
+    return NodesFollow.TIMES if given.get("step_size") is None else NodesFollow.TIME_BEFORE
 
 
 def _moved_to_times(nodes: Sequence[float], times: Sequence[float], rounding: float) -> tuple[float, ...]:

@@ -2,46 +2,61 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from enum import Enum, auto
 
-import torch
 from torch import Tensor
 
 
 class NodesFollow(Enum):
     """What a node that is no requested time keeps when requested times move."""
 
+    TIMES = auto()  # there is no such node
     NOTHING = auto()  # its time: nodes of option grid_constructor
     TIME_BEFORE = auto()  # its distance from the last requested time before it (option step_size)
     BOTH_ENDS = auto()  # its share of the whole solve (option n_steps)
 
 
-def shifts_of_nodes(
-    grid: Sequence[float], times: Sequence[float], shifts: Tensor, follow: NodesFollow, lands: bool
-) -> Tensor:
-    """How far every node moves if the requested times move by ``shifts``; linear in these.
+class MovingNodes:
+    """The nodes of a grid, each of which moves with at most two of the requested times.
 
-    ``lands`` tells whether all requested times are nodes; else only the first and the last one are.
+    Args:
+        lands: all requested times are nodes; else only the first and the last one are.
     """
-    first, last = times[0], times[-1]
-    places = {time: i for i, time in enumerate(times)} if lands else {first: 0, last: len(times) - 1}
-    before = 0
-    origins: list[tuple[int, int]] = []
-    weights: list[tuple[float, float]] = []
-    for node in grid:
-        at = places.get(node)
-        if at is not None:
-            before = at
-            origin, weight = (at, at), (1.0, 0.0)
-        elif follow is NodesFollow.TIME_BEFORE:
-            origin, weight = (before, before), (1.0, 0.0)
-        elif follow is NodesFollow.BOTH_ENDS:
-            share = (node - first) / (last - first)
-            origin, weight = (0, len(times) - 1), (1.0 - share, share)
-        else:
-            origin, weight = (0, 0), (0.0, 0.0)
-        origins.append(origin)
-        weights.append(weight)
-    index = torch.tensor(origins, device=shifts.device)
-    return (shifts[index] * torch.tensor(weights, dtype=shifts.dtype, device=shifts.device)).sum(-1)
+
+    def __init__(self, nodes: Sequence[float], times: Sequence[float], follow: NodesFollow, lands: bool) -> None:
+        self.nodes = nodes
+        self._sign = 1.0 if times[-1] >= times[0] else -1.0
+        self._sorted = [self._sign * node for node in nodes]
+        first, last, n = times[0], times[-1], len(times) - 1
+        places = {time: i for i, time in enumerate(times)} if lands else {first: 0, last: n}
+        before = 0
+        self._origins: list[Sequence[tuple[int, float]]] = []  # for each node indices of times, with their weights
+        for node in nodes:
+            at = places.get(node)
+            if at is not None:
+                before = at
+                origins: Sequence[tuple[int, float]] = ((at, 1.0),)
+            elif follow is NodesFollow.TIME_BEFORE:
+                origins = ((before, 1.0),)
+            elif follow is NodesFollow.BOTH_ENDS:
+                share = (node - first) / (last - first)
+                origins = (0, 1.0 - share), (n, share)
+            else:
+                origins = ()
+            self._origins.append(origins)
+
+    def shift(self, n: int, shifts: Tensor) -> Tensor:
+        """How far node ``n`` moves if the requested times move by ``shifts``."""
+        total = shifts.new_zeros(())
+        for i, weight in self._origins[n]:
+            total = total + weight * shifts[i]
+        return total
+
+    def shift_with_step(self, time: float, shifts: Tensor) -> Tensor:
+        """How far a point at ``time`` moves if it keeps its position in its step."""
+        n = min(bisect_right(self._sorted, self._sign * time), len(self.nodes) - 1) - 1
+        start, end = self.nodes[n], self.nodes[n + 1]
+        share = (time - start) / (end - start)
+        return (1.0 - share) * self.shift(n, shifts) + share * self.shift(n + 1, shifts)

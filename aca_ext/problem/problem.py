@@ -74,7 +74,7 @@ class Problem:
     callback_stops: bool = False
     accepts_min_step: bool = False
     interp: str | None = None
-    nodes_follow: NodesFollow = NodesFollow.NOTHING
+    nodes_follow: NodesFollow = NodesFollow.TIMES
     newton: NewtonOptions | None = None
     resolution: float = 0.0
     resumed: SolverState | None = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aca_ext.problem.moving_nodes import MovingNodes
 from aca_ext.vector_field.field import VectorField
 from aca_ext.vector_field.slope_check import checked_slope_function
 from aca_ext.vector_field.slope_function import SlopeFunction
@@ -16,37 +16,36 @@ from aca_ext.vector_field.slope_function import SlopeFunction
 class GridField(VectorField):
     """f, with a graph from every slope to the ends of the step in which it is evaluated.
 
-    Inside step n the time is τ, from node a to node b. If the nodes move by δa and δb, the stage at τ moves by δa on
-    its way to a, and by δb at b, and the step becomes longer by δb - δa. A step of length h takes h·k, so the slope of
-    the unmoved step is k·(1 + (δb - δa)/h). With δa = δb = 0, values are those of f, bit for bit, and derivatives of
-    every order are those of the moved step.
+    Let the ends a and b = a + h of a step move by δa and δb. A stage at the share s of the step then moves by
+    (1 - s)·δa + s·δb, and the step becomes longer by δb - δa. The step takes h·k from each slope k, so the slope that has
+    the same effect in the unmoved step is k·(1 + (δb - δa)/h). With δa = δb = 0 values are those of f, bit for bit, and
+    derivatives of every order are those of the moved step.
 
-    The last entry of ``args`` are the shifts of all nodes: zeros, with a graph.
+    The last entry of ``args`` holds the shifts of the requested times: zeros, with a graph.
     """
 
     reuses_slopes = False  # one slope belongs to the end of one step, another to the start of the next
 
-    grid: Sequence[float]
+    _grid: MovingNodes
     _step: int | None
 
     @classmethod
-    def of(cls, field: VectorField, grid: Sequence[float], shifts: Tensor) -> GridField:
-        """``field`` on steps between the nodes of ``grid``, which move by ``shifts``."""
+    def of(cls, field: VectorField, grid: MovingNodes, shifts: Tensor) -> GridField:
+        """``field`` on steps between the nodes of ``grid``, as the requested times move by ``shifts``."""
         found: GridField = object.__new__(cls)
-        vars(found).update(vars(field), grid=grid, args=(*field.args, shifts), _step=0)
+        vars(found).update(vars(field), _grid=grid, args=(*field.args, shifts), _step=0)
         found._call = checked_slope_function(found.func, found.args_of_func, found.packing, found._ops)
         return found
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        shifts: Tensor = self.args[-1]
-        n = self._step
+        n, shifts, grid = self._step, self.args[-1], self._grid
         if n is None or not (shifts.requires_grad and torch.is_grad_enabled()):
             return super().__call__(t, y)
-        start, end = self.grid[n], self.grid[n + 1]
-        of_start, of_end = shifts[n], shifts[n + 1]
-        longer = of_end - of_start
-        moved = t + of_start + (t.detach() - start) / (end - start) * longer
-        return super().__call__(moved, y) * (1 + longer / (end - start))
+        start, h = grid.nodes[n], grid.nodes[n + 1] - grid.nodes[n]
+        of_start = grid.shift(n, shifts)
+        longer = grid.shift(n + 1, shifts) - of_start
+        moved = t + of_start + (t.detach() - start) / h * longer
+        return super().__call__(moved, y) * (1 + longer / h)
 
     @property
     def fastest(self) -> SlopeFunction:

@@ -17,8 +17,8 @@ class GridField(VectorField):
     """f, with a graph from every slope to the ends of the step in which it is evaluated.
 
     Let the ends a and b = a + h of a step move by δa and δb. A stage at the share s of the step then moves by
-    (1 - s)·δa + s·δb, and the step becomes longer by δb - δa. The step takes h·k from each slope k, so the slope that has
-    the same effect in the unmoved step is k·(1 + (δb - δa)/h). With δa = δb = 0 values are those of f, bit for bit, and
+    (1 - s)·δa + s·δb, and the step becomes longer by δb - δa. The step takes h·k from each slope k, so in the unmoved
+    step the slope k·(1 + (δb - δa)/h) has the same effect. With δa = δb = 0 values are those of f, bit for bit, and
     derivatives of every order are those of the moved step.
 
     The last entry of ``args`` holds the shifts of the requested times: zeros, with a graph.

@@ -62,11 +62,14 @@ def tight(method: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "newton_tol": 1e-12} if method in IMPLICIT or method == "kvaerno3" else options
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "bosh3", *IMPLICIT, "kvaerno3"])
+FIXED = ("euler", "midpoint", "rk4", *IMPLICIT)
+ADAPTIVE = ("bosh3", "kvaerno3")  # whose steps are fixed with each of the options
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(m, n) for m in (*FIXED, *ADAPTIVE) for n in OPTIONS if m in FIXED or n != "no option"]
+)
 def test_agrees_with_finite_differences(method: str, name: str) -> None:
-    if name == "no option" and method in ("bosh3", "kvaerno3"):
-        pytest.skip("adaptive without an option")
     func, y0, settings = Driven(), start(), {"method": method, "options": tight(method, OPTIONS[name])}
 
     def value(t: Tensor, **further: Any) -> Tensor:
@@ -111,11 +114,8 @@ def plain_rk4(func: Any, y: Tensor, t: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-@pytest.mark.parametrize("gradient", EXACT)
-@pytest.mark.parametrize("checkpoints", [None, 2])
+@pytest.mark.parametrize(("gradient", "checkpoints"), [*((gradient, None) for gradient in EXACT), ("aca", 2)])
 def test_agrees_with_autograd_through_the_steps(gradient: str, checkpoints: int | None) -> None:
-    if checkpoints is not None and gradient != "aca":
-        pytest.skip("checkpoints belong to aca")
     func, found = Driven(), []
     for solved in (plain_rk4, None):
         y0, t = start().requires_grad_(), torch.linspace(0, 2, 9, dtype=DTYPE).requires_grad_()

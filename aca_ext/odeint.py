@@ -43,8 +43,8 @@ def odeint(arguments: _OdeintArguments) -> State:
             sample's solve ends at its last time, its outputs at padded times are NaN, and their cotangents are ignored.
             The solver keeps time in float64, but func receives it in the state's dtype; a TimeResolutionWarning says if
             that is too coarse (unix time in float32). Its gradient is exact for fixed steps, whose sizes follow from t.
-            With adaptive steps, methods of Adams, gradient "adjoint", and inside a fixed step (option ``interp``), it
-            is the slope at each time, as accurate as the solution.
+            With adaptive steps, methods of Adams, gradient "adjoint", option ``perturb``, and inside a fixed step
+            (option ``interp``), it is the slope at each time, as accurate as the solution.
         rtol, atol: relative and absolute tolerance per step, numbers or tensors that broadcast to y0; for a tree of
             tensors also a tree of the same structure. A step is accepted if the norm of
             error / (atol + rtol·max(|y_before|, |y_after|)) is at most 1. Fixed steps do not use them.

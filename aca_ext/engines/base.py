@@ -53,8 +53,10 @@ class Request(NamedTuple):
     def moves_grid(self) -> bool:
         """True if the gradient of t is that of fixed steps whose sizes follow from t."""
         problem = self.problem
-        is_discrete = self.gradient != "adjoint" and not isinstance(problem.tableau, Adams)
-        return self.learnt is not None and problem.grid is not None and len(problem.grid) > 1 and is_discrete
+        if self.learnt is None or problem.grid is None or len(problem.grid) == 1:
+            return False
+        # Jumps of func at nodes (option perturb) stay where they are, while their nodes move.
+        return self.gradient != "adjoint" and not isinstance(problem.tableau, Adams) and not problem.jumps
 
     def task(self) -> Task:
         """A task for a gradient method, with a new field that has counted no evaluation."""

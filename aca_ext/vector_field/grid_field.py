@@ -44,7 +44,7 @@ class GridField(VectorField):
         start, h = grid.nodes[n], grid.nodes[n + 1] - grid.nodes[n]
         of_start = grid.shift(n, shifts)
         longer = grid.shift(n + 1, shifts) - of_start
-        moved = t + of_start + (t.detach() - start) / h * longer
+        moved = t + of_start + (t - start) / h * longer  # rodas5p differentiates by t
         return super().__call__(moved, y) * (1 + longer / h)
 
     @property

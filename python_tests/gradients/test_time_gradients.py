@@ -29,7 +29,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "step_size": {"step_size": 0.25},
     "n_steps": {"n_steps": 7},
     "grid_constructor": {"grid_constructor": grid},
-    "perturb": {"step_size": 0.25, "perturb": True},
 }
 
 
@@ -63,7 +62,7 @@ def tight(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 FIXED = ("euler", "midpoint", "rk4", *IMPLICIT)
-ADAPTIVE = ("bosh3", "kvaerno3")  # whose steps are fixed with each of the options
+ADAPTIVE = ("bosh3", "kvaerno3", "rodas5p")  # whose steps are fixed with each of the options
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,9 @@ def test_agrees_with_finite_differences(method: str, name: str) -> None:
         assert relative_error(found, expected) <= 1e-7, gradient
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint", "bosh3", "trapezoid", "implicit_midpoint", "kvaerno3"])
+@pytest.mark.parametrize(
+    "method", ["euler", "midpoint", "bosh3", "trapezoid", "implicit_midpoint", "kvaerno3", "rodas5p"]
+)
 def test_second_derivatives(method: str) -> None:
     func, y0 = Driven(), start()
     settings = {"method": method, "options": tight(method, {"step_size": 0.4})}
@@ -242,3 +243,27 @@ def test_adjoint_and_adams_take_the_slope() -> None:
         (found,) = torch.autograd.grad(y[-1].sum(), t)
         expected = k * y[-1].item()
         assert found.tolist() == pytest.approx([-expected, 0.0, expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("gradient", EXACT)
+@pytest.mark.parametrize(
+    ("times", "options", "expected"),
+    [
+        ([0.0, 2.0], {"step_size": 0.01}, [-1.0, 3.0]),
+        ([0.0, 1.0, 2.0], {}, [-1.0, 0.0, 3.0]),
+        ([0.0, 1.0, 2.0], {"step_size": 0.25}, [-1.0, 0.0, 3.0]),
+    ],
+)
+def test_jumps_of_func_do_not_move_with_the_nodes(
+    times: list[float], options: dict[str, Any], expected: list[float], gradient: str
+) -> None:
+    """Option perturb says that func jumps at nodes; the slopes beside the jump serve for the gradient."""
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(t < 1, 1.0, 3.0) + 0 * y
+
+    t = torch.tensor(times, dtype=DTYPE, requires_grad=True)
+    y0, options = torch.zeros(1, dtype=DTYPE), {**options, "perturb": True}
+    y = odeint(func, y0, t, method="rk4", options=options, gradient=gradient)
+    (found,) = torch.autograd.grad(y[-1].sum(), t)
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)

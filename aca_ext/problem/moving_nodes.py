@@ -49,10 +49,8 @@ class MovingNodes:
 
     def shift(self, n: int, shifts: Tensor) -> Tensor:
         """How far node ``n`` moves if the requested times move by ``shifts``."""
-        total = shifts.new_zeros(())
-        for i, weight in self._origins[n]:
-            total = total + weight * shifts[i]
-        return total
+        terms = [shifts[i] if weight == 1.0 else weight * shifts[i] for i, weight in self._origins[n]]
+        return sum(terms[1:], terms[0]) if terms else shifts.new_zeros(())
 
     def shift_with_step(self, time: float, shifts: Tensor) -> Tensor:
         """How far a point at ``time`` moves if it keeps its position in its step."""

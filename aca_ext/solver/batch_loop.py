@@ -139,6 +139,7 @@ class BatchSolver:
             self._report(t, h, accepted, y)
             if accepted.any():
                 accepted = self._accept(accepted, t, y, h, t_next, trial)
+                self._method.accept_rows(accepted, steps, trial)
             if rejected.any():
                 self._failures.check_progress(y, self._first_slope(trial), trial.failures or {})
             self._k = self._next_slopes(accepted, rejected | ~active, trial)

@@ -81,6 +81,9 @@ class RepeatedSteps(Steps, Protocol):
 class Method(RepeatedSteps, Protocol):
     """A one-step method, bound to f and the operations of one solve."""
 
+    def accept_rows(self, accepted: Any, h: Tensor, trial: Trial) -> None:
+        """Goes on to the next step in the rows of a batch that accepted this one, of sizes ``h``."""
+
     def vjp(
         self,
         times: Sequence[Number],

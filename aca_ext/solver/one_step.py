@@ -23,6 +23,9 @@ class OneStepMethod:
     def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
         return slope_at_end(self.scheme, trial)
 
+    def accept_rows(self, accepted: Any, h: Tensor, trial: Trial) -> None:
+        """Goes on to the next step in the rows of a batch that accepted this one, of sizes ``h``."""
+
     def finish(self) -> None:
         pass
 

@@ -26,7 +26,7 @@ from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.newton import Newton
 from aca_ext.solver.implicit.replayed_stages import ReplayedStage, predicted, pulled_states, transposed_solution
-from aca_ext.solver.implicit.rows import constant, is_any, spread
+from aca_ext.solver.implicit.rows import Mask, chosen, constant, in_dtype_of, is_any, of_tensor, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
 from aca_ext.solver.implicit.systems import Jacobian, Solution
 from aca_ext.solver.one_step import OneStepMethod
@@ -68,7 +68,8 @@ class ImplicitMethod(OneStepMethod):
         self.scheme: ImplicitScheme = scheme
         self._f, self._ops, self._jacobian, self._tolerance, self._repeats = f, ops, jacobian, tolerance, repeats
         self._is_continued = tolerance is not None and any(len(group.stages) > 1 for group in scheme.groups)
-        self._last: tuple[float, Sequence[Tensor]] | None = None  # size and slopes of the step before, if continued
+        # Size and slopes of the step before, if continued; a size is NaN in rows without such a step.
+        self._last: tuple[Number, Sequence[Tensor]] | None = None
         self._newton = Newton(f, ops, jacobian, None if repeats else tolerance, counts)
 
     def step(
@@ -170,10 +171,17 @@ class ImplicitMethod(OneStepMethod):
         return cotangent_of_start(ops, outputs, pulled.values(), inside)
 
     def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
-        size = constant(h)
-        if self._is_continued and isinstance(size, float):  # and not one for each row
-            self._last = size, [k.detach() for k in trial.k]
+        if self._is_continued:
+            self._last = constant(h), [k.detach() for k in trial.k]
         return super().accept(y, h, trial)
+
+    def accept_rows(self, accepted: Mask, h: Tensor, trial: Trial) -> None:
+        if not self._is_continued:
+            return
+        slopes = [k.detach() for k in trial.k]
+        before, earlier = (torch.full_like(h, math.nan), slopes) if self._last is None else self._last
+        assert isinstance(before, Tensor)
+        self._last = chosen(accepted, [h], [before])[0], chosen(accepted, slopes, earlier)
 
     def forget_jacobian(self) -> None:
         self._newton.forget()
@@ -237,8 +245,7 @@ class ImplicitMethod(OneStepMethod):
                 start = [predicted(self._ops, p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
                 found = newton.solve(group, at, base, start)
             elif known and self._tolerance is not None:
-                start = self._continued(group, h) or [self._sum(None, h, known, weights) for weights in group.starts]
-                found = newton.solve(group, at, base, start)
+                found = newton.solve(group, at, base, self._starts(group, h, known))
             else:
                 start = [y.detach() - x for x in base]
                 found = newton.solve(group, at, base, start, first.detach())
@@ -246,22 +253,25 @@ class ImplicitMethod(OneStepMethod):
             raise ReplayError(f"the backward pass did not repeat the forward pass: {newton.failures().popitem()[1]}")
         return found
 
-    def _continued(self, group: Group, h: Number) -> list[Tensor] | None:
-        """Stage states on the dense output of the step before, continued beyond its end, without their base.
+    def _starts(self, group: Group, h: Number, k: Sequence[Tensor]) -> list[Tensor]:
+        """Stage states without their base, from the step before or from the slopes ``k`` of this step.
 
-        None if there is no such step, or for single stages, which earlier slopes of their own step predict as well.
         Source: Hairer & Wanner, Solving ODEs II, IV.8 (starting values).
         """
-        if self._last is None or len(group.stages) == 1 or not isinstance(h, float):
-            return None
+        if self._last is None or len(group.stages) == 1:  # which earlier slopes of their own step predict as well
+            return [self._sum(None, h, k, weights) for weights in group.starts]
         (size, slopes), weights_at = self._last, self.scheme.tableau.dense_weights
-        if h / size > _FARTHEST:
-            return None
-        end, found = weights_at(1.0), []
-        for i in group.stages:
-            weights = tuple(w - e for w, e in zip(weights_at(1.0 + self.scheme.c[i] * h / size), end, strict=True))
-            found.append(self._ops.weighted_sum(None, size, slopes, weights))
-        return found
+        ratio: Any = h / size
+        is_near = of_tensor(ratio <= _FARTHEST)
+        if not is_any(is_near):
+            return [self._sum(None, h, k, weights) for weights in group.starts]
+        # The dense output of the step before, continued beyond its end.
+        at, end = [weights_at(1.0 + self.scheme.c[i] * ratio) for i in group.stages], weights_at(1.0)
+        rows = [[w - e for w, e in zip(weights, end, strict=True)] for weights in at]
+        if not isinstance(size, Tensor):
+            return [self._ops.weighted_sum(None, size, slopes, tuple(row)) for row in rows]
+        found = [sum(in_dtype_of(x, size * w) * x for w, x in zip(row, slopes, strict=True)) for row in rows]
+        return chosen(is_near, found, [self._sum(None, h, k, weights) for weights in group.starts])
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]

@@ -49,7 +49,7 @@ def grid_of(given: Options, func: Any, y0: State, times: tuple[float, ...], reso
 
 
 def followed_by_nodes(given: Options) -> NodesFollow:
-    """How the nodes between requested times move with these."""
+    """The behaviour of nodes between requested times when these move."""
     if given.get("grid_constructor") is not None:
         return NodesFollow.NOTHING
     if given.get("n_steps") is not None:

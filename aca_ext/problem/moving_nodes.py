@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class NodesFollow(Enum):
-    """What a node that is no requested time keeps when requested times move."""
+    """The property that a node between requested times keeps when these move."""
 
     TIMES = auto()  # there is no such node
     NOTHING = auto()  # its time: nodes of option grid_constructor
@@ -48,12 +48,12 @@ class MovingNodes:
             self._origins.append(origins)
 
     def shift(self, n: int, shifts: Tensor) -> Tensor:
-        """How far node ``n`` moves if the requested times move by ``shifts``."""
+        """The shift of node ``n`` if the requested times move by ``shifts``."""
         terms = [shifts[i] if weight == 1.0 else weight * shifts[i] for i, weight in self._origins[n]]
         return sum(terms[1:], terms[0]) if terms else shifts.new_zeros(())
 
     def shift_with_step(self, time: float, shifts: Tensor) -> Tensor:
-        """How far a point at ``time`` moves if it keeps its position in its step."""
+        """The shift of a point at ``time`` that keeps its position in its step."""
         n = min(bisect_right(self._sorted, self._sign * time), len(self.nodes) - 1) - 1
         start, end = self.nodes[n], self.nodes[n + 1]
         share = (time - start) / (end - start)

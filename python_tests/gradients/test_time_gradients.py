@@ -167,7 +167,7 @@ def test_backward_in_time_complex_trees_and_float32() -> None:
 @pytest.mark.parametrize("gradient", EXACT)
 @pytest.mark.parametrize(("interp", "limit"), [("cubic", 1e-4), ("linear", 3e-2)])
 def test_inside_steps_it_is_accurate(interp: str, limit: float, gradient: str) -> None:
-    """Where a requested time lies inside a step, the slope of func serves."""
+    """Requested times inside steps, where the slope of func serves."""
     func, y0, options = Driven(), start(), {"step_size": 0.05, "interp": interp}
 
     def value(t: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from aca_ext.kernels.fused import TorchOperations
 from aca_ext.kernels.reference import Number
 from aca_ext.solver.implicit.newton import Newton
 from aca_ext.solver.implicit.replayed_stages import ReplayedStage, predicted, pulled_states, transposed_solution
-from aca_ext.solver.implicit.rows import Mask, chosen, constant, in_dtype_of, is_any, of_tensor, spread
+from aca_ext.solver.implicit.rows import Mask, constant, is_any, spread
 from aca_ext.solver.implicit.scheme import Group, ImplicitScheme
+from aca_ext.solver.implicit.starting_values import StepBefore
 from aca_ext.solver.implicit.systems import Jacobian, Solution
 from aca_ext.solver.one_step import OneStepMethod
 from aca_ext.solver.runge_kutta import PULLED, Trial
@@ -42,7 +43,6 @@ from aca_ext.solver.transposed_step import (
 )
 from aca_ext.vector_field.slope_function import SlopeFunction
 
-_FARTHEST = 3.0  # longest continuation of a step, in its lengths
 _CORRECTIONS = 2  # Newton corrections with a graph: each makes one more order of derivatives exact
 
 
@@ -67,9 +67,7 @@ class ImplicitMethod(OneStepMethod):
     ) -> None:
         self.scheme: ImplicitScheme = scheme
         self._f, self._ops, self._jacobian, self._tolerance, self._repeats = f, ops, jacobian, tolerance, repeats
-        self._is_continued = tolerance is not None and any(len(group.stages) > 1 for group in scheme.groups)
-        # Size and slopes of the step before, if continued; a size is NaN in rows without such a step.
-        self._last: tuple[Number, Sequence[Tensor]] | None = None
+        self._before = StepBefore(ops, scheme)
         self._newton = Newton(f, ops, jacobian, None if repeats else tolerance, counts)
 
     def step(
@@ -89,7 +87,7 @@ class ImplicitMethod(OneStepMethod):
         t, size = ops.scalars(times), constant(h)
         k: list[Tensor] = []
         if k_first is None:  # the first step, or one at a jump of func
-            self._last = None
+            self._before.forget()
         first = self._first_slope(t, y) if k_first is None else k_first
         states = None if y_next is None else {-1: y.detach(), len(scheme.a): y_next}  # as in Group.predictors
         newton.begin_step(times[0], t[0], y, size)
@@ -171,17 +169,12 @@ class ImplicitMethod(OneStepMethod):
         return cotangent_of_start(ops, outputs, pulled.values(), inside)
 
     def accept(self, y: Tensor, h: Number, trial: Trial) -> Tensor | None:
-        if self._is_continued:
-            self._last = constant(h), [k.detach() for k in trial.k]
+        if self._tolerance is not None:
+            self._before.keep(h, trial.k)
         return super().accept(y, h, trial)
 
     def accept_rows(self, accepted: Mask, h: Tensor, trial: Trial) -> None:
-        if not self._is_continued:
-            return
-        slopes = [k.detach() for k in trial.k]
-        before, earlier = (torch.full_like(h, math.nan), slopes) if self._last is None else self._last
-        assert isinstance(before, Tensor)
-        self._last = chosen(accepted, [h], [before])[0], chosen(accepted, slopes, earlier)
+        self._before.keep_rows(accepted, h, trial.k)
 
     def forget_jacobian(self) -> None:
         self._newton.forget()
@@ -245,33 +238,14 @@ class ImplicitMethod(OneStepMethod):
                 start = [predicted(self._ops, p, known_states) - x for p, x in zip(group.predictors, base, strict=True)]
                 found = newton.solve(group, at, base, start)
             elif known and self._tolerance is not None:
-                found = newton.solve(group, at, base, self._starts(group, h, known))
+                start = [self._sum(None, h, known, weights) for weights in group.starts]
+                found = newton.solve(group, at, base, self._before.starts(group, h, start))
             else:
                 start = [y.detach() - x for x in base]
                 found = newton.solve(group, at, base, start, first.detach())
         if self._repeats and is_any(newton.failed):
             raise ReplayError(f"the backward pass did not repeat the forward pass: {newton.failures().popitem()[1]}")
         return found
-
-    def _starts(self, group: Group, h: Number, k: Sequence[Tensor]) -> list[Tensor]:
-        """Stage states without their base, from the step before or from the slopes ``k`` of this step.
-
-        Source: Hairer & Wanner, Solving ODEs II, IV.8 (starting values).
-        """
-        if self._last is None or len(group.stages) == 1:  # which earlier slopes of their own step predict as well
-            return [self._sum(None, h, k, weights) for weights in group.starts]
-        (size, slopes), weights_at = self._last, self.scheme.tableau.dense_weights
-        ratio: Any = h / size
-        is_near = of_tensor(ratio <= _FARTHEST)
-        if not is_any(is_near):
-            return [self._sum(None, h, k, weights) for weights in group.starts]
-        # The dense output of the step before, continued beyond its end.
-        at, end = [weights_at(1.0 + self.scheme.c[i] * ratio) for i in group.stages], weights_at(1.0)
-        rows = [[w - e for w, e in zip(weights, end, strict=True)] for weights in at]
-        if not isinstance(size, Tensor):
-            return [self._ops.weighted_sum(None, size, slopes, tuple(row)) for row in rows]
-        found = [sum(in_dtype_of(x, size * w) * x for w, x in zip(row, slopes, strict=True)) for row in rows]
-        return chosen(is_near, found, [self._sum(None, h, k, weights) for weights in group.starts])
 
     def _with_graph(
         self, group: Group, t: Sequence[Tensor], y: Tensor, h: Number, k: Sequence[Tensor], found: Sequence[Tensor]

@@ -16,7 +16,7 @@ C_TYPES = {torch.float32: "float", torch.float64: "double"}
 _ALIGNMENT = 64
 _MAX_CONSTANT_BYTES = 1 << 16
 _KERNEL = {True: "static void", False: "__attribute__((noinline)) static void"}  # by whether it may be inlined
-_END_OF_PRODUCTS = "}  // namespace aca"  # in matmul.h
+_END_OF_HEADERS = "}  // namespace aca"  # of sums.h, the last one
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Source:
             code = "\n".join(line for line in lines if not line.startswith("#include"))
             kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"{_KERNEL[inlines]} {name}(", code))
         count = _number("programs", self._count)
-        own = [_header(name) for name in ("matmul.h", "sums.h")]
+        own = [_header(name) for name in ("registers.h", "matmul.h", "sums.h")]
         return "\n".join([*headers, *own, *self._constants, *kernels, *self._programs, count, ""])
 
 
@@ -95,14 +95,16 @@ def with_own_vectors(source: str) -> str:
     """
     head, _, code = source.partition(_TORCH_HEADER)
     code = _DIVISION_CHECK.sub("", code)
-    kernels = code.partition(_END_OF_PRODUCTS)[2]
+    kernels = code.rpartition(_END_OF_HEADERS)[2]
     standard = ["#include <cmath>", "#include <limits>"] if "std::" in kernels else []
     standard += ["#include <omp.h>"] if "omp_" in kernels else []
     return "\n".join([head, *standard, _header("vectors.h"), code])
 
 
 def _header(name: str) -> str:
-    return Path(__file__).with_name(name).read_text().replace("#pragma once", "")
+    """The text of a header, without those of ours that it includes."""
+    text = Path(__file__).with_name(name).read_text()
+    return re.sub(r'^#pragma once|^#include ".*', "", text, flags=re.MULTILINE)
 
 
 def _places(calls: Sequence[Call], inputs: Sequence[Tensor]) -> tuple[dict[int, str], int, list[torch.UntypedStorage]]:

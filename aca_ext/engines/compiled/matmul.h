@@ -6,25 +6,15 @@
 #include <type_traits>
 #include <utility>
 
+#include "registers.h"
+
 namespace aca {
 
 template <typename T>
 struct Lanes {
-    typedef T Vector __attribute__((vector_size(64)));
-    typedef T Half __attribute__((vector_size(32)));
-    static constexpr long count = 64 / sizeof(T);
+    static constexpr long count = kVectorBytes / sizeof(T);
+    using Vector = typename VectorOf<T, count>::Type;
 };
-
-template <typename T>
-inline T sum_of_lanes(const typename Lanes<T>::Vector& v) {
-    typename Lanes<T>::Half low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    low += high;
-    T total = 0;
-    for (long i = 0; i < Lanes<T>::count / 2; ++i) total += low[i];
-    return total;
-}
 
 // A block of ROWS rows and COLUMNS vectors of c, held in registers; b is contiguous along n, full vectors throughout.
 template <typename T, long ROWS, long COLUMNS, long N, long K, long SAM, long SAK, long LDB, long SCM, long SCN>
@@ -51,9 +41,12 @@ inline void block(const T* a, const T* b, T* c, long n) {
         }
 }
 
+// In a block, two vectors of sums for each row fill the registers.
+constexpr long kBlockRows = kVectorRegisters >= 32 ? 8 : 6;
+
 template <typename T, long COLUMNS, long M, long N, long K, long SAM, long SAK, long LDB, long SCM, long SCN>
 inline void columns(const T* a, const T* b, T* c, long n) {
-    constexpr long ROWS = M < 8 ? M : 8;
+    constexpr long ROWS = M < kBlockRows ? M : kBlockRows;
     long m = 0;
     for (; m <= M - ROWS; m += ROWS)
         block<T, ROWS, COLUMNS, N, K, SAM, SAK, LDB, SCM, SCN>(a + m * SAM, b + n, c + m * SCM + n * SCN, n);
@@ -121,7 +114,7 @@ struct AlongK {
             }
 #pragma GCC unroll 16
             for (long n = 0; n < N; ++n) {
-                T total = sum_of_lanes<T>(sum[n]);
+                T total = sum_of<T, L>(sum[n]);
                 for (long k = FULL; k < K; ++k) total += a[m * SAM + k] * b[n * LDB + k];
                 c[m * SCM + n * SCN] = total;
             }

@@ -2,13 +2,9 @@
 // A body is a lambda with a template parameter V: body.template operator()<V>(i) takes the elements from i on that V
 // holds. Elements are taken in the longest vectors that still fit, down to vectors of one element.
 #pragma once
+#include "registers.h"
 
 namespace aca {
-
-template <typename T, long COUNT>
-struct VectorOf {
-    typedef T Type __attribute__((vector_size(COUNT * sizeof(T))));
-};
 
 template <typename V, typename T>
 inline V load(const T* from) {
@@ -22,7 +18,7 @@ inline void store(T* to, const V& v) {
     __builtin_memcpy(to, &v, sizeof v);
 }
 
-template <typename T, long FROM, long TO, int THREADS, long COUNT = 64 / sizeof(T), typename Body>
+template <typename T, long FROM, long TO, int THREADS, long COUNT = kVectorBytes / sizeof(T), typename Body>
 inline void for_each_element(const Body& body) {
     using V = typename VectorOf<T, COUNT>::Type;
     constexpr long END = FROM + (TO - FROM) / COUNT * COUNT;
@@ -36,7 +32,7 @@ inline void for_each_element(const Body& body) {
 }
 
 // Sum of the squares of what the body returns, in double precision and in a fixed order.
-template <typename T, long FROM, long TO, long COUNT = 8, typename Body>
+template <typename T, long FROM, long TO, long COUNT = kVectorBytes / sizeof(double), typename Body>
 inline double sum_of_squares(const Body& body) {
     using V = typename VectorOf<T, COUNT>::Type;
     using Sum = typename VectorOf<double, COUNT>::Type;
@@ -46,9 +42,8 @@ inline double sum_of_squares(const Body& body) {
         const Sum x = __builtin_convertvector(body.template operator()<V>(i), Sum);
         sum += x * x;
     }
-    double total = 0;
-    for (long lane = 0; lane < COUNT; ++lane) total += sum[lane];
-    if constexpr (END < TO) total += sum_of_squares<T, END, TO, COUNT / 2>(body);
+    const double total = sum_of<double, COUNT>(sum);
+    if constexpr (END < TO) return total + sum_of_squares<T, END, TO, COUNT / 2>(body);
     return total;
 }
 

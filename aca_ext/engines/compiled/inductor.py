@@ -45,8 +45,8 @@ class Recipe(NamedTuple):
     inlines: bool
 
 
-_HAS_OWN_VECTORS = "CPU_CAPABILITY_AVX512"  # the definition among the flags of the compiler
-_BEYOND_OWN_VECTORS = "VecMask<double,2>", ".template cast<int", "c10::"  # the most frequent ones
+_WITH_OWN_VECTORS = {"CPU_CAPABILITY_AVX2", "CPU_CAPABILITY_AVX512"}  # definitions among the flags of the compiler
+_BEYOND_OWN_VECTORS = ".template cast<int", "c10::"  # the most frequent ones
 
 _OF_SLEEF = "libtorch_cpu.so"
 _SLOW_WORDS = {"-g1", "-Wall", "-pedantic", "-ltorch", "-ltorch_cpu", "-ltorch_python"}
@@ -163,7 +163,7 @@ def _compile(source: str, to: Path) -> None:
         command = CppBuilder(name="new", sources=source_file(to).name, BuildOption=options).get_command_line()
     words = shlex.split(command)
     words[words.index("-o") + 1] = str(to)
-    if _HAS_OWN_VECTORS in words and not any(part in source for part in _BEYOND_OWN_VECTORS):
+    if _WITH_OWN_VECTORS.intersection(words) and not any(part in source for part in _BEYOND_OWN_VECTORS):
         try:
             run_compiler(_for_own_vectors(words, to), with_own_vectors(source), to)
             return

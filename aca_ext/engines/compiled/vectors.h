@@ -1,217 +1,325 @@
 // Vectors of floats and doubles for compiled programs: the part of torch's at::vec that most kernels of Inductor need,
-// with the same instructions for AVX-512. Reading torch's own headers takes longer than compiling a program with them.
+// with the same results, for AVX2 and AVX-512. In vectors and builtins of GCC: reading torch's headers, or the one that
+// names the instructions, takes longer than compiling a program.
 #pragma once
-#include <immintrin.h>
-
 #include <cstdint>
+
+#ifdef __clang__
+#error "clang has other builtins"
+#endif
 
 #define C10_LIKELY(condition) (__builtin_expect(static_cast<bool>(condition), 1))
 #define C10_UNLIKELY(condition) (__builtin_expect(static_cast<bool>(condition), 0))
 
-// Functions of Sleef, which libtorch_cpu exports.
-#define ACA_UNARY(of_float, of_double)          \
-    extern "C" __m512 Sleef_##of_float(__m512); \
-    extern "C" __m512d Sleef_##of_double(__m512d);
-#define ACA_BINARY(of_float, of_double)                 \
-    extern "C" __m512 Sleef_##of_float(__m512, __m512); \
-    extern "C" __m512d Sleef_##of_double(__m512d, __m512d);
-ACA_UNARY(expf16_u10, expd8_u10)
-ACA_UNARY(expm1f16_u10, expm1d8_u10)
-ACA_UNARY(logf16_u10, logd8_u10)
-ACA_UNARY(log1pf16_u10, log1pd8_u10)
-ACA_UNARY(log2f16_u10, log2d8_u10)
-ACA_UNARY(log10f16_u10, log10d8_u10)
-ACA_UNARY(sinf16_u35, sind8_u10)
-ACA_UNARY(cosf16_u35, cosd8_u10)
-ACA_UNARY(tanf16_u10, tand8_u10)
-ACA_UNARY(asinf16_u10, asind8_u10)
-ACA_UNARY(acosf16_u10, acosd8_u10)
-ACA_UNARY(atanf16_u10, atand8_u10)
-ACA_UNARY(asinhf16_u10, asinhd8_u10)
-ACA_UNARY(atanhf16_u10, atanhd8_u10)
-ACA_UNARY(tanhf16_u10, tanhd8_u10)
-ACA_BINARY(powf16_u10, powd8_u10)
-ACA_BINARY(atan2f16_u10, atan2d8_u10)
-ACA_BINARY(copysignf16, copysignd8)
-#undef ACA_UNARY
-#undef ACA_BINARY
+// F is called with each function of Sleef, and its precision for floats and for doubles; libtorch_cpu exports them.
+// clang-format off
+#define ACA_UNARY_FUNCTIONS(F)                                                                                   \
+    F(exp, _u10, _u10) F(expm1, _u10, _u10) F(log, _u10, _u10) F(log1p, _u10, _u10) F(log2, _u10, _u10)          \
+    F(log10, _u10, _u10) F(sin, _u35, _u10) F(cos, _u35, _u10) F(tan, _u10, _u10) F(asin, _u10, _u10)            \
+    F(acos, _u10, _u10) F(atan, _u10, _u10) F(asinh, _u10, _u10) F(atanh, _u10, _u10) F(tanh, _u10, _u10)
+// clang-format on
+#define ACA_BINARY_FUNCTIONS(F) F(pow, _u10, _u10) F(atan2, _u10, _u10)
 
 namespace at::vec {
 
-template <typename T>
-struct Vectorized;
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kBytes = 64;
+#define ACA_NUMBERS_OF_FLOATS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#define ACA_NUMBERS_OF_DOUBLES {0, 1, 2, 3, 4, 5, 6, 7}
+#define ACA_FLOATS(function, precision) Sleef_##function##f16##precision
+#define ACA_DOUBLES(function, precision) Sleef_##function##d8##precision
+#else
+constexpr int kBytes = 32;
+#define ACA_NUMBERS_OF_FLOATS {0, 1, 2, 3, 4, 5, 6, 7}
+#define ACA_NUMBERS_OF_DOUBLES {0, 1, 2, 3}
+#define ACA_FLOATS(function, precision) Sleef_##function##f8##precision
+#define ACA_DOUBLES(function, precision) Sleef_##function##d4##precision
+#endif
 
-// The result of a comparison: one bit per element.
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef float HalfOfFloats __attribute__((vector_size(kBytes / 2)));
+
+// Bits are integers of which all bits are set, or none, as comparisons return them.
+template <typename T>
+struct Registers;
+template <>
+struct Registers<float> {
+    using Values = Floats;
+    typedef int Bits __attribute__((vector_size(kBytes)));
+    static constexpr int sign = 1 << 31;
+    static Bits numbers() { return Bits ACA_NUMBERS_OF_FLOATS; }
+};
+template <>
+struct Registers<double> {
+    using Values = Doubles;
+    typedef long long Bits __attribute__((vector_size(kBytes)));
+    static constexpr long long sign = 1LL << 63;
+    static Bits numbers() { return Bits ACA_NUMBERS_OF_DOUBLES; }
+};
+
+// True for the first elements.
+template <typename T>
+typename Registers<T>::Bits first(int64_t count) {
+    return Registers<T>::numbers() < static_cast<decltype(Registers<T>::sign)>(count);
+}
+
+#define ACA_UNARY(function, of_floats, of_doubles)                                       \
+    extern "C" Floats ACA_FLOATS(function, of_floats)(Floats);                           \
+    extern "C" Doubles ACA_DOUBLES(function, of_doubles)(Doubles);                       \
+    inline Floats function##_of(Floats x) { return ACA_FLOATS(function, of_floats)(x); } \
+    inline Doubles function##_of(Doubles x) { return ACA_DOUBLES(function, of_doubles)(x); }
+#define ACA_BINARY(function, of_floats, of_doubles)                                                   \
+    extern "C" Floats ACA_FLOATS(function, of_floats)(Floats, Floats);                                \
+    extern "C" Doubles ACA_DOUBLES(function, of_doubles)(Doubles, Doubles);                           \
+    inline Floats function##_of(Floats x, Floats y) { return ACA_FLOATS(function, of_floats)(x, y); } \
+    inline Doubles function##_of(Doubles x, Doubles y) { return ACA_DOUBLES(function, of_doubles)(x, y); }
+ACA_UNARY_FUNCTIONS(ACA_UNARY)
+ACA_BINARY_FUNCTIONS(ACA_BINARY)
+#undef ACA_UNARY
+#undef ACA_BINARY
+
+// Square roots, roundings down (1) and up (2), and loads and stores of the first elements.
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kCurrentRounding = 4;
+inline unsigned first_bits(int64_t count) { return (1U << count) - 1; }
+inline Floats load(const float* from, int64_t count) {
+    return __builtin_ia32_loadups512_mask(from, Floats{}, first_bits(count));
+}
+inline Doubles load(const double* from, int64_t count) {
+    return __builtin_ia32_loadupd512_mask(from, Doubles{}, first_bits(count));
+}
+inline void store(float* to, Floats x, int64_t count) { __builtin_ia32_storeups512_mask(to, x, first_bits(count)); }
+inline void store(double* to, Doubles x, int64_t count) { __builtin_ia32_storeupd512_mask(to, x, first_bits(count)); }
+inline Floats sqrt_of(Floats x) { return __builtin_ia32_sqrtps512_mask(x, x, -1, kCurrentRounding); }
+inline Doubles sqrt_of(Doubles x) { return __builtin_ia32_sqrtpd512_mask(x, x, -1, kCurrentRounding); }
+inline Floats floor_of(Floats x) { return __builtin_ia32_rndscaleps_mask(x, 1, x, -1, kCurrentRounding); }
+inline Doubles floor_of(Doubles x) { return __builtin_ia32_rndscalepd_mask(x, 1, x, -1, kCurrentRounding); }
+inline Floats ceil_of(Floats x) { return __builtin_ia32_rndscaleps_mask(x, 2, x, -1, kCurrentRounding); }
+inline Doubles ceil_of(Doubles x) { return __builtin_ia32_rndscalepd_mask(x, 2, x, -1, kCurrentRounding); }
+#else
+inline Floats load(const float* from, int64_t count) {
+    return __builtin_ia32_maskloadps256(reinterpret_cast<const Floats*>(from), first<float>(count));
+}
+inline Doubles load(const double* from, int64_t count) {
+    return __builtin_ia32_maskloadpd256(reinterpret_cast<const Doubles*>(from), first<double>(count));
+}
+inline void store(float* to, Floats x, int64_t count) {
+    __builtin_ia32_maskstoreps256(reinterpret_cast<Floats*>(to), first<float>(count), x);
+}
+inline void store(double* to, Doubles x, int64_t count) {
+    __builtin_ia32_maskstorepd256(reinterpret_cast<Doubles*>(to), first<double>(count), x);
+}
+inline Floats sqrt_of(Floats x) { return __builtin_ia32_sqrtps256(x); }
+inline Doubles sqrt_of(Doubles x) { return __builtin_ia32_sqrtpd256(x); }
+inline Floats floor_of(Floats x) { return __builtin_ia32_roundps256(x, 1); }
+inline Doubles floor_of(Doubles x) { return __builtin_ia32_roundpd256(x, 1); }
+inline Floats ceil_of(Floats x) { return __builtin_ia32_roundps256(x, 2); }
+inline Doubles ceil_of(Doubles x) { return __builtin_ia32_roundpd256(x, 2); }
+#endif
+
+// The result of a comparison, of N registers.
 template <typename T, int N>
 struct VecMask {
-    static_assert(N == 1);
-    using Bits = typename Vectorized<T>::Bits;
-    Bits bits;
+    typename Registers<T>::Bits bits[N];
 
     template <typename U, int M>
     VecMask<U, M> cast() const {
         static_assert(sizeof(U) == sizeof(T) && M == N);
-        return {bits};
+        return *this;
     }
-    VecMask operator&(VecMask other) const { return {static_cast<Bits>(bits & other.bits)}; }
-    VecMask operator|(VecMask other) const { return {static_cast<Bits>(bits | other.bits)}; }
-    VecMask operator^(VecMask other) const { return {static_cast<Bits>(bits ^ other.bits)}; }
-    VecMask operator~() const { return {static_cast<Bits>(~bits)}; }
+    template <typename F>
+    static VecMask of_each(F f) {
+        VecMask mask;
+        for (int i = 0; i < N; ++i) mask.bits[i] = f(i);
+        return mask;
+    }
+    VecMask operator&(VecMask b) const {
+        return of_each([&](int i) { return bits[i] & b.bits[i]; });
+    }
+    VecMask operator|(VecMask b) const {
+        return of_each([&](int i) { return bits[i] | b.bits[i]; });
+    }
+    VecMask operator^(VecMask b) const {
+        return of_each([&](int i) { return bits[i] ^ b.bits[i]; });
+    }
+    VecMask operator~() const {
+        return of_each([&](int i) { return ~bits[i]; });
+    }
 };
 
-// The members of Vectorized<T>: p is the suffix of intrinsics, f that of functions of Sleef.
-#define ACA_VECTOR(T, REGISTER, BITS, COUNT, p, f, SINES)                                                    \
-    using value_type = T;                                                                                    \
-    using Bits = BITS;                                                                                       \
-    using Mask = VecMask<T, 1>;                                                                              \
-    REGISTER values;                                                                                         \
-    static constexpr int size() { return COUNT; }                                                            \
-    Vectorized() : values(_mm512_setzero_##p()) {}                                                           \
-    Vectorized(REGISTER v) : values(v) {}                                                                    \
-    Vectorized(T x) : values(_mm512_set1_##p(x)) {}                                                          \
-    static Bits first(int64_t count) { return static_cast<Bits>((1ULL << count) - 1); }                      \
-    static Vectorized loadu(const void* from, int64_t count = COUNT) {                                       \
-        return count == COUNT ? _mm512_loadu_##p(from) : _mm512_maskz_loadu_##p(first(count), from);         \
-    }                                                                                                        \
-    void store(void* to, int64_t count = COUNT) const {                                                      \
-        if (count == COUNT)                                                                                  \
-            _mm512_storeu_##p(to, values);                                                                   \
-        else if (count > 0)                                                                                  \
-            _mm512_mask_storeu_##p(to, first(count), values);                                                \
-    }                                                                                                        \
-    static Vectorized blendv(Vectorized a, Vectorized b, Mask mask) {                                        \
-        return _mm512_mask_blend_##p(mask.bits, a.values, b.values);                                         \
-    }                                                                                                        \
-    static Vectorized set(Vectorized a, Vectorized b, int64_t count = COUNT) {                               \
-        return count == COUNT ? b.values : _mm512_mask_blend_##p(first(count), a.values, b.values);          \
-    }                                                                                                        \
-    Vectorized abs() const { return _mm512_andnot_##p(_mm512_set1_##p(T(-0.0)), values); }                   \
-    Vectorized neg() const { return _mm512_xor_##p(_mm512_set1_##p(T(-0.0)), values); }                      \
-    Vectorized sqrt() const { return _mm512_sqrt_##p(values); }                                              \
-    Vectorized floor() const { return _mm512_floor_##p(values); }                                            \
-    Vectorized ceil() const { return _mm512_ceil_##p(values); }                                              \
-    Vectorized reciprocal() const { return _mm512_div_##p(_mm512_set1_##p(1), values); }                     \
-    Vectorized rsqrt() const { return _mm512_div_##p(_mm512_set1_##p(1), _mm512_sqrt_##p(values)); }         \
-    Vectorized exp() const { return Sleef_exp##f##_u10(values); }                                            \
-    Vectorized expm1() const { return Sleef_expm1##f##_u10(values); }                                        \
-    Vectorized log() const { return Sleef_log##f##_u10(values); }                                            \
-    Vectorized log1p() const { return Sleef_log1p##f##_u10(values); }                                        \
-    Vectorized log2() const { return Sleef_log2##f##_u10(values); }                                          \
-    Vectorized log10() const { return Sleef_log10##f##_u10(values); }                                        \
-    Vectorized sin() const { return Sleef_sin##f##SINES(values); }                                           \
-    Vectorized cos() const { return Sleef_cos##f##SINES(values); }                                           \
-    Vectorized tan() const { return Sleef_tan##f##_u10(values); }                                            \
-    Vectorized asin() const { return Sleef_asin##f##_u10(values); }                                          \
-    Vectorized acos() const { return Sleef_acos##f##_u10(values); }                                          \
-    Vectorized atan() const { return Sleef_atan##f##_u10(values); }                                          \
-    Vectorized asinh() const { return Sleef_asinh##f##_u10(values); }                                        \
-    Vectorized atanh() const { return Sleef_atanh##f##_u10(values); }                                        \
-    Vectorized tanh() const { return Sleef_tanh##f##_u10(values); }                                          \
-    Vectorized pow(Vectorized b) const { return Sleef_pow##f##_u10(values, b.values); }                      \
-    Vectorized atan2(Vectorized b) const { return Sleef_atan2##f##_u10(values, b.values); }                  \
-    Vectorized copysign(Vectorized b) const { return Sleef_copysign##f(values, b.values); }                  \
-    friend Vectorized operator+(Vectorized a, Vectorized b) { return _mm512_add_##p(a.values, b.values); }   \
-    friend Vectorized operator-(Vectorized a, Vectorized b) { return _mm512_sub_##p(a.values, b.values); }   \
-    friend Vectorized operator*(Vectorized a, Vectorized b) { return _mm512_mul_##p(a.values, b.values); }   \
-    friend Vectorized operator/(Vectorized a, Vectorized b) { return _mm512_div_##p(a.values, b.values); }   \
-    Mask operator==(Vectorized b) const { return {_mm512_cmp_##p##_mask(values, b.values, _CMP_EQ_OQ)}; }    \
-    Mask operator!=(Vectorized b) const { return {_mm512_cmp_##p##_mask(values, b.values, _CMP_NEQ_UQ)}; }   \
-    Mask operator<(Vectorized b) const { return {_mm512_cmp_##p##_mask(values, b.values, _CMP_LT_OQ)}; }     \
-    Mask operator<=(Vectorized b) const { return {_mm512_cmp_##p##_mask(values, b.values, _CMP_LE_OQ)}; }    \
-    Mask operator>(Vectorized b) const { return {_mm512_cmp_##p##_mask(values, b.values, _CMP_GT_OQ)}; }     \
-    Mask operator>=(Vectorized b) const { return {_mm512_cmp_##p##_mask(values, b.values, _CMP_GE_OQ)}; }    \
-    Mask is_nan_with(Vectorized b) const { return {_mm512_cmp_##p##_mask(values, b.values, _CMP_UNORD_Q)}; } \
-    Vectorized larger(Vectorized b) const { return _mm512_max_##p(values, b.values); }                       \
-    Vectorized smaller(Vectorized b) const { return _mm512_min_##p(values, b.values); }
+template <typename T>
+struct Vectorized {
+    using value_type = T;
+    using Values = typename Registers<T>::Values;
+    using Bits = typename Registers<T>::Bits;
+    using Mask = VecMask<T, 1>;
+    static constexpr auto sign = Registers<T>::sign;
+    Values values;
 
-template <>
-struct Vectorized<float> {
-    ACA_VECTOR(float, __m512, __mmask16, 16, ps, f16, _u35)
+    static constexpr int size() { return kBytes / sizeof(T); }
+    Vectorized() : values{} {}
+    Vectorized(Values v) : values(v) {}
+    Vectorized(T x) : values(x - Values{}) {}
+    static Vectorized loadu(const void* from, int64_t count = size()) {
+        if (count < size()) return load(static_cast<const T*>(from), count);
+        Values values;
+        __builtin_memcpy(&values, from, sizeof values);
+        return values;
+    }
+    void store(void* to, int64_t count = size()) const {
+        if (count == size())
+            __builtin_memcpy(to, &values, sizeof values);
+        else if (count > 0)
+            vec::store(static_cast<T*>(to), values, count);
+    }
+    static Vectorized blendv(Vectorized a, Vectorized b, Mask mask) { return mask.bits[0] ? b.values : a.values; }
+    // The first elements of b, and the others of a.
+    static Vectorized set(Vectorized a, Vectorized b, int64_t count = size()) {
+        return count == size() ? b : blendv(a, b, Mask{{first<T>(count)}});
+    }
+    Vectorized abs() const { return (Values)((Bits)values & ~sign); }
+    Vectorized neg() const { return (Values)((Bits)values ^ sign); }
+    Vectorized copysign(Vectorized b) const { return (Values)(((Bits)values & ~sign) | ((Bits)b.values & sign)); }
+    Vectorized sqrt() const { return sqrt_of(values); }
+    Vectorized floor() const { return floor_of(values); }
+    Vectorized ceil() const { return ceil_of(values); }
+    Vectorized reciprocal() const { return T(1) / values; }
+    Vectorized rsqrt() const { return T(1) / sqrt_of(values); }
+#define ACA_UNARY(function, ...) \
+    Vectorized function() const { return function##_of(values); }
+#define ACA_BINARY(function, ...) \
+    Vectorized function(Vectorized b) const { return function##_of(values, b.values); }
+    ACA_UNARY_FUNCTIONS(ACA_UNARY)
+    ACA_BINARY_FUNCTIONS(ACA_BINARY)
+#undef ACA_UNARY
+#undef ACA_BINARY
+    friend Vectorized operator+(Vectorized a, Vectorized b) { return a.values + b.values; }
+    friend Vectorized operator-(Vectorized a, Vectorized b) { return a.values - b.values; }
+    friend Vectorized operator*(Vectorized a, Vectorized b) { return a.values * b.values; }
+    friend Vectorized operator/(Vectorized a, Vectorized b) { return a.values / b.values; }
+    Mask operator==(Vectorized b) const { return {{(Bits)(values == b.values)}}; }
+    Mask operator!=(Vectorized b) const { return {{(Bits)(values != b.values)}}; }
+    Mask operator<(Vectorized b) const { return {{(Bits)(values < b.values)}}; }
+    Mask operator<=(Vectorized b) const { return {{(Bits)(values <= b.values)}}; }
+    Mask operator>(Vectorized b) const { return {{(Bits)(values > b.values)}}; }
+    Mask operator>=(Vectorized b) const { return {{(Bits)(values >= b.values)}}; }
+    Mask is_nan_with(Vectorized b) const { return {{(Bits)((values != values) | (b.values != b.values))}}; }
+    // b where an operand is NaN, or where both are zeros.
+    Vectorized larger(Vectorized b) const { return values > b.values ? values : b.values; }
+    Vectorized smaller(Vectorized b) const { return values < b.values ? values : b.values; }
 };
-
-template <>
-struct Vectorized<double> {
-    ACA_VECTOR(double, __m512d, __mmask8, 8, pd, d8, _u10)
-};
-#undef ACA_VECTOR
-
-// NaN if an operand is NaN.
-template <typename T>
-Vectorized<T> or_nan(Vectorized<T> a, Vectorized<T> b, Vectorized<T> x) {
-    return Vectorized<T>::blendv(x, Vectorized<T>(static_cast<T>(__builtin_nan(""))), a.is_nan_with(b));
-}
-template <typename T>
-Vectorized<T> maximum(Vectorized<T> a, Vectorized<T> b) {
-    return or_nan(a, b, a.larger(b));
-}
-template <typename T>
-Vectorized<T> minimum(Vectorized<T> a, Vectorized<T> b) {
-    return or_nan(a, b, a.smaller(b));
-}
-template <typename T>
-Vectorized<T> clamp_min(Vectorized<T> a, Vectorized<T> least) {
-    return least.larger(a);
-}
-template <typename T>
-Vectorized<T> clamp_max(Vectorized<T> a, Vectorized<T> most) {
-    return most.smaller(a);
-}
 
 // Two vectors of doubles, of as many elements as a vector of floats.
 template <typename T, int N>
 struct VectorizedN {
     static_assert(N == 2 && sizeof(T) == 8);
-    Vectorized<T> low, high;
+    using value_type = T;
+    using Half = Vectorized<T>;
+    using Mask = VecMask<T, N>;
+    Half low, high;
 
+    VectorizedN() {}
     VectorizedN(T x) : low(x), high(x) {}
-    VectorizedN(Vectorized<T> low, Vectorized<T> high) : low(low), high(high) {}
-    static VectorizedN loadu(const T* from, int64_t count = 2 * Vectorized<T>::size()) {
-        constexpr int64_t half = Vectorized<T>::size();
-        return {Vectorized<T>::loadu(from, count < half ? count : half),
-                Vectorized<T>::loadu(from + half, count < half ? 0 : count - half)};
+    VectorizedN(Half low, Half high) : low(low), high(high) {}
+    static constexpr int size() { return 2 * Half::size(); }
+    static int64_t in_low(int64_t count) { return count < Half::size() ? count : Half::size(); }
+    static int64_t in_high(int64_t count) { return count < Half::size() ? 0 : count - Half::size(); }
+    static VectorizedN loadu(const T* from, int64_t count = size()) {
+        return {Half::loadu(from, in_low(count)), Half::loadu(from + Half::size(), in_high(count))};
     }
-    void store(T* to, int64_t count = 2 * Vectorized<T>::size()) const {
-        constexpr int64_t half = Vectorized<T>::size();
-        low.store(to, count < half ? count : half);
-        high.store(to + half, count < half ? 0 : count - half);
+    void store(T* to, int64_t count = size()) const {
+        low.store(to, in_low(count));
+        high.store(to + Half::size(), in_high(count));
+    }
+    static VectorizedN blendv(VectorizedN a, VectorizedN b, Mask mask) {
+        return {Half::blendv(a.low, b.low, {{mask.bits[0]}}), Half::blendv(a.high, b.high, {{mask.bits[1]}})};
     }
     static VectorizedN set(VectorizedN a, VectorizedN b, int64_t count) {
-        constexpr int64_t half = Vectorized<T>::size();
-        return {Vectorized<T>::set(a.low, b.low, count < half ? count : half),
-                Vectorized<T>::set(a.high, b.high, count < half ? 0 : count - half)};
+        return {Half::set(a.low, b.low, in_low(count)), Half::set(a.high, b.high, in_high(count))};
     }
-    friend VectorizedN operator+(VectorizedN a, VectorizedN b) { return {a.low + b.low, a.high + b.high}; }
-    friend VectorizedN operator-(VectorizedN a, VectorizedN b) { return {a.low - b.low, a.high - b.high}; }
-    friend VectorizedN operator*(VectorizedN a, VectorizedN b) { return {a.low * b.low, a.high * b.high}; }
-    friend VectorizedN operator/(VectorizedN a, VectorizedN b) { return {a.low / b.low, a.high / b.high}; }
+#define ACA_UNARY(function, ...) \
+    VectorizedN function() const { return {low.function(), high.function()}; }
+#define ACA_BINARY(function, ...) \
+    VectorizedN function(VectorizedN b) const { return {low.function(b.low), high.function(b.high)}; }
+#define ACA_OPERATOR(sign) \
+    friend VectorizedN operator sign(VectorizedN a, VectorizedN b) { return {a.low sign b.low, a.high sign b.high}; }
+#define ACA_COMPARISON(function) \
+    Mask function(VectorizedN b) const { return {{low.function(b.low).bits[0], high.function(b.high).bits[0]}}; }
+    ACA_UNARY_FUNCTIONS(ACA_UNARY)
+    ACA_BINARY_FUNCTIONS(ACA_BINARY)
+    ACA_UNARY(abs)
+    ACA_UNARY(neg)
+    ACA_UNARY(sqrt)
+    ACA_UNARY(floor)
+    ACA_UNARY(ceil)
+    ACA_UNARY(reciprocal)
+    ACA_UNARY(rsqrt)
+    ACA_BINARY(copysign)
+    ACA_BINARY(larger)
+    ACA_BINARY(smaller)
+    ACA_OPERATOR(+)
+    ACA_OPERATOR(-)
+    ACA_OPERATOR(*)
+    ACA_OPERATOR(/)
+    ACA_COMPARISON(operator==)
+    ACA_COMPARISON(operator!=)
+    ACA_COMPARISON(operator<)
+    ACA_COMPARISON(operator<=)
+    ACA_COMPARISON(operator>)
+    ACA_COMPARISON(operator>=)
+    ACA_COMPARISON(is_nan_with)
+#undef ACA_UNARY
+#undef ACA_BINARY
+#undef ACA_OPERATOR
+#undef ACA_COMPARISON
 };
+
+// NaN if an operand is NaN.
+template <typename V>
+V or_nan(V a, V b, V x) {
+    return V::blendv(x, V(static_cast<typename V::value_type>(__builtin_nan(""))), a.is_nan_with(b));
+}
+template <typename V>
+V maximum(V a, V b) {
+    return or_nan(a, b, a.larger(b));
+}
+template <typename V>
+V minimum(V a, V b) {
+    return or_nan(a, b, a.smaller(b));
+}
+template <typename V>
+V clamp_min(V a, V least) {
+    return least.larger(a);
+}
+template <typename V>
+V clamp_max(V a, V most) {
+    return most.smaller(a);
+}
 
 template <typename T, int N, typename U, int M>
 VectorizedN<T, N> convert(Vectorized<U> x) {
     static_assert(N == 2 && M == 1 && sizeof(T) == 2 * sizeof(U));
-    return {_mm512_cvtps_pd(_mm512_castps512_ps256(x.values)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.values, 1))};
+    HalfOfFloats halves[2];
+    __builtin_memcpy(halves, &x.values, sizeof x.values);
+    return {__builtin_convertvector(halves[0], Doubles), __builtin_convertvector(halves[1], Doubles)};
 }
 
 inline double reduced(Vectorized<double> x, Vectorized<double> (*combine)(Vectorized<double>&, Vectorized<double>&)) {
-    double each[8];
-    x.store(each);
-    for (int i = 1; i < 8; ++i) {
+    const Doubles each = x.values;
+    for (int i = 1; i < x.size(); ++i) {
         Vectorized<double> next(each[i]);
         x = combine(x, next);
     }
-    x.store(each);
-    return each[0];
+    return x.values[0];
 }
 inline float reduced(Vectorized<float> x, Vectorized<float> (*combine)(Vectorized<float>&, Vectorized<float>&)) {
-    Vectorized<float> other = _mm512_shuffle_f32x4(x.values, x.values, 0x4E);
-    x = combine(x, other);
-    other = _mm512_shuffle_f32x4(x.values, x.values, 0xB1);
-    x = combine(x, other);
-    other = _mm512_shuffle_ps(x.values, x.values, 0x4E);
-    x = combine(x, other);
-    other = _mm512_shuffle_ps(x.values, x.values, 0xB1);
-    x = combine(x, other);
-    return _mm512_cvtss_f32(x.values);
+    const auto numbers = Registers<float>::numbers();
+    for (int half = x.size() / 2; half > 0; half /= 2) {
+        Vectorized<float> other = __builtin_shuffle(x.values, numbers ^ half);
+        x = combine(x, other);
+    }
+    return x.values[0];
 }
 
 // The elements of a vector combined in torch's order.

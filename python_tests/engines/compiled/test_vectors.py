@@ -19,8 +19,8 @@ from aca_ext.engines.compiled.lowerings import decompositions
 from aca_ext.engines.compiled.shortcuts import shortcuts, templates_compiled_when_used
 from aca_ext.engines.compiled.undisturbed import undisturbed
 
-AVX512 = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="vectors.h is for processors with AVX-512"
+WITH_OWN_VECTORS = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="vectors.h is for AVX2 and AVX-512"
 )
 SIZE = 37  # two full vectors of floats and a part of one
 
@@ -83,10 +83,17 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return has_header
 
 
-@AVX512
+@WITH_OWN_VECTORS
 class TestOwnVectors:
     @pytest.mark.parametrize(
-        ("func", "dtype"), [(many, torch.float32), (compared, torch.float32), (reduced, torch.float64)]
+        ("func", "dtype"),
+        [
+            (many, torch.float32),
+            (many, torch.float64),
+            (compared, torch.float32),
+            (compared, torch.float64),
+            (reduced, torch.float64),
+        ],
     )
     def test_give_the_bits_of_torchs(
         self,
@@ -99,7 +106,7 @@ class TestOwnVectors:
         x = states(dtype)
         source = source_of(func, x)
         own = result(source, tmp_path / "own.so", x)
-        monkeypatch.setattr(inductor, "_HAS_OWN_VECTORS", "nothing")
+        monkeypatch.setattr(inductor, "_WITH_OWN_VECTORS", set())
         of_torch = result(source, tmp_path / "torch.so", x)
         assert compiled == [False, True]
         assert own.isfinite().all()

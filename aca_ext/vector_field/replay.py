@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from aca_ext.errors import ArgumentTypeError, ReplayError
-from aca_ext.kernels.extension import known_tensors
 from aca_ext.vector_field.field import AutocastState, RandomState, VectorField
 from aca_ext.vector_field.gradient_sums import COARSE, GradientSums, WideSum
-from aca_ext.vector_field.kept import ANCHOR, USED_AGAIN
 from aca_ext.vector_field.memory_check import refuse_memory
 from aca_ext.vector_field.module_buffers import holds_script
+from aca_ext.vector_field.replay_leaves import ReplayLeaves, variable_of
 from aca_ext.vector_field.slope_function import SlopeFunction
 from aca_ext.vector_field.substitution import Substitution
 
@@ -87,25 +85,12 @@ class Replay:
         holdings = self.field.holdings
         is_complete = holdings is not None and holdings.is_complete and len(found) <= _FEW and not field.kept
         n_found = 0 if is_one_graph or cuts_all or is_complete else len(found)
-        self._wanted = list(
-            range(len(self.inputs) - n_found)
-        )  # of the inputs; found leaves are added when func uses them
-        self._targets = self.inputs[: len(self._wanted)]
-        self._index: dict[int, int] | None = None  # of the inputs, by the ids of their variables
-        self._is_checked = is_checked
-        # Code that torch functions do not see, such as an autograd.Function, uses the original of a cut tensor.
-        pairs = zip((*params, *found), (*cut_params, *cut_found), strict=True)
-        self._cut_leaves = {id(_variable(p)) for p, c in pairs if p is not c and p.is_leaf}
-        has_cut = any(p is not c for p, c in zip(params, cut_params, strict=True))
-        is_walked = is_checked and (has_cut or not is_complete)
-        self._known = known_tensors(self._targets) if is_walked or self._cut_leaves else None
         self._put_back: list[Callable[[], None]] = []
         self._autocast = autocast
         self._random_states: Sequence[RandomState] | None = None
         self._stage = 0
         # func holds the originals. Wherever it uses one, an arg included, the cut tensor takes its place.
         originals = [*params, *(a for a in field.args if _has_grad(a)), *found]
-        self._originals = originals
         self._substitutes = {id(x): c for x, c in zip(originals, self.inputs, strict=True) if x is not c}
         self._wide: list[WideSum] = []
         if is_one_graph and not holds_script(field.func):
@@ -118,6 +103,19 @@ class Replay:
             self._makes_late_tensors = self.field.environment.has_late_tensors
             self._substitutes.update((id(x), x.detach()) for x in self.field.environment.unfrozen())
             self._overwritten = self.field.environment.overwritten()
+        pairs = zip((*params, *found), (*cut_params, *cut_found), strict=True)
+        cut_leaves = {id(variable_of(p)) for p, c in pairs if p is not c and p.is_leaf}
+        has_cut = any(p is not c for p, c in zip(params, cut_params, strict=True))
+        self._leaves = ReplayLeaves(
+            self.field,
+            originals,
+            self.inputs,
+            len(self.inputs) - n_found,
+            cut_leaves,
+            is_checked=is_checked,
+            is_searched=bool(cut_leaves) or (is_checked and (has_cut or not is_complete)),
+            hides_originals=bool(self._substitutes),
+        )
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -183,10 +181,11 @@ class Replay:
 
     def pull_back(self, y: Tensor, k: Tensor | Sequence[Tensor], grad_k: Tensor | Sequence[Tensor]) -> Tensor | None:
         slopes, cotangents = ((k,), (grad_k,)) if isinstance(k, Tensor) else (tuple(k), tuple(grad_k))
-        if self._known is not None:
-            self.check(slopes, y)
+        leaves = self._leaves
+        if leaves.is_searched:
+            leaves.admit(slopes, y)
         try:
-            targets = y, *self._targets, *self._origins
+            targets = y, *leaves.targets, *self._origins
             v, *grads = run_backward(slopes, cotangents, self._keeps_graph, False, targets, True, False)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
@@ -201,8 +200,7 @@ class Replay:
                 "not found there, whose graph is used up. Compute it in each evaluation, or before the solve and name "
                 'it by params=[...], or use gradient="direct".'
             ) from error
-        indices = None if self._known is None else self._wanted
-        self._sums.add(self.with_origins(grads) if self.origins else grads, indices)
+        self._sums.add(self.with_origins(grads) if self.origins else grads, leaves.indices)
         return v
 
     def gradients(
@@ -230,51 +228,17 @@ class Replay:
 
     def check_all(self, outputs: Tensor, start: Tensor) -> None:
         """As ``check``, for the graph of a whole solve from ``start``."""
-        if self._known is not None:
-            for x in (start, *(wide.total for wide in self._wide)):
-                self._known.add(x)
-            self.check(outputs)
+        for x in (start, *(wide.total for wide in self._wide)):
+            self._leaves.know(x)
+        self._leaves.admit(outputs)
 
-    def check(self, slopes: Tensor | tuple[Tensor, ...], y: Tensor | None = None) -> None:
+    def check(self, slope: Tensor, y: Tensor) -> None:
         """Adds leaves that func uses for the first time to the inputs.
 
         Raises:
             ReplayError: a leaf was not found before the solve, so that its gradient would be lost.
         """
-        if self._known is None:
-            return
-        if not self._substitutes:
-            others = self._known.others(slopes, y)
-        else:
-            with torch._C.DisableTorchFunction():  # otherwise the search would see the substitutes
-                others = self._known.others(slopes, y)
-        if others is not None:
-            self._admit(self._known, others)
-
-    def _admit(self, known: Any, others: Sequence[Tensor]) -> None:
-        if any(leaf is ANCHOR for leaf in others):
-            raise ReplayError(USED_AGAIN)
-        if self._index is None:
-            self._index = {id(_variable(x)): i for i, x in enumerate(self.inputs)}
-        for leaf in others:
-            i = self._index.get(id(leaf))
-            if i is not None:
-                if i not in self._wanted:
-                    self._wanted.append(i)
-                    self._targets.append(self.inputs[i])
-            elif id(leaf) in self._cut_leaves:
-                raise ReplayError(
-                    f"func uses a parameter of shape {tuple(leaf.shape)}, which has hooks or a graph outside, in an "
-                    "autograd.Function or in other code that a replay cannot see, so that its gradient would be lost. "
-                    'Give that code 1 * parameter, or use gradient="direct".'
-                )
-            elif self._is_checked and not self.field.has_put(leaf):
-                raise ReplayError(
-                    f"func depends on a tensor of shape {tuple(leaf.shape)} and {leaf.dtype} that requires grad and "
-                    "was not found before the solve, so that its gradient would be lost. Name it, with what else "
-                    "receives a gradient, by params=[...], or pass it by args=(...)."
-                )
-            known.add(leaf)
+        self._leaves.admit(slope, y)
 
     def check_end(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
         """The last checks of a replay, at the start of the solve, whose slope depended on the inputs ``indices``.
@@ -286,7 +250,11 @@ class Replay:
         environment = self.field.environment
         if environment is not None and environment.may_remember:
             refuse_memory(self.derivatives(t, y), self.derivatives(t, y))
-        self._check_reached(indices, t, y)
+        missing = [i for i in indices if self.grads[i] is None]
+        if missing and self._leaves.is_checked:
+            with torch.enable_grad():
+                k = self(t, y.detach().requires_grad_())
+            self._leaves.refuse_unreached(missing, k)
 
     def derivatives(self, t: Tensor, y: Tensor) -> Sequence[Tensor | None]:
         """Gradients of the first stage of the step for a fixed cotangent: of y, the inputs and the origins."""
@@ -299,36 +267,6 @@ class Replay:
         cotangent = torch.linspace(1, 2, k.numel(), device=k.device).to(k.dtype).view(k.shape)
         with torch._C.DisableTorchFunction():  # otherwise the substitutes would take the place of inputs
             return torch.autograd.grad(k, wanted, cotangent, retain_graph=True, allow_unused=True)
-
-    def _check_reached(self, indices: Sequence[int], t: Tensor, y: Tensor) -> None:
-        missing = [i for i in indices if self.grads[i] is None]
-        if not self._is_checked or not missing:
-            return
-        with torch.enable_grad():
-            k = self(t, y.detach().requires_grad_())
-        with torch._C.DisableTorchFunction():
-            # A cache that the first evaluation filled has a graph of its own outside, which leads to them.
-            graphs = tuple(x for x in (k, *self._originals) if x.grad_fn is not None)
-            for i in missing:
-                x = _variable(self.inputs[i])
-                if not known_tensors([self._originals[i], x]).are_met_by(graphs):
-                    self._raise_not_reached(x)
-
-    def _raise_not_reached(self, x: Tensor) -> None:
-        name = self.field.holdings.name_of(x) if self.field.holdings is not None else None
-        raise ReplayError(
-            f"func depended on {f'{name}, ' if name else ''}a tensor of shape {tuple(x.shape)} in the forward pass, "
-            "and does not in the backward pass, so that its gradient would be lost. Causes: func keeps what it "
-            "computed from it (a cache), or another tensor took its place. Compute it in each evaluation or before the "
-            'solve, or use gradient="direct".'
-        )
-
-
-def _variable(x: Tensor) -> Tensor:
-    """The tensor of the graph's leaf node for ``x``: another object if a saved-tensor hook unpacked it."""
-    if not x.requires_grad or not x.is_leaf:
-        return x
-    return get_gradient_edge(x).node.variable  # type: ignore[attr-defined]
 
 
 def _has_grad(x: Any) -> bool:

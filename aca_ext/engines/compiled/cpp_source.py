@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from aca_ext.engines.compiled.library_cache import torch_library
 from aca_ext.errors import CompileError
 
 C_TYPES = {torch.float32: "float", torch.float64: "double"}
@@ -79,7 +81,8 @@ class Source:
             code = "\n".join(line for line in lines if not line.startswith("#include"))
             kernels.append(re.sub(r'extern "C"\s+void\s+kernel\(', f"{_KERNEL[inlines]} {name}(", code))
         count = _number("programs", self._count)
-        own = [_header(name) for name in ("registers.h", "matmul.h", "sums.h")]
+        own = ["#define ACA_BLAS"] if _has_blas() else []
+        own += [_header(name) for name in ("registers.h", "matmul.h", "sums.h")]
         return "\n".join([*headers, *own, *self._constants, *kernels, *self._programs, count, ""])
 
 
@@ -99,6 +102,16 @@ def with_own_vectors(source: str) -> str:
     standard = ["#include <cmath>", "#include <limits>"] if "std::" in kernels else []
     standard += ["#include <omp.h>"] if "omp_" in kernels else []
     return "\n".join([head, *standard, _header("vectors.h"), code])
+
+
+@cache
+def _has_blas() -> bool:
+    """Whether torch's library exports matrix products with the names of BLAS."""
+    try:
+        found = torch_library()
+    except OSError:
+        return False
+    return hasattr(found, "sgemm_") and hasattr(found, "dgemm_")
 
 
 def _header(name: str) -> str:

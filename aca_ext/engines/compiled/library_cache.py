@@ -92,6 +92,11 @@ def _loaded(path: Path) -> ctypes.CDLL:
         ) from error
 
 
+def torch_library() -> ctypes.CDLL:
+    """torch's library of functions for CPUs; OSError where it has another name."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
 def run_compiler(
     command: Sequence[str],
     source: str,

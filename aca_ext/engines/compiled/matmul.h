@@ -122,16 +122,64 @@ struct AlongK {
     }
 };
 
+// Products of larger matrices, with more than so many products of numbers, are those of the BLAS that torch uses: they
+// need blocks that fit into caches. It reads integers of 32 bits or of 64; either finds the number in a long.
+#ifdef ACA_BLAS
+extern "C" {
+void sgemm_(const char*, const char*, const long*, const long*, const long*, const float*, const float*, const long*,
+            const float*, const long*, const float*, float*, const long*);
+void dgemm_(const char*, const char*, const long*, const long*, const long*, const double*, const double*, const long*,
+            const double*, const long*, const double*, double*, const long*);
+}
+inline constexpr auto gemm(const float*) { return sgemm_; }
+inline constexpr auto gemm(const double*) { return dgemm_; }
+constexpr long kLargestOwn = 1L << 20;
+
+// Rows or columns are contiguous, and do not overlap.
+constexpr bool is_blas_matrix(long rows, long columns, long of_rows, long of_columns) {
+    const long length = of_rows == 1 ? rows : columns, step = of_rows == 1 ? of_columns : of_rows;
+    return (of_rows == 1 || of_columns == 1) && length > 1 && step >= length && step < 1L << 31;
+}
+
+template <typename T, long M, long N, long K, long SAM, long SAK, long SBK, long SBN, long SCM, long SCN>
+struct ByBlas {
+    static constexpr bool fits = M * N * K > kLargestOwn&& is_blas_matrix(M, K, SAM, SAK) &&
+                                 is_blas_matrix(K, N, SBK, SBN) && is_blas_matrix(M, N, SCM, SCN);
+    static constexpr long copied = 0;
+
+    static void copy(const T*, T*) {}
+
+    static void run(const T* a, const T* b, T* c) {
+        if constexpr (SCM != 1) {  // BLAS writes matrices by columns; those of the transposed product are the rows
+            ByBlas<T, N, M, K, SBN, SBK, SAK, SAM, SCN, SCM>::run(b, a, c);
+        } else {
+            static constexpr long m = M, n = N, k = K, step_a = SAM == 1 ? SAK : SAM, step_b = SBK == 1 ? SBN : SBK;
+            static constexpr long step_c = SCN;
+            static constexpr T one = 1, zero = 0;
+            gemm(a)(SAM == 1 ? "N" : "T", SBK == 1 ? "N" : "T", &m, &n, &k, &one, a, &step_a, b, &step_b, &zero, c,
+                    &step_c);
+        }
+    }
+};
+#else
+template <typename T, long M, long N, long K, long SAM, long SAK, long SBK, long SBN, long SCM, long SCN>
+struct ByBlas {
+    static constexpr bool fits = false;
+};
+#endif
+
 // c = a·b. Of an operand that LASTS from one product to the next, the copy is made beforehand.
 template <typename T, long M, long N, long K, long SAM, long SAK, long SBK, long SBN, long SCM, long SCN, bool A_LASTS,
           bool B_LASTS>
 struct Product {
     static constexpr long L = Lanes<T>::count;
+    using Library = ByBlas<T, M, N, K, SAM, SAK, SBK, SBN, SCM, SCN>;
     static constexpr bool along_k = N < L && SAK == 1 && K >= L;
-    static constexpr bool swapped = !along_k && N < L && N < M;  // the transposed product: vectors along m
-    using Way = std::conditional_t<along_k, AlongK<T, M, N, K, SAM, SBK, SBN, SCM, SCN>,
+    static constexpr bool swapped = !Library::fits && !along_k && N < L && N < M;  // vectors along m
+    using Own = std::conditional_t<along_k, AlongK<T, M, N, K, SAM, SBK, SBN, SCM, SCN>,
                                    std::conditional_t<swapped, AlongN<T, N, M, K, SBN, SBK, SAK, SAM, SCN, SCM>,
                                                       AlongN<T, M, N, K, SAM, SAK, SBK, SBN, SCM, SCN>>>;
+    using Way = std::conditional_t<Library::fits, Library, Own>;
     static constexpr bool is_prepared = Way::copied && (swapped ? A_LASTS : B_LASTS);
     static constexpr long prepared_bytes = is_prepared ? (Way::copied * long(sizeof(T)) + 63) / 64 * 64 : 0;
 

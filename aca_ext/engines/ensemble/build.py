@@ -9,9 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from aca_ext.engines.compiled.library_cache import library, origin, run_compiler, source_file
+from aca_ext.engines.compiled.library_cache import library, origin, run_compiler, source_file, torch_library
 from aca_ext.errors import CompileError
 
 # Contraction would make a result depend on what the compiler sees around it; code says fma where it wants it.
@@ -62,7 +60,7 @@ def _vector_functions() -> dict[tuple[str, str], int]:
     functions = re.findall(r"^ACA_FUNCTION()\((\w+), (\w+)\)|^ACA_FUNCTION2\((\w+), (\w+), (\w+)\)", header, re.M)
     named = [(one or two, one or called, digits or digits2) for _, one, digits, two, called, digits2 in functions]
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library = torch_library()
         return {
             (name, kind): ctypes.cast(getattr(library, f"Sleef_{called}{kind}_{digits}"), ctypes.c_void_p).value or 0
             for name, called, digits in named

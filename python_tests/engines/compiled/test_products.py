@@ -16,8 +16,9 @@ from aca_ext.engines.compiled import inductor, sums
 from aca_ext.engines.compiled.cpp_source import Call, Source
 from aca_ext.engines.compiled.library_cache import run_compiler, source_file
 
-# Rows, columns and terms around the sizes of blocks and vectors.
+# Rows, columns and terms around the sizes of blocks and vectors, and for the BLAS of torch.
 SIZES = [(1, 1, 1), (1, 50, 2), (1, 2, 50), (5, 3, 37), (6, 16, 4), (7, 33, 9), (8, 32, 8), (13, 17, 6), (20, 4, 64)]
+SIZES += [(1, 1030, 1040), (70, 130, 140), (1030, 2, 1040)]
 LENGTHS = [1, 2, 3, 5, 8, 13, 16, 37]
 
 
@@ -41,7 +42,8 @@ def run(calls: list[Call], inputs: list[Tensor], constant: int, instructions: st
     source = Source()
     source.add(calls, inputs, constant, inlines=False)
     flags = ["-std=c++20", "-O2", f"-march={instructions}", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-w"]
-    run_compiler(["g++", *flags, str(source_file(to)), "-o", str(to)], source.text(), to)
+    torchs = ["-Wl,--no-as-needed", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+    run_compiler(["g++", *flags, str(source_file(to)), "-o", str(to), *torchs], source.text(), to)
     inductor.run_program(inductor._program(ctypes.CDLL(str(to)), 0), inputs)
 
 

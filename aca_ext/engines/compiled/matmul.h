@@ -143,7 +143,7 @@ constexpr bool is_blas_matrix(long rows, long columns, long of_rows, long of_col
 
 template <typename T, long M, long N, long K, long SAM, long SAK, long SBK, long SBN, long SCM, long SCN>
 struct ByBlas {
-    static constexpr bool fits = M * N * K > kLargestOwn&& is_blas_matrix(M, K, SAM, SAK) &&
+    static constexpr bool fits = (M * N * K > kLargestOwn) && is_blas_matrix(M, K, SAM, SAK) &&
                                  is_blas_matrix(K, N, SBK, SBN) && is_blas_matrix(M, N, SCM, SCN);
     static constexpr long copied = 0;
 

@@ -106,7 +106,7 @@ def with_own_vectors(source: str) -> str:
 
 @cache
 def _has_blas() -> bool:
-    """Whether torch's library exports matrix products with the names of BLAS."""
+    """Looks for matrix products with the names of BLAS among what torch's library exports."""
     try:
         found = torch_library()
     except OSError:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aca_ext.engines.compiled.cpp_source import C_TYPES, Call, Source, with_own_vectors
-from aca_ext.engines.compiled.library_cache import forget, library, origin, run_compiler, source_file
+from aca_ext.engines.compiled.library_cache import TORCH_LIBRARY, forget, library, origin, run_compiler, source_file
 from aca_ext.engines.compiled.lowerings import lowerings
 from aca_ext.engines.compiled.shortcuts import shortcuts, templates_compiled_when_used
 from aca_ext.errors import CompileError
@@ -48,7 +48,6 @@ class Recipe(NamedTuple):
 _WITH_OWN_VECTORS = {"CPU_CAPABILITY_AVX2", "CPU_CAPABILITY_AVX512"}  # definitions among the flags of the compiler
 _BEYOND_OWN_VECTORS = ".template cast<int", "c10::"  # the most frequent ones
 
-_OF_SLEEF = "libtorch_cpu.so"
 _SLOW_WORDS = {"-g1", "-Wall", "-pedantic", "-ltorch", "-ltorch_cpu", "-ltorch_python"}
 _VECTORS_OF_FLOATS = {"avx512", "avx2"}
 
@@ -175,11 +174,11 @@ def _compile(source: str, to: Path) -> None:
 def _for_own_vectors(words: Sequence[str], to: Path) -> list[str]:
     """The compiler's command, but linked to an empty library in place of torch's, whose names take long to read.
 
-    At load time its name finds torch's library, which has the functions of Sleef.
+    At load time its name finds torch's library, which has the functions of Sleef and BLAS.
     """
-    empty = to.with_name(_OF_SLEEF)
+    empty = to.with_name(TORCH_LIBRARY)
     run_compiler(
-        [words[0], "-shared", "-nostdlib", f"-Wl,-soname,{_OF_SLEEF}", "-o", str(empty), source_file(empty).name],
+        [words[0], "-shared", "-nostdlib", f"-Wl,-soname,{TORCH_LIBRARY}", "-o", str(empty), source_file(empty).name],
         "",
         empty,
     )

@@ -24,6 +24,7 @@ import torch
 from aca_ext.errors import CompileError
 
 VARIABLE = "ACA_EXT_CACHE_DIR"
+TORCH_LIBRARY = "libtorch_cpu.so"  # with functions of Sleef and BLAS
 _PACKAGE = Path(__file__).resolve().parents[2]
 _SEAL_BYTES = hashlib.sha256().digest_size
 _libraries: dict[str, ctypes.CDLL] = {}  # never unloaded, since addresses of their functions may be in use
@@ -94,7 +95,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 def torch_library() -> ctypes.CDLL:
     """torch's library of functions for CPUs; OSError where it has another name."""
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / TORCH_LIBRARY))
 
 
 def run_compiler(

@@ -1,6 +1,6 @@
 // Step-size controller on plain numbers, for host and device: the twin of aca_ext.numerics.controller in C++.
 #pragma once
-#include <cmath>
+#include "control/mathematics.h"
 
 #ifdef __CUDACC__
 #define ACA_HD __host__ __device__ __forceinline__
@@ -12,7 +12,7 @@ namespace aca {
 
 // A power as the mathematical library has it; loops over many solves have their own.
 struct Power {
-    ACA_HD double operator()(double base, double exponent) const { return pow(base, exponent); }
+    ACA_HD double operator()(double base, double exponent) const { return math::pow(base, exponent); }
 };
 
 // pow differs in its last bits between math libraries; rounded to single precision, the results agree.
@@ -74,7 +74,8 @@ struct Controller {
         const double curvature = norm_change / euler;
         if (!(curvature - curvature == 0)) return limit(euler);
         const double largest = most(norm_f, curvature);
-        const double h1 = largest <= 1e-15 ? most(1e-6, euler * 1e-3) : to_single(pow(0.01 / largest, 1.0 / order));
+        const double h1 =
+            largest <= 1e-15 ? most(1e-6, euler * 1e-3) : to_single(math::pow(0.01 / largest, 1.0 / order));
         return limit(least(least(100 * euler, h1), length));
     }
 

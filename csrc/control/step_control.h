@@ -60,7 +60,7 @@ ACA_HD StepControl begin(const Controller& controller, double first_step, bool i
     s.is_adaptive = is_adaptive;
     s.max_num_steps = max_num_steps;
     s.sign = 1;
-    s.ratio = s.ratios[0] = NAN;
+    s.ratio = s.ratios[0] = kNaN;
     s.next_output = 1;  // the first time is the start
     return s;
 }
@@ -233,7 +233,7 @@ ACA_HD Real largest_mean(const Real* sums, const Size* sizes, int segments) {
 // Largest RMS over the segments.
 template <typename Size>
 ACA_HD double norm_of_sums(const double* sums, const Size* sizes, int segments) {
-    return sqrt(largest_mean(sums, sizes, segments));
+    return math::sqrt(largest_mean(sums, sizes, segments));
 }
 
 }  // namespace control

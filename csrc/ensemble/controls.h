@@ -45,7 +45,7 @@ class Controls {
         stop.each[l] = control::at<const double>(s.stops)[s.next_stop];
     }
     ACA_HD void find_time(int l, const StepControl& s) {
-        time.each[l] = s.next_output < s.n_times ? control::at<const double>(s.times)[s.next_output] : NAN;
+        time.each[l] = s.next_output < s.n_times ? control::at<const double>(s.times)[s.next_output] : kNaN;
     }
 
     // Returns the state of a lane to its solve.
@@ -150,7 +150,7 @@ class Controls {
             const double last[] = {ratios[0].each[l], ratios[1].each[l], ratios[2].each[l]};
             const int count = int(n_accepted.each[l] < 3 ? n_accepted.each[l] : 3);
             const auto power_or_known = [=](double x, double e) {
-                return x == base && e == exponent_ ? of_base : std::pow(x, e);
+                return x == base && e == exponent_ ? of_base : math::pow(x, e);
             };
             found.each[i] = controller_.growth(last, count, power_or_known);
         });

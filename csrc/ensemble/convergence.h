@@ -18,7 +18,7 @@ inline R roots(R x) {
     for (Doubles& each : part) each = root(each);
     std::memcpy(&x, part, sizeof x);
 #else
-    for (int l = 0; l < kLanes; ++l) x[l] = std::sqrt(x[l]);
+    for (int l = 0; l < kLanes; ++l) x[l] = math::sqrt(x[l]);
 #endif
     return x;
 }

@@ -61,7 +61,7 @@ class Evaluation {
         for (int j = 0; j < n; ++j) {
             const M is_same = magnitude(sums[j] - gy_[j]) <= allowed;
             const M is_finite = allowed - allowed == K(0);
-            gy_[j] = select(is_finite & ~is_same, K(NAN), gy_[j]);
+            gy_[j] = select(is_finite & ~is_same, K(kNaN), gy_[j]);
         }
     }
 

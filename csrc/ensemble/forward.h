@@ -180,9 +180,9 @@ class Forward {
         } else {
             lane.failure = fault<n>(y_, k_[0], l);
             if (lane.failure == none && !controls_.can_shrink(l))
-                lane.failure = implicit_.has_failed(l)                         ? unsolved
-                               : task_.forbids_error && lane.ratio == INFINITY ? no_tolerance
-                                                                               : not_finite;
+                lane.failure = implicit_.has_failed(l)                          ? unsolved
+                               : task_.forbids_error && lane.ratio == kInfinity ? no_tolerance
+                                                                                : not_finite;
         }
         if (lane.failure != none) over_ |= 1u << l;
     }

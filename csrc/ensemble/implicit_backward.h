@@ -139,7 +139,7 @@ class ImplicitReplay {
     // Returns the lanes that have converged.
     ACA_HD_CALLED M iterate(const Stages& at, V time, const V* base, V* z, M rows, const Factors<n>* factors) {
         M active = rows, solved{};
-        V state[n], change[n], before = K(INFINITY);
+        V state[n], change[n], before = K(kInfinity);
         for (int count = 0; count < kMostIterations && is_any(active); ++count) {
             evaluations_ += select(active, K(1), K(0));
             for (int c = 0; c < n; ++c) state[c] = base[c] + z[c];
@@ -152,7 +152,7 @@ class ImplicitReplay {
             const M is_fast = size <= K(kSlow) * before;
             const M done = active & ((size <= K(4 * kEps)) | (~is_fast & (largest <= K(4096 * kEps))));
             const M is_good = factors ? done | is_fast : always();
-            const M going = active & (size < K(INFINITY)) & is_good;
+            const M going = active & (size < K(kInfinity)) & is_good;
             for (int c = 0; c < n; ++c) z[c] = select(going, z[c] + change[c], z[c]);
             solved |= done;
             active = going & ~done;
@@ -178,7 +178,7 @@ class ImplicitReplay {
             const V ratio = magnitude(change[c]) / maximum(of_element, K(kEps) * top);
             size = maximum(size, select(change[c] == K(0), K(0), ratio));
         }
-        size = select(is_finite, size, K(INFINITY));
+        size = select(is_finite, size, K(kInfinity));
         largest = top_change / top_after;
     }
 

@@ -4,7 +4,6 @@
 // same in all lanes, with no contraction that depends on what the compiler sees around it, so that the results of a
 // sample do not depend on its lane or on its neighbours. ACA_ONE_LANE is defined where a thread is a lane.
 #pragma once
-#include <cmath>
 #include <cstring>
 
 #if defined(ACA_ONE_LANE)
@@ -73,13 +72,13 @@ ACA_HD V minimum(V a, V b) { return select((a < b) | (a != a), a, b); }
 
 // Functions of C++, where lanes have no others.
 #ifndef ACA_FUNCTION
-#define ACA_FUNCTION(name, digits)                        \
-    ACA_HD V name(V a) {                                  \
-        return each([](T x) { return std::name(x); }, a); \
+#define ACA_FUNCTION(name, digits)                         \
+    ACA_HD V name(V a) {                                   \
+        return each([](T x) { return math::name(x); }, a); \
     }
-#define ACA_FUNCTION2(name, called, digits)                            \
-    ACA_HD V name(V a, V b) {                                          \
-        return each([](T x, T y) { return std::called(x, y); }, a, b); \
+#define ACA_FUNCTION2(name, called, digits)                             \
+    ACA_HD V name(V a, V b) {                                           \
+        return each([](T x, T y) { return math::called(x, y); }, a, b); \
     }
 #endif
 
@@ -133,23 +132,23 @@ ACA_HD V tanh(V x) {
 }
 
 ACA_HD V floor(V a) {
-    return each([](T x) { return std::floor(x); }, a);
+    return each([](T x) { return math::floor(x); }, a);
 }
 ACA_HD V ceil(V a) {
-    return each([](T x) { return std::ceil(x); }, a);
+    return each([](T x) { return math::ceil(x); }, a);
 }
 ACA_HD V trunc(V a) {
-    return each([](T x) { return std::trunc(x); }, a);
+    return each([](T x) { return math::trunc(x); }, a);
 }
 ACA_HD V round(V a) {  // halves to the even number
-    return each([](T x) { return std::nearbyint(x); }, a);
+    return each([](T x) { return math::nearbyint(x); }, a);
 }
 ACA_HD V fmod(V a, V b) {
-    return each([](T x, T y) { return std::fmod(x, y); }, a, b);
+    return each([](T x, T y) { return math::fmod(x, y); }, a, b);
 }
 ACA_HD V remainder(V a, V b) {  // with the sign of b
     const auto modulo = [](T x, T y) {
-        const T rest = std::fmod(x, y);
+        const T rest = math::fmod(x, y);
         return rest != 0 && (y < 0) != (rest < 0) ? rest + y : rest;
     };
     return each(modulo, a, b);
@@ -158,11 +157,11 @@ ACA_HD V remainder(V a, V b) {  // with the sign of b
 ACA_HD V floor_divide(V a, V b) {  // as torch and Python: the whole number below, whatever the quotient rounds to
     const auto divide = [](T x, T y) {
         if (y == 0) return x / y;
-        const T rest = std::fmod(x, y);
+        const T rest = math::fmod(x, y);
         T quotient = (x - rest) / y;
         if (rest != 0 && (y < 0) != (rest < 0)) quotient -= 1;
-        if (quotient == 0) return std::copysign(T(0), x / y);
-        const T whole = std::floor(quotient);
+        if (quotient == 0) return math::copysign(T(0), x / y);
+        const T whole = math::floor(quotient);
         return quotient - whole > T(0.5) ? whole + 1 : whole;
     };
     return each(divide, a, b);

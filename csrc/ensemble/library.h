@@ -3,6 +3,7 @@
 #include "ensemble/backward.h"
 #include "ensemble/contractions.h"
 #include "ensemble/evaluation.h"
+#include "ensemble/exports.h"
 #include "ensemble/forward.h"
 
 namespace aca {
@@ -38,6 +39,9 @@ bool for_each_chunk(int64_t first, int64_t last, int64_t n_samples, int threads,
     return !has_failed;
 }
 
+// Solves a round of a chunk of samples again. The forward part of the library has it, and alone compiles the solve.
+void repeat(const Task& task, Record& record, const Round& round, int64_t* n_slopes, const Share& share);
+
 template <typename Field, typename Method>
 struct Library {
     static bool forward(const Task& task, Record& record, int64_t first, int64_t last, int threads) {
@@ -58,7 +62,7 @@ struct Library {
             }
             for (Round round{&record, 0}; has_samples(round, share); ++round.number) {
                 Record part(share.first, share.end - share.first, share.number, 1, Keep::states);
-                Own<Forward<Field, Method, Record>>(task, part, round, n_slopes)->run(share);
+                repeat(task, part, round, n_slopes, share);
                 transpose->run(share, part, round, n_slopes);
             }
         });
@@ -78,10 +82,7 @@ struct Library {
 
 }  // namespace aca
 
-// All else is hidden, so that libraries loaded side by side share nothing.
-#define ACA_EXPORT extern "C" __attribute__((visibility("default")))
-
-#define ACA_LIBRARY(Field, Method)                                                                                     \
+#define ACA_FORWARD(Field, Method)                                                                                     \
     ACA_EXPORT int vector_bytes() { return ACA_VECTOR_BYTES; }                                                         \
     ACA_EXPORT int number_bytes() { return sizeof(T); }                                                                \
     ACA_EXPORT int64_t chunk() { return aca::kChunk; }                                                                 \
@@ -93,17 +94,22 @@ struct Library {
     ACA_EXPORT int forward(const aca::Task* task, void* record, int64_t first, int64_t last, int threads) {            \
         return aca::Library<Field, Method>::forward(*task, *static_cast<aca::Record*>(record), first, last, threads);  \
     }                                                                                                                  \
-    ACA_EXPORT int backward(const aca::Task* task, void* record, const aca::Cotangents* to, int64_t first,             \
-                            int64_t last, int threads) {                                                               \
-        return aca::Library<Field, Method>::backward(*task, *static_cast<aca::Record*>(record), *to, first, last,      \
-                                                     threads);                                                         \
-    }                                                                                                                  \
-    ACA_EXPORT void evaluate(int64_t n, const T* t, const T* y, const T* p, const T* w, const T* g, T* k, T* gy,       \
-                             T* gp, double* gw) {                                                                      \
-        aca::Library<Field, Method>::evaluate({n, t, y, p, w, g, k, gy, gp, gw});                                      \
+    void aca::repeat(const Task& task, Record& record, const Round& round, int64_t* n_slopes, const Share& share) {    \
+        Own<Forward<Field, Method, Record>>(task, record, round, n_slopes)->run(share);                                \
     }                                                                                                                  \
     /* Starts and ends of the accepted steps of a sample, first to last. */                                            \
     ACA_EXPORT void bounds(const void* record, int64_t sample, int64_t count, double* to) {                            \
         const aca::Entry* entry = static_cast<const aca::Record*>(record)->last(sample);                               \
         for (int64_t i = count; i-- > 0; entry = entry->previous) to[2 * i] = entry->t, to[2 * i + 1] = entry->t_next; \
+    }
+
+#define ACA_BACKWARD(Field, Method)                                                                               \
+    ACA_EXPORT int backward(const aca::Task* task, void* record, const aca::Cotangents* to, int64_t first,        \
+                            int64_t last, int threads) {                                                          \
+        return aca::Library<Field, Method>::backward(*task, *static_cast<aca::Record*>(record), *to, first, last, \
+                                                     threads);                                                    \
+    }                                                                                                             \
+    ACA_EXPORT void evaluate(int64_t n, const T* t, const T* y, const T* p, const T* w, const T* g, T* k, T* gy,  \
+                             T* gp, double* gw) {                                                                 \
+        aca::Library<Field, Method>::evaluate({n, t, y, p, w, g, k, gy, gp, gw});                                 \
     }

@@ -81,7 +81,7 @@ class Newton {
     }
 
     // Infinite in lanes whose iterations failed.
-    R ratio_or_failure(R ratio) const { return chosen(failed_, R{} + INFINITY, ratio); }
+    R ratio_or_failure(R ratio) const { return chosen(failed_, R{} + kInfinity, ratio); }
     bool has_failed(int l) const { return failed_[l]; }
 
     // Writes the counts of a sample that leaves its lane, and where it ends.

@@ -1,6 +1,5 @@
 // A single lane: a thread of a GPU, or of the CPU's loop that stands for one in tests.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -80,9 +79,9 @@ ACA_HD void each_lane(unsigned bits, F f) {
     if (bits) f(0);
 }
 
-ACA_HD double root(double x) { return std::sqrt(x); }
-ACA_HD double fused(double a, double b, double c) { return std::fma(a, b, c); }
-ACA_HD V fma(V a, V b, V c) { return std::fma(a.x, b.x, c.x); }
-ACA_HD V sqrt(V a) { return std::sqrt(a.x); }
+ACA_HD double root(double x) { return math::sqrt(x); }
+ACA_HD double fused(double a, double b, double c) { return math::fma(a, b, c); }
+ACA_HD V fma(V a, V b, V c) { return math::fma(a.x, b.x, c.x); }
+ACA_HD V sqrt(V a) { return math::sqrt(a.x); }
 
 }  // namespace aca

@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
-#include <utility>
-#include <vector>
+
+#include "ensemble/array.h"
 
 namespace aca {
 
@@ -31,17 +31,19 @@ class alignas(64) Block {
         if (left_ < bytes) {
             size_t size = kBytes << (parts_.size() < 6 ? parts_.size() : 6);  // small batches stay small
             if (size < bytes) size = bytes;
-            parts_.push_back(nullptr);
-            parts_.back() = next_ = new char[size];
+            char*& part = parts_.add();
+            next_ = part = new char[size];
             left_ = size;
         }
         left_ -= bytes;
-        return std::exchange(next_, next_ + bytes);
+        char* const found = next_;
+        next_ += bytes;
+        return found;
     }
 
   private:
     static constexpr size_t kBytes = 1 << 14;
-    std::vector<char*> parts_;
+    Array<char*> parts_;
     char* next_ = nullptr;
     size_t left_ = 0;
 };
@@ -72,7 +74,7 @@ class Checkpoints {
     }
 
     void add(const Checkpoint& checkpoint, const void* state, size_t bytes, Block& memory) {
-        if (count_ == all_.size()) all_.emplace_back().state = memory.add(bytes);
+        if (count_ == all_.size()) all_.add().state = memory.add(bytes);
         void* const own = all_[count_].state;
         std::memcpy(own, state, bytes);
         all_[count_] = checkpoint;
@@ -81,12 +83,16 @@ class Checkpoints {
 
   private:
     void thin() {
-        for (size_t i = 1; 2 * i < count_; ++i) std::swap(all_[i], all_[2 * i]);
+        for (size_t i = 1; 2 * i < count_; ++i) {
+            const Checkpoint thinned = all_[i];
+            all_[i] = all_[2 * i];
+            all_[2 * i] = thinned;
+        }
         count_ = (count_ + 1) / 2;
         stride_ *= 2;
     }
 
-    std::vector<Checkpoint> all_;  // those beyond the count have memory for a state and nothing else
+    Array<Checkpoint> all_;  // those beyond the count have memory for a state and nothing else
     size_t count_ = 0;
     int64_t stride_ = 1;
 };
@@ -106,7 +112,7 @@ struct Record {
           first_chunk_(first_chunk),
           entries_(keeps_entries() ? size_t(chunks) : 0),
           states_(what == Keep::states || what == Keep::checkpoints ? size_t(chunks) : 0),
-          last_(keeps_entries() ? size_t(samples) : 0, nullptr),
+          last_(keeps_entries() ? size_t(samples) : 0),
           checkpoints_(what == Keep::checkpoints ? size_t(samples) : 0) {}
 
     bool keeps_entries() const { return keep == Keep::steps || keep == Keep::states; }
@@ -127,9 +133,9 @@ struct Record {
 
   private:
     int64_t first_sample_, first_chunk_;
-    std::vector<Block> entries_, states_;   // of each chunk
-    std::vector<const Entry*> last_;        // of each sample
-    std::vector<Checkpoints> checkpoints_;  // likewise
+    Array<Block> entries_, states_;   // of each chunk
+    Array<const Entry*> last_;        // of each sample
+    Array<Checkpoints> checkpoints_;  // likewise
 };
 
 // One round of a backward pass from checkpoints: the steps of each sample from one of its checkpoints to the next, or

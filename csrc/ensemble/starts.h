@@ -81,7 +81,7 @@ class Starts {
         const int64_t count = task_.count_times(sample);
         for (int c = 0; c < n; ++c) task_.outputs[sample * n + c] = task_.y0[sample * n + c];
         for (int64_t i = count; i < task_.n_times; ++i)
-            for (int c = 0; c < n; ++c) task_.outputs[(i * task_.n_samples + sample) * n + c] = T(NAN);
+            for (int c = 0; c < n; ++c) task_.outputs[(i * task_.n_samples + sample) * n + c] = T(kNaN);
     }
 
     ACA_HD bool has_steps(int64_t sample) const {

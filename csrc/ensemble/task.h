@@ -1,8 +1,5 @@
 // A solve of a batch as Python describes it, the sums of a step with the weights of a method, and norms.
 #pragma once
-#include <cmath>
-#include <utility>
-
 #include "control/step_control.h"
 #include "ensemble/lanes.h"
 #include "ensemble/record.h"
@@ -78,13 +75,7 @@ struct Share {
 };
 
 // The time of a stage at a jump: the next number inside the step, which has this sign.
-ACA_HD T beside(double time, double sign) {
-    if constexpr (sizeof(T) == 8) {
-        return ::nextafter(time, sign * INFINITY);
-    } else {
-        return ::nextafterf(T(time), T(sign * INFINITY));
-    }
-}
+ACA_HD T beside(double time, double sign) { return math::nextafter(T(time), T(sign * kInfinity)); }
 
 // A number that the compiler knows; the one of C++ is not for device code.
 template <int i>
@@ -93,15 +84,13 @@ struct Known {
     ACA_HD constexpr operator int() const { return i; }
 };
 
-template <int... i, typename F>
-ACA_HD void for_each_of(std::integer_sequence<int, i...>, F f) {
-    (f(Known<i>()), ...);
-}
-
 // Calls f with 0, 1, ..., n - 1 as constants.
-template <int n, typename F>
-ACA_HD void for_each(F f) {
-    for_each_of(std::make_integer_sequence<int, n>(), f);
+template <int n, int i = 0, typename F>
+ACA_HD void for_each(const F& f) {
+    if constexpr (i < n) {
+        f(Known<i>());
+        for_each<n, i + 1>(f);
+    }
 }
 
 // Weighted sums of the slopes of a step, without those whose weight is zero.

@@ -7,6 +7,7 @@
 #include "ensemble/backward.h"
 #include "ensemble/contractions.h"
 #include "ensemble/evaluation.h"
+#include "ensemble/exports.h"
 #include "ensemble/forward.h"
 
 namespace aca {
@@ -196,22 +197,25 @@ inline const char* name_of_error(int) { return ""; }
 
 }  // namespace aca
 
-// All else is hidden, so that libraries loaded side by side share nothing.
-#define ACA_EXPORT extern "C" __attribute__((visibility("default")))
+#define ACA_FORWARD(Field, Method)                                                                                  \
+    ACA_EXPORT int64_t bytes_of_piece() { return aca::ThreadRecord<Field::n>::kBytes; }                             \
+    ACA_EXPORT int64_t most_threads_forward(int device) {                                                           \
+        return aca::most_threads<aca::ForwardOfThread<Field, Method>>(device);                                      \
+    }                                                                                                               \
+    ACA_EXPORT const char* name_of_error(int error) { return aca::name_of_error(error); }                           \
+    ACA_EXPORT int forward(const aca::Task* task, const aca::Arena* arena, int64_t threads, int device,             \
+                           void* stream) {                                                                          \
+        const aca::ForwardOfThread<Field, Method> body{*task, *arena};                                              \
+        return aca::launch(body, task->n_samples, threads, device, stream);                                         \
+    }                                                                                                               \
+    ACA_EXPORT int bounds(const aca::Arena* arena, const int64_t* count, const int64_t* end, double* to, int64_t n, \
+                          int device, void* stream) {                                                               \
+        return aca::launch(aca::BoundsOfThread{arena->last, count, end, to}, n, n, device, stream);                 \
+    }
 
-#define ACA_LIBRARY(Field, Method)                                                                                     \
-    ACA_EXPORT int64_t bytes_of_piece() { return aca::ThreadRecord<Field::n>::kBytes; }                                \
-    ACA_EXPORT int64_t most_threads_forward(int device) {                                                              \
-        return aca::most_threads<aca::ForwardOfThread<Field, Method>>(device);                                         \
-    }                                                                                                                  \
+#define ACA_BACKWARD(Field, Method)                                                                                    \
     ACA_EXPORT int64_t most_threads_backward(int device) {                                                             \
         return aca::most_threads<aca::BackwardOfThread<Field, Method>>(device);                                        \
-    }                                                                                                                  \
-    ACA_EXPORT const char* name_of_error(int error) { return aca::name_of_error(error); }                              \
-    ACA_EXPORT int forward(const aca::Task* task, const aca::Arena* arena, int64_t threads, int device,                \
-                           void* stream) {                                                                             \
-        const aca::ForwardOfThread<Field, Method> body{*task, *arena};                                                 \
-        return aca::launch(body, task->n_samples, threads, device, stream);                                            \
     }                                                                                                                  \
     ACA_EXPORT int backward(const aca::Task* task, const aca::Arena* arena, const aca::Cotangents* to,                 \
                             int64_t threads, int device, void* stream) {                                               \
@@ -222,8 +226,4 @@ inline const char* name_of_error(int) { return ""; }
                             double* gw, int64_t threads, int device, void* stream) {                                   \
         const aca::EvaluationOfThread<Field> body{{n, t, y, p, w, g, k, gy, gp, gw}};                                  \
         return aca::launch(body, n, threads, device, stream);                                                          \
-    }                                                                                                                  \
-    ACA_EXPORT int bounds(const aca::Arena* arena, const int64_t* count, const int64_t* end, double* to, int64_t n,    \
-                          int device, void* stream) {                                                                  \
-        return aca::launch(aca::BoundsOfThread{arena->last, count, end, to}, n, n, device, stream);                    \
     }

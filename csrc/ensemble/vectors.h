@@ -1,9 +1,7 @@
 // Lanes as vectors of the compiler, which are SIMD registers.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "control/controller.h"
 
@@ -28,8 +26,21 @@ typedef uint64_t Words __attribute__((vector_size(ACA_VECTOR_BYTES)));
 typedef int64_t Counts __attribute__((vector_size(ACA_VECTOR_BYTES)));
 typedef Counts Truths;
 
-typedef std::conditional_t<sizeof(T) == 8, Doubles, Floats> V;
-typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> Truth;
+template <typename>
+struct Types;
+template <>
+struct Types<double> {
+    typedef Doubles Numbers;
+    typedef int64_t Truth;
+};
+template <>
+struct Types<float> {
+    typedef Floats Numbers;
+    typedef int32_t Truth;
+};
+
+typedef Types<T>::Numbers V;
+typedef Types<T>::Truth Truth;
 typedef Truth M __attribute__((vector_size(kLanes * sizeof(T))));
 typedef double R __attribute__((vector_size(kLanes * sizeof(double))));
 
@@ -105,16 +116,16 @@ inline V sqrt(V a) { return root(a); }
 #elif !defined(__clang__)
 inline Doubles fused(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 inline Doubles root(Doubles a) {
-    for (int l = 0; l < kWidth; ++l) a[l] = std::sqrt(a[l]);
+    for (int l = 0; l < kWidth; ++l) a[l] = math::sqrt(a[l]);
     return a;
 }
 inline V fma(V a, V b, V c) {
     V r;
-    for (int l = 0; l < kLanes; ++l) r[l] = std::fma(a[l], b[l], c[l]);
+    for (int l = 0; l < kLanes; ++l) r[l] = math::fma(a[l], b[l], c[l]);
     return r;
 }
 inline V sqrt(V a) {
-    for (int l = 0; l < kLanes; ++l) a[l] = std::sqrt(a[l]);
+    for (int l = 0; l < kLanes; ++l) a[l] = math::sqrt(a[l]);
     return a;
 }
 #endif
@@ -122,9 +133,9 @@ inline V sqrt(V a) {
 // Functions of PyTorch's vector code (SLEEF) where its library has them, else those of C++. Addresses of the former are
 // set when the code is loaded: linking with the library would take longer than all else.
 #if defined(ACA_SLEEF) && defined(__FMA__)
-#define ACA_ADDRESS(name)                                        \
-    extern "C" {                                                 \
-    __attribute__((visibility("default"))) void* address_##name; \
+#define ACA_ADDRESS(name)                                              \
+    extern "C" {                                                       \
+    __attribute__((visibility("default"), weak)) void* address_##name; \
     }
 #define ACA_FUNCTION(name, digits) \
     ACA_ADDRESS(name)              \

@@ -25,6 +25,7 @@ from aca_ext.errors import CompileError
 
 VARIABLE = "ACA_EXT_CACHE_DIR"
 TORCH_LIBRARY = "libtorch_cpu.so"  # with functions of Sleef and BLAS
+A_COMPILER = "a C++ compiler, by default g++ or the one that the environment variable CXX names"
 _PACKAGE = Path(__file__).resolve().parents[2]
 _SEAL_BYTES = hashlib.sha256().digest_size
 _libraries: dict[str, ctypes.CDLL] = {}  # never unloaded, since addresses of their functions may be in use
@@ -98,20 +99,26 @@ def torch_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / TORCH_LIBRARY))
 
 
-def run_compiler(
-    command: Sequence[str],
-    source: str,
-    to: Path,
-    needs: str = "a C++ compiler, by default g++ or the one that the environment variable CXX names",
-) -> None:
+def run_compiler(command: Sequence[str], source: str, to: Path, needs: str = A_COMPILER) -> str:
     """Compiles a source, by a command that names ``source_file(to)`` and ``to``, in the folder of ``to``.
+
+    Returns what the compiler says.
 
     Raises:
         CompileError: there is no compiler, or it fails.
     """
     source_file(to).write_text(source)
+    return run(command, to.parent, needs)
+
+
+def run(command: Sequence[str], at: Path, needs: str = A_COMPILER) -> str:
+    """Runs a compiler in a folder, and returns what it says.
+
+    Raises:
+        CompileError: there is no compiler, or it fails.
+    """
     try:
-        done = subprocess.run(command, cwd=to.parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=at, capture_output=True, text=True, check=False)
     except OSError as error:
         raise CompileError(
             f'engine="compiled" needs {needs}; {command[0]} cannot be run ({error}). Install it, or use engine="eager".'
@@ -121,6 +128,7 @@ def run_compiler(
             f'The C++ compiler {command[0]} failed on the code made of func. Use engine="eager". It says: '
             f"{done.stderr[-2000:]}"
         )
+    return done.stdout + done.stderr
 
 
 def source_file(to: Path) -> Path:

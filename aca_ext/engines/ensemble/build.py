@@ -5,16 +5,27 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aca_ext.engines.compiled.library_cache import library, origin, run_compiler, source_file, torch_library
+from aca_ext.engines.compiled.library_cache import (
+    A_COMPILER,
+    library,
+    origin,
+    run,
+    run_compiler,
+    source_file,
+    torch_library,
+)
 from aca_ext.errors import CompileError
 
 # Contraction would make a result depend on what the compiler sees around it; code says fma where it wants it.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-          "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w")  # fmt: skip
+          "-fopenmp", "-fPIC", "-fvisibility=hidden", "-w")  # fmt: skip
+_PARTS = "FORWARD", "BACKWARD"
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -26,11 +37,33 @@ def load(source: str) -> Any:
     """
 
     def build(to: Path) -> None:
-        run_compiler([*_command(), str(source_file(to)), "-o", str(to)], source, to)
+        in_parts(_command(), (*_command(), "-shared"), source, to)
 
     found = library([*origin(), source, *_command(), state_of_headers()], build)
     _set_addresses(found)
     return found
+
+
+def in_parts(
+    compiler: Sequence[str], linker: Sequence[str], source: str, to: Path, needs: str = A_COMPILER
+) -> list[str]:
+    """Compiles the parts of a library (csrc/ensemble/exports.h) at the same time, and links them.
+
+    Returns what the compiler says of each.
+
+    Raises:
+        CompileError: there is no compiler, or it fails.
+    """
+    objects = [to.with_name(f"{part}.o") for part in _PARTS]
+
+    def compile_part(part: str, to: Path) -> str:
+        command = [*compiler, f"-DACA_ONLY_{part}", "-c", str(source_file(to)), "-o", str(to)]
+        return run_compiler(command, source, to, needs)
+
+    with ThreadPoolExecutor(len(_PARTS)) as threads:
+        said = list(threads.map(compile_part, _PARTS, objects))
+    run([*linker, *map(str, objects), "-o", str(to)], to.parent, needs)
+    return said
 
 
 @cache

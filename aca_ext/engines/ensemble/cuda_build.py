@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from aca_ext.engines.compiled.library_cache import file_state, library, origin, run_compiler, source_file
-from aca_ext.engines.ensemble.build import headers, state_of_headers
+from aca_ext.engines.compiled.library_cache import file_state, library, origin
+from aca_ext.engines.ensemble.build import headers, in_parts, state_of_headers
 
 # Without contraction, as on the CPU: code says fma where it wants it. Generated code has variables that nothing uses.
-_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-x", "cu",
+_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-x", "cu",
           "-diag-suppress=177,550")  # fmt: skip
 _NEEDS = "nvcc of the CUDA toolkit (12.0 or newer) on PATH, or named in the environment variable CUDACXX"
 
@@ -32,7 +32,7 @@ def load(source: str, device: torch.device) -> Any:
     command = compiler_command(f"sm_{major}{minor}")
 
     def build(to: Path) -> None:
-        run_compiler([*command, str(source_file(to)), "-o", str(to)], source, to, needs=_NEEDS)
+        in_parts(command, linker_command(command[0]), source, to, _NEEDS)
 
     return library([*origin(), file_state(command[0]), source, *command, state_of_headers()], build)
 
@@ -41,3 +41,7 @@ def compiler_command(architecture: str) -> tuple[str, ...]:
     """nvcc with its options, for an architecture such as "sm_90"."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     return (nvcc, *_FLAGS, f"-arch={architecture}", f"-I{headers()}")
+
+
+def linker_command(nvcc: str) -> tuple[str, ...]:
+    return (nvcc, "-shared")

@@ -105,7 +105,7 @@ OR = _mask("({0} | {1})")
 XOR = _mask("({0} ^ {1})")
 NOT = _mask("(~{0})", 1)
 IS_NAN = _mask("({0} != {0})", 1)
-IS_INFINITE = _mask("(magnitude({0}) == K(INFINITY))", 1)
+IS_INFINITE = _mask("(magnitude({0}) == K(kInfinity))", 1)
 TRUTH = _mask("({0} != K(0))", 1)
 NUMBER = Operation("select({0}, K(1), K(0))", (None,))  # of what is true or false
 POWER = Operation(

@@ -106,9 +106,9 @@ def _constant(x: Number) -> str:
         return "always()" if x else "never()"
     assert isinstance(x, float)
     if math.isnan(x):
-        return "K(NAN)"
+        return "K(kNaN)"
     if math.isinf(x):
-        return "K(INFINITY)" if x > 0 else "K(-INFINITY)"
+        return "K(kInfinity)" if x > 0 else "K(-kInfinity)"
     return f"K({x!r})"
 
 

@@ -24,7 +24,9 @@ def command_of_cpp() -> list[str]:
 
 def library_on_cpu(source: str, _: torch.device) -> Any:
     def compile_to(to: Path) -> None:
-        library_cache.run_compiler([*command_of_cpp(), str(library_cache.source_file(to)), "-o", str(to)], source, to)
+        library_cache.run_compiler(
+            [*command_of_cpp(), "-shared", str(library_cache.source_file(to)), "-o", str(to)], source, to
+        )
 
     parts = [*library_cache.origin(), source, *command_of_cpp(), build.state_of_headers()]
     return library_cache.library(parts, compile_to)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from test_ensemble_threads import CASES, solved
 from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
 from aca_ext.engines.compiled import library_cache
-from aca_ext.engines.ensemble import cuda_build, thread_library
+from aca_ext.engines.ensemble import build, cuda_build, thread_library
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
 
@@ -65,13 +64,9 @@ class TestCuda:
         kinds("threads")
         monkeypatch.setattr(thread_library, "load", load)
         solved(case)
-        to.with_suffix(".cu").write_text(sources[0])
         command = [*cuda_build.compiler_command("sm_90"), "-Werror", "all-warnings", "-Xptxas", "-v"]
-        done = subprocess.run(
-            [*command, str(to.with_suffix(".cu")), "-o", str(to)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return ctypes.CDLL(str(to)), done.stdout + done.stderr
+        report = build.in_parts(command, cuda_build.linker_command(command[0]), sources[0], to)
+        return ctypes.CDLL(str(to)), "".join(report)
 
     def test_names_what_is_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))

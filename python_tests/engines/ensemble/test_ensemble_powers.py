@@ -35,7 +35,9 @@ def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     source = _SOURCE if request.param == "vectors" else f"#define ACA_ONE_LANE\n{_SOURCE}"
 
     def compile_to(to: Path) -> None:
-        library_cache.run_compiler([*build._command(), str(library_cache.source_file(to)), "-o", str(to)], source, to)
+        library_cache.run_compiler(
+            [*build._command(), "-shared", str(library_cache.source_file(to)), "-o", str(to)], source, to
+        )
 
     return library_cache.library([source, *build._command(), build.state_of_headers()], compile_to)
 

@@ -17,23 +17,81 @@ struct Entry {
     const Entry* previous;
 };
 
+// Parts of memory that records gave back, for those of later solves. The system gives memory page by page, which takes
+// up to a quarter of a solve on two threads.
+class Spare {
+  public:
+    static constexpr int kUsual = 6;  // the largest size that is kept
+
+    static constexpr size_t bytes_of(int size) { return size_t(1) << (14 + size); }
+
+    char* take(int size) {
+        if (size <= kUsual) {
+            lock();
+            Part* const found = first_[size];
+            if (found) {
+                first_[size] = found->next;
+                bytes_ -= bytes_of(size);
+            }
+            unlock();
+            if (found) return reinterpret_cast<char*>(found);
+        }
+        return new char[bytes_of(size)];
+    }
+
+    void give(char* memory, int size) {
+        bool is_kept = false;
+        if (size <= kUsual) {
+            lock();
+            is_kept = bytes_ + bytes_of(size) <= kMost;
+            if (is_kept) {
+                first_[size] = new (memory) Part{first_[size]};
+                bytes_ += bytes_of(size);
+            }
+            unlock();
+        }
+        if (!is_kept) delete[] memory;
+    }
+
+  private:
+    struct Part {
+        Part* next;
+    };
+
+    static constexpr size_t kMost = size_t(1) << 26;
+
+    void lock() {
+        while (__atomic_test_and_set(&is_locked_, __ATOMIC_ACQUIRE)) {
+        }
+    }
+    void unlock() { __atomic_clear(&is_locked_, __ATOMIC_RELEASE); }
+
+    Part* first_[kUsual + 1] = {};  // of each size
+    size_t bytes_ = 0;
+    bool is_locked_ = false;
+};
+
+inline Spare spare;
+
 // Memory that one thread takes piece by piece. It fills a cache line, which it shares with no other thread.
 class alignas(64) Block {
   public:
     Block() = default;
     Block(const Block&) = delete;
     ~Block() {
-        for (char* part : parts_) delete[] part;
+        for (const Part& part : parts_)
+            if (part.memory) spare.give(part.memory, part.size);
     }
 
     void* add(size_t bytes) {
         bytes = (bytes + sizeof(double) - 1) / sizeof(double) * sizeof(double);
         if (left_ < bytes) {
-            size_t size = kBytes << (parts_.size() < 6 ? parts_.size() : 6);  // small batches stay small
-            if (size < bytes) size = bytes;
-            char*& part = parts_.add();
-            next_ = part = new char[size];
-            left_ = size;
+            int size = parts_.size() < Spare::kUsual ? int(parts_.size()) : Spare::kUsual;  // small batches stay small
+            while (Spare::bytes_of(size) < bytes) ++size;
+            Part& part = parts_.add();
+            part.size = size;
+            next_ = part.memory = spare.take(size);
+            left_ = Spare::bytes_of(size);
         }
         left_ -= bytes;
         char* const found = next_;
@@ -42,8 +100,12 @@ class alignas(64) Block {
     }
 
   private:
-    static constexpr size_t kBytes = 1 << 14;
-    Array<char*> parts_;
+    struct Part {
+        char* memory;
+        int size;
+    };
+
+    Array<Part> parts_;
     char* next_ = nullptr;
     size_t left_ = 0;
 };

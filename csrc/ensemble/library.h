@@ -86,6 +86,9 @@ struct Library {
     ACA_EXPORT int vector_bytes() { return ACA_VECTOR_BYTES; }                                                         \
     ACA_EXPORT int number_bytes() { return sizeof(T); }                                                                \
     ACA_EXPORT int64_t chunk() { return aca::kChunk; }                                                                 \
+    ACA_EXPORT void* share_spare(void* other) {                                                                        \
+        return other ? aca::spare = static_cast<aca::Spare*>(other) : aca::spare;                                      \
+    }                                                                                                                  \
     ACA_EXPORT void* new_record(int64_t samples, int64_t chunks, int keep, int64_t most) {                             \
         return new aca::Record(0, samples, 0, chunks, aca::Keep(keep), size_t(most));                                  \
     }                                                                                                                  \

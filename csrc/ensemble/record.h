@@ -71,7 +71,9 @@ class Spare {
     bool is_locked_ = false;
 };
 
-inline Spare spare;
+// One for all libraries of a process, so that they keep no more together; Python tells them where it is.
+inline Spare own_spare;
+inline Spare* spare = &own_spare;
 
 // Memory that one thread takes piece by piece. It fills a cache line, which it shares with no other thread.
 class alignas(64) Block {
@@ -80,7 +82,7 @@ class alignas(64) Block {
     Block(const Block&) = delete;
     ~Block() {
         for (const Part& part : parts_)
-            if (part.memory) spare.give(part.memory, part.size);
+            if (part.memory) spare->give(part.memory, part.size);
     }
 
     void* add(size_t bytes) {
@@ -90,7 +92,7 @@ class alignas(64) Block {
             while (Spare::bytes_of(size) < bytes) ++size;
             Part& part = parts_.add();
             part.size = size;
-            next_ = part.memory = spare.take(size);
+            next_ = part.memory = spare->take(size);
             left_ = Spare::bytes_of(size);
         }
         left_ -= bytes;

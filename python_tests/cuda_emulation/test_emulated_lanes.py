@@ -15,7 +15,7 @@ from torch import Tensor
 
 import aca_ext
 from aca_ext.engines.compiled import engine as compiled_engine
-from aca_ext.engines.compiled import tracing
+from aca_ext.engines.compiled import trace_table
 from aca_ext.engines.ensemble import plan, thread_library
 
 pytestmark = pytest.mark.skipif(compiled_engine._TORCH < compiled_engine._OLDEST_TORCH, reason="refused on this torch")
@@ -51,9 +51,9 @@ def test_steps_and_gradients_are_those_of_the_cpu(
         emulated = build_folder / "emulated_csrc" / "emulated.so"
         return ctypes.CDLL(str(build_lanes(source, emulated, tmp_path)))
 
-    tracing._by_owner.clear()
+    trace_table.tables.clear()
     expected, of_cpu = solved(n)
-    tracing._by_owner.clear()
+    trace_table.tables.clear()
     monkeypatch.setattr(plan, "lanes_of", lambda _: "threads")
     monkeypatch.setattr(thread_library, "load", load)
     monkeypatch.setattr(thread_library, "_STEPS_AT_FIRST", 0)  # so that threads take pieces until there are none
@@ -68,4 +68,4 @@ def test_steps_and_gradients_are_those_of_the_cpu(
     assert torch.equal(again.y, found.y)
     for one, other in zip(once_more, of_gpu, strict=True):  # sums in the same order, in whatever order threads run
         assert torch.equal(one, other)
-    tracing._by_owner.clear()
+    trace_table.tables.clear()

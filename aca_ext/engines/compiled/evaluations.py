@@ -21,7 +21,8 @@ from aca_ext.engines.compiled.compiled_graph import CompiledGraph, UnsuitableErr
 from aca_ext.engines.compiled.graph_check import NotComparedError, check
 from aca_ext.engines.compiled.inputs import addresses_of
 from aca_ext.engines.compiled.side_effects import Counting
-from aca_ext.engines.compiled.tracing import capture, innermost, scope_of, specialise
+from aca_ext.engines.compiled.trace_table import scope_of, specialise
+from aca_ext.engines.compiled.tracing import capture, innermost
 from aca_ext.engines.compiled.uncompiled import shortened, solve_uncompiled
 from aca_ext.engines.eager import EagerEngine
 from aca_ext.errors import CompileError, ReplayError

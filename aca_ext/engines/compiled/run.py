@@ -16,7 +16,8 @@ from aca_ext.engines.compiled.plans import Plan, Specification
 from aca_ext.engines.compiled.repeated import CHANGED_FUNC, gradients_with_graph
 from aca_ext.engines.compiled.side_effects import Counting
 from aca_ext.engines.compiled.step_graphs import Layout
-from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
+from aca_ext.engines.compiled.trace_table import scope_of, specialise
+from aca_ext.engines.compiled.tracing import capture
 from aca_ext.engines.compiled.undisturbed import unchanged
 from aca_ext.engines.compiled.verification import MismatchError
 from aca_ext.errors import CompileError, NonFiniteError, ReplayError, StepLimitError, StepSizeError

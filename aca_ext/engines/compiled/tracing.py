@@ -6,33 +6,23 @@ graph be used only as long as these are unchanged.
 
 from __future__ import annotations
 
-import itertools
 import random
-import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor
 
-from aca_ext.engines.compiled.backend import HINT, Captured, TraceError, backend, keep_guard, request
-from aca_ext.engines.compiled.changing_numbers import ChangingNumbers
-from aca_ext.engines.compiled.method_guards import Methods
+from aca_ext.engines.compiled.backend import HINT, Captured, TraceError, request
 from aca_ext.engines.compiled.side_effects import dependence_of
+from aca_ext.engines.compiled.trace_table import TraceTable, scope_of, specialise, table_of, tables
 from aca_ext.engines.compiled.undisturbed import unchanged, undisturbed
 from aca_ext.errors import CompileError
 from aca_ext.problem.signature import refuse_swapped
 from aca_ext.problem.state import Packing, State
-from aca_ext.problem.trees import leaves_of, like, parts_like
+from aca_ext.problem.trees import leaves_of, like
 from aca_ext.vector_field.function_cache import PerOwner
-
-# Private to torch; without it, TorchDynamo itself looks graphs up, which takes longer.
-_eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_cache_entries: Any = getattr(_eval_frame, "_debug_get_cache_entry_list", None)
-
-_ORIGINAL = "_torchdynamo_orig_callable"
 
 
 def capture(
@@ -62,36 +52,26 @@ def capture(
 def _holds_for_numbers(
     captured: Captured, used: Sequence[Tensor], func: Callable[..., Any], t: Tensor, y: State, args: tuple[Any, ...]
 ) -> bool:
-    numbers, scope = _by_owner.of(func).numbers, scope_of(func, args)
+    numbers, scope = tables.of(func).numbers, scope_of(func, args)
     if numbers.were_compared(captured, scope):
         return True
     with undisturbed(), unchanged(func, args):
         return numbers.compare(captured, scope, used, t, y, lambda: func(t, y, *args))
 
 
-def specialise(func: Callable[..., Any]) -> None:
-    """From now on traces of func take all numbers that func reads as constants, even if they change."""
-    _by_owner.anew(func).numbers.is_given_up = True
-
-
-def scope_of(func: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
-    """Scope in which TorchDynamo's names of places are resolved; args are a list, so that entries can be replaced."""
-    return {"L": {"func": func, "args": list(args)}, "G": globals()}
-
-
 def _captured(
     func: Callable[..., Any], t: Tensor, y0: Tensor, packing: Packing, args: tuple[Any, ...]
 ) -> tuple[Captured, list[Tensor]]:
     y, parts = _state(packing, y0)
-    entry = _entry_of(func)
+    table = table_of(func)
     request.captured = None
     try:
-        if entry.numbers.places:
+        if table.numbers.places:
             scope = scope_of(func, args)
-            with entry.numbers.as_tensors(scope):
-                entry.look_up(func, t, y, tuple(scope["L"]["args"]))
+            with table.numbers.as_tensors(scope):
+                table.look_up(func, t, y, tuple(scope["L"]["args"]))
         else:
-            entry.look_up(func, t, y, args)
+            table.look_up(func, t, y, args)
         captured = request.captured
         if captured is None:
             refuse_swapped(func)
@@ -99,7 +79,7 @@ def _captured(
             failures.check()
             request.t, request.y = t, parts
             try:
-                captured = _new(entry, func, t, y, args)
+                captured = _new(table, func, t, y, args)
                 failures.end()
             except CompileError as error:
                 failures.add(str(error))
@@ -123,31 +103,31 @@ def _state(packing: Packing, y0: Tensor) -> tuple[State, Sequence[Tensor]]:
     return like(given, parts), parts
 
 
-def _new(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:
+def _new(table: TraceTable, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:
     """Traces func; numbers that changed since the last trace become inputs if func works with tensors there."""
     with undisturbed():
-        if entry.numbers.lift_changed(scope_of(func, args)):
+        if table.numbers.lift_changed(scope_of(func, args)):
             try:
-                return _traced(entry, func, t, y, args)
+                return _traced(table, func, t, y, args)
             except CompileError:
                 specialise(func)
-                entry = _entry_of(func)
-        return _traced(entry, func, t, y, args)
+                table = table_of(func)
+        return _traced(table, func, t, y, args)
 
 
-def _traced(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:
+def _traced(table: TraceTable, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Captured:
     scope = request.scope = scope_of(func, args)
-    with entry.numbers.as_tensors(scope):
+    with table.numbers.as_tensors(scope):
         given = tuple(scope["L"]["args"])
         random_state = random.getstate()
-        entry = _trace(entry, func, t, y, given)
+        table = _trace(table, func, t, y, given)
         captured = request.captured
         if captured is None:
             raise CompileError(f"TorchDynamo sees no tensor operation in func. {HINT}")
-        _check_again(entry, captured, func, t, y, given)
-    captured.lifted = bool(entry.numbers.places)
+        _check_again(table, captured, func, t, y, given)
+    captured.lifted = bool(table.numbers.places)
     if random.getstate() != random_state:  # some versions of TorchDynamo draw once per call of a graph
-        _by_owner.anew(func)  # drops this graph, or the next solve would find it and draw
+        tables.anew(func)  # drops this graph, or the next solve would find it and draw
         raise CompileError(f"func draws numbers from Python's random, which a replay cannot repeat. {HINT}")
     if any(counter.is_number for counter in captured.counters):
         inputs = request.inputs
@@ -158,12 +138,12 @@ def _traced(entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tu
 
 
 def _check_again(
-    entry: _Entry, captured: Captured, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]
+    table: TraceTable, captured: Captured, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]
 ) -> None:
     """Raises if the guards of the new graph already fail, in which case every solve would compile."""
     inputs, request.captured = request.inputs, None
-    entry.look_up(func, t, y, args)
-    if entry.kept is not None and request.captured is not captured:
+    table.look_up(func, t, y, args)
+    if table.kept is not None and request.captured is not captured:
         raise CompileError(
             "func changes a Python value that it depends on, such as a counter of its evaluations, so that every solve "
             f"would compile it again. {HINT}"
@@ -172,22 +152,22 @@ def _check_again(
 
 
 def _trace(
-    entry: _Entry, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...], is_fresh: bool = False
-) -> _Entry:
+    table: TraceTable, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...], is_fresh: bool = False
+) -> TraceTable:
     try:
         with torch._dynamo.config.patch(_settings()):
             request.begin_trace()
-            entry.trace(func, t, y, args)
-        entry.keep()
-        entry.methods.add(func, request.code)
+            table.trace(func, t, y, args)
+        table.keep()
+        table.methods.add(func, request.code)
         counters = {counter.place.name for counter in request.counters}
-        entry.numbers.known.update((k, v) for k, v in request.numbers.items() if k not in counters)
-        return entry
+        table.numbers.known.update((k, v) for k, v in request.numbers.items() if k not in counters)
+        return table
     except Exception as error:
         if type(error).__name__ in _TOO_MANY and not is_fresh:
-            # TorchDynamo keeps no further graph for this entry, so start a new one.
-            other = _by_owner.anew(func)
-            other.numbers = entry.numbers
+            # TorchDynamo keeps no further graph for this table, so start a new one.
+            other = tables.anew(func)
+            other.numbers = table.numbers
             return _trace(other, func, t, y, args, is_fresh=True)
         cause = getattr(error, "inner_exception", error)  # the error that the backend raised
         if isinstance(cause, CompileError):
@@ -212,31 +192,6 @@ def _settings() -> dict[str, Any]:
         "side_effect_replay_policy": "silent",
     }
     return {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
-
-
-def _call(func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    k = func(t, y, *args)
-    # Clones, so that each component is a result of the graph, in order. TorchDynamo refuses results that depend on
-    # intermediates made to require grad, hence detach(), which the backend removes from the graph.
-    return [part.detach().clone() for part in parts_like(y, k)]
-
-
-_numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A traced graph in TorchDynamo's cache.
-
-    Attributes:
-        manager: manager of its guards; its ``cache_entry`` is None after TorchDynamo dropped the graph.
-        holds: function of the arguments of ``_call`` by name; tells whether the guards hold.
-        find: function of the same arguments; gathers the inputs of the graph and calls it.
-    """
-
-    manager: Any
-    holds: Callable[[dict[str, Any]], bool]
-    find: Callable[..., Any]
 
 
 class _Failures:
@@ -270,49 +225,3 @@ def innermost(func: Any) -> Any:
     while not isinstance(func, torch.nn.Module) and callable(getattr(func, "func", None)):
         func = func.func
     return func
-
-
-class _Entry:
-    """The traced graphs of one owner; TorchDynamo caches graphs by code object, so each entry creates its own."""
-
-    def __init__(self) -> None:
-        code = _call.__code__.replace(co_name=f"_call_{next(_numbers)}")  # makes the code unequal to all others
-        self._call = types.FunctionType(code, globals(), "_call")
-        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [keep_guard(guard) for guard in guards]}
-        self.trace = torch.compile(self._call, backend=backend, fullgraph=True, dynamic=False, options=options)
-        self.kept: list[_Kept] | None = []  # None if this version of torch does not show them
-        self.methods = Methods()
-        self.numbers = ChangingNumbers()
-
-    def look_up(self, func: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> None:
-        """Does the same as ``trace`` at a fifth of its overhead if the guards of a graph hold, else nothing."""
-        if self.kept:
-            values = {"func": func, "t": t, "y": y, "args": args}
-            for graph in self.kept:
-                if graph.manager.cache_entry is not None and graph.holds(values):
-                    graph.find(func, t, y, args)
-                    return
-
-    def keep(self) -> None:
-        """Updates ``kept`` after ``trace`` made a graph."""
-        try:
-            self.kept = [self._kept(entry) for entry in _cache_entries(self._call.__code__)]
-        except (AttributeError, StopIteration, TypeError, ValueError):
-            self.kept = None
-
-    def _kept(self, entry: Any) -> _Kept:
-        scope, manager = self._call.__globals__, entry.guard_manager
-        if manager.cache_entry is None:
-            raise ValueError("this version of torch does not show when TorchDynamo drops a graph")
-        # The code calls the graph by a global name. Here the name stands for the graph without TorchDynamo's wrapper.
-        name = next(name for name in entry.code.co_names if getattr(scope.get(name), _ORIGINAL, None) is not None)
-        find = types.FunctionType(entry.code, {**scope, name: getattr(scope[name], _ORIGINAL)})
-        return _Kept(manager, manager.root.check, find)
-
-
-_by_owner = PerOwner(_Entry)
-
-
-def _entry_of(func: Any) -> _Entry:
-    entry = _by_owner.of(func)
-    return entry if entry.methods.are_unchanged() else _by_owner.anew(func)

@@ -26,6 +26,7 @@ from aca_ext.errors import CompileError
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
           "-fopenmp", "-fPIC", "-fvisibility=hidden", "-w")  # fmt: skip
 _PARTS = "FORWARD", "BACKWARD"
+_spare = ctypes.c_void_p()  # memory for records of all libraries, once there is one
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -41,6 +42,8 @@ def load(source: str) -> Any:
 
     found = library([*origin(), source, *_command(), state_of_headers()], build)
     _set_addresses(found)
+    found.share_spare.restype, found.share_spare.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    _spare.value = found.share_spare(_spare)
     return found
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from aca_ext.engines.compiled.backend import UnusableFuncError
 from aca_ext.engines.compiled.side_effects import Counting
-from aca_ext.engines.compiled.tracing import capture, scope_of, specialise
+from aca_ext.engines.compiled.trace_table import scope_of, specialise
+from aca_ext.engines.compiled.tracing import capture
 from aca_ext.engines.compiled.undisturbed import unchanged
 from aca_ext.engines.ensemble.library import NEWTON_WORDS, OUTCOME_WORDS, Keep, cotangents_to, task_of
 from aca_ext.engines.ensemble.plan import Plan

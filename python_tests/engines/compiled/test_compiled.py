@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aca_ext import NeuralODE, Solution, odeint, solve
 from aca_ext.engines.compiled import engine as compiled_engine
-from aca_ext.engines.compiled import tracing as capture
+from aca_ext.engines.compiled import trace_table
 from aca_ext.errors import (
     AcaError,
     ArgumentTypeError,
@@ -375,7 +375,7 @@ class TestCache:
         kept = [Wave() for _ in range(3)]
         for func in kept:
             solve(func, sample(3), TIMES, **TOLERANCES, engine="compiled")
-        assert len(capture._by_owner) <= 2
+        assert len(trace_table.tables) <= 2
 
     def test_more_shapes_than_graphs_are_kept(self) -> None:
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

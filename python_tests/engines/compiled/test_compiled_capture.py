@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aca_ext import odeint
 from aca_ext.engines.compiled import engine as compiled_engine
+from aca_ext.engines.compiled import trace_table
 from aca_ext.engines.compiled import tracing as capture
 from aca_ext.engines.compiled.backend import Captured
 from aca_ext.problem.state import Packing
@@ -144,7 +145,7 @@ def test_a_changed_hook_or_method_is_compiled_anew() -> None:
 def test_graphs_that_torch_gave_up_are_made_anew() -> None:
     func = Reads()
     expected = odeint(func, sample(2, 2), TIMES, method="euler", engine="compiled")
-    kept = list(capture._entry_of(func).kept or [])
+    kept = list(trace_table.table_of(func).kept or [])
     assert kept
     torch._dynamo.reset()
     assert all(graph.manager.cache_entry is None for graph in kept)
@@ -152,10 +153,10 @@ def test_graphs_that_torch_gave_up_are_made_anew() -> None:
 
 
 def test_without_what_is_private_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "_cache_entries", None)
+    monkeypatch.setattr(trace_table, "_cache_entries", None)
     func = Reads()
     for scale in (1.0, 0.5, 0.5):
         func.scale = scale
         found = odeint(func, sample(2, 2), TIMES, method="euler", engine="compiled")
         assert relative_error(found, odeint(func, sample(2, 2), TIMES, method="euler")) < 1e-9
-    assert capture._entry_of(func).kept is None
+    assert trace_table.table_of(func).kept is None

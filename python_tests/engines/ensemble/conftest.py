@@ -9,7 +9,7 @@ import pytest
 from lanes_on_cpu import command_of_cpp, library_on_cpu
 
 from aca_ext.engines.compiled import engine as compiled_engine
-from aca_ext.engines.compiled import tracing
+from aca_ext.engines.compiled import trace_table
 from aca_ext.engines.ensemble import build, plan, thread_library
 
 # A GPU machine may have torch 2.11. There the engine refuses, since TorchDynamo does not notice that the default of an
@@ -23,7 +23,7 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Function that chooses the lanes of the next solves."""
 
     def choose(kind: str) -> None:
-        tracing._by_owner.clear()  # with the plans that have other lanes
+        trace_table.tables.clear()  # with the plans that have other lanes
         monkeypatch.setattr(plan, "lanes_of", lambda _: kind)
 
     monkeypatch.setattr(build, "_command", lambda: tuple(command_of_cpp()))

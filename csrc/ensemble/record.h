@@ -18,7 +18,7 @@ struct Entry {
 };
 
 // Parts of memory that records gave back, for those of later solves. The system gives memory page by page, which takes
-// up to a quarter of a solve on two threads.
+// up to a tenth of a solve on two threads.
 class Spare {
   public:
     static constexpr int kUsual = 6;  // the largest size that is kept

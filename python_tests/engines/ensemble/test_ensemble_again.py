@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from autograd_reference import relative_error
 from problems import sample
 from test_ensemble import lotka_volterra, solve
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 import aca_ext
 from aca_ext import errors
 from aca_ext.engines.compiled import engine as compiled_engine
+from aca_ext.engines.compiled import library_cache
 from aca_ext.engines.ensemble.library import task_of
 from aca_ext.problem import validation
 from aca_ext.problem.arguments import ProblemArguments
@@ -211,3 +213,28 @@ def test_a_task_is_kept_for_the_same_parts_alone() -> None:
     assert shorter.last_times.tolist() == [0.4] * 4
     task, times = made(problem)
     assert (task.n_times, task.max_num_steps, times) == (3, problem.max_num_steps, T.tolist())
+
+
+def test_memory_of_records_serves_later_solves_of_any_func() -> None:
+    """Records of one func take memory that those of another gave back, and hold the same numbers."""
+
+    def decay(t: Tensor, y: Tensor, rates: Tensor) -> Tensor:
+        return -rates * y
+
+    y0, p = inputs(300)
+    expected = gradients(solve("compiled", lotka_volterra, y0, T, (p,)), y0, p)
+    for _ in range(2):
+        rates = p.detach()[:, :2].requires_grad_()
+        of_decay = gradients(solve("compiled", decay, y0, T, (rates,)), y0, rates)
+        assert relative_error(of_decay[1], decay_gradient(y0, rates)) <= 1e-4
+        again = gradients(solve("compiled", lotka_volterra, y0, T, (p,)), y0, p)
+        assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
+    lanes = [library for library in library_cache._libraries.values() if hasattr(library, "share_spare")]
+    assert len(lanes) >= 2
+    assert len({library.share_spare(None) for library in lanes}) == 1
+
+
+def decay_gradient(y0: Tensor, rates: Tensor) -> Tensor:
+    """Of the sum of the squares of the exact solution, with respect to the rates."""
+    times = T[:, None, None]
+    return (-2 * times * (y0 * torch.exp(-rates * times)).square()).sum(0).detach()

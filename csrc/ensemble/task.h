@@ -1,5 +1,7 @@
 // A solve of a batch as Python describes it, the sums of a step with the weights of a method, and norms.
 #pragma once
+#include <utility>
+
 #include "control/step_control.h"
 #include "ensemble/lanes.h"
 #include "ensemble/record.h"
@@ -84,13 +86,15 @@ struct Known {
     ACA_HD constexpr operator int() const { return i; }
 };
 
-// Calls f with 0, 1, ..., n - 1 as constants.
-template <int n, int i = 0, typename F>
-ACA_HD void for_each(const F& f) {
-    if constexpr (i < n) {
-        f(Known<i>());
-        for_each<n, i + 1>(f);
-    }
+template <int... i, typename F>
+ACA_HD void for_each_of(std::integer_sequence<int, i...>, F f) {
+    (f(Known<i>()), ...);
+}
+
+// Calls f with 0, 1, ..., n - 1 as constants. A recursion would leave calls, which hold vectors in memory.
+template <int n, typename F>
+ACA_HD void for_each(F f) {
+    for_each_of(std::make_integer_sequence<int, n>(), f);
 }
 
 // Weighted sums of the slopes of a step, without those whose weight is zero.
